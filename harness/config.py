@@ -1,0 +1,368 @@
+"""The typed form of a run's configuration, its validation, its name and its identity.
+
+This file imports no torch: the controller must answer a typo in well under a second. Checks that need
+the model's modules (a target that matches nothing, a rank that is too large) are in `harness.methods`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONF_DIR = REPOSITORY / "conf"
+ASSETS_DIR = Path(__file__).resolve().parent / "assets"
+
+
+class ConfigError(ValueError):
+    """The user asked for something impossible; the message says what, and what would be possible."""
+
+
+def nearest(bad: str, choices: Iterable[str], *, most: int = 12) -> str:
+    """End of an error message: the closest choice to `bad`, or else the choices there are."""
+    names = sorted(str(choice) for choice in choices)
+    close = difflib.get_close_matches(str(bad), names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return f"choose one of: {shown or '(there are none)'}"
+
+
+# --------------------------------------------------------------------------- schemas
+# One dataclass per folder of conf/; conf/*.yaml hold the defaults and say what each value costs.
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str  # the label in tables and run names
+    asset: str | None = None  # a model that ships with the package: a folder of harness/assets
+    path: str | None = None  # a local folder in transformers' format
+    id: str | None = None  # a hub id
+    revision: str | None = None  # git revision of the hub id
+    architecture: dict[str, Any] = field(default_factory=dict)  # build from these, random weights
+    tokenizer: str | None = None  # asset name, folder or hub id; null = the model's own
+    dropout: float = 0.0  # probability, every dropout of the base model
+    gelu: str = "fused"  # fused | as_saved; the tanh GELU as one kernel (same function)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str  # label
+    source: str = ""  # kjv | text_files | hub | docstrings
+    # every source
+    context: int = 256  # tokens a training block predicts
+    validation_share: float = 0.05  # share of the documents
+    test_share: float = 0.05  # share of the documents
+    cache_dir: str = ".cache"  # tokenised blocks, by content hash
+    # text_files
+    path: str | None = None  # file, folder or glob
+    text_field: str = "text"  # field of .jsonl, .csv and .parquet
+    document_separator: str | None = None  # splits a .txt file into documents; null = one file, one
+    # hub
+    id: str | None = None
+    config_name: str | None = None
+    revision: str | None = None
+    split_names: dict[str, str] = field(default_factory=dict)  # train/validation/test -> hub split
+    # docstrings
+    packages: list[str] = field(default_factory=list)  # distribution names, in this order
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    name: str  # none | full | lora | peft
+
+
+@dataclass(frozen=True)
+class LoraMethod(MethodConfig):
+    r: int = 8  # rank
+    alpha: Any = "2r"  # number, or a multiple of r: "2r", "0.5r"
+    dropout: float = 0.0  # probability, on the adapter's input
+    use_rslora: bool = False  # scale alpha/sqrt(r)
+    use_dora: bool = False
+    bias: str = "none"  # none | all | lora_only
+    init: Any = True  # PEFT's init_lora_weights
+    fields: dict[str, Any] = field(default_factory=dict)  # any other LoraConfig field
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha as a number; the effective scale is alpha / r (alpha / sqrt(r) with rsLoRA)."""
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float | str):
+            raise ConfigError(f"method.alpha={self.alpha!r}: expected a number or a multiple like 2r")
+        if isinstance(self.alpha, int | float):
+            return self.alpha
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)?\s*(r?)\s*", self.alpha)
+        if match is None or not (match[1] or match[2]):
+            raise ConfigError(
+                f"method.alpha={self.alpha!r}: expected a number (16) or a multiple of r (2r, 0.5r)"
+            )
+        value = float(match[1] or 1) * (self.r if match[2] else 1)
+        return int(value) if value == int(value) else value
+
+
+@dataclass(frozen=True)
+class PeftMethod(MethodConfig):
+    peft_type: str = "???"  # any PeftType by name: IA3, LOHA, VERA, PROMPT_TUNING …
+    fields: dict[str, Any] = field(default_factory=dict)  # that method's own config fields
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    "none": MethodConfig,
+    "full": MethodConfig,
+    "lora": LoraMethod,
+    "peft": PeftMethod,
+}
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    name: str  # label
+    modules: list[str] = field(default_factory=list)  # module name suffixes
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100  # optimizer steps
+    batch_tokens: int = 2048  # predicted tokens per optimizer step, all ranks together
+    micro_batch: int = 8  # blocks per forward pass and rank; the rest is accumulation
+    lr: float = 1e-3  # peak learning rate
+    schedule: str = "cosine"  # cosine | linear | constant
+    warmup: float = 0.1  # share of the steps
+    final_lr: float = 0.1  # share of the peak that the schedule ends at
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled, on matrices only
+    clip: float | None = 1.0  # norm of the gradient of the mean nll; null = off
+    precision: str = "fp32"  # fp32 | bf16 (autocast) | auto
+    compile: bool = False  # torch.compile of the forward and loss
+    threads: int | None = None  # CPU threads; null = all cores
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    context: int | None = None  # tokens of context at most; null = data.context
+    stride: int | None = None  # tokens the window moves; null = context (no overlap)
+    every: int = 50  # optimizer steps between validations
+    batch_tokens: int = 8192  # tokens per evaluation batch
+
+
+@dataclass(frozen=True)
+class RootConfig:
+    experiment_name: str  # outputs/<experiment_name>/
+    run_name: str | None
+    outputs_dir: str
+    seed: int  # moves initialisation, data order and dropout
+    rerun: bool  # run again although a finished result is there
+
+
+@dataclass(frozen=True)
+class RunConfig(RootConfig):
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig  # one of METHODS
+    targets: TargetsConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.outputs_dir) / self.experiment_name / run_name(self)
+
+
+CHOICES = {
+    "data.source": ("kjv", "text_files", "hub", "docstrings"),
+    "train.schedule": ("cosine", "linear", "constant"),
+    "train.precision": ("fp32", "bf16", "auto"),
+    "model.gelu": ("fused", "as_saved"),
+    "method.bias": ("none", "all", "lora_only"),
+}
+
+
+# --------------------------------------------------------------------------- from Hydra to RunConfig
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "targets": TargetsConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+
+
+def _typed(schema: type, values: Any, where: str = "") -> Any:
+    """`values` checked against a dataclass; raises ConfigError naming the key and the expected type."""
+    typed = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(typed, None)  # a frozen dataclass makes a read-only node
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(typed, values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, where, [str(key) for key in typed])) from error
+
+
+def explain(error: Exception, where: str = "", known: Iterable[str] = ()) -> str:
+    """One line for an error of Hydra or OmegaConf, with the nearest valid choice where there is one."""
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        key = f"{where}.{error.full_key}" if where else error.full_key
+        if known and error.full_key not in known and "." not in error.full_key:
+            return f"unknown key '{key}': {nearest(error.full_key, known)}"
+        return f"{key}: {str(error).splitlines()[0]}"
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def from_hydra(cfg: DictConfig) -> RunConfig:
+    """Resolve, type-check and validate a composed config.
+
+    Raises:
+        ConfigError: naming the key, its value and what was expected.
+    """
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    values: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    method = values.pop("method", None)
+    name = method.get("name") if isinstance(method, dict) else method
+    if name not in METHODS:
+        raise ConfigError(f"method.name={name!r} is not a method: {nearest(str(name), METHODS)}")
+    sections = {"method": _typed(METHODS[name], method, "method")}
+    for key, schema in SECTIONS.items():
+        section = values.pop(key, None)
+        if not isinstance(section, dict):
+            raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
+        sections[key] = _typed(schema, section, key)
+    run = RunConfig(**vars(_typed(RootConfig, values)), **sections)
+    validate(run)
+    return run
+
+
+def load(path: Path) -> RunConfig:
+    """The RunConfig that a controller wrote to `path` (config.yaml of a run directory)."""
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return from_hydra(loaded)
+
+
+def to_dict(run: RunConfig) -> dict[str, Any]:
+    """Plain containers, for config.yaml and result.json."""
+    return dataclasses.asdict(run)
+
+
+# --------------------------------------------------------------------------- validation
+
+
+def _require(condition: bool, key: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={value}: expected {expected}")
+
+
+def validate(run: RunConfig) -> None:
+    """Everything that can be known without torch; raises ConfigError."""
+    for key, choices in CHOICES.items():
+        group, name = key.split(".")
+        section = getattr(run, group)
+        if hasattr(section, name) and getattr(section, name) not in choices:
+            value = getattr(section, name)
+            raise ConfigError(f"{key}={value!r}: {nearest(str(value), choices)}")
+
+    model, data, train, ev = run.model, run.data, run.train, run.evaluate
+    sources = [k for k in ("asset", "path", "id", "architecture") if getattr(model, k)]
+    _require(len(sources) == 1, "model", sources, "exactly one of asset, path, id, architecture")
+    if model.asset and not (ASSETS_DIR / model.asset).is_dir():
+        there = [p.name for p in ASSETS_DIR.glob("*") if p.is_dir()]
+        raise ConfigError(f"model.asset={model.asset!r} is not there: {nearest(model.asset, there)}")
+    if model.path and not Path(model.path).is_dir():
+        raise ConfigError(f"model.path={model.path!r}: no such folder")
+    _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "a probability in [0, 1)")
+
+    _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")
+    for key in ("validation_share", "test_share"):
+        _require(0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)")
+    if data.source == "text_files":
+        from harness.documents import find_files  # imports the standard library only
+
+        find_files(data.path)
+    if data.source == "hub" and not data.id:
+        raise ConfigError("data=hub needs data.id, the id of a text data set on the hub")
+
+    positive = ("batch_tokens", "micro_batch", "lr", "eps")
+    for key in positive:
+        _require(getattr(train, key) > 0, f"train.{key}", getattr(train, key), "a number above 0")
+    _require(train.steps >= 0, "train.steps", train.steps, "0 or more optimizer steps")
+    for key in ("beta1", "beta2"):
+        _require(0 <= getattr(train, key) < 1, f"train.{key}", getattr(train, key), "a value in [0, 1)")
+    _require(0 <= train.warmup <= 1, "train.warmup", train.warmup, "a share of the steps in [0, 1]")
+    _require(0 <= train.final_lr <= 1, "train.final_lr", train.final_lr, "a share of lr in [0, 1]")
+    _require(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "0 or more")
+    _require(train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null")
+    _require(train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more")
+    chunk = train.micro_batch * data.context
+    if train.batch_tokens % chunk:
+        options = sorted({max(chunk, train.batch_tokens // chunk * chunk), -(-train.batch_tokens // chunk) * chunk})
+        raise ConfigError(
+            f"train.batch_tokens={train.batch_tokens} is not a multiple of train.micro_batch x "
+            f"data.context = {train.micro_batch} x {data.context} = {chunk}: "
+            f"try {' or '.join(map(str, options))}"
+        )
+
+    _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
+    _require(ev.batch_tokens > 0, "evaluate.batch_tokens", ev.batch_tokens, "1 or more tokens")
+    context = ev.context or data.context
+    _require(context >= 1, "evaluate.context", context, "1 or more tokens")
+    stride = context if ev.stride is None else ev.stride
+    _require(1 <= stride <= context, "evaluate.stride", stride, f"1 to the context of {context}")
+
+    if isinstance(run.method, LoraMethod):
+        _require(run.method.r >= 1, "method.r", run.method.r, "a rank of 1 or more")
+        _require(0 <= run.method.dropout < 1, "method.dropout", run.method.dropout, "in [0, 1)")
+        _require(run.method.lora_alpha > 0, "method.alpha", run.method.alpha, "above 0")
+    if isinstance(run.method, PeftMethod) and run.method.peft_type in ("???", ""):
+        raise ConfigError("method=peft needs method.peft_type, e.g. method.peft_type=IA3")
+    if run.run_name is not None and not re.fullmatch(r"[\w.=+-]+", run.run_name):
+        raise ConfigError(f"run_name={run.run_name!r}: use letters, digits and . _ = + - only")
+    if not re.fullmatch(r"[\w.=+-]+", run.experiment_name):
+        raise ConfigError(f"experiment_name={run.experiment_name!r}: letters, digits, . _ = + - only")
+
+
+# --------------------------------------------------------------------------- name and identity
+
+_NOT_IDENTITY = ("experiment_name", "run_name", "outputs_dir", "rerun")
+
+
+def identity(run: RunConfig) -> str:
+    """SHA-256 of everything in the config that can move the run's numbers."""
+    values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
+    values["data"] = {k: v for k, v in values["data"].items() if k != "cache_dir"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def run_name(run: RunConfig) -> str:
+    """`run_name` as given, or what most sweeps vary, readable, then six digits of the identity.
+
+    The digits keep two runs apart that differ in anything that the readable part leaves out.
+    """
+    if run.run_name:
+        return run.run_name
+    method = run.method
+    parts = [method.name]
+    if isinstance(method, PeftMethod):
+        parts = [method.peft_type.lower()]
+    if isinstance(method, LoraMethod | PeftMethod):
+        parts.append(run.targets.name)
+    if isinstance(method, LoraMethod):
+        parts += [f"r{method.r}", f"a{method.lora_alpha:g}"]
+    if method.name != "none":
+        parts.append(f"lr{run.train.lr:g}")
+    parts += [f"s{run.seed}", identity(run)[:6]]
+    return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)

@@ -1,0 +1,166 @@
+"""Documents to tokens: packed training blocks and evaluation documents, cached and memory-mapped.
+
+The cache is keyed by content (text, tokenizer, block length), so that it can never be stale, and a
+folder appears in it only when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from harness import documents
+from harness.config import ConfigError, DataConfig
+
+CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached table changes
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text of one run, as tokens on disk. Splits never share a document."""
+
+    blocks: Dataset  # train: `tokens`, context + 1 ids; block i predicts its last `context`
+    held_out: dict[str, Dataset]  # validation, test: id, tokens, num_words, num_bytes per document
+    num_documents: dict[str, int]  # by split
+    tokenized: bool  # whether anything was tokenised now, rather than found in the cache
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+
+def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Read, tokenise and pack the documents of `cfg`, or find the result in the cache.
+
+    Raises:
+        ConfigError: no text, or less than one block of it.
+    """
+    splits = documents.read(cfg)
+    fingerprint = _tokenizer_fingerprint(tokenizer)
+    tables, fresh = {}, False
+    for name, docs in splits.items():
+        block = cfg.context if name == "train" else 0
+        key = _key(docs, fingerprint, str(block))
+        folder = Path(cfg.cache_dir) / "tokens" / key
+        if not (folder / "state.json").is_file():
+            fresh = True
+            table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
+            _save(Dataset(table), folder)
+        tables[name] = Dataset.load_from_disk(str(folder)).with_format("numpy")
+    blocks = tables.pop("train")
+    if len(blocks) == 0:
+        raise ConfigError(
+            f"data={cfg.name}: the training split is shorter than one block of data.context="
+            f"{cfg.context} tokens; lower data.context or give more text"
+        )
+    return Data(blocks, tables, {name: len(docs) for name, docs in splits.items()}, fresh)
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{text}{tokenizer.eos_token_id}".encode()).hexdigest()
+
+
+def _key(docs: list[documents.Document], tokenizer: str, block: str) -> str:
+    digest = hashlib.sha256("\0".join((CACHE_FORMAT, tokenizer, block)).encode())
+    for name, text in docs:
+        for part in (name, text):
+            encoded = part.encode()
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+    return digest.hexdigest()[:32]
+
+
+def _save(dataset: Dataset, folder: Path) -> None:
+    """Write beside `folder` and rename, so that a killed run or a second one leaves no half table."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".writing-")
+    try:
+        dataset.save_to_disk(scratch)
+        os.rename(scratch, folder)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not (folder / "state.json").is_file():  # not another process that was first
+            raise
+
+
+def _encode(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every text, no special tokens added."""
+    ids: list[list[int]] = []
+    for start in range(0, len(docs), 1000):
+        texts = [text for _, text in docs[start : start + 1000]]
+        # Documents may be longer than the model's context: they are windowed later.
+        batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        ids += batch["input_ids"]
+    return ids
+
+
+def _pack(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase, context: int) -> pa.Table:
+    """Documents joined by the end-of-text token, cut into blocks of context + 1 ids.
+
+    Neighbouring blocks share one id, so that every id of the stream but the first is predicted once;
+    a tail shorter than a block is left out.
+    """
+    end = tokenizer.eos_token_id
+    stream = np.concatenate(
+        [np.array([end, *ids], dtype=np.int32) for ids in _encode(docs, tokenizer)]
+        + [np.array([end], dtype=np.int32)]
+    )
+    num_blocks = (len(stream) - 1) // context
+    rows = np.lib.stride_tricks.sliding_window_view(stream, context + 1)[::context][:num_blocks]
+    values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+    return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(values, context + 1)})
+
+
+def _tokenize(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase) -> pa.Table:
+    """One row a document, with the counts that word perplexity and bits per byte divide by."""
+    return pa.table(
+        {
+            "id": [name for name, _ in docs],
+            "tokens": pa.array(_encode(docs, tokenizer), type=pa.list_(pa.int32())),
+            "num_words": [len(text.split()) for _, text in docs],
+            "num_bytes": [len(text.encode()) for _, text in docs],
+        }
+    )
+
+
+def num_tokens(dataset: Dataset) -> int:
+    """Tokens of a held-out split."""
+    return int(pc.sum(pc.list_value_length(dataset.data.column("tokens"))).as_py())
+
+
+# --------------------------------------------------------------------------- data order
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_blocks: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_blocks)
+
+
+def block_order(seed: int, step: int, batch: int, num_blocks: int) -> list[int]:
+    """Indices of the `batch` blocks of optimizer step `step` (from 0), all ranks together.
+
+    A pure function: every epoch is a permutation drawn from (seed, epoch), read `batch` at a time
+    and across epochs, whatever the number of ranks, the accumulation, a resume or the method.
+    """
+    positions = range(step * batch, (step + 1) * batch)
+    return [int(_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks]) for p in positions]
+
+
+def batch_of(blocks: Dataset, indices: list[int]) -> torch.Tensor:
+    """The blocks at `indices` as int64 token ids, (B, context + 1)."""
+    return torch.from_numpy(np.stack(blocks[indices]["tokens"]).astype(np.int64))

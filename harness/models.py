@@ -1,0 +1,152 @@
+"""Load a causal language model and its tokenizer, and count its parameters."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from harness.config import ASSETS_DIR, ConfigError, ModelConfig
+
+# Names under which architectures keep their dropout probabilities.
+DROPOUT_FIELDS = (
+    "resid_pdrop embd_pdrop attn_pdrop dropout attention_dropout hidden_dropout activation_dropout"
+).split()
+
+
+def source_of(cfg: ModelConfig) -> str:
+    """Folder or hub id that the model's files come from."""
+    return str(ASSETS_DIR / cfg.asset) if cfg.asset else cfg.path or cfg.id or ""
+
+
+def load_config(cfg: ModelConfig) -> PretrainedConfig:
+    """The model's configuration with the harness's choices written in: dropout and GELU.
+
+    Raises:
+        ConfigError: the source is not there; says which models are.
+    """
+    if cfg.architecture:
+        fields = dict(cfg.architecture)
+        try:
+            config = AutoConfig.for_model(fields.pop("model_type", "gpt2"), **fields)
+        except ValueError as error:
+            raise ConfigError(f"model.architecture: {str(error).splitlines()[0]}") from error
+    else:
+        config = _from_source(AutoConfig, cfg, source_of(cfg))
+    for name in DROPOUT_FIELDS:
+        if isinstance(getattr(config, name, None), float | int):
+            setattr(config, name, cfg.dropout)
+    if cfg.gelu == "fused" and getattr(config, "activation_function", None) == "gelu_new":
+        # The same tanh approximation, as one kernel that keeps one activation instead of many.
+        config.activation_function = "gelu_pytorch_tanh"
+    config.use_cache = False
+    return config
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, checked for the end-of-text token that joins documents."""
+    source = cfg.tokenizer or source_of(cfg)
+    if not source:
+        raise ConfigError("model.architecture needs model.tokenizer: an asset, a folder or a hub id")
+    if (ASSETS_DIR / source).is_dir():
+        source = str(ASSETS_DIR / source)
+    tokenizer = _from_source(AutoTokenizer, cfg, source)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {source} has no end-of-text token to join documents by")
+    return tokenizer
+
+
+def load_model(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """The model in fp32, with pretrained weights, or random ones if `cfg.architecture` is given."""
+    if cfg.architecture:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return _from_source(
+        AutoModelForCausalLM, cfg, source_of(cfg), config=config, dtype=torch.float32
+    )
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The same modules without weights, in milliseconds: enough for counts and checks of names."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained(source)`, with an error that says which models there are instead."""
+    revision = {"revision": cfg.revision} if cfg.revision and source == cfg.id else {}
+    try:
+        return kind.from_pretrained(source, **revision, **options)
+    except (OSError, ValueError) as error:
+        reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
+        shipped = ", ".join(p.name for p in sorted(ASSETS_DIR.iterdir()) if p.is_dir())
+        raise ConfigError(
+            f"model={cfg.name}: {source!r} could not be loaded ({reason}). "
+            f"Models that ship with the harness: {shipped}. In the local hub cache: "
+            f"{', '.join(_cached_models()) or 'none'}. Or give a folder: model.path=…"
+        ) from error
+
+
+def _cached_models() -> list[str]:
+    """Ids of the models in the local hub cache."""
+    from huggingface_hub import constants
+
+    if not os.path.isdir(constants.HF_HUB_CACHE):
+        return []
+    names = sorted(os.listdir(constants.HF_HUB_CACHE))
+    return [n.removeprefix("models--").replace("--", "/") for n in names if n.startswith("models--")]
+
+
+# --------------------------------------------------------------------------- shape and size
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of elements, tied weights counted once."""
+
+    total: int
+    trainable: int
+
+    @property
+    def trainable_percent(self) -> float:
+        return 100 * self.trainable / self.total
+
+
+def count_parameters(model: nn.Module) -> Parameters:
+    """Elements of `model`'s parameters; `named_parameters` lists a tied tensor once."""
+    parameters = list(model.parameters())
+    return Parameters(
+        total=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+    )
+
+
+def max_context(config: PretrainedConfig) -> int | None:
+    """Most positions the model takes, or None where the configuration states no limit."""
+    limit = getattr(config, "max_position_embeddings", None)  # GPT-2 maps it to n_positions
+    return int(limit) if limit else None
+
+
+def matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> (in, out) of every weight matrix a method can adapt."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.nx, module.nf)
+        elif isinstance(module, nn.Embedding):
+            shapes[name] = (module.num_embeddings, module.embedding_dim)
+    return shapes

@@ -1,0 +1,72 @@
+"""Hydra's sweeper for a union of grids; every run is composed and validated before the first starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import HydraContext
+from omegaconf import OmegaConf
+
+from harness import config
+from harness.config import ConfigError, RunConfig
+
+
+class GridSweeper(BasicSweeper):
+    """Runs every combination of every grid; an override of the command line holds in all of them.
+
+    A grid is a mapping from an override's key to its values, as Hydra writes them: `{method: lora,
+    method.r: "1,8"}`. The command line replaces a grid's value of the same key.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None = None,
+        params: dict[str, str] | None = None,
+        grids: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        super().__init__(max_batch_size, params)
+        self.grids = list(grids)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.config is not None and self.hydra_context is not None and self.launcher
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        jobs: list[list[str]] = []
+        for grid in self.grids or [{}]:
+            texts = [*self._parse_config(), *(f"{k}={v}" for k, v in grid.items()), *arguments]
+            for batch in self.split_arguments(parser.parse_overrides(texts), None):
+                jobs += batch
+        check(jobs, self.config, self.hydra_context)
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        results = self.launcher.launch(jobs, initial_job_idx=0)
+        for result in results:
+            _ = result.return_value  # raises what the job raised
+        return [results]
+
+
+def check(jobs: list[list[str]], master: Any, context: HydraContext) -> list[RunConfig]:
+    """Compose and validate every job; two that are the same run would write into one directory.
+
+    Raises:
+        ConfigError: naming the job's overrides.
+    """
+    runs: dict[Path, list[str]] = {}
+    configs = []
+    for overrides in jobs:
+        try:
+            run = config.from_hydra(context.config_loader.load_sweep_config(master, list(overrides)))
+        except ConfigError as error:
+            raise ConfigError(f"{' '.join(overrides)}: {error}") from error
+        if run.run_dir in runs:
+            raise ConfigError(
+                f"two runs of this sweep are the same, {run.run_dir}: "
+                f"[{' '.join(runs[run.run_dir])}] and [{' '.join(overrides)}]"
+            )
+        runs[run.run_dir] = overrides
+        configs.append(run)
+    return configs

@@ -1,0 +1,204 @@
+"""One run, from RUN_DIR/config.yaml to RUN_DIR/result.json: python -m harness.worker RUN_DIR.
+
+A fresh process per run: peak memory is a headline metric, so runs share no allocator and no caches.
+Exit status: 0 finished, 2 a mistake in the configuration, 1 any other failure.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from harness import config, results
+from harness.config import ConfigError, RunConfig
+
+log = logging.getLogger("harness")
+
+
+def main(run_dir: Path) -> int:
+    """Do the run; whatever happens ends in result.json, and the traceback in log.txt."""
+    logging.basicConfig(
+        filename=run_dir / "log.txt",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    logging.captureWarnings(True)
+    started = time.time()
+    result: dict[str, Any] = {"status": "failed"}
+    try:
+        run = config.load(run_dir / "config.yaml")
+        result |= describe(run, run_dir)
+        perform(run, run_dir, result)
+        result["status"] = "finished"
+        code = 0
+    except ConfigError as error:
+        result["failure"] = {"class": "config", "message": str(error)}
+        log.exception("refused")
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except Exception as error:  # whatever it is, it is recorded and the sweep goes on
+        kind = "nan" if isinstance(error, ArithmeticError) else "error"
+        kind = "oom" if isinstance(error, MemoryError) or "out of memory" in str(error) else kind
+        message = f"{type(error).__name__}: {error}"
+        result["failure"] = {"class": kind, "message": message}
+        log.exception("failed")
+        print(f"error: {message.splitlines()[0]} (see {run_dir / 'log.txt'})", file=sys.stderr)
+        code = 1
+    result["wall_seconds"] = time.time() - started
+    results.write(run_dir, result)
+    return code
+
+
+def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """What is known before anything is loaded."""
+    command = run_dir / "command.txt"
+    return {
+        "run": {
+            "name": config.run_name(run),
+            "experiment": run.experiment_name,
+            "seed": run.seed,
+            "identity": config.identity(run),
+            "command": command.read_text("utf-8").strip() if command.is_file() else None,
+        },
+        "config": config.to_dict(run),
+        "model": {"name": run.model.name},
+        "data": {"name": run.data.name},
+        "method": {
+            "name": run.method.name,
+            "targets": run.targets.name if run.method.name in ("lora", "peft") else None,
+            "r": getattr(run.method, "r", None),
+            "alpha": getattr(run.method, "lora_alpha", None),
+            "peft_type": getattr(run.method, "peft_type", None),
+            "lr": run.train.lr if run.method.name != "none" else None,
+        },
+    }
+
+
+def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+    """data -> model -> method -> train -> evaluate; fills `result` as it goes."""
+    # Imported here: a mistake in the configuration is answered without them.
+    import pandas as pd
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from harness import checkpoint, data, environment, evaluate, memory, methods, models, train
+
+    began = time.perf_counter()
+    torch.set_num_threads(run.train.threads or os.cpu_count() or 1)
+    accelerator = Accelerator(mixed_precision=precision(run.train.precision))
+    result["environment"] = environment.describe()
+
+    # Names and shapes are checked on the meta device, before anything is read or loaded.
+    model_config = models.load_config(run.model)
+    limit = models.max_context(model_config)
+    longest = max(run.data.context, run.evaluate.context or 0)
+    if limit is not None and longest > limit:
+        raise ConfigError(f"a context of {longest} tokens is longer than {run.model.name}'s {limit}")
+    methods.adapt(models.on_meta(model_config), run)
+
+    tokenizer = models.load_tokenizer(run.model)
+    text = data.prepare(run.data, tokenizer)
+    result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
+    log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
+
+    set_seed(run.seed)
+    model = models.load_model(run.model, model_config)
+    result["parameters"] = {"base": models.count_parameters(model).total}
+    model = methods.adapt(model, run).to(accelerator.device)
+    counted = models.count_parameters(model)
+    result["parameters"] |= {
+        "total": counted.total,
+        "trainable": counted.trainable,
+        "trainable_percent": counted.trainable_percent,
+    }
+    log.info("parameters: %s", result["parameters"])
+
+    def measure(split: str, of: Any = model) -> tuple[dict[str, Any], Any]:
+        """Quality on a split, and its table of nats per document."""
+        documents = text.held_out[split]
+        context = run.evaluate.context or run.data.context
+        nll, count = evaluate.document_nll(
+            of,
+            documents,
+            context=context,
+            stride=run.evaluate.stride or context,
+            bos=tokenizer.eos_token_id,
+            batch_tokens=run.evaluate.batch_tokens,
+            accelerator=accelerator,
+        )
+        table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": count})
+        for column in ("num_words", "num_bytes"):
+            table[column] = documents[column]
+        return evaluate.quality(nll, count, documents), table
+
+    def mean_nll(of: Any) -> float:
+        found, _ = measure("validation", of)
+        return found["nll_nats"] / found["num_tokens"]
+
+    with (run_dir / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as stream:
+
+        def log_row(row: dict[str, Any]) -> None:
+            if accelerator.is_main_process:
+                stream.write(json.dumps(row) + "\n")
+
+        setup_seconds = time.perf_counter() - began
+        quality, table = measure("validation")
+        result["quality"] = {"step0": {"validation": quality}}
+        step0 = quality["nll_nats"] / quality["num_tokens"]
+        log_row({"step": 0, "tokens": 0, "eval/validation/nll": step0})
+        done = train.train(
+            model,
+            text,
+            run,
+            accelerator,
+            validate=mean_nll,
+            log=log_row,
+            step0_nll=step0,
+            best_path=run_dir / "best.safetensors",
+        )
+    result["speed"] = {
+        "tokens_per_second": done.tokens_per_second,
+        "train_seconds": done.train_seconds,
+        "setup_seconds": setup_seconds,
+        "steps": done.steps,
+        "tokens": done.tokens,
+    }
+
+    # The weights are now the best on validation; test is read here, once, and nowhere else.
+    if done.steps:
+        quality, table = measure("validation")
+    result["quality"] |= {"best_step": done.best_step, "validation": quality}
+    table.to_parquet(run_dir / "documents-validation.parquet", index=False)
+    quality, table = measure("test")
+    result["quality"]["test"] = quality
+    table.to_parquet(run_dir / "documents-test.parquet", index=False)
+
+    if not done.memory:
+        with memory.measured(model, None, done.memory):
+            measure("validation")
+    result["memory"] = done.memory | {"process_peak_bytes": memory.process_peak_bytes()}
+    if accelerator.is_main_process:
+        result["saved"] = checkpoint.export(accelerator.unwrap_model(model), run_dir)
+        (run_dir / "best.safetensors").unlink(missing_ok=True)
+
+
+def precision(asked: str) -> str:
+    """Accelerate's name for a precision; `auto` is bf16 where a GPU has it, else fp32."""
+    import torch
+
+    if asked == "auto":
+        asked = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": "no", "bf16": "bf16"}[asked]
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("default")
+    sys.exit(main(Path(sys.argv[1])))
