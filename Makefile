@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help test lint
+.PHONY: help experiment report test lint
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /: /'
 
@@ -12,7 +12,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $(VENV)/installed
 
-test: $(VENV)/installed ## set up and run the tests
+experiment: $(VENV)/installed ## set up, run the main experiment and print its table
+	$(RUN) -m harness experiment=main
+
+report: $(VENV)/installed ## the table of the main experiment again
+	$(RUN) -m harness.report outputs/main
+
+test: $(VENV)/installed/installed ## set up and run the tests
 	$(RUN) -m pytest
 
 lint: $(VENV)/installed ## ruff
