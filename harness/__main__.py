@@ -15,13 +15,12 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config, launch, sweep
+from harness import config, launch
 from harness.config import CONF_DIR, ConfigError
 
 _outcomes: list[launch.Outcome] = []  # of this process's runs, in order
@@ -41,7 +40,6 @@ def _run(cfg: DictConfig) -> None:
 
 def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to Hydra's printer
-    Plugins.instance().register(sweep.GridSweeper)
     try:
         _run()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:

@@ -1,4 +1,7 @@
-"""Hydra's sweeper for a union of grids; every run is composed and validated before the first starts."""
+"""Hydra's sweeper for a union of grids; every run is composed and validated before the first starts.
+
+Hydra loads plugins from packages of this name only; the rest of the harness is in `harness`.
+"""
 
 from __future__ import annotations
 
