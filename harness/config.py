@@ -226,6 +226,8 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
     Raises:
         ConfigError: naming the key, its value and what was expected.
     """
+    if "hydra" in cfg:  # a sweep's own composition carries Hydra's section along
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
