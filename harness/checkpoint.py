@@ -52,10 +52,10 @@ def write_atomically(path: Path, write: Callable[[str], None]) -> None:
 def export(model: nn.Module, run_dir: Path) -> str | None:
     """Save the adapted model as `transformers` or PEFT loads it; returns the folder's name.
 
-    `adapter/` in PEFT's format, or `model/` for a fully fine-tuned one; nothing for an untouched one.
+    `adapter/` in PEFT's format, or `model/` for full fine-tuning; nothing for an untouched one.
     """
     if isinstance(model, PeftModel):
-        model.save_pretrained(run_dir / "adapter", save_embedding_layers=False)
+        model.save_pretrained(str(run_dir / "adapter"), save_embedding_layers=False)
         return "adapter"
     if trained_state(model):
         model.save_pretrained(run_dir / "model")  # type: ignore[operator]  # a PreTrainedModel

@@ -1,7 +1,8 @@
 """The typed form of a run's configuration, its validation, its name and its identity.
 
-This file imports no torch: the controller must answer a typo in well under a second. Checks that need
-the model's modules (a target that matches nothing, a rank that is too large) are in `harness.methods`.
+This file imports no torch: the controller must answer a typo in well under a second. Checks that
+need the model's modules (a target that matches nothing, a rank that is too large) are in
+`harness.methods`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ASSETS_DIR = Path(__file__).resolve().parent / "assets"
 
 
 class ConfigError(ValueError):
-    """The user asked for something impossible; the message says what, and what would be possible."""
+    """Something impossible was asked for; the message says what, and what would be possible."""
 
 
 def nearest(bad: str, choices: Iterable[str], *, most: int = 12) -> str:
@@ -44,6 +45,8 @@ def nearest(bad: str, choices: Iterable[str], *, most: int = 12) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """conf/model: which causal language model, and the choices made when it is loaded."""
+
     name: str  # the label in tables and run names
     asset: str | None = None  # a model that ships with the package: a folder of harness/assets
     path: str | None = None  # a local folder in transformers' format
@@ -57,6 +60,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """conf/data: which text, how it is split and cut into blocks."""
+
     name: str  # label
     source: str = ""  # kjv | text_files | hub | docstrings
     # every source
@@ -79,11 +84,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
+    """conf/method: how the model is adapted; the methods with fields of their own extend it."""
+
     name: str  # none | full | lora | peft
 
 
 @dataclass(frozen=True)
 class LoraMethod(MethodConfig):
+    """LoRA; the names are PEFT's without their prefix."""
+
     r: int = 8  # rank
     alpha: Any = "2r"  # number, or a multiple of r: "2r", "0.5r"
     dropout: float = 0.0  # probability, on the adapter's input
@@ -97,7 +106,9 @@ class LoraMethod(MethodConfig):
     def lora_alpha(self) -> float:
         """alpha as a number; the effective scale is alpha / r (alpha / sqrt(r) with rsLoRA)."""
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float | str):
-            raise ConfigError(f"method.alpha={self.alpha!r}: expected a number or a multiple like 2r")
+            raise ConfigError(
+                f"method.alpha={self.alpha!r}: expected a number or a multiple like 2r"
+            )
         if isinstance(self.alpha, int | float):
             return self.alpha
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)?\s*(r?)\s*", self.alpha)
@@ -111,6 +122,8 @@ class LoraMethod(MethodConfig):
 
 @dataclass(frozen=True)
 class PeftMethod(MethodConfig):
+    """Any other PEFT method."""
+
     peft_type: str = "???"  # any PeftType by name: IA3, LOHA, VERA, PROMPT_TUNING …
     fields: dict[str, Any] = field(default_factory=dict)  # that method's own config fields
 
@@ -125,12 +138,16 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 @dataclass(frozen=True)
 class TargetsConfig:
+    """conf/targets: a named set of weight matrices."""
+
     name: str  # label
     modules: list[str] = field(default_factory=list)  # module name suffixes
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """conf/train: the optimizer, its schedule and the batch."""
+
     steps: int = 100  # optimizer steps
     batch_tokens: int = 2048  # predicted tokens per optimizer step, all ranks together
     micro_batch: int = 8  # blocks per forward pass and rank; the rest is accumulation
@@ -150,6 +167,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """conf/evaluate: the sliding window, and how often validation is read."""
+
     context: int | None = None  # tokens of context at most; null = data.context
     stride: int | None = None  # tokens the window moves; null = context (no overlap)
     every: int = 50  # optimizer steps between validations
@@ -158,6 +177,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RootConfig:
+    """The plain values of conf/config.yaml."""
+
     experiment_name: str  # outputs/<experiment_name>/
     run_name: str | None
     outputs_dir: str
@@ -167,6 +188,8 @@ class RootConfig:
 
 @dataclass(frozen=True)
 class RunConfig(RootConfig):
+    """One configuration with one seed: all that a worker needs to know."""
+
     model: ModelConfig
     data: DataConfig
     method: MethodConfig  # one of METHODS
@@ -176,6 +199,7 @@ class RunConfig(RootConfig):
 
     @property
     def run_dir(self) -> Path:
+        """<outputs_dir>/<experiment_name>/<run_name>."""
         return Path(self.outputs_dir) / self.experiment_name / run_name(self)
 
 
@@ -188,7 +212,7 @@ CHOICES = {
 }
 
 
-# --------------------------------------------------------------------------- from Hydra to RunConfig
+# ----------------------------------------------------------------------- from Hydra to RunConfig
 
 
 SECTIONS: dict[str, type] = {
@@ -201,7 +225,7 @@ SECTIONS: dict[str, type] = {
 
 
 def _typed(schema: type, values: Any, where: str = "") -> Any:
-    """`values` checked against a dataclass; raises ConfigError naming the key and the expected type."""
+    """`values` checked against a dataclass; raises ConfigError naming key and type."""
     typed = OmegaConf.structured(schema)
     OmegaConf.set_readonly(typed, None)  # a frozen dataclass makes a read-only node
     try:
@@ -211,13 +235,35 @@ def _typed(schema: type, values: Any, where: str = "") -> Any:
 
 
 def explain(error: Exception, where: str = "", known: Iterable[str] = ()) -> str:
-    """One line for an error of Hydra or OmegaConf, with the nearest valid choice where there is one."""
-    if isinstance(error, OmegaConfBaseException) and error.full_key:
-        key = f"{where}.{error.full_key}" if where else error.full_key
-        if known and error.full_key not in known and "." not in error.full_key:
-            return f"unknown key '{key}': {nearest(error.full_key, known)}"
-        return f"{key}: {str(error).splitlines()[0]}"
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    """One line for an error of Hydra or OmegaConf, with the nearest valid choice if any."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is None or not cause.full_key:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if match := re.fullmatch(
+            r".*Could not find '([\w/.]+)/([^/']+)'", lines[0] if lines else ""
+        ):
+            group, option = match.groups()
+            return f"{group}={option}: no such option; {nearest(option, options(group))}"
+        return " ".join(lines)
+    key = f"{where}.{cause.full_key}" if where else str(cause.full_key)
+    names = list(known)
+    if not names and isinstance(cause.parent_node, DictConfig):
+        names = [str(name) for name in cause.parent_node]
+    last = str(cause.full_key).rsplit(".", 1)[-1]
+    if not names and isinstance(cause.parent_node, DictConfig):  # a free mapping, such as fields
+        return f"'{key}' is not there yet: write +{key}=… to add it"
+    if names and last not in names and last == str(cause.key):
+        return f"unknown key '{key}': {nearest(last, names)}"
+    return f"{key}: {str(cause).splitlines()[0]}"
+
+
+def options(group: str) -> list[str]:
+    """The options of a group of conf/."""
+    return [path.stem for path in (CONF_DIR / group).glob("*.yaml")]
 
 
 def from_hydra(cfg: DictConfig) -> RunConfig:
@@ -283,14 +329,18 @@ def validate(run: RunConfig) -> None:
     _require(len(sources) == 1, "model", sources, "exactly one of asset, path, id, architecture")
     if model.asset and not (ASSETS_DIR / model.asset).is_dir():
         there = [p.name for p in ASSETS_DIR.glob("*") if p.is_dir()]
-        raise ConfigError(f"model.asset={model.asset!r} is not there: {nearest(model.asset, there)}")
+        raise ConfigError(
+            f"model.asset={model.asset!r} is not there: {nearest(model.asset, there)}"
+        )
     if model.path and not Path(model.path).is_dir():
         raise ConfigError(f"model.path={model.path!r}: no such folder")
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "a probability in [0, 1)")
 
     _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")
     for key in ("validation_share", "test_share"):
-        _require(0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)")
+        _require(
+            0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)"
+        )
     if data.source == "text_files":
         from harness.documents import find_files  # imports the standard library only
 
@@ -303,15 +353,26 @@ def validate(run: RunConfig) -> None:
         _require(getattr(train, key) > 0, f"train.{key}", getattr(train, key), "a number above 0")
     _require(train.steps >= 0, "train.steps", train.steps, "0 or more optimizer steps")
     for key in ("beta1", "beta2"):
-        _require(0 <= getattr(train, key) < 1, f"train.{key}", getattr(train, key), "a value in [0, 1)")
+        _require(
+            0 <= getattr(train, key) < 1, f"train.{key}", getattr(train, key), "a value in [0, 1)"
+        )
     _require(0 <= train.warmup <= 1, "train.warmup", train.warmup, "a share of the steps in [0, 1]")
     _require(0 <= train.final_lr <= 1, "train.final_lr", train.final_lr, "a share of lr in [0, 1]")
     _require(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "0 or more")
-    _require(train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null")
-    _require(train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more")
+    _require(
+        train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null"
+    )
+    _require(
+        train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more"
+    )
     chunk = train.micro_batch * data.context
     if train.batch_tokens % chunk:
-        options = sorted({max(chunk, train.batch_tokens // chunk * chunk), -(-train.batch_tokens // chunk) * chunk})
+        options = sorted(
+            {
+                max(chunk, train.batch_tokens // chunk * chunk),
+                -(-train.batch_tokens // chunk) * chunk,
+            }
+        )
         raise ConfigError(
             f"train.batch_tokens={train.batch_tokens} is not a multiple of train.micro_batch x "
             f"data.context = {train.micro_batch} x {data.context} = {chunk}: "
@@ -334,7 +395,9 @@ def validate(run: RunConfig) -> None:
     if run.run_name is not None and not re.fullmatch(r"[\w.=+-]+", run.run_name):
         raise ConfigError(f"run_name={run.run_name!r}: use letters, digits and . _ = + - only")
     if not re.fullmatch(r"[\w.=+-]+", run.experiment_name):
-        raise ConfigError(f"experiment_name={run.experiment_name!r}: letters, digits, . _ = + - only")
+        raise ConfigError(
+            f"experiment_name={run.experiment_name!r}: letters, digits, . _ = + - only"
+        )
 
 
 # --------------------------------------------------------------------------- name and identity

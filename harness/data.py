@@ -7,7 +7,6 @@ folder appears in it only when it is complete.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ class Data:
 
     @property
     def num_blocks(self) -> int:
+        """Training blocks of one epoch."""
         return len(self.blocks)
 
 
@@ -60,13 +60,9 @@ def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
             table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
             _save(Dataset(table), folder)
         tables[name] = Dataset.load_from_disk(str(folder)).with_format("numpy")
-    blocks = tables.pop("train")
-    if len(blocks) == 0:
-        raise ConfigError(
-            f"data={cfg.name}: the training split is shorter than one block of data.context="
-            f"{cfg.context} tokens; lower data.context or give more text"
-        )
-    return Data(blocks, tables, {name: len(docs) for name, docs in splits.items()}, fresh)
+    return Data(
+        tables.pop("train"), tables, {name: len(docs) for name, docs in splits.items()}, fresh
+    )
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -86,12 +82,14 @@ def _key(docs: list[documents.Document], tokenizer: str, block: str) -> str:
 
 
 def _save(dataset: Dataset, folder: Path) -> None:
-    """Write beside `folder` and rename, so that a killed run or a second one leaves no half table."""
+    """Write beside `folder` and rename: a killed run or a second one leaves no half table."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".writing-")
+    dataset.save_to_disk(scratch)
+    if folder.exists() and not (folder / "state.json").is_file():
+        shutil.rmtree(folder)  # damaged
     try:
-        dataset.save_to_disk(scratch)
-        os.rename(scratch, folder)
+        Path(scratch).rename(folder)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
         if not (folder / "state.json").is_file():  # not another process that was first
@@ -104,25 +102,33 @@ def _encode(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase) 
     for start in range(0, len(docs), 1000):
         texts = [text for _, text in docs[start : start + 1000]]
         # Documents may be longer than the model's context: they are windowed later.
-        batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        batch = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
         ids += batch["input_ids"]
     return ids
 
 
-def _pack(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase, context: int) -> pa.Table:
+def _pack(
+    docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase, context: int
+) -> pa.Table:
     """Documents joined by the end-of-text token, cut into blocks of context + 1 ids.
 
-    Neighbouring blocks share one id, so that every id of the stream but the first is predicted once;
-    a tail shorter than a block is left out.
+    Neighbouring blocks share one id, so that every id of the stream but the first is predicted
+    once; a tail shorter than a block is left out.
     """
     end = tokenizer.eos_token_id
     stream = np.concatenate(
         [np.array([end, *ids], dtype=np.int32) for ids in _encode(docs, tokenizer)]
         + [np.array([end], dtype=np.int32)]
     )
-    num_blocks = (len(stream) - 1) // context
-    rows = np.lib.stride_tricks.sliding_window_view(stream, context + 1)[::context][:num_blocks]
-    values = pa.array(np.ascontiguousarray(rows).reshape(-1))
+    if len(stream) <= context:
+        raise ConfigError(
+            f"the training split of {len(stream)} tokens is shorter than one block of data.context="
+            f"{context}: lower data.context or give more text"
+        )
+    starts = np.arange((len(stream) - 1) // context) * context
+    values = pa.array(stream[starts[:, None] + np.arange(context + 1)].reshape(-1))
     return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(values, context + 1)})
 
 

@@ -1,13 +1,14 @@
 """Where text comes from: every source gives documents, split once into train, validation and test.
 
 No two splits share a document. A source that is not split already is split by `split`, a rule that
-depends on nothing but the documents' ids, so that every method, seed and machine sees the same split.
+depends on nothing but the documents' ids: every method, seed and machine sees the same split.
 """
 
 from __future__ import annotations
 
 import ast
 import csv
+import difflib
 import glob
 import hashlib
 import json
@@ -44,8 +45,8 @@ def split(documents: list[Document], validation_share: float, test_share: float)
     """
     if len(documents) < 3:
         raise ConfigError(
-            f"{len(documents)} document(s) cannot be split into train, validation and test: give at "
-            "least 3 files or records, or set data.document_separator to split a .txt file"
+            f"{len(documents)} document(s) cannot be split into train, validation and test: give "
+            "at least 3 files or records, or set data.document_separator to split a .txt file"
         )
     ranked = sorted(documents, key=lambda doc: hashlib.sha256(doc[0].encode()).digest())
     num_test = max(1, round(test_share * len(ranked)))
@@ -98,12 +99,16 @@ def find_files(path: str | None) -> list[Path]:
     elif root.is_dir():
         files = sorted(f for f in root.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file())
         if not files:
-            raise ConfigError(f"data.path={path}: no {', '.join(TEXT_SUFFIXES)} files in this folder")
+            raise ConfigError(
+                f"data.path={path}: no {', '.join(TEXT_SUFFIXES)} files in this folder"
+            )
     else:
         files = sorted(Path(f) for f in glob.glob(str(root), recursive=True) if os.path.isfile(f))
         if not files:
             beside = [f.name for f in root.parent.glob("*")] if root.parent.is_dir() else []
-            raise ConfigError(f"data.path={path}: no such file or folder; {nearest(root.name, beside)}")
+            close = difflib.get_close_matches(root.name, beside, n=1)
+            hint = f"; did you mean '{root.parent / close[0]}'?" if close else ""
+            raise ConfigError(f"data.path={path}: no such file or folder{hint}")
     for file in files:
         if file.suffix not in TEXT_SUFFIXES:
             raise ConfigError(f"data.path: {file} is not one of {', '.join(TEXT_SUFFIXES)}")
@@ -161,7 +166,8 @@ def _no_field(file: Path, name: str, names: list[str]) -> str:
 def text_files(cfg: DataConfig) -> Splits:
     """The user's own .txt, .jsonl, .csv or .parquet files, split by document.
 
-    A .txt file is one document, or several when `document_separator` is set; elsewhere a record is one.
+    A .txt file is one document, or several when `document_separator` is set; a record of the other
+    formats is one.
     """
     files = find_files(cfg.path)
     root = Path(os.path.commonpath([f.resolve().parent for f in files]))
@@ -185,7 +191,7 @@ def text_files(cfg: DataConfig) -> Splits:
 
 
 def hub(cfg: DataConfig) -> Splits:
-    """Any text data set of `datasets`, by id, config and split; a missing split is cut from train."""
+    """Any text data set of `datasets`, by id and config; a missing split is cut from train."""
     import datasets
 
     try:

@@ -14,7 +14,10 @@ import torch
 
 from harness.config import REPOSITORY
 
-PACKAGES = "torch transformers peft accelerate datasets evaluate tokenizers hydra-core numpy".split()
+PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers",
+    "hydra-core", "numpy",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:
@@ -39,6 +42,7 @@ def _git(*arguments: str) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can move a number."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

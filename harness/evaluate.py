@@ -1,9 +1,9 @@
 """Nats per document by a sliding window, and what they come to: perplexity and bits per byte.
 
-A document's tokens t_1 … t_n follow the end-of-text token t_0, so that every token is predicted. With
-context C and stride S the first window predicts t_1 … t_C; each further window moves S on and scores
-only what is new, so that every token is predicted exactly once, given at least C - S tokens (and at
-most C) of its document. Documents never see one another.
+A document's tokens t_1 … t_n follow the end-of-text token t_0, so that every token is predicted.
+With context C and stride S the first window predicts t_1 … t_C; each further window moves S on and
+scores only what is new, so that every token is predicted exactly once, given at least C - S tokens
+(and at most C) of its document. Documents never see one another.
 """
 
 from __future__ import annotations

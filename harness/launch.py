@@ -1,4 +1,4 @@
-"""Start one run: its directory, whether it is done already, its worker process, and what became of it."""
+"""Start one run: its directory, whether it is done already, its worker, and what became of it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ class Outcome:
     status: str  # finished | skipped | failed
     exit_code: int = 0
     message: str = ""
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        if self.status == "failed":
+            return f"failed: {self.message}"
+        result = results.read(self.run_dir) or {}
+        perplexity = results.get(result, "quality.test.perplexity")
+        seconds = result.get("wall_seconds") or 0
+        done = "already finished" if self.status == "skipped" else f"finished in {seconds:.0f} s"
+        return f"{done}, test perplexity {perplexity:.2f}" if perplexity else done
 
 
 def launch(run: RunConfig, command: str) -> Outcome:
@@ -64,7 +74,10 @@ def launch(run: RunConfig, command: str) -> Outcome:
     record = results.read(run_dir)
     if record is None or record["status"] == "running":  # it died without a word
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        failure = {"class": "killed" if code < 0 else "error", "message": f"the worker was {reason}"}
+        failure = {
+            "class": "killed" if code < 0 else "error",
+            "message": f"the worker was {reason}",
+        }
         record = (record or {}) | {"status": "failed", "failure": failure}
         results.write(run_dir, record)
         print(f"error: {failure['message']} (see {run_dir / 'log.txt'})", file=sys.stderr)
@@ -82,7 +95,9 @@ def prepare(run: RunConfig, command: str) -> None:
         (run_dir / "command.txt").write_text(command + "\n", "utf-8")
         results.write(run_dir, {"status": "running"})
     except OSError as error:
-        raise ConfigError(f"outputs_dir={run.outputs_dir}: cannot write {run_dir} ({error.strerror})") from error
+        raise ConfigError(
+            f"outputs_dir={run.outputs_dir}: cannot write {run_dir} ({error.strerror})"
+        ) from error
 
 
 def difference(found: dict[str, Any], run: RunConfig) -> str:

@@ -1,8 +1,8 @@
 """What a training step needs in memory, by category.
 
 On a CPU the live tensors of one step are followed through a dispatch mode; on a GPU the allocator
-keeps the count. The process's own peak (VmHWM) is reported beside it: it adds the interpreter and the
-libraries, and the temporaries inside kernels that no tensor holds.
+keeps the count. The process's own peak (VmHWM) is reported beside it: it adds the interpreter and
+the libraries, and the temporaries inside kernels that no tensor holds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CATEGORIES = ("frozen_weights", "trainable_weights", "gradients", "optimizer_state", "activations")
-
-
-def _bytes_by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, tuple[Any, int]]:
-    """Storages of `tensors`, each once however many tensors view it, with their bytes."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = (storage, storage.nbytes())
-    return storages
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
@@ -54,7 +45,7 @@ class LiveTensors(TorchDispatchMode):
         self.peak = 0
         self.by_category: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         parameters = list(model.parameters())
-        known = {
+        known: dict[str, list[torch.Tensor]] = {
             "trainable_weights": [p for p in parameters if p.requires_grad],
             "frozen_weights": [*(p for p in parameters if not p.requires_grad), *model.buffers()],
             "gradients": [p.grad for p in parameters if p.grad is not None],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from harness.config import ASSETS_DIR, ConfigError, ModelConfig
 
 # Names under which architectures keep their dropout probabilities.
 DROPOUT_FIELDS = (
-    "resid_pdrop embd_pdrop attn_pdrop dropout attention_dropout hidden_dropout activation_dropout"
-).split()
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout",
+    "activation_dropout",
+)  # fmt: skip
 
 
 def source_of(cfg: ModelConfig) -> str:
@@ -60,12 +61,16 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, checked for the end-of-text token that joins documents."""
     source = cfg.tokenizer or source_of(cfg)
     if not source:
-        raise ConfigError("model.architecture needs model.tokenizer: an asset, a folder or a hub id")
+        raise ConfigError(
+            "model.architecture needs model.tokenizer: an asset, a folder or a hub id"
+        )
     if (ASSETS_DIR / source).is_dir():
         source = str(ASSETS_DIR / source)
     tokenizer = _from_source(AutoTokenizer, cfg, source)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of {source} has no end-of-text token to join documents by")
+        raise ConfigError(
+            f"the tokenizer of {source} has no end-of-text token to join documents by"
+        )
     return tokenizer
 
 
@@ -103,10 +108,8 @@ def _cached_models() -> list[str]:
     """Ids of the models in the local hub cache."""
     from huggingface_hub import constants
 
-    if not os.path.isdir(constants.HF_HUB_CACHE):
-        return []
-    names = sorted(os.listdir(constants.HF_HUB_CACHE))
-    return [n.removeprefix("models--").replace("--", "/") for n in names if n.startswith("models--")]
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    return [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
 
 
 # --------------------------------------------------------------------------- shape and size
@@ -121,6 +124,7 @@ class Parameters:
 
     @property
     def trainable_percent(self) -> float:
+        """Trainable share in per cent."""
         return 100 * self.trainable / self.total
 
 

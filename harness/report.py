@@ -1,70 +1,158 @@
 """The table of an experiment: one row per configuration, on the terminal and as results.csv.
 
     python -m harness.report outputs/main
+
+Perplexity is per model token; word perplexity and bits per byte, which compare across tokenizers,
+are in results.csv and in each run's result.json.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import rich.box
 from rich.console import Console
 from rich.table import Table
 
 from harness import results
+from harness.config import METHODS, nearest
 
-COLUMNS = {  # heading -> path in result.json
-    "method": "method.name",
-    "targets": "method.targets",
-    "r": "method.r",
-    "alpha": "method.alpha",
-    "lr": "method.lr",
-    "seed": "run.seed",
-    "trainable": "parameters.trainable",
-    "% of total": "parameters.trainable_percent",
-    "peak MiB": "memory.peak_bytes",
-    "tokens/s": "speed.tokens_per_second",
-    "step-0 val ppl": "quality.step0.validation.perplexity",
-    "val ppl": "quality.validation.perplexity",
-    "test ppl": "quality.test.perplexity",
+# heading -> (path in result.json, format of the number)
+COLUMNS = {
+    "method": ("method.name", "s"),
+    "targets": ("method.targets", "s"),
+    "r": ("method.r", "g"),
+    "alpha": ("method.alpha", "g"),
+    "lr": ("method.lr", "g"),
+    "trainable": ("parameters.trainable", ",.0f"),
+    "%": ("parameters.trainable_percent", ".2f"),
+    "peak MiB": ("memory.peak_bytes", "MiB"),
+    "tokens/s": ("speed.tokens_per_second", ",.0f"),
+    "step-0 val": ("quality.step0.validation.perplexity", ".2f"),
+    "val": ("quality.validation.perplexity", ".2f"),
+    "test": ("quality.test.perplexity", ".2f"),
 }
+CSV_ONLY = (
+    "quality.test.word_perplexity",
+    "quality.test.bits_per_byte",
+    "quality.test.num_tokens",
+    "memory.process_peak_bytes",
+    "speed.train_seconds",
+)
+LEGEND = (
+    "%: trainable share of all parameters. peak: live tensors of a training step (of evaluation,\n"
+    "where nothing trains). step-0 val, val, test: perplexity per token before training, and from\n"
+    "the checkpoint that validation chose."
+)
 
 
-def _text(heading: str, value: Any) -> str:
+def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
+    """(values by path in result.json, run directories) of every configuration with a finished run.
+
+    Runs that differ in their seed only are one configuration: numbers are the mean over its seeds.
+    """
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for run_dir, result in results.collect(folder):
+        if result["status"] == "finished":
+            varies = ("seed", "run_name", "outputs_dir", "rerun")
+            same = {k: v for k, v in result["config"].items() if k not in varies}
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append((run_dir, result))
+    table = []
+    for members in groups.values():
+        values: dict[str, Any] = {"seeds": len(members)}
+        for path in [path for path, _ in COLUMNS.values()] + list(CSV_ONLY):
+            found = [results.get(result, path) for _, result in members]
+            numbers = [v for v in found if isinstance(v, int | float)]
+            values[path] = sum(numbers) / len(numbers) if numbers else found[0]
+        values["method.name"] = members[0][1]["method"]["peft_type"] or values["method.name"]
+        table.append((values, [run_dir for run_dir, _ in members]))
+    order = list(METHODS)
+
+    def place(row: tuple[dict[str, Any], list[Path]]) -> tuple[Any, ...]:
+        values, _ = row
+        name = values["method.name"]
+        return (
+            order.index(name) if name in order else len(order),
+            values["method.targets"] or "",
+            *(values[f"method.{key}"] or 0 for key in ("r", "alpha", "lr")),
+        )
+
+    return sorted(table, key=place)
+
+
+def _text(value: Any, form: str) -> str:
     if value is None:
         return "-"
-    if heading == "peak MiB":
+    if form == "MiB":
         return f"{value / 2**20:,.0f}"
-    if heading in ("trainable", "tokens/s"):
-        return f"{value:,.0f}"
-    if "ppl" in heading or heading == "% of total":
-        return f"{value:.2f}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value) if form == "s" else format(value, form)
 
 
 def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
-    """Print the finished runs of `folder` (or those in `run_dirs`) and write results.csv there."""
-    finished = [(d, r) for d, r in results.collect(folder) if r["status"] == "finished"]
-    shown = [(d, r) for d, r in finished if run_dirs is None or d in run_dirs]
-    table = Table(title=str(folder), title_justify="left")
-    for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading in ("method", "targets") else "right")
-    for _, result in shown:
-        table.add_row(*(_text(h, results.get(result, path)) for h, path in COLUMNS.items()))
-    Console().print(table)
-    if finished:
-        with (folder / "results.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["run", *COLUMNS.values()])
-            for run_dir, result in finished:
-                writer.writerow([run_dir.name, *(results.get(result, p) for p in COLUMNS.values())])
-    print(f"regenerate: python -m harness.report {folder}   (runs and results.csv are in there)")
+    """Print the table of `folder`, or of the configurations of `run_dirs`; write results.csv.
+
+    results.csv always holds every finished configuration of the folder, in full precision.
+    """
+    everything = rows(folder)
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading, (_, form) in COLUMNS.items():
+        table.add_column(heading, justify="left" if form == "s" else "right", no_wrap=True)
+    table.add_column("seeds", justify="right", no_wrap=True)
+    for values, members in everything:
+        if run_dirs is None or set(members) & set(run_dirs):
+            cells = [_text(values[path], form) for path, form in COLUMNS.values()]
+            table.add_row(*cells, str(values["seeds"]))
+    console = Console()
+    # A table cut at 80 columns is no use in a log: let a narrow terminal wrap instead.
+    console = Console(width=max(console.width, 120))
+    print()
+    if table.row_count:
+        console.print(table)
+        print(LEGEND)
+    else:
+        print(f"{folder}: no finished run")
+    for run_dir, result in results.collect(folder):
+        if result["status"] != "finished" and (run_dirs is None or run_dir in run_dirs):
+            failure = results.get(result, "failure.message") or ""
+            print(
+                f"{result['status']}: {run_dir.name}: {failure.splitlines()[0] if failure else ''}"
+            )
+    if everything:
+        write_csv(folder / "results.csv", everything)
+        print(f"saved: {folder / 'results.csv'} and one directory per run beside it")
+    print(f"again: python -m harness.report {shlex.quote(str(folder))}")
+
+
+def write_csv(path: Path, table: list[tuple[dict[str, Any], list[Path]]]) -> None:
+    """One line per configuration, columns named by their path in result.json."""
+    names = [name for name, _ in COLUMNS.values()] + [*CSV_ONLY, "seeds"]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([*names, "runs"])
+        for values, members in table:
+            runs = " ".join(run_dir.name for run_dir in members)
+            writer.writerow([*(values[name] for name in names), runs])
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    folder = Path(arguments[0]) if len(arguments) == 1 else None
+    if folder is None:
+        print("usage: python -m harness.report OUTPUTS/EXPERIMENT", file=sys.stderr)
+        return 2
+    if not folder.is_dir():
+        there = [p.name for p in folder.parent.glob("*") if p.is_dir()]
+        print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
+        return 2
+    print_table(folder)
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python -m harness.report OUTPUTS/EXPERIMENT (a folder of runs)")
-    print_table(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -2,11 +2,11 @@
 
 `RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
 
-Stable keys (units in brackets): status (finished | failed | running), failure.{class, message}, run.name,
-run.seed, run.command, method.name, parameters.total, parameters.trainable, memory.peak_bytes,
-memory.by_category [bytes], speed.tokens_per_second, speed.train_seconds,
-quality.step0.validation.perplexity, quality.validation.perplexity, quality.test.{nll_nats, num_tokens,
-perplexity, word_perplexity, bits_per_byte}, environment.{commit, versions, hardware}.
+Stable keys: status (finished | failed | running), failure.{class, message}, run.name, run.seed,
+run.command, method.name, parameters.total, parameters.trainable, memory.peak_bytes,
+memory.by_category (bytes), speed.tokens_per_second, speed.train_seconds,
+quality.step0.validation.perplexity, quality.validation.perplexity, quality.test.{nll_nats,
+num_tokens, perplexity, word_perplexity, bits_per_byte}, environment.{commit, versions, hardware}.
 """
 
 from __future__ import annotations

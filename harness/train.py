@@ -26,7 +26,7 @@ WARM_UP_STEPS = 3  # not timed: allocators, caches and (if asked for) the compil
 MEMORY_STEP = 1  # not timed: followed tensor by tensor; the optimizer's state exists by then
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the message names the step."""
 
 
@@ -99,7 +99,7 @@ def train(
     the validation before the first step. Returns with the best weights loaded into `model`.
 
     Raises:
-        NonFiniteLoss: naming the step.
+        NonFiniteLossError: naming the step.
     """
     cfg, world, rank = run.train, accelerator.num_processes, accelerator.process_index
     out = Trained(best_nll=step0_nll)
@@ -148,7 +148,7 @@ def train(
         mean_nll = accelerator.reduce(total, "sum").item() / cfg.batch_tokens
         seconds = time.perf_counter() - start
         if not math.isfinite(mean_nll):
-            raise NonFiniteLoss(f"the loss is {mean_nll} at step {step + 1} of {cfg.steps}")
+            raise NonFiniteLossError(f"the loss is {mean_nll} at step {step + 1} of {cfg.steps}")
 
         out.steps, out.tokens = step + 1, out.tokens + cfg.batch_tokens
         out.train_seconds += seconds

@@ -84,13 +84,17 @@ def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
 def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """data -> model -> method -> train -> evaluate; fills `result` as it goes."""
     # Imported here: a mistake in the configuration is answered without them.
+    import datasets
     import pandas as pd
     import torch
+    import transformers
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     from harness import checkpoint, data, environment, evaluate, memory, methods, models, train
 
+    datasets.disable_progress_bars()  # the training bar is the only one
+    transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     torch.set_num_threads(run.train.threads or os.cpu_count() or 1)
     accelerator = Accelerator(mixed_precision=precision(run.train.precision))
@@ -101,7 +105,9 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     limit = models.max_context(model_config)
     longest = max(run.data.context, run.evaluate.context or 0)
     if limit is not None and longest > limit:
-        raise ConfigError(f"a context of {longest} tokens is longer than {run.model.name}'s {limit}")
+        raise ConfigError(
+            f"a context of {longest} tokens is longer than {run.model.name}'s {limit}"
+        )
     methods.adapt(models.on_meta(model_config), run)
 
     tokenizer = models.load_tokenizer(run.model)
@@ -110,9 +116,9 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
     set_seed(run.seed)
-    model = models.load_model(run.model, model_config)
-    result["parameters"] = {"base": models.count_parameters(model).total}
-    model = methods.adapt(model, run).to(accelerator.device)
+    base = models.load_model(run.model, model_config)
+    result["parameters"] = {"base": models.count_parameters(base).total}
+    model = methods.adapt(base, run).to(accelerator.device)
     counted = models.count_parameters(model)
     result["parameters"] |= {
         "total": counted.total,

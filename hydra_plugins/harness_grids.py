@@ -1,4 +1,4 @@
-"""Hydra's sweeper for a union of grids; every run is composed and validated before the first starts.
+"""Hydra's sweeper for a union of grids; every run is validated before the first starts.
 
 Hydra loads plugins from packages of this name only; the rest of the harness is in `harness`.
 """
@@ -35,6 +35,7 @@ class GridSweeper(BasicSweeper):
         self.grids = list(grids)
 
     def sweep(self, arguments: list[str]) -> Any:
+        """Launch the union; raises ConfigError before the first run if any is not valid."""
         assert self.config is not None and self.hydra_context is not None and self.launcher
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs: list[list[str]] = []
@@ -46,6 +47,7 @@ class GridSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
+        print(f"{len(jobs)} runs -> {folder}", flush=True)
         results = self.launcher.launch(jobs, initial_job_idx=0)
         for result in results:
             _ = result.return_value  # raises what the job raised
@@ -62,7 +64,9 @@ def check(jobs: list[list[str]], master: Any, context: HydraContext) -> list[Run
     configs = []
     for overrides in jobs:
         try:
-            run = config.from_hydra(context.config_loader.load_sweep_config(master, list(overrides)))
+            run = config.from_hydra(
+                context.config_loader.load_sweep_config(master, list(overrides))
+            )
         except ConfigError as error:
             raise ConfigError(f"{' '.join(overrides)}: {error}") from error
         if run.run_dir in runs:

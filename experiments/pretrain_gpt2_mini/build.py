@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,7 +35,10 @@ def tokenizer() -> None:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCABULARY,
+            special_tokens=[END],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     PreTrainedTokenizerFast(

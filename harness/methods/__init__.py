@@ -60,10 +60,10 @@ def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     method = run.method
     assert isinstance(method, PeftMethod)
     name = method.peft_type.upper()
-    if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        choices = [str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]
-        raise ConfigError(f"method.peft_type={method.peft_type}: {nearest(name, choices)}")
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[name]
+    classes = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name not in classes:
+        raise ConfigError(f"method.peft_type={method.peft_type}: {nearest(name, classes)}")
+    config_class = classes[name]
     names = {f.name for f in dataclasses.fields(config_class)}
     named: dict[str, Any] = {}
     if "target_modules" in names and "target_modules" not in method.fields:
@@ -101,7 +101,8 @@ def _wrap(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
     try:
         return peft.get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"{config.peft_type} does not fit this model: {error}") from error
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ConfigError(f"{kind} does not fit this model: {error}") from error
 
 
 def _picks_layers(fields: dict[str, Any]) -> bool:
@@ -147,8 +148,8 @@ def matched_targets(
         if all_layers and in_layers and set(in_layers) != layers:
             missing = ", ".join(sorted(layers - set(in_layers), key=int))
             raise ConfigError(
-                f"targets={targets.name}: '{suffix}' is in {len(in_layers)} of {len(layers)} layers "
-                f"(not in {missing}); there are: {', '.join(kinds)}"
+                f"targets={targets.name}: '{suffix}' is in {len(in_layers)} of {len(layers)} "
+                f"layers (not in {missing}); there are: {', '.join(kinds)}"
             )
         found |= {name: there[name] for name in matches}
     return found

@@ -9,7 +9,9 @@ import math
 import datasets
 import evaluate
 
-_DESCRIPTION = "Perplexity per token and per word, and bits per byte, from summed nats per document."
+_DESCRIPTION = (
+    "Perplexity per token and per word, and bits per byte, from summed nats per document."
+)
 
 _INPUTS = """
     nll_nats: list of float, summed negative log-likelihood of each document, in nats

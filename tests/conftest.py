@@ -1,0 +1,61 @@
+"""Fixtures: a tiny GPT-2, a tokenizer, composed configs, and the program as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, RunConfig, from_hydra
+
+
+@pytest.fixture
+def tiny() -> GPT2LMHeadModel:
+    """Two layers, width 32, 64 tokens, context 32; random weights large enough to matter."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
+
+
+@pytest.fixture
+def make_run() -> Callable[..., RunConfig]:
+    """Compose and validate a config from overrides."""
+
+    def make(*overrides: str) -> RunConfig:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return from_hydra(compose("config", list(overrides)))
+
+    return make
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Start `python -m harness …` as a user does, in a scratch folder."""
+
+    def start(*arguments: str, module: str = "harness") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return start

@@ -1,0 +1,134 @@
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from harness.config import (
+    CONF_DIR,
+    ConfigError,
+    LoraMethod,
+    explain,
+    from_hydra,
+    identity,
+    load,
+    options,
+    run_name,
+    to_dict,
+)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "r", "number"),
+    [(16, 4, 16), ("16", 4, 16), ("2r", 4, 8), ("r", 4, 4), ("0.5r", 4, 2), (" 1.5r ", 3, 4.5)],
+)
+def test_alpha_is_a_number_or_a_multiple_of_r(alpha, r, number):
+    assert LoraMethod("lora", r=r, alpha=alpha).lora_alpha == number
+
+
+@pytest.mark.parametrize("alpha", ["x2", "", "2q", "-1r", None, True, [1]])
+def test_alpha_that_is_neither_is_refused_by_name(alpha):
+    with pytest.raises(ConfigError, match=r"method\.alpha"):
+        _ = LoraMethod("lora", r=4, alpha=alpha).lora_alpha
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lr=fast"], r"train\.lr: .*'fast'"),
+        (["+train.lrr=1"], r"unknown key 'train\.lrr': did you mean 'lr'"),
+        (["+sede=1"], r"unknown key 'sede': did you mean 'seed'"),
+        (["train.schedule=cosin"], r"train\.schedule='cosin': did you mean 'cosine'"),
+        (["train.precision=fp16"], r"train\.precision='fp16'"),
+        (["train.batch_tokens=3000"], r"8 x 256 = 2048: try 2048 or 4096"),
+        (["train.batch_tokens=100"], r"try 2048"),
+        (["train.steps=-1"], r"train\.steps=-1"),
+        (["train.lr=0"], r"train\.lr=0"),
+        (["train.clip=0"], r"train\.clip=0"),
+        (["data.context=1"], r"data\.context=1"),
+        (["data.test_share=0.6"], r"data\.test_share=0\.6"),
+        (["evaluate.stride=300"], r"evaluate\.stride=300: expected 1 to the context of 256"),
+        (["method.r=0"], r"method\.r=0"),
+        (["method.dropout=1"], r"method\.dropout=1"),
+        (["method.bias=some"], r"method\.bias='some'"),
+        (["method.name=lorra"], r"'lorra' is not a method: did you mean 'lora'"),
+        (["method.fields.use_qalora=true"], r"write \+method\.fields\.use_qalora=… to add it"),
+        (["method.rr=1"], r"unknown key 'method\.rr': did you mean 'r'"),
+        (["method=lorra"], r"method=lorra: no such option; did you mean 'lora'"),
+        (["method=peft"], r"method\.peft_type"),
+        (["model.asset=gpt2_mimi"], r"did you mean 'gpt2_mini'"),
+        (["model.id=gpt2"], r"exactly one of asset, path, id"),
+        (["model=local", "model.path=/nowhere"], r"/nowhere"),
+        (["model.dropout=1"], r"model\.dropout"),
+        (["data=hub"], r"data\.id"),
+        (["run_name=a/b"], r"run_name='a/b'"),
+        (["experiment_name=../x"], r"experiment_name"),
+    ],
+)
+def test_bad_values_are_named_with_what_was_expected(make_run, overrides, message):
+    with pytest.raises((ConfigError, HydraException)) as error:
+        make_run(*overrides)
+    assert re.search(message, explain(error.value))
+
+
+def test_a_config_survives_its_file(make_run, tmp_path):
+    from omegaconf import OmegaConf
+
+    run = make_run("method=lora", "method.r=4", "+method.fields.use_qalora=false", "seed=3")
+    OmegaConf.save(OmegaConf.create(to_dict(run)), tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == run
+
+
+def test_the_name_tells_runs_apart_that_differ_in_anything(make_run):
+    changes = [
+        [],
+        ["method.r=4"],
+        ["method.alpha=7"],
+        ["targets=attn"],
+        ["train.lr=0.5"],
+        ["train.weight_decay=0.1"],
+        ["method.dropout=0.1"],
+        ["data.context=128"],
+        ["seed=1"],
+        ["method=full"],
+        ["method=none"],
+        ["method=peft", "method.peft_type=IA3"],
+    ]
+    names = [run_name(make_run(*change)) for change in changes]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("lora-all-r8-a16-lr0.002-s0-")
+    assert run_name(make_run("run_name=mine")) == "mine"
+
+
+def test_the_identity_leaves_out_what_moves_no_number(make_run):
+    one = make_run()
+    other = make_run("outputs_dir=/x", "experiment_name=y", "rerun=true", "data.cache_dir=/z")
+    assert identity(one) == identity(other) != identity(make_run("seed=1"))
+
+
+def test_every_model_data_method_and_target_file_composes(make_run):
+    needs = {
+        "model": {"local": ["model.path=."]},
+        "data": {
+            "text_files": ["data.path=README.md"],
+            "hub": ["data.id=x/y"],
+            "source": None,  # the base of the others
+        },
+        "method": {"peft": ["method.peft_type=IA3"]},
+        "targets": {},
+    }
+    for group, special in needs.items():
+        for option in options(group):
+            extra = special.get(option, [])
+            if extra is None or option == "text_files":
+                continue  # text_files needs a text file: tests/test_documents.py
+            assert make_run(f"{group}={option}", *extra)
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes_and_states_what_it_asks(name):
+    header = (CONF_DIR / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
+    for word in ("Question:", "Command:", "Runtime:", "Expected:"):
+        assert word in header
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        assert from_hydra(compose("config", [f"experiment={name}"])).experiment_name == name

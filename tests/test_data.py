@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from harness import data, documents
+from harness.config import ConfigError, DataConfig
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 20)
+    return DataConfig(
+        "mine", "text_files", path=str(tmp_path / "*.txt"), context=32, validation_share=0.1,
+        test_share=0.1, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+
+
+def test_blocks_are_the_joined_documents_cut_up_with_one_shared_id(corpus, tokenizer):
+    text = data.prepare(corpus, tokenizer)
+    stream = []
+    for _, words in documents.read(corpus)["train"]:
+        stream += [tokenizer.eos_token_id, *tokenizer.encode(words)]
+    stream.append(tokenizer.eos_token_id)
+    expected = [stream[i : i + 33] for i in range(0, len(stream) - 32, 32)]
+    got = data.batch_of(text.blocks, list(range(text.num_blocks)))
+    assert got.tolist() == expected
+
+
+def test_held_out_documents_keep_their_text_and_its_sizes(corpus, tokenizer):
+    text = data.prepare(corpus, tokenizer)
+    for split in ("validation", "test"):
+        for (name, words), row in zip(
+            documents.read(corpus)[split], text.held_out[split], strict=True
+        ):
+            assert row["id"] == name and tokenizer.decode(row["tokens"]) == words
+            assert row["num_bytes"] == len(words.encode())
+            assert row["num_words"] == len(words.split())
+
+
+def test_a_second_run_tokenises_nothing_and_a_change_of_content_does(corpus, tokenizer, tmp_path):
+    assert data.prepare(corpus, tokenizer).tokenized
+
+    class Refuses:
+        """Stands for the tokenizer but cannot encode."""
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, *args, **kwargs):
+            raise AssertionError("tokenised again")
+
+    again = data.prepare(corpus, Refuses())
+    assert not again.tokenized and again.num_blocks > 0
+    (tmp_path / "3.txt").write_text("Another story altogether. " * 30)
+    assert data.prepare(corpus, tokenizer).tokenized
+
+
+def test_a_half_written_cache_is_not_used(corpus, tokenizer, tmp_path):
+    before = data.batch_of(data.prepare(corpus, tokenizer).blocks, [0])
+    for folder in (tmp_path / "cache" / "tokens").iterdir():
+        (folder / "state.json").unlink()  # the last file that `datasets` writes
+        for file in folder.glob("*.arrow"):
+            file.write_bytes(b"")
+    after = data.prepare(corpus, tokenizer)
+    assert after.tokenized and (data.batch_of(after.blocks, [0]) == before).all()
+
+
+def test_text_shorter_than_a_block_is_refused(tmp_path, tokenizer):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("short")
+    cfg = DataConfig("m", "text_files", path=str(tmp_path), cache_dir=str(tmp_path / "c"))
+    with pytest.raises(ConfigError, match=r"shorter than one block of data\.context=256"):
+        data.prepare(cfg, tokenizer)
+
+
+def test_the_order_is_a_permutation_each_epoch_and_ignores_the_batch_size():
+    one = [i for step in range(10) for i in data.block_order(7, step, 6, 20)]
+    assert sorted(one[:20]) == sorted(one[20:40]) == list(range(20)) and one[:20] != one[20:40]
+    assert one == [i for step in range(20) for i in data.block_order(7, step, 3, 20)]
+    assert one[:20] != [i for step in range(10) for i in data.block_order(8, step, 6, 20)][:20]
+    assert data.block_order(7, 5, 6, 20) == one[30:36]
+
+
+def test_a_stored_table_is_memory_mapped(corpus, tokenizer):
+    text = data.prepare(corpus, tokenizer)
+    assert text.blocks.cache_files and all(d.cache_files for d in text.held_out.values())
+    assert data.num_tokens(text.held_out["test"]) == sum(
+        len(t) for t in text.held_out["test"]["tokens"]
+    )
+    assert data.batch_of(text.blocks, [0]).numpy().dtype == np.int64

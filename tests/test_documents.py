@@ -1,0 +1,119 @@
+import json
+
+import pandas as pd
+import pytest
+
+from harness import documents
+from harness.config import ConfigError, DataConfig
+
+
+@pytest.fixture(scope="module")
+def kjv():
+    return documents.read(DataConfig("kjv", "kjv", validation_share=0.03, test_share=0.05))
+
+
+def test_kjv_has_every_chapter_once_and_no_split_shares_one(kjv):
+    ids = [name for docs in kjv.values() for name, _ in docs]
+    assert len(ids) == len(set(ids)) == 1189
+    assert {name: len(docs) for name, docs in kjv.items()} == {
+        "train": 1094, "validation": 36, "test": 59,
+    }  # fmt: skip
+
+
+def test_kjv_text_is_whole_and_normalised(kjv):
+    text = dict(doc for docs in kjv.values() for doc in docs)
+    assert text["kjv/01.001"].startswith("In the beginning God created the heaven and the earth.")
+    assert text["kjv/43.011"].count("Jesus wept.") == 1
+    assert text["kjv/66.022"].endswith("Amen.")
+    assert not any(c in t for t in text.values() for c in "[]0123456789")
+    assert "darkness was upon the face" in text["kjv/01.001"]  # `[was]` in the edition
+
+
+def test_the_split_depends_on_the_ids_alone():
+    docs = [(f"doc{i}", f"text {i}") for i in range(100)]
+    one = documents.split(docs, 0.1, 0.2)
+    other = documents.split(docs[::-1], 0.1, 0.2)
+    assert {k: sorted(v) for k, v in one.items()} == {k: sorted(v) for k, v in other.items()}
+    assert [len(one[k]) for k in ("train", "validation", "test")] == [70, 10, 20]
+    assert [d for d in docs if d in one["train"]] == one["train"]  # the source's order
+    with pytest.raises(ConfigError, match="2 document"):
+        documents.split(docs[:2], 0.1, 0.1)
+
+
+def files(path, **options):
+    return documents.read(DataConfig("mine", "text_files", path=str(path), **options))
+
+
+def texts_of(splits):
+    return sorted(text for docs in splits.values() for _, text in docs)
+
+
+def test_every_file_format_gives_the_same_documents(tmp_path):
+    texts = [f"document {i}, with a comma\nand a line; ünïcode" for i in range(5)]
+    (tmp_path / "t").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "t" / f"{i}.txt").write_text(text, "utf-8")
+    (tmp_path / "a.txt").write_text("\n===\n".join(texts), "utf-8")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in texts) + "\n\n")
+    pd.DataFrame({"body": texts}).to_csv(tmp_path / "a.csv", index=False)
+    pd.DataFrame({"body": texts}).to_parquet(tmp_path / "a.parquet")
+    assert texts_of(files(tmp_path / "t")) == texts
+    assert texts_of(files(tmp_path / "t" / "*.txt")) == texts
+    assert texts_of(files(tmp_path / "a.txt", document_separator="\n===\n")) == texts
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        assert texts_of(files(tmp_path / name, text_field="body")) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"\x00\x01binary", "is binary"),
+        ("a.txt", b"caf\xe9 latin-1", "not UTF-8"),
+        ("a.txt", b"one document only", "1 document"),
+        ("a.txt", b"  \n ", "0 document"),
+        ("a.pdf", b"x", "not one of .txt"),
+        ("a.jsonl", b'{"text": "a"}\n{oops\n', "line 2: not JSON"),
+        ("a.jsonl", b'{"txt": "a"}\n', "did you mean 'txt'"),
+        ("a.jsonl", b'["a"]\n', "line 1: expected a JSON object"),
+        ("a.jsonl", b'{"text": 3}\n', "is int, not text"),
+        ("a.csv", b"body\na\n", "no such field; choose one of: body"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        files(tmp_path / name)
+    assert name in str(error.value) or "document" in message
+
+
+def test_a_missing_path_or_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "novel.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"did you mean '.*novel\.txt'"):
+        files(tmp_path / "novle.txt")
+    with pytest.raises(ConfigError, match="in this folder"):
+        files(tmp_path / "empty")
+
+
+def test_docstrings_are_read_in_order_and_once(tmp_path):
+    source = tmp_path / "m.py"
+    source.write_text(
+        '"""The module docstring, long enough."""\n'
+        "class A:\n"
+        '    """The class docstring, long enough."""\n'
+        "    def f(self):\n"
+        '        """A method docstring, long enough."""\n'
+        "def g():\n"
+        '    """short"""\n'
+        '    "not a docstring but a long enough string"\n'
+    )
+    assert documents._docstrings_of(str(source)) == [
+        "The module docstring, long enough.",
+        "The class docstring, long enough.",
+        "A method docstring, long enough.",
+    ]
+    source.write_text("def broken(:\n")
+    assert documents._docstrings_of(str(source)) == []
+    with pytest.raises(ConfigError, match="not-a-package is not installed"):
+        documents.read(DataConfig("d", "docstrings", packages=["not-a-package"]))

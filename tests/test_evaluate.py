@@ -1,0 +1,111 @@
+"""Against transformers' own loss, the sliding window's definition in float64, and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from harness import evaluate
+
+
+def documents(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(1, 64, n).tolist() for n in lengths]
+    return Dataset.from_dict(
+        {
+            "id": [str(i) for i in range(len(lengths))],
+            "tokens": tokens,
+            "num_words": [max(1, n // 2) for n in lengths],
+            "num_bytes": [3 * n + 1 for n in lengths],
+        }
+    ).with_format("numpy")
+
+
+def nll_of(model, docs, context, stride, batch_tokens=64):
+    return evaluate.document_nll(
+        model, docs, context=context, stride=stride, bos=0, batch_tokens=batch_tokens
+    )
+
+
+@pytest.mark.parametrize(("context", "stride"), [(1, 1), (3, 1), (3, 3), (8, 1), (8, 3), (8, 8)])
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 9, 17])
+def test_windows_score_every_token_once_with_enough_context(n, context, stride):
+    scored = []
+    for w in evaluate.windows([n], context, stride):
+        assert 0 < w.end - w.start <= context
+        for target in range(w.end - w.scored, w.end):
+            scored.append(target)
+            seen = target - w.start + 1
+            assert seen >= min(target + 1, context - stride + 1)
+    assert scored == list(range(n))
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, 32), (8, 8), (16, 4), (8, 1)])
+def test_nll_equals_the_definition_in_float64(tiny, context, stride):
+    docs = documents([5, 32, 33, 1, 70, 0, 16])
+    nll, count = nll_of(tiny, docs, context, stride)
+    exact = tiny.double()
+    for i, ids in enumerate(docs["tokens"]):
+        sequence = [0, *ids.tolist()]
+        total, done = 0.0, 0
+        while done < len(ids):  # token by token, from the definition: one forward pass a window
+            end = min(len(ids), context if done == 0 else done + stride)
+            window = torch.tensor([sequence[max(0, end - context) : end]])
+            with torch.no_grad():
+                log_p = exact(window).logits[0].log_softmax(-1)
+            for target in range(done, end):
+                total -= log_p[target - max(0, end - context), sequence[target + 1]].item()
+            done = end
+        assert nll[i] == pytest.approx(total, rel=1e-5, abs=1e-9)
+        assert count[i] == len(ids)
+
+
+def test_nll_equals_transformers_own_loss(tiny):
+    docs = documents([30])
+    nll, count = nll_of(tiny, docs, 32, 32)
+    ids = torch.tensor([[0, *docs["tokens"][0].tolist()]])
+    with torch.no_grad():
+        assert nll[0] / count[0] == pytest.approx(tiny(ids, labels=ids).loss.item(), rel=1e-6)
+
+
+def test_nll_does_not_depend_on_the_batch_size(tiny):
+    docs = documents([5, 90, 33, 41, 2])
+    one, _ = nll_of(tiny, docs, 16, 8, batch_tokens=1)
+    many, _ = nll_of(tiny, docs, 16, 8, batch_tokens=4096)
+    np.testing.assert_allclose(one, many, rtol=1e-5)
+
+
+def test_the_model_comes_back_in_its_mode_and_without_gradients(tiny):
+    tiny.train()
+    nll_of(tiny, documents([9]), 8, 8)
+    assert tiny.training and all(p.grad is None for p in tiny.parameters())
+
+
+def test_the_metric_against_closed_forms():
+    docs = documents([10, 30])
+    nll, count = np.array([10.0, 70.0]), np.array([10, 30])
+    got = evaluate.quality(nll, count, docs)
+    assert got == {
+        "nll_nats": 80.0,
+        "num_tokens": 40,
+        "perplexity": pytest.approx(math.exp(2)),
+        "word_perplexity": pytest.approx(math.exp(80 / 20)),
+        "bits_per_byte": pytest.approx(80 / math.log(2) / (31 + 91)),
+    }
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tiny):
+    for p in tiny.parameters():
+        p.data.zero_()
+    docs = documents([50, 7])
+    got = evaluate.quality(*nll_of(tiny, docs, 16, 16), docs)
+    assert got["perplexity"] == pytest.approx(64, rel=1e-6)
+
+
+def test_the_metric_refuses_nothing_and_survives_a_hopeless_model():
+    with pytest.raises(ValueError, match="no token"):
+        evaluate.quality(np.array([0.0]), np.array([0]), documents([0]))
+    got = evaluate.quality(np.array([1e6]), np.array([10]), documents([10]))
+    assert got["perplexity"] == math.inf

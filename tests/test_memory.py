@@ -1,0 +1,105 @@
+"""The live-tensor account against a step whose bytes can be counted by hand."""
+
+import torch
+from torch import nn
+
+from harness import memory
+from harness.memory import LiveTensors
+
+KIB = 1024
+
+
+def layers(trainable_second=True):
+    """Two 64 x 64 fp32 matrices without bias: 16 KiB each."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(trainable_second)
+    return model
+
+
+def test_weights_are_split_into_frozen_and_trainable():
+    model = layers()
+    with LiveTensors(model) as live:
+        pass
+    assert live.by_category["frozen_weights"] == live.by_category["trainable_weights"] == 16 * KIB
+    assert live.peak == 32 * KIB
+
+
+def test_a_step_is_accounted_to_the_byte():
+    model = layers()
+    x = torch.zeros(32, 64)  # 8 KiB, made outside: not counted
+    with LiveTensors(model) as live:
+        loss = model(x).sum()  # h 8 KiB saved for the second matrix, y 8 KiB, loss 4 bytes
+        loss.backward()
+    # At the peak: both matrices, h, and what backward holds (y's gradient is an expanded scalar);
+    # when the gradient of the second matrix is made, h and it are alive.
+    assert live.by_category["trainable_weights"] == 16 * KIB
+    assert 32 * KIB + 8 * KIB + 8 * KIB <= live.peak <= 32 * KIB + 8 * KIB + 16 * KIB + 64
+    assert live.peak == sum(live.by_category.values())
+
+
+def test_temporaries_that_are_gone_are_not_in_the_peak():
+    model = layers()
+    with LiveTensors(model) as live:
+        for _ in range(10):
+            torch.empty(256, KIB)  # 1 MiB, dropped at once
+    assert live.peak == 32 * KIB + KIB * KIB
+    with LiveTensors(model) as live:
+        kept = [torch.empty(256, KIB) for _ in range(10)]
+    assert len(kept) == 10 and live.peak == 32 * KIB + 10 * KIB * KIB
+
+
+def test_views_and_in_place_results_are_counted_once():
+    model = layers()
+    with LiveTensors(model) as live:
+        x = torch.empty(256, KIB)
+        y = x.view(KIB, 256)[3:].t()
+        y.mul_(0)
+    assert live.peak == 32 * KIB + KIB * KIB
+
+
+def test_gradients_and_optimizer_state_have_their_own_lines():
+    model = layers()
+    optimizer = torch.optim.AdamW([model[1].weight])
+    for _ in range(2):
+        report = {}
+        with memory.measured(model, optimizer, report):
+            model(torch.ones(2, 64)).sum().backward()
+            optimizer.step()
+            kept = model[1].weight.grad
+            optimizer.zero_grad()
+    got = report["by_category"]
+    assert got["optimizer_state"] == 2 * 16 * KIB + 4  # two moments, and the step's number
+    assert got["gradients"] == 16 * KIB == kept.nbytes
+    assert report["peak_bytes"] == sum(got.values())
+    assert set(got) == set(memory.CATEGORIES)
+
+
+def test_measuring_leaves_the_step_as_it_is(tiny):
+    ids = torch.arange(1, 21).view(2, 10)
+
+    def gradients():
+        tiny.zero_grad()
+        tiny(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in tiny.parameters()]
+
+    plain = gradients()
+    with LiveTensors(tiny):
+        followed = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, followed, strict=True))
+
+
+def test_frozen_models_hold_fewer_activations(tiny):
+    ids = torch.arange(1, 21).view(2, 10)
+    peaks = []
+    for trainable in (True, False):
+        tiny.zero_grad()
+        tiny.requires_grad_(trainable)
+        with LiveTensors(tiny) as live:
+            tiny(ids).logits.sum()
+        peaks.append(live.by_category["activations"])
+    assert peaks[1] < peaks[0] / 2
+
+
+def test_the_process_has_a_peak():
+    assert memory.process_peak_bytes() > 50 * KIB * KIB
