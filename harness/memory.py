@@ -131,7 +131,7 @@ def measured(
     report |= {
         "peak_bytes": live.peak,
         "by_category": live.by_category,
-        "measured_by": "live tensors of one step",
+        "measured_by": "live tensors",
     }
 
 

@@ -187,10 +187,14 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     result["quality"]["test"] = quality
     table.to_parquet(run_dir / "documents-test.parquet", index=False)
 
+    phase = "train" if done.memory else "evaluate"  # nothing trained, or compiled code
     if not done.memory:
         with memory.measured(model, None, done.memory):
             measure("validation")
-    result["memory"] = done.memory | {"process_peak_bytes": memory.process_peak_bytes()}
+    result["memory"] = done.memory | {
+        "phase": phase,
+        "process_peak_bytes": memory.process_peak_bytes(),
+    }
     if accelerator.is_main_process:
         result["saved"] = checkpoint.export(accelerator.unwrap_model(model), run_dir)
         (run_dir / "best.safetensors").unlink(missing_ok=True)
