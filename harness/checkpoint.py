@@ -11,6 +11,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
+
+from harness.unfuse import fuse_qkv, is_unfused
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -54,10 +57,13 @@ def export(model: nn.Module, run_dir: Path) -> str | None:
 
     `adapter/` in PEFT's format, or `model/` for full fine-tuning; nothing for an untouched one.
     """
+    if not trained_state(model):
+        return None
     if isinstance(model, PeftModel):
         model.save_pretrained(str(run_dir / "adapter"), save_embedding_layers=False)
         return "adapter"
-    if trained_state(model):
-        model.save_pretrained(run_dir / "model")  # type: ignore[operator]  # a PreTrainedModel
-        return "model"
-    return None
+    assert isinstance(model, PreTrainedModel)
+    if is_unfused(model):
+        fuse_qkv(model)  # a plain GPT-2 again, which `transformers` loads
+    model.save_pretrained(run_dir / "model")
+    return "model"

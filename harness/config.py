@@ -56,6 +56,8 @@ class ModelConfig:
     tokenizer: str | None = None  # asset name, folder or hub id; null = the model's own
     dropout: float = 0.0  # probability, every dropout of the base model
     gelu: str = "fused"  # fused | as_saved; the tanh GELU as one kernel (same function)
+    unfuse_qkv: str = "auto"  # auto | yes | no: GPT-2's c_attn as three matrices
+    shape: dict[str, Any] = field(default_factory=dict)  # dimensions, for counts without files
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class DataConfig:
 class MethodConfig:
     """conf/method: how the model is adapted; the methods with fields of their own extend it."""
 
-    name: str  # none | full | lora | peft
+    name: str  # one of METHODS
+    label: str | None = None  # what tables and run names call it; null = name
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,38 @@ class PeftMethod(MethodConfig):
     fields: dict[str, Any] = field(default_factory=dict)  # that method's own config fields
 
 
+@dataclass(frozen=True)
+class SvdMethod(MethodConfig):
+    """W ~= U diag(D) V^T of rank k: which triplets of the weight's SVD are kept."""
+
+    rank: Any = "full"  # k: a number, a fraction of min(m, n) such as 0.25, or "full"
+    energy: float | None = None  # instead: the smallest k with this share of the squared D
+    which: str = "top"  # top | bottom | random
+    rank_pattern: dict[str, Any] = field(default_factory=dict)  # rank by module-name suffix
+    fields: dict[str, Any] = field(default_factory=dict)  # any other UDVConfig field
+
+    @property
+    def kept(self) -> str:
+        """The rank as run names and tables show it."""
+        return f"{self.rank}" if self.energy is None else f"e{self.energy:g}"
+
+
+@dataclass(frozen=True)
+class UdvMethod(SvdMethod):
+    """The same factors, and what of them trains."""
+
+    train: str = "d"  # d | u | v | udv
+    residual: str = "drop"  # drop | keep: W - U D V^T, frozen beside the trained part
+    orthogonality: float = 0.0  # weight of the penalty on U and V when they train
+    store_factors: bool = False  # save frozen U and V with the adapter
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     "none": MethodConfig,
     "full": MethodConfig,
     "lora": LoraMethod,
+    "udv": UdvMethod,
+    "truncate": SvdMethod,
     "peft": PeftMethod,
 }
 
@@ -208,7 +239,11 @@ CHOICES = {
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
     "model.gelu": ("fused", "as_saved"),
+    "model.unfuse_qkv": ("auto", "yes", "no"),
     "method.bias": ("none", "all", "lora_only"),
+    "method.which": ("top", "bottom", "random"),
+    "method.train": ("d", "u", "v", "udv"),
+    "method.residual": ("drop", "keep"),
 }
 
 
@@ -412,6 +447,17 @@ def identity(run: RunConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def label(method: MethodConfig) -> str:
+    """What run names and tables call a method."""
+    if method.label:
+        return method.label
+    if isinstance(method, PeftMethod):
+        return method.peft_type.lower()
+    if isinstance(method, UdvMethod):
+        return f"udv-{method.train}" + ("-keep" if method.residual == "keep" else "")
+    return method.name
+
+
 def run_name(run: RunConfig) -> str:
     """`run_name` as given, or what most sweeps vary, readable, then six digits of the identity.
 
@@ -420,14 +466,14 @@ def run_name(run: RunConfig) -> str:
     if run.run_name:
         return run.run_name
     method = run.method
-    parts = [method.name]
-    if isinstance(method, PeftMethod):
-        parts = [method.peft_type.lower()]
-    if isinstance(method, LoraMethod | PeftMethod):
+    parts = [label(method)]
+    if method.name not in ("none", "full"):
         parts.append(run.targets.name)
     if isinstance(method, LoraMethod):
         parts += [f"r{method.r}", f"a{method.lora_alpha:g}"]
-    if method.name != "none":
+    if isinstance(method, SvdMethod):
+        parts.append(f"k{method.kept}")
+    if method.name not in ("none", "truncate"):
         parts.append(f"lr{run.train.lr:g}")
     parts += [f"s{run.seed}", identity(run)[:6]]
     return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)

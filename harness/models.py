@@ -19,7 +19,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness.config import ASSETS_DIR, ConfigError, ModelConfig
+from harness.config import ASSETS_DIR, ConfigError, ModelConfig, RunConfig
+from harness.lstm import register_lstm
+from harness.unfuse import UNFUSED_TARGETS, unfuse_qkv
+
+register_lstm()  # `model_type: lstm` for AutoConfig and AutoModelForCausalLM
 
 # Names under which architectures keep their dropout probabilities.
 DROPOUT_FIELDS = (
@@ -74,19 +78,39 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedModel:
-    """The model in fp32, with pretrained weights, or random ones if `cfg.architecture` is given."""
-    if cfg.architecture:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return _from_source(
-        AutoModelForCausalLM, cfg, source_of(cfg), config=config, dtype=torch.float32
-    )
+def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """The model in fp32, with pretrained weights, or random ones if `architecture` is given.
+
+    q, k and v come apart (`harness.unfuse`) where `wants_unfused` says so.
+    """
+    if run.model.architecture:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        options = {"config": config, "dtype": torch.float32}
+        model = _from_source(AutoModelForCausalLM, run.model, source_of(run.model), **options)
+    return _unfused(model) if wants_unfused(run) else model
 
 
-def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+def on_meta(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     """The same modules without weights, in milliseconds: enough for counts and checks of names."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    return _unfused(model) if wants_unfused(run) else model
+
+
+def wants_unfused(run: RunConfig) -> bool:
+    """Whether q, k and v are to be three matrices: if asked for, or if a target names one alone."""
+    if run.model.unfuse_qkv != "auto":
+        return run.model.unfuse_qkv == "yes"
+    alone = any(name in UNFUSED_TARGETS.values() for name in run.targets.modules)
+    return alone and run.method.name not in ("none", "full")
+
+
+def _unfused(model: PreTrainedModel) -> PreTrainedModel:
+    try:
+        return unfuse_qkv(model)
+    except ValueError as error:
+        raise ConfigError(f"model.unfuse_qkv: {error}") from error
 
 
 def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> Any:

@@ -25,9 +25,9 @@ from harness.config import METHODS, nearest
 
 # heading -> (path in result.json, format of the number)
 COLUMNS = {
-    "method": ("method.name", "s"),
+    "method": ("method.label", "s"),
     "targets": ("method.targets", "s"),
-    "r": ("method.r", "g"),
+    "r, k": ("method.rank", "s"),
     "alpha": ("method.alpha", "g"),
     "lr": ("method.lr", "g"),
     "trainable": ("parameters.trainable", ",.0f"),
@@ -39,6 +39,7 @@ COLUMNS = {
     "test": ("quality.test.perplexity", ".2f"),
 }
 CSV_ONLY = (
+    "method.name",
     "quality.test.word_perplexity",
     "quality.test.bits_per_byte",
     "quality.test.num_tokens",
@@ -70,7 +71,6 @@ def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
             found = [results.get(result, path) for _, result in members]
             numbers = [v for v in found if isinstance(v, int | float)]
             values[path] = sum(numbers) / len(numbers) if numbers else found[0]
-        values["method.name"] = members[0][1]["method"]["peft_type"] or values["method.name"]
         table.append((values, [run_dir for run_dir, _ in members]))
     order = list(METHODS)
 
@@ -79,8 +79,11 @@ def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
         name = values["method.name"]
         return (
             order.index(name) if name in order else len(order),
+            values["method.label"] or "",
             values["method.targets"] or "",
-            *(values[f"method.{key}"] or 0 for key in ("r", "alpha", "lr")),
+            values["parameters.trainable"] or 0,
+            values["method.alpha"] or 0,
+            values["method.lr"] or 0,
         )
 
     return sorted(table, key=place)

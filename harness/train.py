@@ -92,11 +92,13 @@ def train(
     log: Callable[[dict[str, Any]], None],
     step0_nll: float,
     best_path: Path,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> Trained:
     """Train what requires gradients; keep the weights that do best on validation.
 
     `validate` gives mean nats per validation token, `log` takes one row of metrics, `step0_nll` is
-    the validation before the first step. Returns with the best weights loaded into `model`.
+    the validation before the first step, `penalty` is added to the mean nll in the gradient (not in
+    the loss that is logged). Returns with the best weights loaded into `model`.
 
     Raises:
         NonFiniteLossError: naming the step.
@@ -138,6 +140,8 @@ def train(
                     # gradient of the mean nll of the global batch.
                     nll = forward(wrapped, blocks.to(accelerator.device))
                     accelerator.backward(nll / (per_rank * run.data.context))
+                    if penalty is not None and last:
+                        accelerator.backward(penalty())
                 total += nll.detach()
                 del nll
             norm = accelerator.clip_grad_norm_(

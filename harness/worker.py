@@ -70,14 +70,21 @@ def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
         "config": config.to_dict(run),
         "model": {"name": run.model.name},
         "data": {"name": run.data.name},
-        "method": {
-            "name": run.method.name,
-            "targets": run.targets.name if run.method.name in ("lora", "peft") else None,
-            "r": getattr(run.method, "r", None),
-            "alpha": getattr(run.method, "lora_alpha", None),
-            "peft_type": getattr(run.method, "peft_type", None),
-            "lr": run.train.lr if run.method.name != "none" else None,
-        },
+        "method": describe_method(run),
+    }
+
+
+def describe_method(run: RunConfig) -> dict[str, Any]:
+    """What tables show of the method; what it does not have is None."""
+    method = run.method
+    found = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
+    return found | {
+        "name": method.name,
+        "label": config.label(method),
+        "rank": getattr(method, "r", getattr(method, "kept", None)),
+        "alpha": getattr(method, "lora_alpha", None),
+        "targets": None if method.name in ("none", "full") else run.targets.name,
+        "lr": None if method.name in ("none", "truncate") else run.train.lr,
     }
 
 
@@ -92,10 +99,12 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     from accelerate.utils import set_seed
 
     from harness import checkpoint, data, environment, evaluate, memory, methods, models, train
+    from harness.methods import svd
 
     datasets.disable_progress_bars()  # the training bar is the only one
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
+    os.environ[svd.CACHE_ENV] = run.data.cache_dir  # factors of a base weight, for a whole sweep
     torch.set_num_threads(run.train.threads or os.cpu_count() or 1)
     accelerator = Accelerator(mixed_precision=precision(run.train.precision))
     result["environment"] = environment.describe()
@@ -108,7 +117,7 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         raise ConfigError(
             f"a context of {longest} tokens is longer than {run.model.name}'s {limit}"
         )
-    methods.adapt(models.on_meta(model_config), run)
+    methods.check(models.on_meta(run, model_config), run)
 
     tokenizer = models.load_tokenizer(run.model)
     text = data.prepare(run.data, tokenizer)
@@ -116,9 +125,10 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
     set_seed(run.seed)
-    base = models.load_model(run.model, model_config)
+    base = models.load_model(run, model_config)
     result["parameters"] = {"base": models.count_parameters(base).total}
     model = methods.adapt(base, run).to(accelerator.device)
+    result["method"]["svd_seconds"] = svd.svd_seconds()  # decompositions, or their reading
     counted = models.count_parameters(model)
     result["parameters"] |= {
         "total": counted.total,
@@ -169,6 +179,7 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
             log=log_row,
             step0_nll=step0,
             best_path=run_dir / "best.safetensors",
+            penalty=methods.penalty(model, run),
         )
     result["speed"] = {
         "tokens_per_second": done.tokens_per_second,

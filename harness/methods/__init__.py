@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Callable
 from typing import Any
 
 import peft
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from harness.config import ConfigError, LoraMethod, PeftMethod, RunConfig, TargetsConfig, nearest
-from harness.models import matrices
+from harness.config import (
+    ConfigError,
+    LoraMethod,
+    PeftMethod,
+    RunConfig,
+    SvdMethod,
+    UdvMethod,
+    nearest,
+)
+from harness.methods import targets, udv
 
 
 def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -38,8 +46,15 @@ def _full(model: PreTrainedModel, run: RunConfig) -> nn.Module:
 def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     method = run.method
     assert isinstance(method, LoraMethod)
-    matched = matched_targets(model, run.targets, all_layers=not _picks_layers(method.fields))
-    _check_rank("method.r", method.r, matched)
+    matched = _targets(model, run, method.fields)
+    name, limit = matched.smallest()
+    if method.r > limit:
+        raise ConfigError(f"method.r={method.r}: {name} allows a rank of {limit} at most")
+    if method.init == "olora" and matched.conv1d:
+        raise ConfigError(
+            "method.init=olora is wrong on GPT-2: PEFT's OLoRA takes the weight as (out, in), and "
+            "Conv1D stores it (in, out); use init=pissa or orthogonal"
+        )
     named = {
         "r": method.r,
         "lora_alpha": method.lora_alpha,
@@ -48,12 +63,41 @@ def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         "use_dora": method.use_dora,
         "bias": method.bias,
         "init_lora_weights": method.init,
-        "target_modules": list(run.targets.modules),
-        "fan_in_fan_out": _is_conv1d(model, matched),
+        "target_modules": matched.suffixes,
+        "fan_in_fan_out": matched.conv1d,
     }
-    if clash := sorted(named.keys() & method.fields.keys()):
-        raise ConfigError(f"method.fields.{clash[0]}: set it by its own key of method or targets")
-    return _wrap(model, _peft_config(peft.LoraConfig, named | method.fields))
+    return _wrap(model, _peft_config(peft.LoraConfig, named, method.fields))
+
+
+def _truncate(model: PreTrainedModel, run: RunConfig) -> nn.Module:
+    return _svd(model, run, train="none", residual="drop")
+
+
+def _udv(model: PreTrainedModel, run: RunConfig) -> nn.Module:
+    method = run.method
+    assert isinstance(method, UdvMethod)
+    return _svd(
+        model,
+        run,
+        train=method.train,
+        residual=method.residual,
+        orthogonality=method.orthogonality,
+        store_factors=method.store_factors,
+    )
+
+
+def _svd(model: PreTrainedModel, run: RunConfig, **named: Any) -> nn.Module:
+    method = run.method
+    assert isinstance(method, SvdMethod)
+    named |= {
+        "rank": method.rank if method.energy is None else None,
+        "energy": method.energy,
+        "which": method.which,
+        "rank_pattern": dict(method.rank_pattern),
+        "seed": run.seed,
+        "target_modules": _targets(model, run, method.fields).suffixes,
+    }
+    return _wrap(model, _peft_config(udv.UDVConfig, named, method.fields))
 
 
 def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -67,32 +111,74 @@ def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     names = {f.name for f in dataclasses.fields(config_class)}
     named: dict[str, Any] = {}
     if "target_modules" in names and "target_modules" not in method.fields:
-        matched = matched_targets(model, run.targets, all_layers=not _picks_layers(method.fields))
-        named["target_modules"] = list(run.targets.modules)
+        matched = _targets(model, run, method.fields)
+        named["target_modules"] = matched.suffixes
         if "fan_in_fan_out" in names:
-            named["fan_in_fan_out"] = _is_conv1d(model, matched)
+            named["fan_in_fan_out"] = matched.conv1d
         if "feedforward_modules" in names:  # IA3 scales these at their input
-            named["feedforward_modules"] = [m for m in run.targets.modules if m.startswith("mlp")]
-    return _wrap(model, _peft_config(config_class, named | method.fields))
+            named["feedforward_modules"] = [m for m in matched.suffixes if m.startswith("mlp")]
+    named = {key: value for key, value in named.items() if key not in method.fields}
+    return _wrap(model, _peft_config(config_class, named, method.fields))
 
 
-ADAPTERS = {"none": _none, "full": _full, "lora": _lora, "peft": _peft}
+ADAPTERS = {
+    "none": _none,
+    "full": _full,
+    "lora": _lora,
+    "udv": _udv,
+    "truncate": _truncate,
+    "peft": _peft,
+}
+
+
+def check(model: PreTrainedModel, run: RunConfig) -> nn.Module:
+    """`adapt` on a model without weights: names, shapes and ranks, before anything is loaded.
+
+    What only the weights can tell is replaced: a rank by energy counts as the full one, and an
+    initialisation from the weights as PEFT's default.
+    """
+    method = run.method
+    if isinstance(method, SvdMethod) and method.energy is not None:
+        udv.UDVConfig(energy=method.energy)  # the value itself can be checked
+        method = dataclasses.replace(method, energy=None, rank="full")
+    if isinstance(method, LoraMethod) and str(method.init).startswith(FROM_WEIGHTS):
+        method = dataclasses.replace(method, init=True)
+    return adapt(model, dataclasses.replace(run, method=method))
+
+
+FROM_WEIGHTS = ("pissa", "corda", "loftq", "mica", "eva", "lora_ga")  # inits that read the weights
+
+
+def penalty(model: nn.Module, run: RunConfig) -> Callable[[], torch.Tensor] | None:
+    """What the method adds to the loss, or None: the orthogonality of U and V."""
+    if isinstance(run.method, UdvMethod) and run.method.orthogonality:
+        return lambda: udv.orthogonality_penalty(model)
+    return None
+
+
+def _targets(model: PreTrainedModel, run: RunConfig, fields: dict[str, Any]) -> targets.Targets:
+    some = {"layers_to_transform", "exclude_modules", "target_parameters"} & fields.keys()
+    return targets.resolve(model, run.targets, all_layers=not some)
 
 
 # --------------------------------------------------------------------------- PEFT
 
 
-def _peft_config(config_class: type, fields: dict[str, Any]) -> peft.PeftConfig:
-    """A PEFT config from fields by name; an unknown one is named, with the nearest that exists."""
+def _peft_config(
+    config_class: type, named: dict[str, Any], fields: dict[str, Any]
+) -> peft.PeftConfig:
+    """A PEFT config from what the harness sets and `method.fields`, which names any other field."""
     known = {f.name for f in dataclasses.fields(config_class)}
     for name in fields:
+        if name in named:
+            raise ConfigError(f"method.fields.{name}: set it by its own key of method or targets")
         if name not in known:
             raise ConfigError(
                 f"method.fields.{name}: {config_class.__name__} has no such field; "
                 f"{nearest(name, known, most=60)}"
             )
     try:
-        return config_class(task_type="CAUSAL_LM", **fields)
+        return config_class(task_type="CAUSAL_LM", **named, **fields)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
 
@@ -103,62 +189,3 @@ def _wrap(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
     except (ValueError, TypeError, NotImplementedError) as error:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ConfigError(f"{kind} does not fit this model: {error}") from error
-
-
-def _picks_layers(fields: dict[str, Any]) -> bool:
-    return bool({"layers_to_transform", "exclude_modules", "target_parameters"} & fields.keys())
-
-
-def _is_conv1d(model: nn.Module, names: dict[str, tuple[int, int]]) -> bool:
-    """GPT-2 stores its weights (in, out), which PEFT calls fan_in_fan_out."""
-    return any(isinstance(model.get_submodule(name), Conv1D) for name in names)
-
-
-# --------------------------------------------------------------------------- targets
-
-
-def matched_targets(
-    model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
-) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) of the matrices that `targets` names, as PEFT matches suffixes.
-
-    Raises:
-        ConfigError: a suffix matches nothing, not every layer, or several matrices of one layer.
-    """
-    there = matrices(model)
-    layers = {match[1] for name in there if (match := re.search(r"\.(\d+)\.", name))}
-    kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in there})
-    found: dict[str, tuple[int, int]] = {}
-    if not targets.modules:
-        raise ConfigError(f"targets={targets.name} names no modules; {nearest('', kinds)}")
-    for suffix in targets.modules:
-        matches = [name for name in there if name == suffix or name.endswith(f".{suffix}")]
-        if not matches:
-            raise ConfigError(
-                f"targets={targets.name}: '{suffix}' matches no matrix of this model; "
-                f"there are: {', '.join(kinds)}"
-            )
-        in_layers = [match[1] for name in matches if (match := re.search(r"\.(\d+)\.", name))]
-        if len(set(in_layers)) < len(in_layers):
-            same = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in matches})
-            raise ConfigError(
-                f"targets={targets.name}: '{suffix}' matches several matrices of a layer; "
-                f"write one of: {', '.join(same)}"
-            )
-        if all_layers and in_layers and set(in_layers) != layers:
-            missing = ", ".join(sorted(layers - set(in_layers), key=int))
-            raise ConfigError(
-                f"targets={targets.name}: '{suffix}' is in {len(in_layers)} of {len(layers)} "
-                f"layers (not in {missing}); there are: {', '.join(kinds)}"
-            )
-        found |= {name: there[name] for name in matches}
-    return found
-
-
-def _check_rank(key: str, rank: int, matched: dict[str, tuple[int, int]]) -> None:
-    name, shape = min(matched.items(), key=lambda item: min(item[1]))
-    if rank > min(shape):
-        raise ConfigError(
-            f"{key}={rank} is larger than {name} of {shape[0]} x {shape[1]} allows: "
-            f"{min(shape)} at most"
-        )

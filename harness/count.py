@@ -1,0 +1,106 @@
+"""Exact parameter counts of a configuration, from the model's modules on the meta device.
+
+    python -m harness.count model=gpt2_medium method=lora method.r=4 targets=qv
+    python -m harness.count --all method=lora method.r=4 targets=qv
+
+No weights and no network: the sizes of the hub's GPT-2 models stand in conf/model. `--all` is a table
+of the four sizes. Exit status 2 for a mistake in the configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import rich.box
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from harness import config, methods, models
+from harness.config import CONF_DIR, ConfigError, RunConfig
+
+SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
+
+
+def adapted(overrides: list[str]) -> tuple[RunConfig, nn.Module]:
+    """The configuration of `overrides` and its adapted model, on the meta device.
+
+    Raises:
+        ConfigError: a rank by energy, which only the weights can tell, or what `adapt` refuses.
+    """
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        run = config.from_hydra(compose("config", overrides))
+    if getattr(run.method, "energy", None) is not None:
+        raise ConfigError("method.energy: a count needs a rank, which only the weights can tell")
+    model = run.model
+    if model.shape and not model.architecture:
+        bare = {"asset": None, "path": None, "id": None}
+        architecture = {"model_type": "gpt2", **model.shape}
+        model = replace(model, architecture=architecture, **bare)
+    base = models.on_meta(run, models.load_config(model))
+    return run, methods.check(base, run)
+
+
+def by_kind(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(total, trainable) elements by kind of module: the layers' numbers are left out."""
+    total: Counter[str] = Counter()
+    trainable: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        kind = re.sub(r"(^|\.)\d+\.", r"\1*.", name.removeprefix("base_model.model."))
+        total[kind] += parameter.numel()
+        trainable[kind] += parameter.numel() * parameter.requires_grad
+    return {kind: (total[kind], trainable[kind]) for kind in total}
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    logging.disable(logging.WARNING)
+    overrides = [argument for argument in arguments if argument != "--all"]
+    if {"-h", "--help"} & set(overrides):
+        print(__doc__)
+        return 0
+    console = Console()
+    console = Console(width=max(console.width, 120))
+    try:
+        if "--all" in arguments:
+            table = _table("model", "method", "total", "base", "trainable", "% of total")
+            for size in SIZES:
+                run, model = adapted([*overrides, f"model={size}"])
+                counted = models.count_parameters(model)
+                base = models.count_parameters(adapted([f"model={size}", "method=none"])[1]).total
+                table.add_row(
+                    size, config.label(run.method), f"{counted.total:,}", f"{base:,}",
+                    f"{counted.trainable:,}", f"{counted.trainable_percent:.4f}",
+                )  # fmt: skip
+            console.print(table)
+            return 0
+        run, model = adapted(overrides)
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {config.explain(error)}", file=sys.stderr)
+        return 2
+    table = _table(f"{run.model.name}, {config.label(run.method)}", "elements", "trainable")
+    for kind, (total, trainable) in by_kind(model).items():
+        table.add_row(kind, f"{total:,}", f"{trainable:,}")
+    console.print(table)
+    counted = models.count_parameters(model)
+    print(f"total      {counted.total:,}")
+    print(f"trainable  {counted.trainable:,} ({counted.trainable_percent:.4f} %)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
