@@ -203,7 +203,7 @@ class EvaluateConfig:
     context: int | None = None  # tokens of context at most; null = data.context
     stride: int | None = None  # tokens the window moves; null = context (no overlap)
     every: int = 50  # optimizer steps between validations
-    batch_tokens: int = 8192  # tokens per evaluation batch
+    batch_tokens: int = 2048  # tokens per evaluation batch
 
 
 @dataclass(frozen=True)

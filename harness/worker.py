@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,19 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
             table[column] = documents[column]
         return evaluate.quality(nll, count, documents), table
 
-    def mean_nll(of: Any) -> float:
-        found, _ = measure("validation", of)
-        return found["nll_nats"] / found["num_tokens"]
+    seen: list[
+        tuple[float, dict[str, Any], Any]
+    ] = []  # of validation: nats a token, quality, table
 
+    def validate(of: Any) -> float:
+        found, table = measure("validation", of)
+        seen.append((found["nll_nats"] / found["num_tokens"], found, table))
+        return seen[-1][0]
+
+    # Memory is measured on a training step; where none can be followed, on the first validation.
+    untrained = run.train.steps == 0 or counted.trainable == 0
+    at_evaluation: dict[str, Any] = {}
+    measuring = memory.measured(model, None, at_evaluation)
     with (run_dir / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as stream:
 
         def log_row(row: dict[str, Any]) -> None:
@@ -166,16 +176,16 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
                 stream.write(json.dumps(row) + "\n")
 
         setup_seconds = time.perf_counter() - began
-        quality, table = measure("validation")
-        result["quality"] = {"step0": {"validation": quality}}
-        step0 = quality["nll_nats"] / quality["num_tokens"]
+        with measuring if untrained or run.train.compile else nullcontext():
+            step0 = validate(model)
+        result["quality"] = {"step0": {"validation": seen[0][1]}}
         log_row({"step": 0, "tokens": 0, "eval/validation/nll": step0})
         done = train.train(
             model,
             text,
             run,
             accelerator,
-            validate=mean_nll,
+            validate=validate,
             log=log_row,
             step0_nll=step0,
             best_path=run_dir / "best.safetensors",
@@ -190,20 +200,14 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     }
 
     # The weights are now the best on validation; test is read here, once, and nowhere else.
-    if done.steps:
-        quality, table = measure("validation")
+    _, quality, table = min(seen, key=lambda one: one[0])
     result["quality"] |= {"best_step": done.best_step, "validation": quality}
     table.to_parquet(run_dir / "documents-validation.parquet", index=False)
-    quality, table = measure("test")
-    result["quality"]["test"] = quality
+    result["quality"]["test"], table = measure("test")
     table.to_parquet(run_dir / "documents-test.parquet", index=False)
 
-    phase = "train" if done.memory else "evaluate"  # nothing trained, or compiled code
-    if not done.memory:
-        with memory.measured(model, None, done.memory):
-            measure("validation")
-    result["memory"] = done.memory | {
-        "phase": phase,
+    result["memory"] = (done.memory or at_evaluation) | {
+        "phase": "train" if done.memory else "evaluate",
         "process_peak_bytes": memory.process_peak_bytes(),
     }
     if accelerator.is_main_process:
