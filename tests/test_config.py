@@ -50,6 +50,9 @@ def test_alpha_that_is_neither_is_refused_by_name(alpha):
         (["evaluate.stride=300"], r"evaluate\.stride=300: expected 1 to the context of 256"),
         (["method.r=0"], r"method\.r=0"),
         (["method.dropout=1"], r"method\.dropout=1"),
+        (["method=udv", "method.train=uv"], r"method\.train='uv'"),
+        (["method=udv", "method.residual=kep"], r"method\.residual='kep': did you mean 'keep'"),
+        (["model.unfuse_qkv=maybe"], r"model\.unfuse_qkv='maybe'"),
         (["method.bias=some"], r"method\.bias='some'"),
         (["method.name=lorra"], r"'lorra' is not a method: did you mean 'lora'"),
         (["method.fields.use_qalora=true"], r"write \+method\.fields\.use_qalora=… to add it"),
@@ -93,6 +96,13 @@ def test_the_name_tells_runs_apart_that_differ_in_anything(make_run):
         ["method=full"],
         ["method=none"],
         ["method=peft", "method.peft_type=IA3"],
+        ["method=udv"],
+        ["method=udv", "method.rank=8"],
+        ["method=udv", "method.energy=0.8"],
+        ["method=udv", "method.residual=keep"],
+        ["method=udv", "method.train=udv"],
+        ["method=udv", "method.which=bottom"],
+        ["method=truncate"],
     ]
     names = [run_name(make_run(*change)) for change in changes]
     assert len(set(names)) == len(names)

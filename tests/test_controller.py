@@ -67,7 +67,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(harness, tmp_path, arguments, m
 def test_a_mistake_that_needs_the_model_is_found_before_it_loads(harness, tmp_path):
     done = harness("method=lora", "method.r=257")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
-    assert "method.r=257 is larger than" in done.stderr and "256 at most" in done.stderr
+    assert "method.r=257: " in done.stderr and "a rank of 256 at most" in done.stderr
     run_dir, result = only_result(tmp_path)
     assert result["status"] == "failed" and result["failure"]["class"] == "config"
     assert "Traceback" in (run_dir / "log.txt").read_text()

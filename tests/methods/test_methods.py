@@ -1,11 +1,17 @@
 """Which parameters train, what is refused, and that an adapter starts as the base and leaves it."""
 
+import copy
+
+import numpy as np
+import peft
 import pytest
 import torch
 
 from harness import methods, models
 from harness.config import ConfigError
-from harness.methods import adapt
+from harness.lstm import LSTMConfig, LSTMForCausalLM
+from harness.methods import adapt, svd, targets
+from harness.unfuse import unfuse_qkv
 
 IDS = torch.arange(1, 21).view(2, 10)
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -34,25 +40,6 @@ def test_lora_counts(tiny, make_run, targets, per_layer):
     model = adapt(tiny, make_run("method=lora", f"targets={targets}", "method.r=3"))
     assert models.count_parameters(model).trainable == per_layer * 3 * 32 * 2
     assert all("lora_" in name for name in trainable(model))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"])
-def test_published_counts_on_the_meta_device(make_run, name):
-    layers, width, total, lora_r4 = {
-        "gpt2": (12, 768, 124_439_808, 147_456),
-        "gpt2_medium": (24, 1024, 354_823_168, 393_216),
-        "gpt2_large": (36, 1280, 774_030_080, 737_280),
-        "gpt2_xl": (48, 1600, 1_557_611_200, 1_228_800),
-    }[name]
-    shape = (
-        "model.tokenizer=gpt2_mini", "model.architecture.vocab_size=50257",
-        f"model.architecture.n_layer={layers}", f"model.architecture.n_embd={width}",
-        "model.architecture.n_positions=1024", "model.architecture.n_head=1",
-    )  # fmt: skip
-    run = make_run("model=gpt2_mini_init", *shape, "method=lora", "method.r=4", "targets=c_attn")
-    base = models.on_meta(models.load_config(run.model))
-    assert models.count_parameters(base).total == total
-    assert models.count_parameters(adapt(base, run)).trainable == lora_r4
 
 
 def test_lora_fields_reach_peft(tiny, make_run):
@@ -112,7 +99,7 @@ def test_lora_is_the_base_at_the_start_and_not_after_a_step(tiny, make_run):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.r=33"], r"method\.r=33 is larger than .* allows: 32 at most"),
+        (["method.r=33"], r"method\.r=33: .* allows a rank of 32 at most"),
         (["targets.modules=[attn.c_atn]"], r"'attn\.c_atn' matches no matrix.*attn\.c_attn"),
         (["targets.modules=[c_proj]"], r"several matrices of a layer.*attn\.c_proj, mlp\.c_proj"),
         (["targets.modules=[h.0.attn.c_attn]"], r"1 of 2 layers \(not in 1\)"),
@@ -131,5 +118,150 @@ def test_what_does_not_fit_the_model_is_refused(tiny, make_run, overrides, messa
 
 
 def test_embeddings_and_the_head_need_no_layer(tiny, make_run):
-    found = methods.matched_targets(tiny, make_run("targets.modules=[wte]").targets)
-    assert found == {"transformer.wte": (64, 32)}
+    found = targets.resolve(tiny, make_run("targets.modules=[wte]").targets)
+    assert found.shapes == {"transformer.wte": (64, 32)} and not found.conv1d
+
+
+# --------------------------------------------------------------------------- the whole contract
+
+METHODS = {
+    "lora": ["method=lora", "method.r=3"],
+    "dora": ["method=lora", "method.r=3", "method.use_dora=true"],
+    "pissa": ["method=pissa", "method.r=3"],
+    "mica": ["method=mica", "method.r=3"],
+    "d": ["method=udv", "method.rank=5"],
+    "u": ["method=udv", "method.rank=5", "method.train=u"],
+    "v": ["method=udv", "method.rank=5", "method.train=v"],
+    "udv": ["method=udv", "method.rank=0.5", "method.train=udv"],
+    "d-keep": ["method=udv", "method.rank=5", "method.residual=keep"],
+    "udv-keep": ["method=udv", "method.energy=0.6", "method.train=udv", "method.residual=keep"],
+    "truncate": ["method=truncate", "method.rank=0.5"],
+}
+WHERE = {
+    "gpt2": ["targets=all"],
+    "unfused": ["targets=qkvo"],
+    "lstm": ["targets=lstm"],
+}
+
+
+def base_model(where, tiny):
+    torch.manual_seed(0)
+    if where == "lstm":
+        config = LSTMConfig(
+            vocab_size=64, embedding_size=32, hidden_size=32, initializer_range=0.5
+        )
+        return LSTMForCausalLM(config).eval()
+    return unfuse_qkv(tiny) if where == "unfused" else tiny
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_contract_of_peft(tiny, make_run, tmp_path, method, where):
+    if where == "lstm" and method == "dora":
+        pytest.skip("the LSTM's weights take additive deltas only: refused, tests/test_lstm.py")
+    base = base_model(where, tiny)
+    pristine = copy.deepcopy(base)
+    untouched = logits(base.requires_grad_(False))
+    run = make_run(*METHODS[method], *WHERE[where])
+    model = adapt(base, run).eval()
+
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    start = logits(model)
+    if trained:
+        optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        for name, p in model.named_parameters():  # only what is meant to train has a gradient
+            assert (p.grad is not None) == (name in trained), name
+        optimizer.step()
+        assert not torch.allclose(logits(model), start)
+    else:
+        assert method == "truncate"
+    active = logits(model)
+    if method not in ("pissa",):  # PiSSA moves the base's principal part into the adapter
+        with model.disable_adapter():
+            assert torch.equal(logits(model), untouched)
+
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    torch.manual_seed(1)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(pristine), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), active, rtol=0, atol=1e-6 if method == "pissa" else 0)
+
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), active, rtol=1e-4, atol=2e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), active, rtol=1e-4, atol=2e-5)
+    unloaded = model.merge_and_unload()
+    torch.testing.assert_close(logits(unloaded), active, rtol=1e-4, atol=2e-5)
+
+
+def test_full_rank_udv_is_the_base_and_truncation_is_numpys(tiny, make_run):
+    untouched = logits(tiny)
+    weight = tiny.transformer.h[0].mlp.c_fc.weight.detach().double().numpy()
+    torch.testing.assert_close(
+        logits(adapt(copy.deepcopy(tiny), make_run("method=udv"))), untouched, rtol=1e-4, atol=1e-4
+    )
+    model = adapt(tiny, make_run("method=truncate", "method.rank=4")).merge_and_unload()
+    u, d, vt = np.linalg.svd(weight, full_matrices=False)
+    found = model.transformer.h[0].mlp.c_fc.weight.detach().double().numpy()
+    np.testing.assert_allclose(found, u[:, :4] * d[:4] @ vt[:4], atol=1e-5)
+
+
+def test_svd_factors_are_computed_once_for_all_ranks(tiny, make_run, tmp_path, monkeypatch):
+    monkeypatch.setenv(svd.CACHE_ENV, str(tmp_path))
+    before = svd.svd_counts()
+    adapt(copy.deepcopy(tiny), make_run("method=udv", "method.rank=3"))
+    first = svd.svd_counts()
+    adapt(copy.deepcopy(tiny), make_run("method=truncate", "method.rank=7"))
+    second = svd.svd_counts()
+    assert first["computed"] - before["computed"] == 8  # four matrices of two layers
+    assert second["computed"] == first["computed"] and second["read"] - first["read"] == 8
+
+
+def test_lora_paper_is_the_papers(make_run):
+    run = make_run("method=lora_paper")
+    assert run.targets.modules == ["attn.c_attn.q", "attn.c_attn.v"]
+    assert (run.method.r, run.method.lora_alpha, run.method.dropout) == (4, 32, 0.1)
+    assert models.wants_unfused(run) and not models.wants_unfused(make_run("targets=c_attn"))
+
+
+def test_orthogonality_is_added_only_where_it_is_asked_for(tiny, make_run):
+    quiet = make_run("method=udv", "method.train=udv", "method.rank=4")
+    assert methods.penalty(adapt(copy.deepcopy(tiny), quiet), quiet) is None
+    run = make_run("method=udv", "method.train=udv", "method.rank=4", "method.orthogonality=0.5")
+    model = adapt(tiny, run)
+    penalty = methods.penalty(model, run)
+    assert penalty().item() == pytest.approx(0, abs=1e-8)
+    layer = model.base_model.model.transformer.h[0].mlp.c_fc
+    with torch.no_grad():
+        layer.udv_u["default"].mul_(2)  # U^T U = 4 I: |3 I|^2 = 9 k
+    assert penalty().item() == pytest.approx(0.5 * 9 * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=udv", "method.rank=33"], r"32"),
+        (["method=udv", "method.rank=half"], r"half"),
+        (["method=udv", "method.energy=1.5"], r"energy=1\.5"),
+        (["method=udv", "method.orthogonality=1"], r"penalises nothing"),
+        (["method=truncate", "method.rank=0"], r"rank"),
+        (["targets=q", "model.unfuse_qkv=no"], r"need model\.unfuse_qkv"),
+        (["method=lora", "method.init=olora"], r"olora is wrong on GPT-2"),
+        (["method=udv", "+method.fields.trian=d"], r"did you mean 'train'"),
+        (["method=udv", "+method.fields.train=d"], r"set it by its own key"),
+    ],
+)
+def test_svd_methods_refuse_what_does_not_fit(tiny, make_run, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        methods.check(tiny, make_run(*overrides))
+
+
+def test_unfusing_what_has_no_c_attn_is_refused(make_run):
+    run = make_run("model=lstm", "targets=lstm", "model.unfuse_qkv=yes")
+    with pytest.raises(ConfigError, match=r"model\.unfuse_qkv"):
+        models.on_meta(run, models.load_config(run.model))
