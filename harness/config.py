@@ -425,6 +425,10 @@ def validate(run: RunConfig) -> None:
         _require(run.method.r >= 1, "method.r", run.method.r, "a rank of 1 or more")
         _require(0 <= run.method.dropout < 1, "method.dropout", run.method.dropout, "in [0, 1)")
         _require(run.method.lora_alpha > 0, "method.alpha", run.method.alpha, "above 0")
+    if isinstance(run.method, SvdMethod) and run.method.energy is not None:
+        _require(
+            0 < run.method.energy <= 1, "method.energy", run.method.energy, "a share in (0, 1]"
+        )
     if isinstance(run.method, PeftMethod) and run.method.peft_type in ("???", ""):
         raise ConfigError("method=peft needs method.peft_type, e.g. method.peft_type=IA3")
     if run.run_name is not None and not re.fullmatch(r"[\w.=+-]+", run.run_name):

@@ -3,8 +3,8 @@
     python -m harness.count model=gpt2_medium method=lora method.r=4 targets=qv
     python -m harness.count --all method=lora method.r=4 targets=qv
 
-No weights and no network: the sizes of the hub's GPT-2 models stand in conf/model. `--all` is a table
-of the four sizes. Exit status 2 for a mistake in the configuration.
+No weights and no network: the sizes of the hub's GPT-2 models stand in conf/model. `--all` is a
+table of the four sizes. Exit status 2 for a mistake in the configuration.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def adapted(overrides: list[str]) -> tuple[RunConfig, nn.Module]:
         raise ConfigError("method.energy: a count needs a rank, which only the weights can tell")
     model = run.model
     if model.shape and not model.architecture:
-        bare = {"asset": None, "path": None, "id": None}
         architecture = {"model_type": "gpt2", **model.shape}
-        model = replace(model, architecture=architecture, **bare)
+        model = replace(model, asset=None, path=None, id=None, architecture=architecture)
     base = models.on_meta(run, models.load_config(model))
     return run, methods.check(base, run)
 

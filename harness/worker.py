@@ -79,10 +79,11 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
     """What tables show of the method; what it does not have is None."""
     method = run.method
     found = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
+    rank = getattr(method, "kept", found["r"])
     return found | {
         "name": method.name,
         "label": config.label(method),
-        "rank": getattr(method, "r", getattr(method, "kept", None)),
+        "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
         "alpha": getattr(method, "lora_alpha", None),
         "targets": None if method.name in ("none", "full") else run.targets.name,
         "lr": None if method.name in ("none", "truncate") else run.train.lr,

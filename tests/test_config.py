@@ -52,6 +52,8 @@ def test_alpha_that_is_neither_is_refused_by_name(alpha):
         (["method.dropout=1"], r"method\.dropout=1"),
         (["method=udv", "method.train=uv"], r"method\.train='uv'"),
         (["method=udv", "method.residual=kep"], r"method\.residual='kep': did you mean 'keep'"),
+        (["method=udv", "method.energy=1.5"], r"method\.energy=1\.5: expected a share in \(0, 1\]"),
+        (["method=truncate", "method.energy=0"], r"method\.energy=0"),
         (["model.unfuse_qkv=maybe"], r"model\.unfuse_qkv='maybe'"),
         (["method.bias=some"], r"method\.bias='some'"),
         (["method.name=lorra"], r"'lorra' is not a method: did you mean 'lora'"),

@@ -13,7 +13,8 @@ def result(name, *, method="lora", r=8, seed=0, test=20.0, status="finished"):
         "run": {"name": name, "seed": seed},
         "config": {"method": {"name": method, "r": r}, "seed": seed, "run_name": None},
         "method": {
-            "name": method, "label": method, "targets": "all", "rank": r, "alpha": 2 * r, "lr": 0.01,
+            "name": method, "label": method, "targets": "all", "rank": str(r),
+            "alpha": 2 * r, "lr": 0.01,
         },
         "parameters": {"trainable": 1000 * r, "total": 10**6, "trainable_percent": r / 10},
         "memory": {"peak_bytes": 3 * 2**20, "process_peak_bytes": 5},
