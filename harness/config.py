@@ -234,19 +234,6 @@ class RunConfig(RootConfig):
         return Path(self.outputs_dir) / self.experiment_name / run_name(self)
 
 
-CHOICES = {
-    "data.source": ("kjv", "text_files", "hub", "docstrings"),
-    "train.schedule": ("cosine", "linear", "constant"),
-    "train.precision": ("fp32", "bf16", "auto"),
-    "model.gelu": ("fused", "as_saved"),
-    "model.unfuse_qkv": ("auto", "yes", "no"),
-    "method.bias": ("none", "all", "lora_only"),
-    "method.which": ("top", "bottom", "random"),
-    "method.train": ("d", "u", "v", "udv"),
-    "method.residual": ("drop", "keep"),
-}
-
-
 # ----------------------------------------------------------------------- from Hydra to RunConfig
 
 
@@ -325,6 +312,8 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         if not isinstance(section, dict):
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
         sections[key] = _typed(schema, section, key)
+    from harness.validation import validate  # which needs the schemas above
+
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections)
     validate(run)
     return run
@@ -340,103 +329,6 @@ def load(path: Path) -> RunConfig:
 def to_dict(run: RunConfig) -> dict[str, Any]:
     """Plain containers, for config.yaml and result.json."""
     return dataclasses.asdict(run)
-
-
-# --------------------------------------------------------------------------- validation
-
-
-def _require(condition: bool, key: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}={value}: expected {expected}")
-
-
-def validate(run: RunConfig) -> None:
-    """Everything that can be known without torch; raises ConfigError."""
-    for key, choices in CHOICES.items():
-        group, name = key.split(".")
-        section = getattr(run, group)
-        if hasattr(section, name) and getattr(section, name) not in choices:
-            value = getattr(section, name)
-            raise ConfigError(f"{key}={value!r}: {nearest(str(value), choices)}")
-
-    model, data, train, ev = run.model, run.data, run.train, run.evaluate
-    sources = [k for k in ("asset", "path", "id", "architecture") if getattr(model, k)]
-    _require(len(sources) == 1, "model", sources, "exactly one of asset, path, id, architecture")
-    if model.asset and not (ASSETS_DIR / model.asset).is_dir():
-        there = [p.name for p in ASSETS_DIR.glob("*") if p.is_dir()]
-        raise ConfigError(
-            f"model.asset={model.asset!r} is not there: {nearest(model.asset, there)}"
-        )
-    if model.path and not Path(model.path).is_dir():
-        raise ConfigError(f"model.path={model.path!r}: no such folder")
-    _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "a probability in [0, 1)")
-
-    _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")
-    for key in ("validation_share", "test_share"):
-        _require(
-            0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)"
-        )
-    if data.source == "text_files":
-        from harness.documents import find_files  # imports the standard library only
-
-        find_files(data.path)
-    if data.source == "hub" and not data.id:
-        raise ConfigError("data=hub needs data.id, the id of a text data set on the hub")
-
-    positive = ("batch_tokens", "micro_batch", "lr", "eps")
-    for key in positive:
-        _require(getattr(train, key) > 0, f"train.{key}", getattr(train, key), "a number above 0")
-    _require(train.steps >= 0, "train.steps", train.steps, "0 or more optimizer steps")
-    for key in ("beta1", "beta2"):
-        _require(
-            0 <= getattr(train, key) < 1, f"train.{key}", getattr(train, key), "a value in [0, 1)"
-        )
-    _require(0 <= train.warmup <= 1, "train.warmup", train.warmup, "a share of the steps in [0, 1]")
-    _require(0 <= train.final_lr <= 1, "train.final_lr", train.final_lr, "a share of lr in [0, 1]")
-    _require(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "0 or more")
-    _require(
-        train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null"
-    )
-    _require(
-        train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more"
-    )
-    chunk = train.micro_batch * data.context
-    if train.batch_tokens % chunk:
-        options = sorted(
-            {
-                max(chunk, train.batch_tokens // chunk * chunk),
-                -(-train.batch_tokens // chunk) * chunk,
-            }
-        )
-        raise ConfigError(
-            f"train.batch_tokens={train.batch_tokens} is not a multiple of train.micro_batch x "
-            f"data.context = {train.micro_batch} x {data.context} = {chunk}: "
-            f"try {' or '.join(map(str, options))}"
-        )
-
-    _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
-    _require(ev.batch_tokens > 0, "evaluate.batch_tokens", ev.batch_tokens, "1 or more tokens")
-    context = ev.context or data.context
-    _require(context >= 1, "evaluate.context", context, "1 or more tokens")
-    stride = context if ev.stride is None else ev.stride
-    _require(1 <= stride <= context, "evaluate.stride", stride, f"1 to the context of {context}")
-
-    if isinstance(run.method, LoraMethod):
-        _require(run.method.r >= 1, "method.r", run.method.r, "a rank of 1 or more")
-        _require(0 <= run.method.dropout < 1, "method.dropout", run.method.dropout, "in [0, 1)")
-        _require(run.method.lora_alpha > 0, "method.alpha", run.method.alpha, "above 0")
-    if isinstance(run.method, SvdMethod) and run.method.energy is not None:
-        _require(
-            0 < run.method.energy <= 1, "method.energy", run.method.energy, "a share in (0, 1]"
-        )
-    if isinstance(run.method, PeftMethod) and run.method.peft_type in ("???", ""):
-        raise ConfigError("method=peft needs method.peft_type, e.g. method.peft_type=IA3")
-    if run.run_name is not None and not re.fullmatch(r"[\w.=+-]+", run.run_name):
-        raise ConfigError(f"run_name={run.run_name!r}: use letters, digits and . _ = + - only")
-    if not re.fullmatch(r"[\w.=+-]+", run.experiment_name):
-        raise ConfigError(
-            f"experiment_name={run.experiment_name!r}: letters, digits, . _ = + - only"
-        )
 
 
 # --------------------------------------------------------------------------- name and identity
@@ -480,4 +372,4 @@ def run_name(run: RunConfig) -> str:
     if method.name not in ("none", "truncate"):
         parts.append(f"lr{run.train.lr:g}")
     parts += [f"s{run.seed}", identity(run)[:6]]
-    return "-".join(re.sub(r"[^\w.=+]", "_", part) for part in parts)
+    return "-".join(re.sub(r"[^\w.=+-]", "_", part) for part in parts)
