@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -248,10 +249,26 @@ def docstrings(cfg: DataConfig) -> Splits:
             ) from None
         names = sorted(str(f) for f in found.files or () if str(f).endswith(".py"))
         files += [(f"{package}/{name}", str(found.locate_file(name))) for name in names]
+    # Parsing 30 MB of docstrings out of their sources takes a minute: once per set of versions.
+    versions = [f"{package} {distribution(package).version}" for package in cfg.packages]
+    key = hashlib.sha256("\n".join([*versions, sys.version]).encode()).hexdigest()[:32]
+    cached = Path(cfg.cache_dir) / "docstrings" / f"{key}.json"
+    if cached.is_file():
+        documents = [(name, text) for name, text in json.loads(cached.read_text("utf-8"))]
+    else:
+        documents = _parse(files)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        scratch = cached.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(documents), "utf-8")
+        scratch.replace(cached)
+    return split(documents, cfg.validation_share, cfg.test_share)
+
+
+def _parse(files: list[tuple[str, str]]) -> list[Document]:
+    """(name, path) of source files -> a document each, of the docstrings not seen before."""
     seen: set[str] = set()
     documents = []
-    # One process a core: parsing 30 MB of docstrings out of their sources takes a minute on one.
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor() as pool:  # one process a core
         for (name, _), texts in zip(
             files, pool.map(_docstrings_of, [path for _, path in files], chunksize=64), strict=True
         ):
@@ -259,7 +276,7 @@ def docstrings(cfg: DataConfig) -> Splits:
             seen.update(fresh)
             if fresh:
                 documents.append((name, "\n\n".join(fresh)))
-    return split(documents, cfg.validation_share, cfg.test_share)
+    return documents
 
 
 def _docstrings_of(path: str) -> list[str]:

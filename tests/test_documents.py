@@ -117,3 +117,22 @@ def test_docstrings_are_read_in_order_and_once(tmp_path):
     assert documents._docstrings_of(str(source)) == []
     with pytest.raises(ConfigError, match="not-a-package is not installed"):
         documents.read(DataConfig("d", "docstrings", packages=["not-a-package"]))
+
+
+def test_parsed_docstrings_are_kept_and_a_smaller_share_stays_within_the_larger(tmp_path):
+    def read(share):
+        return documents.read(
+            DataConfig(
+                "d", "docstrings", packages=["tqdm"], cache_dir=str(tmp_path),
+                validation_share=share, test_share=share,
+            )
+        )  # fmt: skip
+
+    large = read(0.2)
+    (kept,) = (tmp_path / "docstrings").iterdir()
+    texts = json.loads(kept.read_text())
+    kept.write_text(json.dumps([[name, "kept"] for name, _ in texts]))
+    small = read(0.1)
+    assert {text for docs in small.values() for _, text in docs} == {"kept"}
+    held_out = {name for split in ("validation", "test") for name, _ in small[split]}
+    assert held_out <= {name for name, _ in large["test"]}
