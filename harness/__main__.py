@@ -11,6 +11,7 @@ Imports no torch, so that help and a typo's error answer at once. Exit status: 0
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import hydra
@@ -29,19 +30,22 @@ _refused: list[ConfigError] = []
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def _run(cfg: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
     try:
-        _one(config.from_hydra(cfg))
+        run = config.from_hydra(cfg)
     except ConfigError as error:  # kept from Hydra, which would print its own line about it
         _refused.append(error)
-
-
-def _one(run: config.RunConfig) -> None:
-    hydra_config = HydraConfig.get()
+        return
     arguments = list(sys.argv[1:])
     if hydra_config.mode == RunMode.MULTIRUN:  # the command that makes this run alone
         arguments = [*hydra_config.overrides.task, "hydra.mode=RUN"]
         print(f"[{hydra_config.job.num + 1}] {config.run_name(run)} ", end="", flush=True)
-    outcome = launch.launch(run, launch.command_line(arguments))
+    try:
+        outcome = launch.launch(run, launch.command_line(arguments))
+    except ConfigError as error:
+        _refused.append(error)
+        print("refused", flush=True)
+        return
     _outcomes.append(outcome)
     print(outcome.summary(), flush=True)
 
@@ -49,10 +53,9 @@ def _one(run: config.RunConfig) -> None:
 def main() -> int:
     """Run what the command line asks for; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to Hydra's printer
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind
     try:
         _run()
-        if _refused:
-            raise _refused[0]
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {config.explain(error)}", file=sys.stderr)
         return 2
@@ -60,13 +63,16 @@ def main() -> int:
         print(f"error: {error.filename or 'outputs_dir'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: the same command goes on with what is not finished", file=sys.stderr)
         return 130
-    if not _outcomes:  # --help, --cfg and the like
-        return 0
-    report.print_table(_outcomes[0].run_dir.parent, [o.run_dir for o in _outcomes])
-    codes = {outcome.exit_code for outcome in _outcomes}
-    return 0 if codes == {0} else 2 if codes <= {0, 2} else 1
+    for refused in _refused:
+        print(f"error: {refused}", file=sys.stderr)
+    # A run by itself that failed has said why, and has nothing for a table.
+    if len(_outcomes) > 1 or any(o.status != "failed" for o in _outcomes):
+        report.print_table(_outcomes[0].run_dir.parent, [o.run_dir for o in _outcomes])
+    codes = {outcome.exit_code for outcome in _outcomes} | ({2} if _refused else {0})
+    codes -= {0}
+    return 0 if not codes else 2 if codes == {2} else 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.unfuse import fuse_qkv, is_unfused
 
@@ -52,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[str], None]) -> None:
         raise
 
 
-def export(model: nn.Module, run_dir: Path) -> str | None:
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> str | None:
     """Save the adapted model as `transformers` or PEFT loads it; returns the folder's name.
 
     `adapter/` in PEFT's format, or `model/` for full fine-tuning; nothing for an untouched one.
@@ -66,4 +66,5 @@ def export(model: nn.Module, run_dir: Path) -> str | None:
     if is_unfused(model):
         fuse_qkv(model)  # a plain GPT-2 again, which `transformers` loads
     model.save_pretrained(run_dir / "model")
+    tokenizer.save_pretrained(run_dir / "model")  # so that the folder is a base model by itself
     return "model"

@@ -23,6 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONF_DIR = REPOSITORY / "conf"
 ASSETS_DIR = Path(__file__).resolve().parent / "assets"
+if not CONF_DIR.is_dir():  # installed from a wheel, which holds conf inside the package
+    CONF_DIR = Path(__file__).resolve().parent / "conf"
 
 
 class ConfigError(ValueError):
@@ -265,6 +267,8 @@ def explain(error: Exception, where: str = "", known: Iterable[str] = ()) -> str
         cause = cause.__cause__
     if cause is None or not cause.full_key:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if "LexerNoViableAlt" in str(error) or "OverrideParse" in type(error).__name__:
+            return f"{lines[0]} (quote a value with special characters: 'data.path=\"~/a b.txt\"')"
         if match := re.fullmatch(
             r".*Could not find '([\w/.]+)/([^/']+)'", lines[0] if lines else ""
         ):
@@ -340,6 +344,16 @@ def identity(run: RunConfig) -> str:
     """SHA-256 of everything in the config that can move the run's numbers."""
     values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
     values["data"] = {k: v for k, v in values["data"].items() if k != "cache_dir"}
+    if run.data.source == "text_files" and run.data.path:
+        from harness.documents import files_digest
+
+        values["data"]["files"] = files_digest(run.data.path)  # the same path, another text
+    if isinstance(run.method, LoraMethod):
+        values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one
+    if run.method.name in ("none", "full"):
+        del values["targets"]
+    if run.method.name in ("none", "truncate"):
+        del values["train"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

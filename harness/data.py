@@ -7,6 +7,7 @@ folder appears in it only when it is complete.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from harness import documents
 from harness.config import ConfigError, DataConfig
 
+log = logging.getLogger(__name__)
 CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached table changes
 
 
@@ -55,11 +57,13 @@ def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
         block = cfg.context if name == "train" else 0
         key = _key(docs, fingerprint, str(block))
         folder = Path(cfg.cache_dir) / "tokens" / key
-        if not (folder / "state.json").is_file():
+        found = _load(folder)
+        if found is None:
             fresh = True
             table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
             _save(Dataset(table), folder)
-        tables[name] = Dataset.load_from_disk(str(folder)).with_format("numpy")
+            found = Dataset.load_from_disk(str(folder))
+        tables[name] = found.with_format("numpy")
     return Data(
         tables.pop("train"), tables, {name: len(docs) for name, docs in splits.items()}, fresh
     )
@@ -81,18 +85,33 @@ def _key(docs: list[documents.Document], tokenizer: str, block: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def _load(folder: Path) -> Dataset | None:
+    """The table in `folder`; None where there is none, and a damaged one is cleared away."""
+    if not folder.exists():
+        return None
+    try:
+        return Dataset.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        log.warning("the cached tokens in %s are damaged and made again: %s", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
 def _save(dataset: Dataset, folder: Path) -> None:
     """Write beside `folder` and rename: a killed run or a second one leaves no half table."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".writing-")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".writing-")
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir: cannot write {folder.parent} ({error.strerror})"
+        ) from error
     dataset.save_to_disk(scratch)
-    if folder.exists() and not (folder / "state.json").is_file():
-        shutil.rmtree(folder)  # damaged
     try:
         Path(scratch).rename(folder)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not (folder / "state.json").is_file():  # not another process that was first
+        if not folder.exists():  # not another process that was first
             raise
 
 

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 from harness.config import ConfigError, DataConfig, nearest
@@ -124,22 +125,39 @@ def find_files(path: str | None) -> list[Path]:
     return files
 
 
+@lru_cache
+def files_digest(path: str) -> str:
+    """SHA-256 of the names and contents of the files at `path`: a changed text is another run."""
+    digest = hashlib.sha256()
+    for file in find_files(path):
+        digest.update(str(file).encode() + b"\0")
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _records(file: Path, cfg: DataConfig) -> Iterator[str]:
     """The texts of one file, in order."""
     if file.suffix == ".txt":
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")  # a byte-order mark is not text
         yield from text.split(cfg.document_separator) if cfg.document_separator else [text]
         return
     if file.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        schema = pq.read_schema(file)
-        if cfg.text_field not in schema.names:
-            raise ConfigError(_no_field(file, cfg.text_field, schema.names))
+        try:
+            names = pq.read_schema(file).names
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(f"data.path: {file} is not a parquet file ({error})") from error
+        if cfg.text_field not in names:
+            raise ConfigError(_no_field(file, cfg.text_field, names))
         column = pq.read_table(file, columns=[cfg.text_field])[cfg.text_field]
         yield from (value or "" for value in column.to_pylist())
         return
-    with file.open(encoding="utf-8", newline="") as stream:
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the default's 128 KiB
+    with file.open(encoding="utf-8-sig", newline="") as stream:
         rows = csv.DictReader(stream) if file.suffix == ".csv" else _json_lines(file, stream)
         for row in rows:
             if cfg.text_field not in row:
@@ -153,8 +171,9 @@ def _json_lines(file: Path, stream: Iterator[str]) -> Iterator[dict[str, str]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file}, line {number}: not JSON ({error.msg})") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
+            raise ConfigError(f"{file}, line {number}: not JSON ({reason})") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{file}, line {number}: expected a JSON object, found {line[:40]!r}")
         yield row
@@ -179,10 +198,14 @@ def text_files(cfg: DataConfig) -> Splits:
             texts = list(_records(file, cfg))
         except UnicodeDecodeError as error:
             raise ConfigError(f"data.path: {file} is not UTF-8 text ({error.reason})") from error
+        except csv.Error as error:
+            raise ConfigError(f"data.path: {file} is not a CSV file ({error})") from error
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise ConfigError(f"{file}, record {number}: {cfg.text_field} is {kind}, not text")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigError(f"{file}, record {number}: a lone surrogate is not text")
             if text.strip():
                 documents.append((f"{name}#{number}", text))
     return split(documents, cfg.validation_share, cfg.test_share)
@@ -195,13 +218,16 @@ def hub(cfg: DataConfig) -> Splits:
     """Any text data set of `datasets`, by id and config; a missing split is cut from train."""
     import datasets
 
+    from harness import network
+
     try:
         loaded = datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
     except (OSError, ConnectionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
+        cached = ", ".join(network.cached("datasets")) or "none"
         raise ConfigError(
-            f"data.id={cfg.id}: could not be loaded ({reason}). Without a network use data=kjv, or "
-            "data=text_files data.path=… for a local copy"
+            f"data.id={cfg.id}: could not be loaded ({reason}). In the local hub cache: {cached}. "
+            "Without a network use data=kjv, or data=text_files data.path=… for a local copy"
         ) from error
     documents: Splits = {}
     for name in ("train", "validation", "test"):
@@ -217,7 +243,11 @@ def hub(cfg: DataConfig) -> Splits:
             names = loaded[source].column_names
             raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
         texts = loaded[source][cfg.text_field]
-        documents[name] = [(f"{source}/{i}", text) for i, text in enumerate(texts) if text.strip()]
+        documents[name] = [
+            (f"{source}/{i}", text)
+            for i, text in enumerate(texts)
+            if isinstance(text, str) and text.strip()
+        ]
     if len(documents) < 3:
         cut = split(documents["train"], cfg.validation_share, cfg.test_share)
         if "validation" not in documents and "test" not in documents:

@@ -52,13 +52,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which taskset and containers limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def hardware() -> dict[str, Any]:
     """CPU, cores, memory and accelerators."""
     cpu_info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.is_file() else None
     found: dict[str, Any] = {
         "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

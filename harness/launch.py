@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from harness import config, results
 from harness.config import ConfigError, RunConfig
+from harness.worker import describe
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Outcome:
     def summary(self) -> str:
         """One line for the terminal."""
         if self.status == "failed":
-            return f"failed: {self.message}"
+            return "failed"  # the reason is on stderr already, and under the table of a sweep
         result = results.read(self.run_dir) or {}
         perplexity = results.get(result, "quality.test.perplexity")
         seconds = result.get("wall_seconds") or 0
@@ -45,29 +47,27 @@ def launch(run: RunConfig, command: str) -> Outcome:
     """
     run_dir = run.run_dir
     found = results.read(run_dir)
-    if found is not None and not run.rerun:
-        same = results.get(found, "run.identity") == config.identity(run)
-        if not same:
-            raise ConfigError(
-                f"{run_dir} holds a run of another configuration ({difference(found, run)}): "
-                "choose another run_name, or rerun=true to replace it"
-            )
-        if found["status"] == "finished":
+    if found is not None and found["status"] == "finished" and not run.rerun:
+        if results.get(found, "run.identity") == config.identity(run):
             return Outcome(run_dir, "skipped")
+        raise ConfigError(
+            f"{run_dir} holds a finished run of another configuration ({difference(found, run)}): "
+            "choose another run_name, or rerun=true to replace it"
+        )
     prepare(run, command)
-    # A session of its own is not wanted: Ctrl-C reaches the worker as it reaches us.
     worker = subprocess.Popen(
         [sys.executable, "-m", "harness.worker", str(run_dir)],
         env=os.environ | {"PYTHONPATH": _python_path(), "TOKENIZERS_PARALLELISM": "true"},
     )
     try:
         code = worker.wait()
-    except KeyboardInterrupt:
-        worker.send_signal(signal.SIGINT)
+    except KeyboardInterrupt:  # Ctrl-C, which the worker has seen too, or a SIGTERM to us alone
+        worker.terminate()
         try:
-            worker.wait(timeout=10)
-        finally:
+            worker.wait(timeout=20)  # it writes down that it was interrupted
+        except subprocess.TimeoutExpired:
             worker.kill()
+            worker.wait()
         raise
     if code == 0:
         return Outcome(run_dir, "finished")
@@ -89,11 +89,11 @@ def prepare(run: RunConfig, command: str) -> None:
     run_dir = run.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (results.FILE_NAME, "metrics.jsonl", "log.txt"):
-            (run_dir / name).unlink(missing_ok=True)
+        for old in run_dir.iterdir():  # of a run that is made again
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         OmegaConf.save(OmegaConf.create(config.to_dict(run)), run_dir / "config.yaml")
         (run_dir / "command.txt").write_text(command + "\n", "utf-8")
-        results.write(run_dir, {"status": "running"})
+        results.write(run_dir, {"status": "running"} | describe(run, run_dir))
     except OSError as error:
         raise ConfigError(
             f"outputs_dir={run.outputs_dir}: cannot write {run_dir} ({error.strerror})"

@@ -32,7 +32,9 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> list[torch.Te
 class LiveTensors(TorchDispatchMode):
     """Follows the bytes of every live tensor storage while it is active.
 
-    `peak` is the most that was live at once and `by_category` what it consisted of. Storages that
+    `peak` is the most that was live at once and `by_category` what it consisted of;
+    `category_peaks` is the most of each category, whenever that was (gradients are complete only
+    when most activations are gone). Storages that
     exist beforehand are passed in: parameters, buffers, gradients and optimizer state. All that an
     operation makes is an activation (or a temporary) until it becomes a parameter's gradient.
     """
@@ -44,6 +46,7 @@ class LiveTensors(TorchDispatchMode):
         self._live: Counter[str] = Counter()
         self.peak = 0
         self.by_category: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
+        self.category_peaks: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         parameters = list(model.parameters())
         known: dict[str, list[torch.Tensor]] = {
             "trainable_weights": [p for p in parameters if p.requires_grad],
@@ -84,8 +87,11 @@ class LiveTensors(TorchDispatchMode):
             self._live[before] -= storage.nbytes()
             self._live["gradients"] += storage.nbytes()
             self._category[id(storage)] = "gradients"
+            self._note_peak()
 
     def _note_peak(self) -> None:
+        for name in CATEGORIES:
+            self.category_peaks[name] = max(self.category_peaks[name], self._live[name])
         total = self._live.total()
         if total > self.peak:
             self.peak = total
@@ -123,14 +129,21 @@ def measured(
         categories["gradients"] = sum(
             p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
         )
-        categories["activations"] = peak - sum(categories.values()) + categories["activations"]
-        report |= {"peak_bytes": peak, "by_category": categories, "measured_by": "cuda allocator"}
+        rest = peak - sum(n for name, n in categories.items() if name != "activations")
+        categories["activations"] = max(0, rest)
+        report |= {
+            "peak_bytes": peak,
+            "by_category": categories,  # gradients in full, the remainder activations
+            "category_peaks": categories,
+            "measured_by": "cuda allocator",
+        }
         return
     with LiveTensors(model, optimizer) as live:
         yield
     report |= {
         "peak_bytes": live.peak,
         "by_category": live.by_category,
+        "category_peaks": live.category_peaks,
         "measured_by": "live tensors",
     }
 

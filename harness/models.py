@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from harness.config import ASSETS_DIR, ConfigError, ModelConfig, RunConfig
+from harness import network
+from harness.config import ASSETS_DIR, ConfigError, ModelConfig, RunConfig, nearest
 from harness.lstm import register_lstm
 from harness.unfuse import UNFUSED_TARGETS, unfuse_qkv
 
@@ -45,10 +45,16 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     """
     if cfg.architecture:
         fields = dict(cfg.architecture)
+        kind = fields.pop("model_type", "gpt2")
         try:
-            config = AutoConfig.for_model(fields.pop("model_type", "gpt2"), **fields)
-        except ValueError as error:
+            plain = AutoConfig.for_model(kind)
+            config = AutoConfig.for_model(kind, **fields)
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"model.architecture: {str(error).splitlines()[0]}") from error
+        for name in fields:  # any keyword is taken, and kept without effect
+            if not hasattr(plain, name):
+                known = [key for key in vars(plain) if not key.startswith("_")]
+                raise ConfigError(f"model.architecture.{name}: {nearest(name, known)}")
     else:
         config = _from_source(AutoConfig, cfg, source_of(cfg))
     for name in DROPOUT_FIELDS:
@@ -61,8 +67,12 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, checked for the end-of-text token that joins documents."""
+def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, checked for the end-of-text token that joins documents and against the model.
+
+    Raises:
+        ConfigError: no tokenizer there, one that encodes nothing, or one with too many ids.
+    """
     source = cfg.tokenizer or source_of(cfg)
     if not source:
         raise ConfigError(
@@ -74,6 +84,13 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {source} has no end-of-text token to join documents by"
+        )
+    if not tokenizer("some text")["input_ids"]:
+        raise ConfigError(f"{source} holds no tokenizer: give model.tokenizer=…")
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer of {source} has {len(tokenizer)} ids, more than the model's vocabulary "
+            f"of {config.vocab_size}"
         )
     return tokenizer
 
@@ -124,16 +141,8 @@ def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> An
         raise ConfigError(
             f"model={cfg.name}: {source!r} could not be loaded ({reason}). "
             f"Models that ship with the harness: {shipped}. In the local hub cache: "
-            f"{', '.join(_cached_models()) or 'none'}. Or give a folder: model.path=…"
+            f"{', '.join(network.cached('models')) or 'none'}. Or give a folder: model.path=…"
         ) from error
-
-
-def _cached_models() -> list[str]:
-    """Ids of the models in the local hub cache."""
-    from huggingface_hub import constants
-
-    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
-    return [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
 
 
 # --------------------------------------------------------------------------- shape and size

@@ -38,6 +38,11 @@ COLUMNS = {
     "val": ("quality.validation.perplexity", ".2f"),
     "test": ("quality.test.perplexity", ".2f"),
 }
+SHOWN = {"train.lr"} | {
+    f"method.{key}"
+    for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual")
+}
+VARIES = ("seed", "run_name", "outputs_dir", "rerun", "experiment_name")  # within a configuration
 CSV_ONLY = (
     "method.name",
     "quality.test.word_perplexity",
@@ -61,12 +66,11 @@ def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
     groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for run_dir, result in results.collect(folder):
         if result["status"] == "finished":
-            varies = ("seed", "run_name", "outputs_dir", "rerun")
-            same = {k: v for k, v in result["config"].items() if k not in varies}
+            same = {k: v for k, v in result["config"].items() if k not in VARIES}
             groups.setdefault(json.dumps(same, sort_keys=True), []).append((run_dir, result))
     table = []
     for members in groups.values():
-        values: dict[str, Any] = {"seeds": len(members)}
+        values: dict[str, Any] = {"seeds": len(members), "config": _flat(members[0][1]["config"])}
         for path in [path for path, _ in COLUMNS.values()] + list(CSV_ONLY):
             found = [results.get(result, path) for _, result in members]
             numbers = [v for v in found if isinstance(v, int | float)]
@@ -86,7 +90,34 @@ def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
             values["method.lr"] or 0,
         )
 
+    others = _without_a_column([values["config"] for values, _ in table])
+    for values, _ in table:
+        own = {key: values["config"][key] for key in others if key in values["config"]}
+        values["also"] = " ".join(f"{key}={value}" for key, value in own.items())
     return sorted(table, key=place)
+
+
+def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
+    """Keys that tell rows apart and do not show in a column: a sweep over them must be readable."""
+    values: dict[str, set[str]] = {}
+    for flat in configs:
+        for key, value in flat.items():
+            values.setdefault(key, set()).add(json.dumps(value))
+    varying = {key for key, found in values.items() if len(found) > 1}
+    for group in ("model.", "data."):
+        if f"{group}name" in varying:  # stands for everything else in its file
+            varying -= {key for key in varying if key.startswith(group) and key != f"{group}name"}
+    return sorted(key for key in varying if key not in SHOWN and not key.startswith("targets."))
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif key not in VARIES:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _text(value: Any, form: str) -> str:
@@ -107,13 +138,16 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
     for heading, (_, form) in COLUMNS.items():
         table.add_column(heading, justify="left" if form == "s" else "right", no_wrap=True)
     table.add_column("seeds", justify="right", no_wrap=True)
-    for values, members in everything:
-        if run_dirs is None or set(members) & set(run_dirs):
-            cells = [_text(values[path], form) for path, form in COLUMNS.values()]
-            table.add_row(*cells, str(values["seeds"]))
+    shown = [row for row in everything if run_dirs is None or set(row[1]) & set(run_dirs)]
+    if any(values["also"] for values, _ in shown):
+        table.add_column("also", no_wrap=True)
+    for values, _ in shown:
+        cells = [_text(values[path], form) for path, form in COLUMNS.values()]
+        cells += [str(values["seeds"]), values["also"]][: len(table.columns) - len(cells)]
+        table.add_row(*cells)
     console = Console()
     # A table cut at 80 columns is no use in a log: let a narrow terminal wrap instead.
-    console = Console(width=max(console.width, 120))
+    console = Console(width=max(console.width, 120, console.measure(table).maximum))
     print()
     if table.row_count:
         console.print(table)
@@ -134,7 +168,7 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
 
 def write_csv(path: Path, table: list[tuple[dict[str, Any], list[Path]]]) -> None:
     """One line per configuration, columns named by their path in result.json."""
-    names = [name for name, _ in COLUMNS.values()] + [*CSV_ONLY, "seeds"]
+    names = [name for name, _ in COLUMNS.values()] + [*CSV_ONLY, "seeds", "also"]
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow([*names, "runs"])

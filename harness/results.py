@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def write(run_dir: Path, result: dict[str, Any]) -> None:
     """Write result.json whole or not at all; NaN and infinity become null, which JSON can hold."""
-    text = json.dumps(_finite({"schema_version": SCHEMA_VERSION, **result}), indent=2)
+    text = json.dumps(finite({"schema_version": SCHEMA_VERSION, **result}), indent=2)
     handle, scratch = tempfile.mkstemp(dir=run_dir, prefix=".result-")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
         stream.write(text + "\n")
@@ -36,11 +36,12 @@ def write(run_dir: Path, result: dict[str, Any]) -> None:
     os.replace(scratch, run_dir / FILE_NAME)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinity as None, which JSON can hold."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float) and value - value != 0:  # NaN and infinity
         return None
     return value

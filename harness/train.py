@@ -23,7 +23,7 @@ from harness.data import Data, batch_of, block_order
 from harness.loss import block_nll
 
 WARM_UP_STEPS = 3  # not timed: allocators, caches and (if asked for) the compiler settle
-MEMORY_STEP = 1  # not timed: followed tensor by tensor; the optimizer's state exists by then
+MEMORY_STEP = 1  # (or the last) not timed: followed tensor by tensor; the optimizer has its state
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -94,11 +94,12 @@ def train(
     best_path: Path,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> Trained:
-    """Train what requires gradients; keep the weights that do best on validation.
+    """Train what requires gradients in `model`, as Accelerate prepared it; keep the best weights.
 
-    `validate` gives mean nats per validation token, `log` takes one row of metrics, `step0_nll` is
-    the validation before the first step, `penalty` is added to the mean nll in the gradient (not in
-    the loss that is logged). Returns with the best weights loaded into `model`.
+    Best is the lowest on validation. `validate` gives mean nats per validation token, `log` takes
+    one row of metrics, `step0_nll` is the validation before the first step, `penalty` is added to
+    the mean nll in the gradient (not in the loss that is logged). Returns with the best weights
+    loaded into `model`.
 
     Raises:
         NonFiniteLossError: naming the step.
@@ -107,15 +108,15 @@ def train(
     out = Trained(best_nll=step0_nll)
     if cfg.steps == 0 or not any(p.requires_grad for p in model.parameters()):
         return out
-    optimizer = make_optimizer(model, cfg)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    wrapped.train()
+    bare = accelerator.unwrap_model(model)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(bare, cfg))
+    model.train()
     forward = torch.compile(block_nll) if cfg.compile else block_nll
     per_rank = blocks_per_rank(run, world)
     num_blocks = per_rank * world
     timed_tokens, timed_seconds = 0, 0.0
     if accelerator.is_main_process:
-        save_trained(model, best_path)
+        save_trained(bare, best_path)
 
     bar = tqdm(
         total=cfg.steps,
@@ -129,23 +130,25 @@ def train(
         order = block_order(run.seed, step, num_blocks, data.num_blocks)[rank::world]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        follow = step == MEMORY_STEP and not cfg.compile
-        with memory.measured(model, optimizer, out.memory) if follow else nullcontext():
+        follow = step == min(MEMORY_STEP, cfg.steps - 1)
+        with memory.measured(bare, optimizer, out.memory) if follow else nullcontext():
             total = torch.zeros((), device=accelerator.device)
             for first in range(0, per_rank, cfg.micro_batch):
                 last = first + cfg.micro_batch >= per_rank
                 blocks = batch_of(data.blocks, order[first : first + cfg.micro_batch])
-                with nullcontext() if last else accelerator.no_sync(wrapped):
+                with nullcontext() if last else accelerator.no_sync(model):
                     # Ranks average their gradients: dividing by the rank's own tokens gives the
                     # gradient of the mean nll of the global batch.
-                    nll = forward(wrapped, blocks.to(accelerator.device))
+                    # Compiled code cannot be followed: that one step runs eagerly.
+                    run_blocks = block_nll if follow else forward
+                    nll = run_blocks(model, blocks.to(accelerator.device))
                     accelerator.backward(nll / (per_rank * run.data.context))
                     if penalty is not None and last:
                         accelerator.backward(penalty())
                 total += nll.detach()
                 del nll
             norm = accelerator.clip_grad_norm_(
-                [p for p in model.parameters() if p.requires_grad], cfg.clip or math.inf
+                [p for p in bare.parameters() if p.requires_grad], cfg.clip or math.inf
             )
             optimizer.step()
             optimizer.zero_grad()
@@ -168,16 +171,16 @@ def train(
             "train/step_seconds": seconds,
         }
         if out.steps % run.evaluate.every == 0 or out.steps == cfg.steps:
-            nll_now = validate(wrapped)
+            nll_now = validate(model)
             row["eval/validation/nll"] = nll_now
             if nll_now < out.best_nll:
                 out.best_step, out.best_nll = out.steps, nll_now
                 if accelerator.is_main_process:
-                    save_trained(model, best_path)
+                    save_trained(bare, best_path)
         log(row)
         bar.update()
         bar.set_postfix_str(f"loss {mean_nll:.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
     bar.close()
     accelerator.wait_for_everyone()
-    load_trained(model, best_path)
+    load_trained(bare, best_path)
     return out

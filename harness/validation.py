@@ -68,7 +68,8 @@ def validate(run: RunConfig) -> None:
 
     positive = ("batch_tokens", "micro_batch", "lr", "eps")
     for key in positive:
-        _require(getattr(train, key) > 0, f"train.{key}", getattr(train, key), "a number above 0")
+        value = getattr(train, key)
+        _require(0 < value < float("inf"), f"train.{key}", value, "a finite number above 0")
     _require(train.steps >= 0, "train.steps", train.steps, "0 or more optimizer steps")
     for key in ("beta1", "beta2"):
         _require(
@@ -99,7 +100,7 @@ def validate(run: RunConfig) -> None:
 
     _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
     _require(ev.batch_tokens > 0, "evaluate.batch_tokens", ev.batch_tokens, "1 or more tokens")
-    context = ev.context or data.context
+    context = data.context if ev.context is None else ev.context
     _require(context >= 1, "evaluate.context", context, "1 or more tokens")
     stride = context if ev.stride is None else ev.stride
     _require(1 <= stride <= context, "evaluate.stride", stride, f"1 to the context of {context}")
@@ -107,16 +108,18 @@ def validate(run: RunConfig) -> None:
     if isinstance(run.method, LoraMethod):
         _require(run.method.r >= 1, "method.r", run.method.r, "a rank of 1 or more")
         _require(0 <= run.method.dropout < 1, "method.dropout", run.method.dropout, "in [0, 1)")
-        _require(run.method.lora_alpha > 0, "method.alpha", run.method.alpha, "above 0")
+        alpha = run.method.lora_alpha
+        _require(0 < alpha < float("inf"), "method.alpha", run.method.alpha, "a number above 0")
     if isinstance(run.method, SvdMethod) and run.method.energy is not None:
         _require(
             0 < run.method.energy <= 1, "method.energy", run.method.energy, "a share in (0, 1]"
         )
     if isinstance(run.method, PeftMethod) and run.method.peft_type in ("???", ""):
         raise ConfigError("method=peft needs method.peft_type, e.g. method.peft_type=IA3")
-    if run.run_name is not None and not re.fullmatch(r"[\w.=+-]+", run.run_name):
-        raise ConfigError(f"run_name={run.run_name!r}: use letters, digits and . _ = + - only")
-    if not re.fullmatch(r"[\w.=+-]+", run.experiment_name):
-        raise ConfigError(
-            f"experiment_name={run.experiment_name!r}: letters, digits, . _ = + - only"
-        )
+    _require(0 <= run.seed < 2**32, "seed", run.seed, "0 to 2^32 - 1")
+    for key in ("run_name", "experiment_name"):
+        name = getattr(run, key)
+        if name is not None and not re.fullmatch(r"\w[\w.=+-]*", name):
+            raise ConfigError(
+                f"{key}={name!r}: expected letters, digits, . _ = + -, and first a letter or digit"
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -16,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from harness import config, results
+from harness import config, network, results
 from harness.config import ConfigError, RunConfig
 
 log = logging.getLogger("harness")
@@ -31,6 +32,8 @@ def main(run_dir: Path) -> int:
         force=True,
     )
     logging.captureWarnings(True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     started = time.time()
     result: dict[str, Any] = {"status": "failed"}
     try:
@@ -39,6 +42,10 @@ def main(run_dir: Path) -> int:
         perform(run, run_dir, result)
         result["status"] = "finished"
         code = 0
+    except KeyboardInterrupt:
+        result["failure"] = {"class": "interrupted", "message": "interrupted"}
+        log.warning("interrupted")
+        code = 130
     except ConfigError as error:
         result["failure"] = {"class": "config", "message": str(error)}
         log.exception("refused")
@@ -55,6 +62,13 @@ def main(run_dir: Path) -> int:
     result["wall_seconds"] = time.time() - started
     results.write(run_dir, result)
     return code
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Stop at the first signal; a second one must not cut off the writing of the result."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -92,6 +106,8 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
 
 def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     """data -> model -> method -> train -> evaluate; fills `result` as it goes."""
+    if run.data.id or run.model.id or run.model.tokenizer:
+        network.go_offline_if_unreachable()
     # Imported here: a mistake in the configuration is answered without them.
     import datasets
     import pandas as pd
@@ -107,21 +123,25 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     os.environ[svd.CACHE_ENV] = run.data.cache_dir  # factors of a base weight, for a whole sweep
-    torch.set_num_threads(run.train.threads or os.cpu_count() or 1)
+    torch.set_num_threads(run.train.threads or environment.usable_cores())
     accelerator = Accelerator(mixed_precision=precision(run.train.precision))
     result["environment"] = environment.describe()
 
     # Names and shapes are checked on the meta device, before anything is read or loaded.
     model_config = models.load_config(run.model)
     limit = models.max_context(model_config)
-    longest = max(run.data.context, run.evaluate.context or 0)
-    if limit is not None and longest > limit:
+    context = run.data.context if run.evaluate.context is None else run.evaluate.context
+    longest = max(run.data.context, context)
+    virtual = methods.num_virtual_tokens(run)  # of prompt methods: they take up positions
+    if limit is not None and longest + virtual > limit:
+        extra = f" and {virtual} virtual tokens are" if virtual else " is"
         raise ConfigError(
-            f"a context of {longest} tokens is longer than {run.model.name}'s {limit}"
+            f"a context of {longest} tokens{extra} longer than {run.model.name}'s {limit}: "
+            f"lower data.context (and evaluate.context) to {limit - virtual} or less"
         )
     methods.check(models.on_meta(run, model_config), run)
 
-    tokenizer = models.load_tokenizer(run.model)
+    tokenizer = models.load_tokenizer(run.model, model_config)
     text = data.prepare(run.data, tokenizer)
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
@@ -139,10 +159,12 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     }
     log.info("parameters: %s", result["parameters"])
 
-    def measure(split: str, of: Any = model) -> tuple[dict[str, Any], Any]:
+    # Prepared once, so that every method is evaluated at the same precision, at every step.
+    prepared = accelerator.prepare_model(model, evaluation_mode=counted.trainable == 0)
+
+    def measure(split: str, of: Any = prepared) -> tuple[dict[str, Any], Any]:
         """Quality on a split, and its table of nats per document."""
         documents = text.held_out[split]
-        context = run.evaluate.context or run.data.context
         nll, count = evaluate.document_nll(
             of,
             documents,
@@ -174,15 +196,15 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
 
         def log_row(row: dict[str, Any]) -> None:
             if accelerator.is_main_process:
-                stream.write(json.dumps(row) + "\n")
+                stream.write(json.dumps(results.finite(row)) + "\n")
 
         setup_seconds = time.perf_counter() - began
-        with measuring if untrained or run.train.compile else nullcontext():
-            step0 = validate(model)
+        with measuring if untrained else nullcontext():
+            step0 = validate(prepared)
         result["quality"] = {"step0": {"validation": seen[0][1]}}
         log_row({"step": 0, "tokens": 0, "eval/validation/nll": step0})
         done = train.train(
-            model,
+            prepared,
             text,
             run,
             accelerator,
@@ -212,7 +234,7 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         "process_peak_bytes": memory.process_peak_bytes(),
     }
     if accelerator.is_main_process:
-        result["saved"] = checkpoint.export(accelerator.unwrap_model(model), run_dir)
+        result["saved"] = checkpoint.export(model, tokenizer, run_dir)
         (run_dir / "best.safetensors").unlink(missing_ok=True)
 
 

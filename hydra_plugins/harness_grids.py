@@ -11,11 +11,13 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from harness import config
-from harness.config import ConfigError, RunConfig
+from harness.config import ConfigError
 
 
 class GridSweeper(BasicSweeper):
@@ -43,7 +45,9 @@ class GridSweeper(BasicSweeper):
             texts = [*self._parse_config(), *(f"{k}={v}" for k, v in grid.items()), *arguments]
             for batch in self.split_arguments(parser.parse_overrides(texts), None):
                 jobs += batch
-        check(jobs, self.config, self.hydra_context)
+        jobs, same = check(jobs, self.config, self.hydra_context)
+        if same:
+            print(f"left out, since another of these runs is the same: {same}")
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -54,26 +58,28 @@ class GridSweeper(BasicSweeper):
         return [results]
 
 
-def check(jobs: list[list[str]], master: Any, context: HydraContext) -> list[RunConfig]:
-    """Compose and validate every job; two that are the same run would write into one directory.
+def check(jobs: list[list[str]], master: Any, context: HydraContext) -> tuple[list[list[str]], int]:
+    """Compose and validate every job; returns the distinct ones, and how many were left out.
+
+    A value that a method does not use makes no other run: `none` has no targets and no rate.
 
     Raises:
-        ConfigError: naming the job's overrides.
+        ConfigError: naming the job's overrides; also for two different runs in one directory.
     """
-    runs: dict[Path, list[str]] = {}
-    configs = []
+    kept: dict[Path, tuple[str, list[str]]] = {}
     for overrides in jobs:
+        shown = " ".join(overrides)
         try:
             run = config.from_hydra(
                 context.config_loader.load_sweep_config(master, list(overrides))
             )
-        except ConfigError as error:
-            raise ConfigError(f"{' '.join(overrides)}: {error}") from error
-        if run.run_dir in runs:
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(f"[{shown}] {config.explain(error)}") from error
+        identity, first = kept.setdefault(run.run_dir, (config.identity(run), overrides))
+        if identity != config.identity(run):
             raise ConfigError(
-                f"two runs of this sweep are the same, {run.run_dir}: "
-                f"[{' '.join(runs[run.run_dir])}] and [{' '.join(overrides)}]"
+                f"two different runs of this sweep are named {run.run_dir}: "
+                f"[{' '.join(first)}] and [{shown}]"
             )
-        runs[run.run_dir] = overrides
-        configs.append(run)
-    return configs
+    distinct = [overrides for _, overrides in kept.values()]
+    return distinct, len(jobs) - len(distinct)

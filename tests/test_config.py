@@ -66,6 +66,10 @@ def test_alpha_that_is_neither_is_refused_by_name(alpha):
         (["model=local", "model.path=/nowhere"], r"/nowhere"),
         (["model.dropout=1"], r"model\.dropout"),
         (["data=hub"], r"data\.id"),
+        (["seed=-1"], r"seed=-1: expected 0 to 2\^32 - 1"),
+        (["train.lr=inf"], r"train\.lr=inf"),
+        (["evaluate.context=0"], r"evaluate\.context=0"),
+        (["run_name=.."], r"run_name='\.\.'"),
         (["run_name=a/b"], r"run_name='a/b'"),
         (["experiment_name=../x"], r"experiment_name"),
     ],
@@ -116,6 +120,10 @@ def test_the_identity_leaves_out_what_moves_no_number(make_run):
     one = make_run()
     other = make_run("outputs_dir=/x", "experiment_name=y", "rerun=true", "data.cache_dir=/z")
     assert identity(one) == identity(other) != identity(make_run("seed=1"))
+    assert identity(one) == identity(make_run("method.alpha=16"))  # r=8, alpha=2r
+    none = identity(make_run("method=none"))
+    assert none == identity(make_run("method=none", "targets=attn", "train.lr=1"))
+    assert none != identity(make_run("method=none", "data.context=128", "train.micro_batch=16"))
 
 
 def test_every_model_data_method_and_target_file_composes(make_run):

@@ -52,7 +52,7 @@ def test_help_and_errors_come_without_torch(harness, tmp_path):
         (["method=lorra"], "method=lorra: no such option; did you mean 'lora'?"),
         (["train.lr=fast"], "train.lr: Value 'fast'"),
         (["data=text_files", "data.path=none.txt"], "data.path=none.txt: no such file"),
-        (["-m", "seed=1,1"], "two runs of this sweep are the same"),
+        (["-m", "run_name=x", "seed=1,2"], "two different runs of this sweep are named"),
         (["-m", "method.r=1,0"], "method.r=0: expected a rank of 1 or more"),
         (["outputs_dir=/proc/nowhere"], "/proc/nowhere"),
     ],
@@ -125,7 +125,11 @@ def test_the_same_config_gives_the_same_bits_and_is_not_run_twice(harness, tmp_p
     weights = load_file(run_dir / "model" / "model.safetensors")
     again = harness("method=full", *QUICK)
     assert "already finished" in again.stdout and only_result(tmp_path)[1] == one
+    stale = run_dir / "adapter" / "stale.txt"
+    stale.parent.mkdir()
+    stale.write_text("of an earlier run")
     assert harness("method=full", "rerun=true", *QUICK).returncode == 0
+    assert not stale.exists()
     _, two = only_result(tmp_path)
     assert two["environment"] == one["environment"] and two["wall_seconds"] != one["wall_seconds"]
     assert two["quality"] == one["quality"]
@@ -141,6 +145,73 @@ def test_a_name_that_is_taken_by_another_config_is_refused(harness, make_run, tm
     done = harness("run_name=mine")
     assert done.returncode == 2 and "(seed: 5 there, 0 now)" in done.stderr
     assert "rerun=true" in done.stderr
+
+
+def test_what_full_fine_tuning_saves_is_a_base_model_by_itself(harness, tmp_path):
+    assert harness("method=full", *QUICK).returncode == 0
+    run_dir, first = only_result(tmp_path)
+    (run_dir / "model").rename(tmp_path / "mine")
+    done = harness("model=local", "model.path=mine", "method=none", "experiment_name=two", *QUICK)
+    assert done.returncode == 0, done.stderr
+    _, second = only_result(tmp_path, "two")
+    assert second["quality"]["test"]["nll_nats"] == first["quality"]["test"]["nll_nats"]
+
+
+def test_a_changed_text_is_another_run(harness, tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 60)
+    mine = ["data=text_files", "data.path='*.txt'", "method=none", *QUICK]
+    assert "finished in" in harness(*mine).stdout
+    assert "already finished" in harness(*mine).stdout
+    (tmp_path / "3.txt").write_text("Another story altogether, about a cat. " * 60)
+    assert "finished in" in harness(*mine).stdout
+
+
+def test_a_refusal_amid_a_sweep_loses_nothing(harness, tmp_path):
+    assert harness("run_name=r4", "method.r=4", *QUICK).returncode == 0
+    done = harness("-m", "run_name=r${method.r}", "method.r=2,4,300", "train.lr=1e-3", *QUICK)
+    assert done.returncode == 2
+    assert "r4 holds a finished run of another configuration" in done.stderr
+    assert "method.r=300" in done.stderr
+    rows = (tmp_path / "outputs" / "scratch" / "results.csv").read_text().splitlines()
+    assert len(rows) == 3 and " 2 " in done.stdout and "failed: r300" in done.stdout
+
+
+def test_values_that_a_method_does_not_use_make_no_other_run(harness, tmp_path):
+    done = harness("-m", "method=none", "targets=attn,all", "train.lr=1,2", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "1 runs" in done.stdout and "is the same: 3" in done.stdout
+    only_result(tmp_path)
+
+
+def test_one_step_has_every_stable_key_and_compiled_code_is_followed_too(harness, tmp_path):
+    assert harness(*QUICK, "train.steps=1").returncode == 0
+    memory = only_result(tmp_path)[1]["memory"]
+    assert memory["phase"] == "train" and memory["peak_bytes"] > 0
+    assert memory["category_peaks"]["gradients"] == 4 * 16 * 8 * 256 * 4  # fp32 LoRA r=8 on all
+
+
+def test_precision_is_the_same_for_every_method_and_step(harness, tmp_path):
+    bf16 = ["train.precision=bf16", *QUICK]
+    assert harness("method=none", *bf16).returncode == 0
+    assert harness("method=lora", "train.lr=1e-30", *bf16).returncode == 0
+    nlls = [
+        quality["nll_nats"]
+        for _, result in results.collect(tmp_path / "outputs" / "scratch")
+        for quality in (result["quality"]["validation"], result["quality"]["step0"]["validation"])
+    ]
+    assert len(nlls) == 4 and max(nlls) == pytest.approx(min(nlls), rel=1e-6)
+
+
+def test_virtual_tokens_need_room(harness):
+    prompt = [
+        "method=peft",
+        "method.peft_type=PROMPT_TUNING",
+        "+method.fields.num_virtual_tokens=16",
+    ]
+    done = harness(*prompt)
+    assert done.returncode == 2 and "data.context" in done.stderr and "240 or less" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "table" not in done.stdout
 
 
 def test_a_sweep_runs_a_union_of_grids_and_ends_with_the_table(harness, tmp_path):
@@ -164,9 +235,10 @@ def test_a_sweep_runs_a_union_of_grids_and_ends_with_the_table(harness, tmp_path
     assert report.stdout.splitlines()[-1] in done.stdout
 
 
-def test_a_worker_that_is_killed_is_recorded(tmp_path):
+def started(tmp_path, *arguments):
+    """A controller whose worker has begun, and the worker's process id."""
     controller = subprocess.Popen(
-        [sys.executable, "-m", "harness", *QUICK],
+        [sys.executable, "-m", "harness", *arguments],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -180,6 +252,27 @@ def test_a_worker_that_is_killed_is_recorded(tmp_path):
             listed = stream.read().split()
         log = list(tmp_path.glob("outputs/scratch/*/log.txt"))
         worker = int(listed[0]) if listed and log else 0
+    return controller, worker
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_leaves_nothing_behind_and_can_be_repeated(
+    harness, tmp_path, number
+):
+    controller, worker = started(tmp_path, "run_name=mine", *QUICK, "train.steps=100000")
+    controller.send_signal(number)
+    _, errors = controller.communicate(timeout=60)
+    assert controller.returncode == 130 and "Traceback" not in errors
+    assert not os.path.exists(f"/proc/{worker}")
+    _, result = only_result(tmp_path)
+    assert (result["status"], result["failure"]["class"]) == ("failed", "interrupted")
+    again = harness("run_name=mine", *QUICK)  # another config under the same name, even
+    assert again.returncode == 0, again.stderr
+    assert only_result(tmp_path)[1]["status"] == "finished"
+
+
+def test_a_worker_that_is_killed_is_recorded(tmp_path):
+    controller, worker = started(tmp_path, *QUICK)
     os.kill(worker, signal.SIGKILL)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 1

@@ -55,10 +55,9 @@ def test_a_second_run_tokenises_nothing_and_a_change_of_content_does(corpus, tok
     assert data.prepare(corpus, tokenizer).tokenized
 
 
-def test_a_half_written_cache_is_not_used(corpus, tokenizer, tmp_path):
+def test_a_damaged_cache_is_made_again(corpus, tokenizer, tmp_path):
     before = data.batch_of(data.prepare(corpus, tokenizer).blocks, [0])
     for folder in (tmp_path / "cache" / "tokens").iterdir():
-        (folder / "state.json").unlink()  # the last file that `datasets` writes
         for file in folder.glob("*.arrow"):
             file.write_bytes(b"")
     after = data.prepare(corpus, tokenizer)

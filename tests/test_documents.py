@@ -77,6 +77,9 @@ def test_every_file_format_gives_the_same_documents(tmp_path):
         ("a.jsonl", b'{"txt": "a"}\n', "did you mean 'txt'"),
         ("a.jsonl", b'["a"]\n', "line 1: expected a JSON object"),
         ("a.jsonl", b'{"text": 3}\n', "is int, not text"),
+        ("a.parquet", b"text, not parquet", "not a parquet file"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a lone surrogate is not text"),
         ("a.csv", b"body\na\n", "no such field; choose one of: body"),
     ],
 )
@@ -136,3 +139,12 @@ def test_parsed_docstrings_are_kept_and_a_smaller_share_stays_within_the_larger(
     assert {text for docs in small.values() for _, text in docs} == {"kept"}
     held_out = {name for split in ("validation", "test") for name, _ in small[split]}
     assert held_out <= {name for name, _ in large["test"]}
+
+
+def test_byte_order_marks_and_long_fields_are_read(tmp_path):
+    long = "a long document " * 20_000  # beyond csv's own limit of 128 KiB
+    (tmp_path / "a.csv").write_text(f"text\n{long}\nb\nc\n", "utf-8-sig")
+    assert texts_of(files(tmp_path / "a.csv")) == sorted([long, "b", "c"])
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}", "utf-8-sig")
+    assert texts_of(files(tmp_path / "*.txt")) == ["text 0", "text 1", "text 2"]

@@ -109,8 +109,8 @@ Made by `make gpt2_mini`; the run's record stands in experiments/pretrain_gpt2_m
 ## Licence
 
 The weights and the tokenizer are the project's own (MIT). The corpus is not shipped: it is read from the
-installed packages, whose docstrings stand under their own permissive licences (BSD, MIT, Apache-2.0 and
-the like).
+installed packages, whose docstrings stand under their own open licences (BSD, MIT, Apache-2.0, MPL-2.0
+and the like).
 """
 
 

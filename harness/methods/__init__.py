@@ -47,9 +47,9 @@ def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     method = run.method
     assert isinstance(method, LoraMethod)
     matched = _targets(model, run, method.fields)
-    name, limit = matched.smallest()
-    if method.r > limit:
-        raise ConfigError(f"method.r={method.r}: {name} allows a rank of {limit} at most")
+    _check_ranks({"r": method.r, **method.fields}, matched)
+    if str(method.init) in REFUSED_INITS:
+        raise ConfigError(f"method.init={method.init}: {REFUSED_INITS[str(method.init)]}")
     if method.init == "olora" and matched.conv1d:
         raise ConfigError(
             "method.init=olora is wrong on GPT-2: PEFT's OLoRA takes the weight as (out, in), and "
@@ -107,11 +107,16 @@ def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     classes = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name not in classes:
         raise ConfigError(f"method.peft_type={method.peft_type}: {nearest(name, classes)}")
+    if name in REFUSED_TYPES:
+        raise ConfigError(f"method.peft_type={method.peft_type}: {REFUSED_TYPES[name]}")
     config_class = classes[name]
     names = {f.name for f in dataclasses.fields(config_class)}
     named: dict[str, Any] = {}
-    if "target_modules" in names and "target_modules" not in method.fields:
+    # LN_TUNING trains whole modules, the norms by PEFT's default: targets name matrices.
+    own = name == "LN_TUNING" or "target_modules" in method.fields
+    if "target_modules" in names and not own:
         matched = _targets(model, run, method.fields)
+        _check_ranks(method.fields, matched)
         named["target_modules"] = matched.suffixes
         if "fan_in_fan_out" in names:
             named["fan_in_fan_out"] = matched.conv1d
@@ -142,10 +147,47 @@ def check(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         method = dataclasses.replace(method, energy=None, rank="full")
     if isinstance(method, LoraMethod) and str(method.init).startswith(FROM_WEIGHTS):
         method = dataclasses.replace(method, init=True)
-    return adapt(model, dataclasses.replace(run, method=method))
+    try:
+        return adapt(model, dataclasses.replace(run, method=method))
+    except ConfigError as error:
+        if isinstance(method, PeftMethod) and "meta tensor" in str(error):
+            return model  # PEFT reads weights to build this method: checked on the real model
+        raise
 
 
 FROM_WEIGHTS = ("pissa", "corda", "loftq", "mica", "eva", "lora_ga")  # inits that read the weights
+
+
+REFUSED_INITS = {  # each needs a pass over the data that nothing here makes
+    "eva": "EVA reads activations of the training data first, which this harness does not do",
+    "corda": "CorDA reads activations of the training data first, which this harness does not do",
+    "lora_ga": "LoRA-GA reads gradients of the training data first, which this harness does not do",
+}
+REFUSED_TYPES = {
+    "ADALORA": "AdaLoRA moves its ranks after every step, which the training loop does not do",
+}
+
+
+def num_virtual_tokens(run: RunConfig) -> int:
+    """Positions that a prompt method takes from the model's context."""
+    if isinstance(run.method, PeftMethod):
+        return int(run.method.fields.get("num_virtual_tokens") or 0)
+    return 0
+
+
+def _check_ranks(fields: dict[str, Any], matched: targets.Targets) -> None:
+    """`r` and `rank_pattern` against the matrices they are for."""
+    name, limit = matched.smallest()
+    rank = fields.get("r")
+    if isinstance(rank, int) and rank > limit:
+        raise ConfigError(f"method.r={rank}: {name} allows a rank of {limit} at most")
+    for pattern, rank in (fields.get("rank_pattern") or {}).items():
+        for name, shape in matched.shapes.items():
+            if name.endswith(pattern) and rank > min(shape):
+                raise ConfigError(
+                    f"method.fields.rank_pattern.{pattern}={rank}: {name} allows a rank of "
+                    f"{min(shape)} at most"
+                )
 
 
 def penalty(model: nn.Module, run: RunConfig) -> Callable[[], torch.Tensor] | None:
@@ -178,13 +220,24 @@ def _peft_config(
             )
     try:
         return config_class(task_type="CAUSAL_LM", **named, **fields)
-    except (ValueError, TypeError) as error:
+    except UNFIT as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
 
 
 def _wrap(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
+    kind = getattr(config.peft_type, "value", config.peft_type)
     try:
-        return peft.get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        kind = getattr(config.peft_type, "value", config.peft_type)
+        adapted = peft.get_peft_model(model, config)
+    except UNFIT as error:
         raise ConfigError(f"{kind} does not fit this model: {error}") from error
+    if getattr(config, "train", "") != "none" and not any(
+        p.requires_grad for p in adapted.parameters()
+    ):
+        raise ConfigError(f"{kind} would train nothing: check method.fields")
+    return adapted
+
+
+# What PEFT's methods raise when a model, a field or a missing package does not suit them.
+UNFIT = (
+    ValueError, TypeError, NotImplementedError, AttributeError, ImportError, RuntimeError, KeyError,
+)  # fmt: skip

@@ -1,0 +1,34 @@
+"""The Hugging Face hub: whether it can be reached, and what of it is on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+
+
+def go_offline_if_unreachable() -> None:
+    """Let the hub's libraries, which must not be imported yet, use their cache alone.
+
+    They try for half a minute before they give up; this tries once, for three seconds at most.
+    Behind a proxy the hub is taken to be reachable.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or any(os.environ.get(name) for name in PROXIES):
+        return
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        socket.create_connection((endpoint.hostname or "", port), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def cached(kind: str) -> list[str]:
+    """Ids of the "models" or "datasets" in the local hub cache."""
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob(f"{kind}--*"))
+    return [folder.name.removeprefix(f"{kind}--").replace("--", "/") for folder in folders]
