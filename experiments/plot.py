@@ -41,10 +41,11 @@ def udv_rank(table: pd.DataFrame, axes: list[plt.Axes]) -> None:
         left.plot(rows.k, rows[VALIDATION], "o-", color=COLORS[method], label=method)
         if method == "udv-d":
             left.plot(rows.k, rows[STEP0], "o:", color=COLORS[method], label="truncated, step 0")
-    for method, rows in table.groupby("method"):
-        if method not in ("full", "none"):
-            rows = rows.sort_values(TRAINABLE)
-            right.plot(rows[TRAINABLE], rows[VALIDATION], "o-", color=COLORS[method], label=method)
+    for (method, targets), rows in table.dropna(subset="targets").groupby(["method", "targets"]):
+        rows = rows.sort_values(TRAINABLE)
+        name = method if targets == "all" else f"{method} on {targets}"
+        style = "o-" if targets == "all" else "s"
+        right.plot(rows[TRAINABLE], rows[VALIDATION], style, color=COLORS[method], label=name)
     for axis in axes:
         full = table[table.method == "full"][VALIDATION].iloc[0]
         axis.axhline(full, color=COLORS["full"], linestyle="--", label="full fine-tuning")
@@ -67,19 +68,22 @@ def truncation_curve(table: pd.DataFrame, axes: list[plt.Axes]) -> None:
 
 
 def by_targets(table: pd.DataFrame, axes: list[plt.Axes]) -> None:
-    """A bar for each target set."""
+    """A point for each target set, best first."""
     rows = table.sort_values(TEST)
-    axes[0].bar(
-        rows.targets + "\nr=" + rows["method.rank"].astype(str), rows[TEST], color="#0072B2"
-    )
-    axes[0].set(ylabel="test perplexity", ylim=(0.9 * rows[TEST].min(), 1.03 * rows[TEST].max()))
+    names = rows.targets + ", r=" + rows["method.rank"].astype(str)
+    axes[0].plot(rows[TEST], names, "o", color=COLORS["lora"])
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="test perplexity")
 
 
 def by_parameters(table: pd.DataFrame, axes: list[plt.Axes]) -> None:
     """Perplexity against trainable parameters, a point a configuration."""
-    for method, rows in table[table[TRAINABLE] > 0].groupby("method"):
+    trained = table[table[TRAINABLE] > 0].fillna({"targets": ""})
+    for (method, targets), rows in trained.groupby(["method", "targets"]):
         rows = rows.sort_values(TRAINABLE)
-        axes[0].plot(rows[TRAINABLE], rows[TEST], "o-", color=COLORS[method], label=method)
+        name = f"{method} {targets}".strip()
+        marker = "s" if targets in ("lstm_ends", "lstm_core") else "o"
+        axes[0].plot(rows[TRAINABLE], rows[TEST], f"{marker}-", color=COLORS[method], label=name)
     axes[0].set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="test perplexity")
 
 
@@ -98,8 +102,9 @@ def main(folder: Path) -> None:
     figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.4), squeeze=False)
     draw(load(folder), list(axes[0]))
     for axis in axes[0]:
-        axis.yaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-        axis.yaxis.set_minor_formatter(mpl.ticker.ScalarFormatter())
+        if axis.get_yscale() == "log":  # 30 and 100, not powers of ten
+            axis.yaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
+            axis.yaxis.set_minor_formatter(mpl.ticker.ScalarFormatter())
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()

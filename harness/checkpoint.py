@@ -52,19 +52,29 @@ def write_atomically(path: Path, write: Callable[[str], None]) -> None:
         raise
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> str | None:
-    """Save the adapted model as `transformers` or PEFT loads it; returns the folder's name.
+def export(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, run_dir: Path, *, merged: bool
+) -> list[str]:
+    """Save what was made, as PEFT or `transformers` loads it; returns the folders' names.
 
-    `adapter/` in PEFT's format, or `model/` for full fine-tuning; nothing for an untouched one.
+    `adapter/` holds what an adapter trained. `model/` holds a whole model with its tokenizer: a
+    fully fine-tuned one, or with `merged` the adapted one, merged and with q, k and v fused again.
+    An untouched base leaves nothing.
     """
-    if not trained_state(model):
-        return None
+    saved = []
+    trained = bool(trained_state(model))
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(run_dir / "adapter"), save_embedding_layers=False)
-        return "adapter"
+        if trained:
+            model.save_pretrained(str(run_dir / "adapter"), save_embedding_layers=False)
+            saved.append("adapter")
+        if not merged or not hasattr(model, "merge_and_unload"):  # prompts have nothing to merge
+            return saved
+        model = model.merge_and_unload()
+    elif not trained:
+        return saved
     assert isinstance(model, PreTrainedModel)
     if is_unfused(model):
         fuse_qkv(model)  # a plain GPT-2 again, which `transformers` loads
     model.save_pretrained(run_dir / "model")
     tokenizer.save_pretrained(run_dir / "model")  # so that the folder is a base model by itself
-    return "model"
+    return [*saved, "model"]

@@ -58,7 +58,7 @@ class ModelConfig:
     tokenizer: str | None = None  # asset name, folder or hub id; null = the model's own
     dropout: float = 0.0  # probability, every dropout of the base model
     gelu: str = "fused"  # fused | as_saved; the tanh GELU as one kernel (same function)
-    unfuse_qkv: str = "auto"  # auto | yes | no: GPT-2's c_attn as three matrices
+    unfuse_qkv: Any = "auto"  # auto | true | false: GPT-2's c_attn as three matrices
     shape: dict[str, Any] = field(default_factory=dict)  # dimensions, for counts without files
 
 
@@ -137,7 +137,7 @@ class PeftMethod(MethodConfig):
 class SvdMethod(MethodConfig):
     """W ~= U diag(D) V^T of rank k: which triplets of the weight's SVD are kept."""
 
-    rank: Any = "full"  # k: a number, a fraction of min(m, n) such as 0.25, or "full"
+    rank: Any = None  # k: a number, a fraction of min(m, n) such as 0.25, or "full" (the default)
     energy: float | None = None  # instead: the smallest k with this share of the squared D
     which: str = "top"  # top | bottom | random
     rank_pattern: dict[str, Any] = field(default_factory=dict)  # rank by module-name suffix
@@ -146,7 +146,7 @@ class SvdMethod(MethodConfig):
     @property
     def kept(self) -> str:
         """The rank as run names and tables show it."""
-        return f"{self.rank}" if self.energy is None else f"e{self.energy:g}"
+        return f"{self.rank or 'full'}" if self.energy is None else f"e{self.energy:g}"
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ class RootConfig:
     outputs_dir: str
     seed: int  # moves initialisation, data order and dropout
     rerun: bool  # run again although a finished result is there
+    save_merged: str  # auto | always | never: the adapted model as a whole, beside the adapter
 
 
 @dataclass(frozen=True)
@@ -337,7 +338,7 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------- name and identity
 
-_NOT_IDENTITY = ("experiment_name", "run_name", "outputs_dir", "rerun")
+_NOT_IDENTITY = ("experiment_name", "run_name", "outputs_dir", "rerun", "save_merged")
 
 
 def identity(run: RunConfig) -> str:

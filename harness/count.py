@@ -97,6 +97,8 @@ def main(arguments: list[str]) -> int:
     console.print(table)
     counted = models.count_parameters(model)
     print(f"total      {counted.total:,}")
+    if (factored := methods.factored_total(model)) is not None:
+        print(f"factored   {factored:,} (U, D and V in place of each W)")
     print(f"trainable  {counted.trainable:,} ({counted.trainable_percent:.4f} %)")
     return 0
 

@@ -118,7 +118,7 @@ def on_meta(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
 def wants_unfused(run: RunConfig) -> bool:
     """Whether q, k and v are to be three matrices: if asked for, or if a target names one alone."""
     if run.model.unfuse_qkv != "auto":
-        return run.model.unfuse_qkv == "yes"
+        return bool(run.model.unfuse_qkv)
     alone = any(name in UNFUSED_TARGETS.values() for name in run.targets.modules)
     return alone and run.method.name not in ("none", "full")
 

@@ -17,12 +17,13 @@ from harness.config import (
 )
 from harness.documents import find_files  # needs the standard library only
 
+SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
     "data.source": ("kjv", "text_files", "hub", "docstrings"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
     "model.gelu": ("fused", "as_saved"),
-    "model.unfuse_qkv": ("auto", "yes", "no"),
+    "model.unfuse_qkv": ("auto", True, False),
     "method.bias": ("none", "all", "lora_only"),
     "method.which": ("top", "bottom", "random"),
     "method.train": ("d", "u", "v", "udv"),
@@ -42,7 +43,12 @@ def validate(run: RunConfig) -> None:
         section = getattr(run, group)
         if hasattr(section, name) and getattr(section, name) not in choices:
             value = getattr(section, name)
-            raise ConfigError(f"{key}={value!r}: {nearest(str(value), choices)}")
+            raise ConfigError(f"{key}={value!r}: {nearest(str(value), map(str, choices))}")
+
+    if run.save_merged not in SAVE_MERGED:
+        raise ConfigError(
+            f"save_merged={run.save_merged!r}: {nearest(run.save_merged, SAVE_MERGED)}"
+        )
 
     model, data, train, ev = run.model, run.data, run.train, run.evaluate
     sources = [k for k in ("asset", "path", "id", "architecture") if getattr(model, k)]
@@ -114,6 +120,11 @@ def validate(run: RunConfig) -> None:
         _require(
             0 < run.method.energy <= 1, "method.energy", run.method.energy, "a share in (0, 1]"
         )
+        if run.method.rank is not None:
+            raise ConfigError(
+                f"method.rank={run.method.rank} and method.energy={run.method.energy} are "
+                "alternatives: set one of them to null"
+            )
     if isinstance(run.method, PeftMethod) and run.method.peft_type in ("???", ""):
         raise ConfigError("method=peft needs method.peft_type, e.g. method.peft_type=IA3")
     _require(0 <= run.seed < 2**32, "seed", run.seed, "0 to 2^32 - 1")

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,12 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     from accelerate.utils import set_seed
 
     from harness import checkpoint, data, environment, evaluate, memory, methods, models, train
-    from harness.methods import svd
+    from harness.methods.svd import CACHE_ENV
 
     datasets.disable_progress_bars()  # the training bar is the only one
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
-    os.environ[svd.CACHE_ENV] = run.data.cache_dir  # factors of a base weight, for a whole sweep
+    os.environ[CACHE_ENV] = run.data.cache_dir  # factors of a base weight, for a whole sweep
     torch.set_num_threads(run.train.threads or environment.usable_cores())
     accelerator = Accelerator(mixed_precision=precision(run.train.precision))
     result["environment"] = environment.describe()
@@ -139,7 +139,8 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
             f"a context of {longest} tokens{extra} longer than {run.model.name}'s {limit}: "
             f"lower data.context (and evaluate.context) to {limit - virtual} or less"
         )
-    methods.check(models.on_meta(run, model_config), run)
+    with suppress(methods.NeedsWeightsError):  # then on the real model
+        methods.check(models.on_meta(run, model_config), run)
 
     tokenizer = models.load_tokenizer(run.model, model_config)
     text = data.prepare(run.data, tokenizer)
@@ -150,12 +151,13 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     base = models.load_model(run, model_config)
     result["parameters"] = {"base": models.count_parameters(base).total}
     model = methods.adapt(base, run).to(accelerator.device)
-    result["method"]["svd_seconds"] = svd.svd_seconds()  # decompositions, or their reading
+    result["method"] |= methods.svd_facts(model)
     counted = models.count_parameters(model)
     result["parameters"] |= {
         "total": counted.total,
         "trainable": counted.trainable,
         "trainable_percent": counted.trainable_percent,
+        "factored": methods.factored_total(model),  # with U, D, V in place of W; else None
     }
     log.info("parameters: %s", result["parameters"])
 
@@ -234,7 +236,9 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         "process_peak_bytes": memory.process_peak_bytes(),
     }
     if accelerator.is_main_process:
-        result["saved"] = checkpoint.export(model, tokenizer, run_dir)
+        alone = models.wants_unfused(run) or run.model.architecture or run.method.name == "truncate"
+        merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
+        result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
         (run_dir / "best.safetensors").unlink(missing_ok=True)
 
 

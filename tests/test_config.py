@@ -1,9 +1,11 @@
+import itertools
 import re
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from harness import methods, models
 from harness.config import (
     CONF_DIR,
     ConfigError,
@@ -55,6 +57,8 @@ def test_alpha_that_is_neither_is_refused_by_name(alpha):
         (["method=udv", "method.energy=1.5"], r"method\.energy=1\.5: expected a share in \(0, 1\]"),
         (["method=truncate", "method.energy=0"], r"method\.energy=0"),
         (["model.unfuse_qkv=maybe"], r"model\.unfuse_qkv='maybe'"),
+        (["save_merged=yes"], r"save_merged="),
+        (["method=udv", "method.rank=4", "method.energy=0.5"], r"are alternatives"),
         (["method.bias=some"], r"method\.bias='some'"),
         (["method.name=lorra"], r"'lorra' is not a method: did you mean 'lora'"),
         (["method.fields.use_qalora=true"], r"write \+method\.fields\.use_qalora=… to add it"),
@@ -143,6 +147,23 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             if extra is None or option == "text_files":
                 continue  # text_files needs a text file: tests/test_documents.py
             assert make_run(f"{group}={option}", *extra)
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_run_of_every_experiment_is_valid_for_its_model(name):
+    """Every cell of every grid, on the meta device: a typo in a grid would be found by users."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+        grids = cfg.hydra.sweeper.grids or [{}]
+        names = []
+        for grid in grids:
+            keys, values = list(grid), [str(value).split(",") for value in grid.values()]
+            for cell in itertools.product(*values):
+                overrides = [f"{k}={v}" for k, v in zip(keys, cell, strict=True)]
+                run = from_hydra(compose("config", [f"experiment={name}", *overrides]))
+                assert methods.check(models.on_meta(run, models.load_config(run.model)), run)
+                names.append(run_name(run))
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("name", options("experiment"))

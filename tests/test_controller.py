@@ -157,6 +157,44 @@ def test_what_full_fine_tuning_saves_is_a_base_model_by_itself(harness, tmp_path
     assert second["quality"]["test"]["nll_nats"] == first["quality"]["test"]["nll_nats"]
 
 
+def test_the_svd_family_from_configuration_to_folders(harness, tmp_path):
+    done = harness(
+        "experiment=smoke", "experiment_name=svd", *QUICK,
+        "hydra.sweeper.grids=[{method: udv, method.rank: 64},"
+        "{method: udv, method.rank: 0.25, method.train: udv, method.orthogonality: 0.1},"
+        "{method: truncate, method.energy: 0.9},{method: lora_paper},"
+        "{model: lstm, targets: lstm, method: udv, method.rank: 32}]",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = {r["method"]["label"]: (d, r) for d, r in results.collect(tmp_path / "outputs/svd")}
+    assert len(found) == 4  # two are udv-d, of two models
+    run_dir, result = found["truncate"]
+    assert result["saved"] == ["model"] and result["speed"]["steps"] == 0
+    assert all(0 < k[0] <= 256 for k in result["method"]["ranks"].values())
+    assert result["method"]["svd_seconds"] > 0
+    assert result["parameters"]["factored"] != result["parameters"]["base"]
+
+    # The paper's LoRA, merged and fused again, is a plain GPT-2 that knows nothing of the harness.
+    run_dir, result = found["lora_paper"]
+    assert result["saved"] == ["adapter", "model"]
+    probe = (
+        "import transformers, torch\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(run_dir / 'model')!r})\n"
+        f"tok = transformers.AutoTokenizer.from_pretrained({str(run_dir / 'model')!r})\n"
+        "print(type(model).__name__, type(model.transformer.h[0].attn.c_attn).__name__, len(tok))\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert shown.stdout.split() == ["GPT2LMHeadModel", "Conv1D", "4096"], shown.stderr
+    again = harness(
+        "model=local", f"model.path={run_dir / 'model'}", "method=none", "experiment_name=m", *QUICK
+    )
+    assert again.returncode == 0, again.stderr
+    merged = only_result(tmp_path, "m")[1]["quality"]["test"]["nll_nats"]
+    assert merged == pytest.approx(result["quality"]["test"]["nll_nats"], rel=1e-5)
+
+
 def test_a_changed_text_is_another_run(harness, tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 60)

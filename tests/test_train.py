@@ -135,6 +135,35 @@ def test_a_nan_stops_the_run_and_names_the_step(tiny, make_run, text, tmp_path):
         run_loop(adapt(tiny, run), text, run, tmp_path, poison)
 
 
+def test_a_penalty_moves_the_weights_as_in_a_plain_loop_and_not_the_logged_loss(
+    tiny, make_run, text, tmp_path
+):
+    run = config(make_run, "method=full", "train.steps=1", "train.clip=null", "train.warmup=0")
+    start = {n: p.detach().clone() for n, p in tiny.named_parameters()}
+
+    def penalty():
+        return 3.0 * tiny.transformer.wpe.weight.square().sum()
+
+    rows = []
+    training.train(
+        tiny, text, run, Accelerator(cpu=True), lambda model: 1.0, rows.append, 9.0,
+        tmp_path / "b", penalty,
+    )  # fmt: skip
+    after = tiny.transformer.wpe.weight.detach().clone()
+    with torch.no_grad():
+        for name, p in tiny.named_parameters():
+            p.copy_(start[name])
+    ids = batch_of(text.blocks, block_order(run.seed, 0, 4, BLOCKS))
+    loss = tiny(input_ids=ids, labels=ids).loss
+    assert rows[0]["train/nll"] == pytest.approx(loss.item(), rel=1e-5)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=run.train.lr, weight_decay=0.0)
+    (loss + penalty()).backward()
+    optimizer.step()
+    moved = tiny.transformer.wpe.weight.detach()
+    torch.testing.assert_close(after, moved, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(after, start["transformer.wpe.weight"])
+
+
 def test_nothing_to_train_takes_no_step(tiny, make_run, text, tmp_path):
     run = config(make_run, "method=none")
     done, rows = run_loop(adapt(tiny, run), text, run, tmp_path)

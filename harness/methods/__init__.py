@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from harness.config import (
     UdvMethod,
     nearest,
 )
-from harness.methods import targets, udv
+from harness.methods import svd, targets, udv
 
 
 def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -48,13 +49,7 @@ def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     assert isinstance(method, LoraMethod)
     matched = _targets(model, run, method.fields)
     _check_ranks({"r": method.r, **method.fields}, matched)
-    if str(method.init) in REFUSED_INITS:
-        raise ConfigError(f"method.init={method.init}: {REFUSED_INITS[str(method.init)]}")
-    if method.init == "olora" and matched.conv1d:
-        raise ConfigError(
-            "method.init=olora is wrong on GPT-2: PEFT's OLoRA takes the weight as (out, in), and "
-            "Conv1D stores it (in, out); use init=pissa or orthogonal"
-        )
+    _check_init(str(method.init), matched)
     named = {
         "r": method.r,
         "lora_alpha": method.lora_alpha,
@@ -89,13 +84,20 @@ def _udv(model: PreTrainedModel, run: RunConfig) -> nn.Module:
 def _svd(model: PreTrainedModel, run: RunConfig, **named: Any) -> nn.Module:
     method = run.method
     assert isinstance(method, SvdMethod)
+    matched = _targets(model, run, method.fields)
+    for pattern in method.rank_pattern:
+        if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in matched.shapes):
+            raise ConfigError(
+                f"method.rank_pattern: '{pattern}' matches none of the targets; "
+                f"{nearest(pattern, matched.suffixes)}"
+            )
     named |= {
-        "rank": method.rank if method.energy is None else None,
+        "rank": method.rank,
         "energy": method.energy,
         "which": method.which,
         "rank_pattern": dict(method.rank_pattern),
         "seed": run.seed,
-        "target_modules": _targets(model, run, method.fields).suffixes,
+        "target_modules": matched.suffixes,
     }
     return _wrap(model, _peft_config(udv.UDVConfig, named, method.fields))
 
@@ -146,13 +148,20 @@ def check(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     if isinstance(method, SvdMethod) and method.energy is not None:
         method = dataclasses.replace(method, energy=None, rank="full")
     if isinstance(method, LoraMethod) and str(method.init).startswith(FROM_WEIGHTS):
-        method = dataclasses.replace(method, init=True)
-    try:
-        return adapt(model, dataclasses.replace(run, method=method))
-    except ConfigError as error:
-        if isinstance(method, PeftMethod) and "meta tensor" in str(error):
-            return model  # PEFT reads weights to build this method: checked on the real model
-        raise
+        _check_init(str(method.init), _targets(model, run, method.fields))
+        if method.init != "mica":  # which trains A alone, and reads no weight on meta
+            method = dataclasses.replace(method, init=True)
+    return adapt(model, dataclasses.replace(run, method=method))
+
+
+def _check_init(init: str, matched: targets.Targets) -> None:
+    if init in REFUSED_INITS:
+        raise ConfigError(f"method.init={init}: {REFUSED_INITS[init]}")
+    if init in ("olora", "loftq") and matched.conv1d:
+        raise ConfigError(
+            f"method.init={init} is wrong on GPT-2: PEFT takes the weight as (out, in) there, and "
+            "Conv1D stores it (in, out); use init=pissa or orthogonal"
+        )
 
 
 FROM_WEIGHTS = ("pissa", "corda", "loftq", "mica", "eva", "lora_ga")  # inits that read the weights
@@ -188,6 +197,36 @@ def _check_ranks(fields: dict[str, Any], matched: targets.Targets) -> None:
                     f"method.fields.rank_pattern.{pattern}={rank}: {name} allows a rank of "
                     f"{min(shape)} at most"
                 )
+
+
+def svd_facts(model: nn.Module) -> dict[str, Any]:
+    """What the SVD came to: seconds, decompositions computed and read, and k by kind of matrix."""
+    ranks: dict[str, set[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, udv.UDVLayer):
+            kind = re.sub(r"^.*\.\d+\.", "", name.removeprefix("base_model.model."))
+            ranks.setdefault(kind, set()).update(s.rank for s in module.udv_specs.values())
+    if not ranks:
+        return {}
+    return {
+        "svd_seconds": svd.svd_seconds(),
+        "svd_decompositions": svd.svd_counts(),
+        "ranks": {kind: sorted(found) for kind, found in ranks.items()},
+    }
+
+
+def factored_total(model: nn.Module) -> int | None:
+    """Elements of a truncated model if W were dropped for its factors; None for other models."""
+    layers = [m for m in model.modules() if isinstance(m, udv.UDVLayer)]
+    dropped = [m for m in layers if not any(spec.keep for spec in m.udv_specs.values())]
+    if not layers or len(dropped) < len(layers):
+        return None
+    base = sum(p.numel() for n, p in model.named_parameters() if ".udv_" not in n)
+    for layer in dropped:
+        (spec,) = layer.udv_specs.values()
+        m, n = layer.out_features, layer.in_features
+        base += spec.rank * (m + n + 1) - m * n
+    return base
 
 
 def penalty(model: nn.Module, run: RunConfig) -> Callable[[], torch.Tensor] | None:
@@ -229,12 +268,18 @@ def _wrap(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
     try:
         adapted = peft.get_peft_model(model, config)
     except UNFIT as error:
+        if "meta tensor" in str(error):
+            raise NeedsWeightsError(f"{kind} reads the weights to be built") from error
         raise ConfigError(f"{kind} does not fit this model: {error}") from error
     if getattr(config, "train", "") != "none" and not any(
         p.requires_grad for p in adapted.parameters()
     ):
         raise ConfigError(f"{kind} would train nothing: check method.fields")
     return adapted
+
+
+class NeedsWeightsError(ConfigError):
+    """A method that cannot be built on the meta device: `check` and counts cannot tell about it."""
 
 
 # What PEFT's methods raise when a model, a field or a missing package does not suit them.

@@ -50,7 +50,9 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
     for suffix in dict.fromkeys(suffixes):
         matches = [name for name in there if name == suffix or name.endswith(f".{suffix}")]
         if not matches:
-            hint = " (q, k and v apart need model.unfuse_qkv)" if "c_attn." in suffix else ""
+            hint = " (q, k and v apart need model.unfuse_qkv=true)" if "c_attn." in suffix else ""
+            own = getattr(getattr(model, "config", None), "model_type", "")
+            hint += f" (try targets={own})" if own == "lstm" else ""
             raise ConfigError(
                 f"targets={targets.name}: '{suffix}' matches no matrix of this model{hint}; "
                 f"there are: {', '.join(kinds)}"
