@@ -50,7 +50,10 @@ def udv_rank(table: pd.DataFrame, axes: list[plt.Axes]) -> None:
         full = table[table.method == "full"][VALIDATION].iloc[0]
         axis.axhline(full, color=COLORS["full"], linestyle="--", label="full fine-tuning")
         axis.set(xscale="log", yscale="log", ylabel="validation perplexity")
-    left.set(xlabel="rank k")
+    ranks = sorted(table.k[table.method == "udv-d"].astype(int))
+    left.set_xticks(ranks, labels=[str(k) for k in ranks])
+    left.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    left.set(xlabel="rank k (of 256)")
     right.set(xlabel="trainable parameters")
 
 
@@ -102,9 +105,10 @@ def main(folder: Path) -> None:
     figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.4), squeeze=False)
     draw(load(folder), list(axes[0]))
     for axis in axes[0]:
-        if axis.get_yscale() == "log":  # 30 and 100, not powers of ten
-            axis.yaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-            axis.yaxis.set_minor_formatter(mpl.ticker.ScalarFormatter())
+        if axis.get_yscale() == "log":  # 10, 20, 50, 100 and not powers of ten
+            axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_locator(mpl.ticker.NullLocator())
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
