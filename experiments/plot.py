@@ -85,7 +85,7 @@ def by_parameters(table: pd.DataFrame, axes: list[plt.Axes]) -> None:
     for (method, targets), rows in trained.groupby(["method", "targets"]):
         rows = rows.sort_values(TRAINABLE)
         name = f"{method} {targets}".strip()
-        marker = "s" if targets in ("lstm_ends", "lstm_core") else "o"
+        marker = {"lstm_ends": "s", "lstm_core": "^"}.get(targets, "o")
         axes[0].plot(rows[TRAINABLE], rows[TEST], f"{marker}-", color=COLORS[method], label=name)
     axes[0].set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="test perplexity")
 
