@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment report test lint gpt2_mini clean
+.PHONY: help setup experiment report test lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ lint: setup ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench: setup ## the training step beside the HF Trainer with PEFT (about 30 minutes)
+	$(RUN) experiments/bench/training_step/bench.py
 
 gpt2_mini: setup ## pretrain the shipped model again: tokenizer, 26 M tokens, packaging (about 75 minutes)
 	$(RUN) experiments/pretrain_gpt2_mini/build.py tokenizer

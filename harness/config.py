@@ -58,6 +58,7 @@ class ModelConfig:
     tokenizer: str | None = None  # asset name, folder or hub id; null = the model's own
     dropout: float = 0.0  # probability, every dropout of the base model
     gelu: str = "fused"  # fused | as_saved; the tanh GELU as one kernel (same function)
+    frozen_dtype: str = "fp32"  # fp32 | bf16: what weights that do not train are held in
     unfuse_qkv: Any = "auto"  # auto | true | false: GPT-2's c_attn as three matrices
     shape: dict[str, Any] = field(default_factory=dict)  # dimensions, for counts without files
 
@@ -192,9 +193,11 @@ class TrainConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0  # decoupled, on matrices only
+    label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     clip: float | None = 1.0  # norm of the gradient of the mean nll; null = off
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto
-    compile: bool = False  # torch.compile of the forward and loss
+    checkpointing: bool = False  # keep blocks' inputs only, run blocks again in backward
+    compile: bool = False  # torch.compile of the blocks; pays on runs of thousands of steps
     threads: int | None = None  # CPU threads; null = all cores
 
 
@@ -205,7 +208,7 @@ class EvaluateConfig:
     context: int | None = None  # tokens of context at most; null = data.context
     stride: int | None = None  # tokens the window moves; null = context (no overlap)
     every: int = 50  # optimizer steps between validations
-    batch_tokens: int = 2048  # tokens per evaluation batch
+    batch_tokens: int | None = None  # tokens per evaluation batch; null = by memory
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import logging
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
 
 import rich.box
 from hydra import compose, initialize_config_dir
@@ -39,11 +38,7 @@ def adapted(overrides: list[str]) -> tuple[RunConfig, nn.Module]:
         run = config.from_hydra(compose("config", overrides))
     if getattr(run.method, "energy", None) is not None:
         raise ConfigError("method.energy: a count needs a rank, which only the weights can tell")
-    model = run.model
-    if model.shape and not model.architecture:
-        architecture = {"model_type": "gpt2", **model.shape}
-        model = replace(model, asset=None, path=None, id=None, architecture=architecture)
-    base = models.on_meta(run, models.load_config(model))
+    base = models.on_meta(run, models.load_config(models.without_files(run).model))
     return run, methods.check(base, run)
 
 

@@ -52,6 +52,34 @@ def versions() -> dict[str, str]:
     return found
 
 
+def precision(asked: str) -> str:
+    """fp32 or bf16; `auto` is bf16 on a GPU that has it, and fp32 on a CPU.
+
+    There bf16 pays for wide models only: at width 256 fp32 is as fast.
+    """
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def precision_warning(chosen: str) -> str | None:
+    """What to say of bf16 on a CPU that has no instructions for it."""
+    if chosen != "bf16" or torch.cuda.is_available() or cpu_has_bf16():
+        return None
+    return (
+        "train.precision=bf16: this CPU has no bf16 instructions (avx512_bf16, amx_bf16 or Arm's "
+        "bf16), and without them bf16 is tens of times slower than fp32"
+    )
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 by itself; unknown systems count as having it."""
+    cpu_info = Path("/proc/cpuinfo")
+    if not cpu_info.is_file():
+        return True
+    return bool(re.search(r"^(flags|Features)\s*:.*bf16", cpu_info.read_text(), re.MULTILINE))
+
+
 def usable_cores() -> int:
     """Cores that this process may use, which taskset and containers limit."""
     if hasattr(os, "sched_getaffinity"):

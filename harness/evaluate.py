@@ -8,21 +8,25 @@ scores only what is new, so that every token is predicted exactly once, given at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import evaluate
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PretrainedConfig
 
-from harness.loss import token_nll
+from harness.loss import IGNORE
 
+ACTIVATION_BYTES = 64 * 2**20  # that a batch of evaluation may take, where its size is not given
 METRIC_DIR = Path(__file__).resolve().parent / "metrics" / "language_model_nll"
 
 
@@ -46,9 +50,21 @@ def windows(num_tokens: list[int], context: int, stride: int) -> Iterator[Window
             done = end
 
 
+def batch_tokens(config: PretrainedConfig) -> int:
+    """Tokens of an evaluation batch whose activations fit ACTIVATION_BYTES.
+
+    Without gradients one layer is alive at a time: the residual stream and the block's inputs and
+    outputs, about 6 widths a token, and the MLP's inner activations before and after its GELU. A
+    training step keeps more of every layer, so that evaluation never decides whether a run fits.
+    """
+    width = config.hidden_size
+    inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", 4 * width)
+    return max(1, ACTIVATION_BYTES // (4 * (6 * width + 2 * inner)))
+
+
 @torch.no_grad()
 def document_nll(
-    model: nn.Module,
+    prepared: nn.Module,
     documents: Dataset,
     *,
     context: int,
@@ -56,36 +72,50 @@ def document_nll(
     bos: int,
     batch_tokens: int,
     accelerator: Accelerator | None = None,
+    following: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Summed nats and number of predicted tokens of every document: (N,) float64 and (N,) int64."""
-    device = next(model.parameters()).device
-    tokens = [np.concatenate([[bos], ids]).astype(np.int64) for ids in documents["tokens"]]
+    """Summed nats and number of predicted tokens of every document: (N,) float64 and (N,) int64.
+
+    `prepared` is a `NextToken`. Tokens are read from the data set batch by batch, not held.
+    `following` is entered around the first batch, the largest one.
+    """
+    device = next(prepared.parameters()).device
+    column = documents.with_format("arrow")[:]["tokens"]  # mapped from disk, not read
     # Windows of like length share a batch: no forward pass is spent on padding.
-    todo = list(windows([len(ids) - 1 for ids in tokens], context, stride))
+    todo = list(windows(pc.list_value_length(column).to_pylist(), context, stride))
     todo.sort(key=lambda w: w.end - w.start, reverse=True)
-    nll = torch.zeros(len(tokens), dtype=torch.float64)
-    count = torch.zeros(len(tokens), dtype=torch.int64)
-    was_training = model.training
-    model.eval()
+    nll = torch.zeros(len(column), dtype=torch.float64)
+    count = torch.zeros(len(column), dtype=torch.int64)
+    was_training = prepared.training
+    prepared.eval()
     batches = list(_batches(todo, batch_tokens))
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    for batch in batches[rank::world]:
+    for index, batch in enumerate(batches[rank::world]):
         width = batch[0].end - batch[0].start
         inputs = torch.full((len(batch), width), bos)
-        targets = torch.full((len(batch), width), -100)
+        targets = torch.full((len(batch), width), IGNORE)
         for row, w in enumerate(batch):
-            ids, length = tokens[w.document], w.end - w.start
-            inputs[row, :length] = torch.from_numpy(ids[w.start : w.end])
+            # Input i is token i - 1 of the document; the one before its first is `bos`.
+            ids = column[w.document].values.to_numpy()
+            length = w.end - w.start
             first = length - w.scored
-            targets[row, first:length] = torch.from_numpy(ids[w.start + first + 1 : w.end + 1])
-        sums = token_nll(model, inputs.to(device), targets.to(device)).double().sum(1).cpu()
+            start = max(w.start, 1)
+            inputs[row, start - w.start : length] = torch.from_numpy(
+                ids[start - 1 : w.end - 1].astype(np.int64)
+            )
+            targets[row, first:length] = torch.from_numpy(
+                ids[w.start + first : w.end].astype(np.int64)
+            )
+        # Widths differ from batch to batch: compiled blocks would be compiled again for each.
+        with torch.compiler.set_stance("force_eager"), following() if index == 0 else nullcontext():
+            nats = prepared(inputs.to(device), targets.to(device)).nats
         rows = torch.tensor([w.document for w in batch])
-        nll.index_add_(0, rows, sums)
+        nll.index_add_(0, rows, nats.double().sum(1).cpu())
         count.index_add_(0, rows, torch.tensor([w.scored for w in batch]))
     if accelerator and world > 1:
         nll = accelerator.reduce(nll.to(device), "sum").cpu()
         count = accelerator.reduce(count.to(device), "sum").cpu()
-    model.train(was_training)
+    prepared.train(was_training)
     return nll.numpy(), count.numpy()
 
 

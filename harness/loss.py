@@ -1,25 +1,286 @@
-"""Negative log-likelihood of tokens, in nats."""
+"""Head and cross-entropy in one, in chunks of tokens, never holding tokens x vocabulary.
+
+    nll_i = logsumexp_j(z_ij) - z_i,t(i)       z = hidden W^T
+
+With label smoothing e, what is minimised is (1 - e) nll_i + e (logsumexp_j(z_ij) - mean_j z_ij), as
+`F.cross_entropy` defines it. Logits cost 12 V bytes a token the usual way, more than all else of a
+small model together. Here a chunk's logits live while that chunk is worked on: its gradients,
+softmax - onehot times W (and times hidden, where the head trains), are formed in the forward pass.
+
+Legend: B batch, T time, N = B T tokens, C tokens of a chunk, d width, V vocabulary.
+"""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+IGNORE = -100  # a target that is not predicted
+CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
+LEAST_TOKENS = 256  # slower products, and more tokens make nothing faster
+CPU_ROWS = 512  # of W in one fp32 product on a CPU: a fifth to a half faster than all 50,257
 
 
-def token_nll(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Nats of every target given the inputs up to it; 0 where the target is -100.
+class Nll(NamedTuple):
+    """What a model says of its targets."""
 
-    Shapes: inputs, targets (B, T) int64, targets[b, t] follows inputs[b, t]; returns (B, T) fp32.
-    Methods that prepend virtual tokens return more than T positions: the last T are ours.
+    objective: torch.Tensor  # scalar to minimise: nats, smoothed if asked for, summed over targets
+    nats: torch.Tensor  # of every target, fp32, 0 where ignored; carries no gradient
+
+
+def linear_nll(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+) -> Nll:
+    """Cross-entropy of `hidden @ weight.T` against `targets`, with the gradients of both.
+
+    Shapes: hidden (N, d), weight (V, d), targets (N,) int64, IGNORE where nothing is predicted.
+    Products are in autocast's dtype (the weight's without it), sums in fp32, or in float64 for
+    float64 inputs. The result can be differentiated once.
     """
-    logits = model(input_ids=inputs).logits[:, -inputs.shape[1] :]
-    nll = F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none"
+    if not torch.is_grad_enabled():  # a Function is told of requires_grad all the same
+        hidden, weight = hidden.detach(), weight.detach()
+    return Nll(*_LinearNll.apply(hidden, weight, targets, label_smoothing))
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """C, the tokens whose logits are held at once."""
+    return max(LEAST_TOKENS, CHUNK_BYTES // (4 * vocab_size))
+
+
+def _row_blocks(weight: torch.Tensor) -> list[slice]:
+    """Parts of W that are multiplied one by one; all of it but in fp32 on a CPU."""
+    rows = len(weight)
+    step = CPU_ROWS if weight.device.type == "cpu" and weight.dtype == torch.float32 else rows
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+class _LinearNll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        smoothing: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        with torch.autocast(kind, enabled=False):
+            head = weight.to(dtype)
+            mean_row = head.mean(0, dtype=wide) if smoothing else None
+            nats = torch.empty(targets.shape, dtype=wide, device=hidden.device)
+            objective = torch.zeros((), dtype=wide, device=hidden.device)
+            size, blocks = chunk_tokens(len(weight)), _row_blocks(head)
+            buffer = head.new_empty(min(size, len(targets)), len(weight))
+            for start in range(0, len(targets), size):
+                part = slice(start, start + size)
+                h, counts = hidden[part].to(dtype), targets[part].ne(IGNORE)[:, None]
+                target = targets[part].clamp(min=0)[:, None]
+                z = buffer[: len(h)]  # logits (C, V)
+                for rows in blocks:
+                    torch.mm(h, head[rows].t(), out=z[:, rows])
+                z_target = z.gather(1, target).to(wide)
+                z_top = z.amax(1, keepdim=True).to(wide)
+                p = torch.softmax(z, 1, dtype=wide, out=z if dtype == wide else None)
+                # The softmax of the largest logit is exp(z_top - logsumexp).
+                lse = z_top - p.amax(1, keepdim=True).log()
+                nll = (lse - z_target) * counts
+                nats[part] = nll[:, 0]
+                if mean_row is not None:
+                    uniform = (lse - (h.to(wide) @ mean_row)[:, None]) * counts
+                    nll = (1 - smoothing) * nll + smoothing * uniform
+                objective += nll.sum()
+                if grad_hidden is None and grad_weight is None:
+                    continue
+                # d objective / dz = counts (p - (1 - e) onehot - e / V); its dense part by products
+                # in `dtype`, from the logits' own buffer.
+                if dtype != wide:
+                    p = z.copy_(p)
+                if grad_hidden is not None:
+                    rows_of_w = F.embedding(target[:, 0], head).to(wide).mul_(1 - smoothing)
+                    if mean_row is not None:
+                        rows_of_w += smoothing * mean_row
+                    grad_hidden[part] = (torch.mm(p, head).to(wide) - rows_of_w) * counts
+                if grad_weight is not None:
+                    h = h * counts
+                    for rows in blocks:
+                        if dtype == wide:
+                            grad_weight[rows].addmm_(p[:, rows].t(), h)
+                        else:
+                            grad_weight[rows] += torch.mm(p[:, rows].t(), h)
+                    counted = h.to(wide)
+                    grad_weight.index_add_(0, target[:, 0], counted, alpha=smoothing - 1)
+                    if smoothing:
+                        grad_weight -= smoothing / len(weight) * counted.sum(0)
+        ctx.grads = (grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nats)
+        return objective, nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor, _: Any) -> Any:
+        hidden, weight = ctx.grads
+        del ctx.grads  # they are scaled in place: a second backward pass would scale them again
+        for grad in (hidden, weight):
+            if grad is not None:
+                grad.mul_(scale)
+        return hidden, weight, None, None
+
+
+class NextToken(nn.Module):
+    """A language model as training and evaluation need it: the nats of targets given inputs.
+
+    The model runs with its output head bypassed, and the head goes into the loss chunk by chunk:
+    by `linear_nll` where it is one matrix, through the module itself, run again in the backward
+    pass, where an adapter sits on it. Architectures that change the logits after the head (a soft
+    cap, a scale) are found out on a few tokens, and their logits are taken whole.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+        bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = bare.get_output_embeddings()
+        where = [
+            (module, name)
+            for module in bare.modules()
+            for name, child in module._modules.items()
+            if child is head
+        ]
+        # In a list, so that the owner of the head is not registered a second time.
+        self._owner = where if head is not None and len(where) == 1 else []
+        prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        self._config = None if prompts or not _plainly_causal(bare) else bare.config
+        if self._owner and next(model.parameters()).device.type != "meta":
+            self._check_head()
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> Nll:
+        """Shapes: inputs, targets (B, T) int64, targets[b, t] follows inputs[b, t], or IGNORE.
+
+        Returns the sum to minimise, and the nats as (B, T).
+        """
+        if not self._owner:
+            logits = self._logits(inputs)
+            found = _module_nll(
+                nn.Identity(), logits.flatten(0, 1), targets.flatten(),
+                self.label_smoothing,
+            )  # fmt: skip
+            return Nll(found.objective, found.nats.view_as(targets))
+        hidden, head = self._hidden(inputs)
+        plain = type(head) is nn.Linear and head.bias is None and not head._forward_hooks
+        flat = hidden.flatten(0, 1)
+        if plain:
+            found = linear_nll(flat, head.weight, targets.flatten(), self.label_smoothing)
+        else:
+            found = _module_nll(head, flat, targets.flatten(), self.label_smoothing)
+        return Nll(found.objective, found.nats.view_as(targets))
+
+    def _hidden(self, inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """What the head would get, (B, T, d), and the head."""
+        ((owner, name),) = self._owner
+        head = owner._modules[name]
+        assert head is not None
+        owner._modules[name] = _BYPASS
+        try:
+            return self._logits(inputs), head
+        finally:
+            owner._modules[name] = head
+
+    def _logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self._config is None:
+            return self.model(input_ids=inputs, use_cache=False).logits[:, -inputs.shape[1] :]
+        before = self._config._attn_implementation
+        self._config._attn_implementation = CAUSAL
+        try:
+            return self.model(input_ids=inputs, use_cache=False).logits
+        finally:
+            self._config._attn_implementation = before
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Give up the bypass if what comes out of the model is not what the head has made."""
+        ((owner, name),) = self._owner
+        head, was_training = owner._modules[name], self.model.training
+        probe = _Probe()
+        owner._modules[name] = probe
+        try:
+            self.model.eval()
+            ids = torch.arange(4, device=next(self.model.parameters()).device)[None]
+            out = self._logits(ids)
+        finally:
+            owner._modules[name] = head
+            self.model.train(was_training)
+        if not torch.equal(out.float(), probe.made[:, -4:].float()):
+            self._owner = []
+
+
+class _Probe(nn.Module):
+    """A head whose output no function of logits leaves alone but the identity."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.made = torch.linspace(-100, 100, hidden.numel(), device=hidden.device)
+        self.made = self.made.view(hidden.shape).to(hidden.dtype)
+        return self.made
+
+
+_BYPASS = nn.Identity()
+
+# Packed blocks have no padding and no cache, so that the mask is SDPA's own causal one.
+# `transformers` looks for padding and packing in the values first, which makes the host wait for
+# the device, and gives up SDPA's causal kernel under tracing. It makes no mask for a name that it
+# knows no mask of.
+CAUSAL = "sdpa_causal"
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
+def _plainly_causal(model: Any) -> bool:
+    """Whether every layer attends to all that came before, by SDPA."""
+    layers = getattr(model.config, "layer_types", None) or ["full_attention"]
+    window = getattr(model.config, "sliding_window", None)
+    return (
+        getattr(model.config, "_attn_implementation", None) == "sdpa"
+        and set(layers) == {"full_attention"}
+        and window is None
     )
-    return nll.view_as(targets)
 
 
-def block_nll(model: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
-    """Summed nats of packed blocks (B, T + 1), every id but a block's first predicted: a scalar."""
-    return token_nll(model, blocks[:, :-1], blocks[:, 1:]).sum()
+def _module_nll(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, e: float) -> Nll:
+    """`linear_nll` for any head, a chunk at a time; its logits are made again in backward."""
+    objective = torch.zeros((), device=hidden.device)
+    nats = torch.empty(targets.shape, device=hidden.device)
+
+    def chunk_nll(h: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = head(h)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        nll = F.cross_entropy(z, target, ignore_index=IGNORE, reduction="none")
+        smooth = nll
+        if e:
+            smooth = F.cross_entropy(
+                z, target, ignore_index=IGNORE, reduction="none", label_smoothing=e
+            )
+        return smooth.sum(), nll.detach()
+
+    vocabulary = getattr(head, "out_features", None) or hidden.shape[-1]
+    size = chunk_tokens(vocabulary)
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        if torch.is_grad_enabled():
+            one, nats[part] = checkpoint(
+                chunk_nll, hidden[part], targets[part], use_reentrant=False
+            )
+        else:
+            one, nats[part] = chunk_nll(hidden[part], targets[part])
+        objective = objective + one
+    return Nll(objective, nats)

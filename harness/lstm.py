@@ -164,7 +164,12 @@ def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
 
 def _check_additive(layer: Any, adapter: str, name: str) -> None:
     """Refuse an adapter that adding its delta to the weight would get wrong."""
-    package, _, rest = type(layer).__module__.partition(".tuners.")
+    # PEFT's own layer, or the one that ours extends.
+    modules = [
+        cls.__module__ for cls in type(layer).__mro__ if "tuners_utils" not in cls.__module__
+    ]
+    owner = next((m for m in modules if m.startswith("peft.tuners.")), modules[0])
+    package, _, rest = owner.partition(".tuners.")
     method = rest.partition(".")[0] if package == "peft" else type(layer).__name__
     variant = layer.lora_variant.get(adapter) if isinstance(layer, LoraLayer) else None
     if variant is not None and not isinstance(variant, MiCALinearVariant):

@@ -117,7 +117,10 @@ class LiveTensors(TorchDispatchMode):
 def measured(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, report: dict[str, Any]
 ) -> Iterator[None]:
-    """Measure the peak of the body into `report`: peak_bytes, by_category, measured_by."""
+    """Measure the peak of the body into `report`: peak_bytes, by_category, measured_by.
+
+    Code under torch.compile cannot be followed: here it runs uncompiled.
+    """
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -126,19 +129,21 @@ def measured(
         yield
         peak = torch.cuda.max_memory_allocated(device)
         categories = dict(fixed.by_category)
-        categories["gradients"] = sum(
-            p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
-        )
+        if torch.is_grad_enabled():
+            categories["gradients"] = sum(
+                p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
+            )
         rest = peak - sum(n for name, n in categories.items() if name != "activations")
         categories["activations"] = max(0, rest)
         report |= {
             "peak_bytes": peak,
+            "reserved_bytes": torch.cuda.max_memory_reserved(device),
             "by_category": categories,  # gradients in full, the remainder activations
             "category_peaks": categories,
             "measured_by": "cuda allocator",
         }
         return
-    with LiveTensors(model, optimizer) as live:
+    with torch.compiler.set_stance("force_eager"), LiveTensors(model, optimizer) as live:
         yield
     report |= {
         "peak_bytes": live.peak,
@@ -146,6 +151,44 @@ def measured(
         "category_peaks": live.category_peaks,
         "measured_by": "live tensors",
     }
+
+
+class ProcessPeaks:
+    """The process's resident peak (VmHWM) in each phase of a run, which the kernel counts.
+
+    The counter is set back at every change of phase. Where the system has no such counter, or none
+    that can be set back, `by_phase` stays empty.
+    """
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+        self._resets = True
+        self.by_phase: dict[str, int] = {}
+        self.peak_bytes = process_peak_bytes()  # over all phases
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the body to phase `name`, and what comes before and after to the phase around."""
+        before = self._phase
+        self.turn(name)
+        try:
+            yield
+        finally:
+            self.turn(before)
+
+    def turn(self, name: str) -> None:
+        """Close the present phase and begin (or go on with) phase `name`."""
+        peak = process_peak_bytes()
+        if peak is not None:
+            self.peak_bytes = max(self.peak_bytes or 0, peak)
+            if self._resets:
+                self.by_phase[self._phase] = max(self.by_phase.get(self._phase, 0), peak)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+        except OSError:
+            self._resets = False
+            self.by_phase = {}
+        self._phase = name
 
 
 def process_peak_bytes() -> int | None:

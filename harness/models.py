@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +20,14 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from harness import network
-from harness.config import ASSETS_DIR, ConfigError, ModelConfig, RunConfig, nearest
+from harness.config import (
+    ASSETS_DIR,
+    ConfigError,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    nearest,
+)
 from harness.lstm import register_lstm
 from harness.unfuse import UNFUSED_TARGETS, unfuse_qkv
 
@@ -96,23 +104,73 @@ def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedToke
 
 
 def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
-    """The model in fp32, with pretrained weights, or random ones if `architecture` is given.
+    """The model with pretrained weights, or random ones if `architecture` is given.
 
-    q, k and v come apart (`harness.unfuse`) where `wants_unfused` says so.
+    In fp32, or in `model.frozen_dtype` where the method freezes the base. q, k and v come apart
+    (`harness.unfuse`) where `wants_unfused` says so.
     """
     if run.model.architecture:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(run))
     else:
-        options = {"config": config, "dtype": torch.float32}
+        options = {"config": config, "dtype": dtype_of(run)}
         model = _from_source(AutoModelForCausalLM, run.model, source_of(run.model), **options)
     return _unfused(model) if wants_unfused(run) else model
+
+
+def without_files(run: RunConfig) -> RunConfig:
+    """`run` with its model's architecture from conf/model instead of a folder or the hub."""
+    model = run.model
+    if not model.shape or model.architecture:
+        return run
+    architecture = {"model_type": "gpt2", **model.shape}
+    model = replace(model, asset=None, path=None, id=None, architecture=architecture)
+    return replace(run, model=model)
 
 
 def on_meta(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     """The same modules without weights, in milliseconds: enough for counts and checks of names."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(run))
     return _unfused(model) if wants_unfused(run) else model
+
+
+def checkpoint_activations(model: nn.Module, cfg: TrainConfig) -> nn.Module:
+    """With `train.checkpointing` keep a block's input only, and run the block again in backward.
+
+    Raises:
+        ConfigError: an architecture that has no blocks to checkpoint.
+    """
+    if cfg.checkpointing and any(p.requires_grad for p in model.parameters()):
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        try:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"train.checkpointing=true: {error}") from error
+    return model
+
+
+def compile_blocks(model: nn.Module) -> nn.Module:
+    """Compile every transformer block, in place: blocks are alike and share what is compiled.
+
+    Raises:
+        ConfigError: an architecture that names no blocks.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = base._no_split_modules or ()
+    blocks = [module for module in base.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ConfigError(
+            f"train.compile=true: {type(base).__name__} names no blocks to compile; set it to false"
+        )
+    for block in blocks:
+        block.compile()
+    return model
+
+
+def dtype_of(run: RunConfig) -> torch.dtype:
+    """What the base model is held in; weights that train are always fp32 (`methods.adapt`)."""
+    narrow = run.model.frozen_dtype == "bf16" and run.method.name != "full"
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def wants_unfused(run: RunConfig) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,6 @@ from harness import memory
 from harness.checkpoint import load_trained, save_trained
 from harness.config import ConfigError, RunConfig, TrainConfig
 from harness.data import Data, batch_of, block_order
-from harness.loss import block_nll
 
 WARM_UP_STEPS = 3  # not timed: allocators, caches and (if asked for) the compiler settle
 MEMORY_STEP = 1  # (or the last) not timed: followed tensor by tensor; the optimizer has its state
@@ -83,40 +82,79 @@ def blocks_per_rank(run: RunConfig, world: int) -> int:
     return blocks // world
 
 
+def accumulate(
+    prepared: nn.Module,
+    batches: Iterable[torch.Tensor],
+    num_tokens: int,
+    accelerator: Accelerator,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Add the gradient of the mean nll over `num_tokens` tokens; returns their summed nats.
+
+    `batches` are micro-batches of blocks (B, T + 1), of which every id but a block's first is
+    predicted. Ranks average their gradients: with a rank's own `num_tokens` the result is the
+    gradient of the mean over all ranks. `penalty` is added to it, and not to what is returned.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    todo = list(batches)
+    for index, blocks in enumerate(todo):
+        last = index == len(todo) - 1
+        with nullcontext() if last else accelerator.no_sync(prepared):
+            blocks = blocks.to(accelerator.device)
+            found = prepared(blocks[:, :-1], blocks[:, 1:])
+            accelerator.backward(found.objective / num_tokens)
+            if penalty is not None and last:
+                accelerator.backward(penalty())
+        total += found.nats.sum()
+        del found
+    return total
+
+
+def apply(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, cfg: TrainConfig
+) -> torch.Tensor:
+    """Clip the gradients, step, free them; returns the norm before clipping."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    norm = accelerator.clip_grad_norm_(trainable, cfg.clip or math.inf)
+    assert norm is not None
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def train(
-    model: nn.Module,
+    prepared: nn.Module,
     data: Data,
     run: RunConfig,
     accelerator: Accelerator,
-    validate: Callable[[nn.Module], float],
+    validate: Callable[[], float],
     log: Callable[[dict[str, Any]], None],
     step0_nll: float,
     best_path: Path,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> Trained:
-    """Train what requires gradients in `model`, as Accelerate prepared it; keep the best weights.
+    """Train what requires gradients in a `NextToken`, as Accelerate prepared it; keep the best.
 
     Best is the lowest on validation. `validate` gives mean nats per validation token, `log` takes
     one row of metrics, `step0_nll` is the validation before the first step, `penalty` is added to
     the mean nll in the gradient (not in the loss that is logged). Returns with the best weights
-    loaded into `model`.
+    loaded into the model.
 
     Raises:
         NonFiniteLossError: naming the step.
     """
     cfg, world, rank = run.train, accelerator.num_processes, accelerator.process_index
+    model = accelerator.unwrap_model(prepared).model
     out = Trained(best_nll=step0_nll)
     if cfg.steps == 0 or not any(p.requires_grad for p in model.parameters()):
         return out
-    bare = accelerator.unwrap_model(model)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(bare, cfg))
-    model.train()
-    forward = torch.compile(block_nll) if cfg.compile else block_nll
+    optimizer = accelerator.prepare_optimizer(make_optimizer(model, cfg))
+    prepared.train()
     per_rank = blocks_per_rank(run, world)
     num_blocks = per_rank * world
     timed_tokens, timed_seconds = 0, 0.0
     if accelerator.is_main_process:
-        save_trained(bare, best_path)
+        save_trained(model, best_path)
 
     bar = tqdm(
         total=cfg.steps,
@@ -131,28 +169,21 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
         follow = step == min(MEMORY_STEP, cfg.steps - 1)
-        with memory.measured(bare, optimizer, out.memory) if follow else nullcontext():
-            total = torch.zeros((), device=accelerator.device)
-            for first in range(0, per_rank, cfg.micro_batch):
-                last = first + cfg.micro_batch >= per_rank
-                blocks = batch_of(data.blocks, order[first : first + cfg.micro_batch])
-                with nullcontext() if last else accelerator.no_sync(model):
-                    # Ranks average their gradients: dividing by the rank's own tokens gives the
-                    # gradient of the mean nll of the global batch.
-                    # Compiled code cannot be followed: that one step runs eagerly.
-                    run_blocks = block_nll if follow else forward
-                    nll = run_blocks(model, blocks.to(accelerator.device))
-                    accelerator.backward(nll / (per_rank * run.data.context))
-                    if penalty is not None and last:
-                        accelerator.backward(penalty())
-                total += nll.detach()
-                del nll
-            norm = accelerator.clip_grad_norm_(
-                [p for p in bare.parameters() if p.requires_grad], cfg.clip or math.inf
+        with memory.measured(model, optimizer, out.memory) if follow else nullcontext():
+            total = accumulate(
+                prepared,
+                [
+                    batch_of(data.blocks, order[first : first + cfg.micro_batch])
+                    for first in range(0, per_rank, cfg.micro_batch)
+                ],
+                per_rank * run.data.context,
+                accelerator,
+                penalty,
             )
-            optimizer.step()
-            optimizer.zero_grad()
-        mean_nll = accelerator.reduce(total, "sum").item() / cfg.batch_tokens
+            norm = apply(model, optimizer, accelerator, cfg)
+        # The one place where the host waits for the device.
+        nats, grad_norm = torch.stack([accelerator.reduce(total, "sum"), norm]).tolist()
+        mean_nll = nats / cfg.batch_tokens
         seconds = time.perf_counter() - start
         if not math.isfinite(mean_nll):
             raise NonFiniteLossError(f"the loss is {mean_nll} at step {step + 1} of {cfg.steps}")
@@ -167,20 +198,20 @@ def train(
             "tokens": out.tokens,
             "train/nll": mean_nll,
             "train/lr": learning_rate(step, cfg),
-            "train/grad_norm": float(norm),
+            "train/grad_norm": grad_norm,
             "train/step_seconds": seconds,
         }
         if out.steps % run.evaluate.every == 0 or out.steps == cfg.steps:
-            nll_now = validate(model)
+            nll_now = validate()
             row["eval/validation/nll"] = nll_now
             if nll_now < out.best_nll:
                 out.best_step, out.best_nll = out.steps, nll_now
                 if accelerator.is_main_process:
-                    save_trained(bare, best_path)
+                    save_trained(model, best_path)
         log(row)
         bar.update()
         bar.set_postfix_str(f"loss {mean_nll:.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
     bar.close()
     accelerator.wait_for_everyone()
-    load_trained(bare, best_path)
+    load_trained(model, best_path)
     return out

@@ -23,6 +23,7 @@ CHOICES = {
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
     "model.gelu": ("fused", "as_saved"),
+    "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
     "method.bias": ("none", "all", "lora_only"),
     "method.which": ("top", "bottom", "random"),
@@ -83,6 +84,17 @@ def validate(run: RunConfig) -> None:
         )
     _require(0 <= train.warmup <= 1, "train.warmup", train.warmup, "a share of the steps in [0, 1]")
     _require(0 <= train.final_lr <= 1, "train.final_lr", train.final_lr, "a share of lr in [0, 1]")
+    _require(
+        0 <= train.label_smoothing < 1,
+        "train.label_smoothing",
+        train.label_smoothing,
+        "a share in [0, 1)",
+    )
+    if model.frozen_dtype == "bf16" and train.precision == "fp32":
+        raise ConfigError(
+            "model.frozen_dtype=bf16 with train.precision=fp32: fp32 products need fp32 weights; "
+            "set train.precision=bf16"
+        )
     _require(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "0 or more")
     _require(
         train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null"
@@ -105,7 +117,12 @@ def validate(run: RunConfig) -> None:
         )
 
     _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
-    _require(ev.batch_tokens > 0, "evaluate.batch_tokens", ev.batch_tokens, "1 or more tokens")
+    _require(
+        ev.batch_tokens is None or ev.batch_tokens > 0,
+        "evaluate.batch_tokens",
+        ev.batch_tokens,
+        "1 or more tokens, or null",
+    )
     context = data.context if ev.context is None else ev.context
     _require(context >= 1, "evaluate.context", context, "1 or more tokens")
     stride = context if ev.stride is None else ev.stride

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,21 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    from harness import checkpoint, data, environment, evaluate, memory, methods, models, train
+    from harness import checkpoint, data, environment, evaluate, loss, memory, methods, models
+    from harness import plan, train  # isort: skip
     from harness.methods.svd import CACHE_ENV
 
     datasets.disable_progress_bars()  # the training bar is the only one
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
+    process = memory.ProcessPeaks("setup")
     os.environ[CACHE_ENV] = run.data.cache_dir  # factors of a base weight, for a whole sweep
     torch.set_num_threads(run.train.threads or environment.usable_cores())
-    accelerator = Accelerator(mixed_precision=precision(run.train.precision))
+    precision = environment.precision(run.train.precision)
+    if warning := environment.precision_warning(precision):
+        log.warning(warning)
+        print(f"warning: {warning}", file=sys.stderr)
+    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
     result["environment"] = environment.describe()
 
     # Names and shapes are checked on the meta device, before anything is read or loaded.
@@ -160,40 +167,46 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         "factored": methods.factored_total(model),  # with U, D, V in place of W; else None
     }
     log.info("parameters: %s", result["parameters"])
+    models.checkpoint_activations(model, run.train)
+    if run.train.compile:
+        models.compile_blocks(model)
 
     # Prepared once, so that every method is evaluated at the same precision, at every step.
-    prepared = accelerator.prepare_model(model, evaluation_mode=counted.trainable == 0)
+    prepared = accelerator.prepare_model(
+        loss.NextToken(model, run.train.label_smoothing), evaluation_mode=counted.trainable == 0
+    )
+    batch_tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
+    at_evaluation: dict[str, Any] = {}
 
-    def measure(split: str, of: Any = prepared) -> tuple[dict[str, Any], Any]:
+    def measure(split: str, **following: Any) -> tuple[dict[str, Any], Any]:
         """Quality on a split, and its table of nats per document."""
         documents = text.held_out[split]
-        nll, count = evaluate.document_nll(
-            of,
-            documents,
-            context=context,
-            stride=run.evaluate.stride or context,
-            bos=tokenizer.eos_token_id,
-            batch_tokens=run.evaluate.batch_tokens,
-            accelerator=accelerator,
-        )
+        with process.phase("evaluate"):
+            nll, count = evaluate.document_nll(
+                prepared,
+                documents,
+                context=context,
+                stride=run.evaluate.stride or context,
+                bos=tokenizer.eos_token_id,
+                batch_tokens=batch_tokens,
+                accelerator=accelerator,
+                **following,
+            )
         table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": count})
         for column in ("num_words", "num_bytes"):
             table[column] = documents[column]
         return evaluate.quality(nll, count, documents), table
 
-    seen: list[
-        tuple[float, dict[str, Any], Any]
-    ] = []  # of validation: nats a token, quality, table
+    best: tuple[float, dict[str, Any], Any] = (math.inf, {}, None)  # of validation
 
-    def validate(of: Any) -> float:
-        found, table = measure("validation", of)
-        seen.append((found["nll_nats"] / found["num_tokens"], found, table))
-        return seen[-1][0]
+    def validate(**following: Any) -> float:
+        nonlocal best
+        quality, table = measure("validation", **following)
+        nll = quality["nll_nats"] / quality["num_tokens"]
+        if nll < best[0] or not best[1]:
+            best = (nll if math.isfinite(nll) else math.inf, quality, table)
+        return nll
 
-    # Memory is measured on a training step; where none can be followed, on the first validation.
-    untrained = run.train.steps == 0 or counted.trainable == 0
-    at_evaluation: dict[str, Any] = {}
-    measuring = memory.measured(model, None, at_evaluation)
     with (run_dir / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as stream:
 
         def log_row(row: dict[str, Any]) -> None:
@@ -201,9 +214,9 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
                 stream.write(json.dumps(results.finite(row)) + "\n")
 
         setup_seconds = time.perf_counter() - began
-        with measuring if untrained else nullcontext():
-            step0 = validate(prepared)
-        result["quality"] = {"step0": {"validation": seen[0][1]}}
+        process.turn("train")
+        step0 = validate(following=lambda: memory.measured(model, None, at_evaluation))
+        result["quality"] = {"step0": {"validation": best[1]}}
         log_row({"step": 0, "tokens": 0, "eval/validation/nll": step0})
         done = train.train(
             prepared,
@@ -225,30 +238,27 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     }
 
     # The weights are now the best on validation; test is read here, once, and nowhere else.
-    _, quality, table = min(seen, key=lambda one: one[0])
+    _, quality, table = best
     result["quality"] |= {"best_step": done.best_step, "validation": quality}
     table.to_parquet(run_dir / "documents-validation.parquet", index=False)
     result["quality"]["test"], table = measure("test")
     table.to_parquet(run_dir / "documents-test.parquet", index=False)
 
+    process.turn("export")
     result["memory"] = (done.memory or at_evaluation) | {
         "phase": "train" if done.memory else "evaluate",
-        "process_peak_bytes": memory.process_peak_bytes(),
+        "evaluate": at_evaluation,
+        "process_peak_bytes": process.peak_bytes,
+        "process_peak_by_phase": process.by_phase,
     }
+    # After the peaks are read: it is quick, but it takes memory of its own.
+    predicted = plan.predict(run, model_config, accelerator)
+    result["predicted"] = predicted and predicted.as_record()
     if accelerator.is_main_process:
         alone = models.wants_unfused(run) or run.model.architecture or run.method.name == "truncate"
         merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
         result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
         (run_dir / "best.safetensors").unlink(missing_ok=True)
-
-
-def precision(asked: str) -> str:
-    """Accelerate's name for a precision; `auto` is bf16 where a GPU has it, else fp32."""
-    import torch
-
-    if asked == "auto":
-        asked = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": "no", "bf16": "bf16"}[asked]
 
 
 if __name__ == "__main__":

@@ -39,12 +39,8 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the union; raises ConfigError before the first run if any is not valid."""
         assert self.config is not None and self.hydra_context is not None and self.launcher
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        jobs: list[list[str]] = []
-        for grid in self.grids or [{}]:
-            texts = [*self._parse_config(), *(f"{k}={v}" for k, v in grid.items()), *arguments]
-            for batch in self.split_arguments(parser.parse_overrides(texts), None):
-                jobs += batch
+        loader = self.hydra_context.config_loader
+        jobs = combinations(self.grids, self._parse_config(), arguments, loader)
         jobs, same = check(jobs, self.config, self.hydra_context)
         if same:
             print(f"left out, since another of these runs is the same: {same}")
@@ -56,6 +52,19 @@ class GridSweeper(BasicSweeper):
         for result in results:
             _ = result.return_value  # raises what the job raised
         return [results]
+
+
+def combinations(
+    grids: Sequence[dict[str, Any]], params: list[str], arguments: list[str], loader: Any
+) -> list[list[str]]:
+    """The overrides of every run: every combination of every grid, the command line's on top."""
+    parser = OverridesParser.create(config_loader=loader)
+    jobs: list[list[str]] = []
+    for grid in grids or [{}]:
+        texts = [*params, *(f"{k}={v}" for k, v in grid.items()), *arguments]
+        for batch in BasicSweeper.split_arguments(parser.parse_overrides(texts), None):
+            jobs += batch
+    return jobs
 
 
 def check(jobs: list[list[str]], master: Any, context: HydraContext) -> tuple[list[list[str]], int]:

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from harness import evaluate
+from harness.loss import NextToken
 
 
 def documents(lengths, seed=0):
@@ -25,7 +26,7 @@ def documents(lengths, seed=0):
 
 def nll_of(model, docs, context, stride, batch_tokens=64):
     return evaluate.document_nll(
-        model, docs, context=context, stride=stride, bos=0, batch_tokens=batch_tokens
+        NextToken(model), docs, context=context, stride=stride, bos=0, batch_tokens=batch_tokens
     )
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from harness import train as training
 from harness.config import ConfigError, TrainConfig
 from harness.data import Data, batch_of, block_order
+from harness.loss import NextToken
 from harness.methods import adapt
 
 BLOCKS = 10
@@ -30,11 +31,12 @@ def config(make_run, *overrides):
     )  # fmt: skip
 
 
-def run_loop(model, text, run, tmp_path, validate=lambda model: 1.0, step0=9.0):
+def run_loop(model, text, run, tmp_path, validate=lambda: 1.0, step0=9.0, penalty=None):
     rows = []
     done = training.train(
-        model, text, run, Accelerator(cpu=True), validate, rows.append, step0, tmp_path / "b"
-    )
+        NextToken(model, run.train.label_smoothing), text, run, Accelerator(cpu=True), validate,
+        rows.append, step0, tmp_path / "b", penalty,
+    )  # fmt: skip
     return done, rows
 
 
@@ -103,7 +105,7 @@ def test_the_best_checkpoint_by_validation_is_what_remains(tiny, make_run, text,
     run = config(make_run, "method=full")
     nlls, seen = iter([3.0, 2.0, 2.5, 2.6]), []
 
-    def validate(model):
+    def validate():
         seen.append({n: p.detach().clone() for n, p in tiny.named_parameters()})
         return next(nlls)
 
@@ -118,7 +120,7 @@ def test_the_best_checkpoint_by_validation_is_what_remains(tiny, make_run, text,
 def test_training_that_only_harms_leaves_the_start(tiny, make_run, text, tmp_path):
     start = {n: p.detach().clone() for n, p in tiny.named_parameters()}
     run = config(make_run, "method=full")
-    done, _ = run_loop(adapt(tiny, run), text, run, tmp_path, lambda model: 5.0, step0=1.0)
+    done, _ = run_loop(adapt(tiny, run), text, run, tmp_path, lambda: 5.0, step0=1.0)
     assert done.best_step == 0
     assert all(torch.equal(p, start[n]) for n, p in tiny.named_parameters())
 
@@ -126,7 +128,7 @@ def test_training_that_only_harms_leaves_the_start(tiny, make_run, text, tmp_pat
 def test_a_nan_stops_the_run_and_names_the_step(tiny, make_run, text, tmp_path):
     run = config(make_run, "method=full")
 
-    def poison(model):
+    def poison():
         with torch.no_grad():
             tiny.transformer.wte.weight[3, 3] = math.nan
         return 1.0
@@ -144,11 +146,7 @@ def test_a_penalty_moves_the_weights_as_in_a_plain_loop_and_not_the_logged_loss(
     def penalty():
         return 3.0 * tiny.transformer.wpe.weight.square().sum()
 
-    rows = []
-    training.train(
-        tiny, text, run, Accelerator(cpu=True), lambda model: 1.0, rows.append, 9.0,
-        tmp_path / "b", penalty,
-    )  # fmt: skip
+    _, rows = run_loop(tiny, text, run, tmp_path, penalty=penalty)
     after = tiny.transformer.wpe.weight.detach().clone()
     with torch.no_grad():
         for name, p in tiny.named_parameters():

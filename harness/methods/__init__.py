@@ -22,7 +22,7 @@ from harness.config import (
     UdvMethod,
     nearest,
 )
-from harness.methods import svd, targets, udv
+from harness.methods import lora_layer, svd, targets, udv
 
 
 def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -33,7 +33,11 @@ def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     Raises:
         ConfigError: a target, rank or field that does not fit this model.
     """
-    return ADAPTERS[run.method.name](model, run)
+    adapted = ADAPTERS[run.method.name](model, run)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # of a base held in bf16: biases, norms, modules_to_save
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return adapted
 
 
 def _none(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -61,7 +65,7 @@ def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         "target_modules": matched.suffixes,
         "fan_in_fan_out": matched.conv1d,
     }
-    return _wrap(model, _peft_config(peft.LoraConfig, named, method.fields))
+    return _wrap(model, lora_layer.fuse(_peft_config(peft.LoraConfig, named, method.fields)))
 
 
 def _truncate(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -149,7 +153,7 @@ def check(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         method = dataclasses.replace(method, energy=None, rank="full")
     if isinstance(method, LoraMethod) and str(method.init).startswith(FROM_WEIGHTS):
         _check_init(str(method.init), _targets(model, run, method.fields))
-        if method.init != "mica":  # which trains A alone, and reads no weight on meta
+        if method.init != "mica":  # which trains A alone
             method = dataclasses.replace(method, init=True)
     return adapt(model, dataclasses.replace(run, method=method))
 
@@ -266,7 +270,9 @@ def _peft_config(
 def _wrap(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
     kind = getattr(config.peft_type, "value", config.peft_type)
     try:
-        adapted = peft.get_peft_model(model, config)
+        # On the meta device PEFT's initialisations are left out, some of which read the weights.
+        on_meta = next(model.parameters()).device.type == "meta"
+        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     except UNFIT as error:
         if "meta tensor" in str(error):
             raise NeedsWeightsError(f"{kind} reads the weights to be built") from error

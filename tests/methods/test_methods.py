@@ -9,6 +9,7 @@ import torch
 
 from harness import methods, models
 from harness.config import ConfigError
+from harness.loss import NextToken
 from harness.lstm import LSTMConfig, LSTMForCausalLM
 from harness.methods import adapt, svd, targets
 from harness.unfuse import unfuse_qkv
@@ -69,15 +70,13 @@ def test_lora_fields_reach_peft(tiny, make_run):
     ],
 )
 def test_any_peft_method_by_name_trains(tiny, make_run, peft_type, extra):
-    from harness.loss import token_nll
-
     targets = "attn" if peft_type == "VERA" else "all"
     method = f"method.peft_type={peft_type}"
     model = adapt(tiny, make_run("method=peft", method, f"targets={targets}", *extra))
     assert 0 < models.count_parameters(model).trainable < models.count_parameters(model).total / 2
-    nll = token_nll(model, IDS, IDS)
-    assert nll.shape == IDS.shape
-    nll.sum().backward()
+    found = NextToken(model)(IDS, IDS)
+    assert found.nats.shape == IDS.shape
+    found.objective.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
@@ -174,6 +173,16 @@ def logits(model):
 def part(name):
     """The part of a parameter's name that tells its role: udv_d of ….c_fc.udv_d.default."""
     return next((p for p in name.split(".") if p.startswith(("lora_", "udv_"))), name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_checked_without_weights(tiny, make_run, method):
+    run = make_run("model=gpt2_mini", *METHODS[method][0])
+    on_meta = methods.check(models.on_meta(run, models.load_config(run.model)), run)
+    real = adapt(models.load_model(run, models.load_config(run.model)), run)
+    assert trainable(on_meta) == trainable(real)
+    if getattr(run.method, "energy", None) is None:  # which only the weights can tell
+        assert models.count_parameters(on_meta) == models.count_parameters(real)
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -1,0 +1,318 @@
+"""The training step of this harness beside the HF Trainer with PEFT, on the same work.
+
+    make bench                     # or: python experiments/bench/training_step/bench.py
+
+Every case runs in a process of its own, cases alternate within a round, and the table shows medians
+over rounds: step time and tokens/s (medians of the timed steps), peak resident memory, peak of
+live tensors, the loss after `--loss-steps` steps, and the share of this machine's own GEMM rate,
+measured in the same process just before. Both sides read the same tokens (the King James text) in
+the same order, from the same random weights, with AdamW at a constant rate, no weight decay,
+gradients clipped at 1. The Trainer runs with its defaults, which include the model's dropout of
+0.1 and the GELU composed in Python; `trainer-nodropout` is it without dropout, for the loss.
+
+Writes results.csv beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SHAPES = {  # model overrides, blocks, tokens a block
+    "gpt2": ({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}, 50257, 4, 512),
+    "mini": ({"n_embd": 256, "n_layer": 4, "n_head": 4, "n_positions": 256}, 4096, 8, 128),
+}
+CASES = [  # shape, side, method, precision
+    ("gpt2", "trainer", "lora", "fp32"),
+    ("gpt2", "harness", "lora", "fp32"),
+    ("gpt2", "trainer", "lora", "bf16"),
+    ("gpt2", "harness", "lora", "bf16"),
+    ("gpt2", "harness", "lora", "bf16-frozen"),
+    ("gpt2", "trainer", "full", "fp32"),
+    ("gpt2", "harness", "full", "fp32"),
+    ("gpt2", "harness", "udv", "fp32"),
+    ("mini", "trainer", "lora", "fp32"),
+    ("mini", "harness", "lora", "fp32"),
+]
+LOSS_CASES = [
+    ("gpt2", "trainer-nodropout", "lora", "fp32"),
+    ("gpt2", "harness", "lora", "fp32"),
+    ("mini", "trainer-nodropout", "lora", "fp32"),
+    ("mini", "harness", "lora", "fp32"),
+]
+LR, R = 1e-3, 8
+
+
+def overrides(shape: str, method: str, precision: str) -> list[str]:
+    """The harness's configuration of a case."""
+    sizes, vocab, blocks, tokens = SHAPES[shape]
+    found = [
+        "model=gpt2_mini_init", f"model.name={shape}", f"model.architecture.vocab_size={vocab}",
+        *(f"model.architecture.{key}={value}" for key, value in sizes.items()),
+        f"data.context={tokens}", f"train.micro_batch={blocks}",
+        f"train.batch_tokens={blocks * tokens}", f"method={method}",
+        f"train.lr={LR}", "train.schedule=constant", "train.warmup=0",
+        f"train.precision={precision.partition('-')[0]}",
+    ]  # fmt: skip
+    if method == "lora":
+        found += [f"method.r={R}", "targets=c_attn"]
+    if method == "udv":  # as many singular triplets as a quarter of the width, on every matrix
+        found += [f"method.rank={sizes['n_embd'] // 4}", "targets=all"]
+    if precision.endswith("-frozen"):
+        found.append("model.frozen_dtype=bf16")
+    return found
+
+
+def measure(shape: str, side: str, method: str, precision: str, steps: int) -> dict[str, Any]:
+    """One case in this process: the milliseconds of every step and the rest."""
+    import torch
+    from accelerate.utils import set_seed
+    from hydra import compose, initialize_config_dir
+
+    from harness import config, data, environment, models, plan
+
+    torch.set_num_threads(environment.usable_cores())
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        run = config.from_hydra(compose("config", overrides(shape, method, precision)))
+    model_config = models.load_config(run.model)
+    text = data.prepare(run.data, models.load_tokenizer(run.model, model_config))
+    blocks = [
+        data.batch_of(
+            text.blocks, data.block_order(0, step, run.train.micro_batch, text.num_blocks)
+        )
+        for step in range(steps)
+    ]
+    rate = plan.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
+    set_seed(0)
+    go = on_harness if side == "harness" else on_trainer
+    found = go(run, model_config, blocks, dropout=0.1 if side == "trainer" else 0.0)
+    return found | {"gemm_gflops": rate / 1e9}
+
+
+def on_harness(run: Any, model_config: Any, blocks: list[Any], dropout: float) -> dict[str, Any]:
+    """As `harness.worker` does it."""
+    import torch
+    from accelerate import Accelerator
+
+    from harness import memory, methods, models, plan, train
+    from harness.loss import NextToken
+
+    bf16 = run.train.precision == "bf16"
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=True)
+    model = methods.adapt(models.load_model(run, model_config), run)
+    prepared = accelerator.prepare_model(NextToken(model))
+    optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
+    prepared.train()
+    num_tokens = blocks[0][:, 1:].numel()
+    seconds, losses = [], []
+    peaks = memory.ProcessPeaks("setup")
+    peaks.turn("train")
+
+    def step(batch: torch.Tensor) -> None:
+        start = time.perf_counter()
+        total = train.accumulate(prepared, [batch], num_tokens, accelerator)
+        train.apply(model, optimizer, accelerator, run.train)
+        losses.append(total.item() / num_tokens)
+        seconds.append(time.perf_counter() - start)
+
+    for batch in blocks:
+        step(batch)
+    rss = memory.process_peak_bytes()
+    live: dict[str, Any] = {}
+    with memory.measured(model, optimizer, live):
+        step(blocks[0])
+    flops = plan.predict(run, model_config, accelerator)
+    return {
+        "seconds": seconds[:-1],
+        "losses": losses[:-1],
+        "rss_bytes": rss,
+        "live_bytes": live["peak_bytes"],
+        "flops_per_token": flops.train_flops_per_token if flops else None,
+        "tokens": num_tokens,
+    }
+
+
+def on_trainer(run: Any, model_config: Any, blocks: list[Any], dropout: float) -> dict[str, Any]:
+    """As a user of transformers and PEFT does it, with the Trainer's defaults."""
+    import tempfile
+
+    import peft
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        GPT2Config,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from harness import memory
+
+    fields = dict(run.model.architecture)
+    fields.pop("model_type")
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    model = AutoModelForCausalLM.from_config(GPT2Config(**fields, **drops), dtype=torch.float32)
+    if run.method.name == "lora":
+        lora = peft.LoraConfig(
+            r=R, lora_alpha=2 * R, target_modules=["c_attn"], fan_in_fan_out=True,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model = peft.get_peft_model(model, lora)
+    # The model shifts the labels: every id but a block's first is predicted. The first is marked,
+    # or the Trainer would count it when it divides by the number of targets.
+    rows = [row for batch in [*blocks, blocks[0]] for row in batch]
+
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            labels = rows[index].clone()
+            labels[0] = -100
+            return {"input_ids": rows[index], "labels": labels}
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    seconds: list[float] = []
+    found: dict[str, Any] = {}
+    peaks = memory.ProcessPeaks("setup")
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            peaks.turn("train")
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == len(blocks):  # one more, for the live tensors alone
+                found["rss_bytes"] = memory.process_peak_bytes()
+                self.report: dict[str, Any] = {}
+                self.live = memory.measured(kwargs["model"], kwargs["optimizer"], self.report)
+                self.live.__enter__()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            seconds.append(time.perf_counter() - self.start)
+            if state.global_step == len(blocks) + 1:
+                self.live.__exit__(None, None, None)
+                found["live_bytes"] = self.report["peak_bytes"]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = InOrder(
+            model,
+            TrainingArguments(
+                scratch, per_device_train_batch_size=len(blocks[0]), max_steps=len(blocks) + 1,
+                learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=1.0,
+                bf16=run.train.precision == "bf16", use_cpu=True, report_to="none",
+                save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
+            ),
+            train_dataset=Rows(),
+            callbacks=[Watch()],
+        )  # fmt: skip
+        trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return found | {
+        "seconds": seconds[:-1],
+        "losses": losses[:-1],
+        "tokens": blocks[0][:, 1:].numel(),
+    }
+
+
+def run_case(case: tuple[str, str, str, str], steps: int) -> dict[str, Any]:
+    """A case in a process of its own."""
+    from harness.launch import ALLOCATOR
+
+    side = case[1]
+    environment = (ALLOCATOR if side == "harness" else {}) | dict(os.environ)
+    done = subprocess.run(
+        [sys.executable, __file__, "--case", *case, "--steps", str(steps)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{' '.join(case)} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="per process and round; 1 is warm-up")
+    parser.add_argument("--loss-steps", type=int, default=20, help="0: leave the losses out")
+    parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.case:
+        print(json.dumps(measure(*asked.case, steps=asked.steps)))
+        return
+    seen: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {case: [] for case in CASES}
+    for index in range(asked.rounds):
+        for case in CASES:
+            steps = asked.steps if case[0] == "gpt2" else 20 * asked.steps
+            seen[case].append(run_case(case, steps))
+            took = statistics.median(seen[case][-1]["seconds"][1:])
+            print(f"round {index + 1}: {' '.join(case)}: {1000 * took:.0f} ms", flush=True)
+    # The Trainer does the same work: its share counts the same FLOPs.
+    flops = {
+        (shape, method): results[0]["flops_per_token"]
+        for (shape, side, method, _), results in seen.items()
+        if side == "harness"
+    }
+    write([summary(case, results, flops[case[0], case[2]]) for case, results in seen.items()])
+    for case in LOSS_CASES if asked.loss_steps else ():
+        losses = run_case(case, asked.loss_steps)["losses"]
+        print(
+            f"loss at step 1 and {len(losses)}: {' '.join(case)}: {losses[0]:.6f} {losses[-1]:.6f}"
+        )
+
+
+def summary(
+    case: tuple[str, str, str, str], results: list[dict[str, Any]], flops: float
+) -> dict[str, Any]:
+    """Medians over rounds."""
+    seconds = statistics.median(statistics.median(r["seconds"][1:]) for r in results)
+    tokens = results[0]["tokens"]
+    gemm = statistics.median(r["gemm_gflops"] for r in results)
+    return {
+        "shape": case[0], "side": case[1], "method": case[2], "precision": case[3],
+        "step_ms": round(1000 * seconds, 1), "tokens_per_second": round(tokens / seconds, 1),
+        "rss_mib": round(statistics.median(r["rss_bytes"] for r in results) / 2**20),
+        "live_mib": round(results[0]["live_bytes"] / 2**20),
+        "gemm_gflops": round(gemm),
+        "share_of_gemm": round(tokens * flops / seconds / gemm / 1e9, 3),
+    }  # fmt: skip
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """results.csv, and the table on the terminal with the ratios to the Trainer in fp32."""
+    with (HERE / "results.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print("| " + " | ".join([*rows[0], "x tokens/s", "x RSS"]) + " |")
+    print("|" + " --- |" * (len(rows[0]) + 2))
+    for row in rows:
+        peer = next(
+            other
+            for other in rows
+            if other["side"] == "trainer"
+            and other["shape"] == row["shape"]
+            and other["method"] == ("full" if row["method"] == "full" else "lora")
+        )
+        speed = row["tokens_per_second"] / peer["tokens_per_second"]
+        memory = row["rss_mib"] / peer["rss_mib"]
+        print("| " + " | ".join(map(str, [*row.values(), f"{speed:.2f}", f"{memory:.2f}"])) + " |")
+
+
+if __name__ == "__main__":
+    main()

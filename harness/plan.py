@@ -1,0 +1,313 @@
+"""What a run will need, before it runs: parameters, memory by category, FLOPs and time.
+
+    python -m harness.plan experiment=main
+    python -m harness.plan model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
+    python -m harness.plan experiment=main plan.limit=8GiB      # marks what will not fit
+
+No weights, no text and no network: the training step itself runs on fake tensors, which have
+shapes and no contents, and its live tensors are followed as in a real run. Time is FLOPs over the
+rate of this machine's matrix products, measured for two seconds, and so a lower bound: training
+only, without evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run
+is over the limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import rich.box
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import PretrainedConfig
+
+from harness import config, environment, evaluate, memory, methods, models, train
+from harness.config import CONF_DIR, ConfigError, RunConfig
+from harness.loss import NextToken
+from hydra_plugins.harness_grids import combinations
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+def _in_place_product(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]  # of shapes
+
+
+aten = torch.ops.aten
+MORE_FLOPS = {  # which FlopCounterMode does not know; of attention the masked half counts too
+    aten.addmm_: _in_place_product,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will need; bytes, and FLOPs a token (a multiply-add is two)."""
+
+    parameters: models.Parameters
+    train: dict[str, Any]  # as memory.measured reports it; empty where nothing trains
+    evaluate: dict[str, Any]
+    train_flops_per_token: float
+    evaluate_flops_per_token: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of live tensors, in training or evaluation."""
+        peaks = [phase["peak_bytes"] for phase in (self.train, self.evaluate) if phase]
+        return int(max(peaks))
+
+    def as_record(self) -> dict[str, Any]:
+        """For result.json, beside what was measured."""
+        main = self.train or self.evaluate
+        return {
+            "peak_bytes": main["peak_bytes"],
+            "by_category": main["by_category"],
+            "evaluate_peak_bytes": self.evaluate["peak_bytes"],
+            "train_flops_per_token": self.train_flops_per_token,
+            "evaluate_flops_per_token": self.evaluate_flops_per_token,
+        }
+
+
+def predict(
+    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
+) -> Prediction | None:
+    """Run one training step and one evaluation batch of `run` on fake tensors, and follow them.
+
+    `accelerator` gives the device and the precision. An LSTM's kernel has a workspace that its fake
+    counterpart does not show: its peak is predicted up to a sixth too low. None for what only the
+    weights can tell: a rank by energy, and methods that read the weights to be built.
+    """
+    if getattr(run.method, "energy", None) is not None:
+        return None
+    try:
+        model = methods.check(models.on_meta(run, model_config), run)
+    except methods.NeedsWeightsError:
+        return None
+    models.checkpoint_activations(model, run.train)
+    bare = NextToken(model, run.train.label_smoothing)
+    on_training: dict[str, Any] = {}
+    on_evaluation: dict[str, Any] = {}
+    context = run.evaluate.context or run.data.context
+    tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
+    prepared_before = len(accelerator._models)
+    evaluate_flops = train_flops = 0.0
+    # PEFT keeps the ids of its prompts outside of parameters and buffers: these stay real.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _as_fake(bare, accelerator.device)
+        prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
+        del accelerator._models[prepared_before:]
+        prepared.eval()
+        ids = torch.zeros(max(1, tokens // context), context, dtype=torch.int64)
+        ids = ids.to(accelerator.device)
+        with torch.no_grad(), _flops() as flops:
+            prepared(ids, ids)
+        evaluate_flops = flops.get_total_flops() / ids.numel()
+        with torch.no_grad(), memory.measured(model, None, on_evaluation):
+            prepared(ids, ids)
+        if run.train.steps and any(p.requires_grad for p in model.parameters()):
+            prepared.train()
+            optimizer = train.make_optimizer(model, run.train)
+            micro, context = run.train.micro_batch, run.data.context
+            blocks = torch.zeros(micro, context + 1, dtype=torch.int64)
+            # With two micro-batches the second finds gradients there, as all further ones do.
+            batches = [blocks] * min(run.train.batch_tokens // (micro * context), 2)
+            num_tokens = len(batches) * micro * context
+            penalty = methods.penalty(model, run)
+            with _flops() as flops:  # this step makes the optimizer's state, too
+                train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
+                train.apply(model, optimizer, accelerator, run.train)
+            train_flops = flops.get_total_flops() / num_tokens
+            # Not under the counter, whose hooks keep what checkpointing has made again.
+            with memory.measured(model, optimizer, on_training):
+                train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
+                train.apply(model, optimizer, accelerator, run.train)
+    counted = models.count_parameters(model)
+    return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
+
+
+def _flops() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
+
+
+def _as_fake(model: nn.Module, device: torch.device) -> None:
+    """Put a model of the meta device on a fake `device`, tied parameters tied, in place."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty_strided(
+                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+                    )
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = fake
+                store[name] = made[id(tensor)]
+
+
+def gemm_rate(run: RunConfig, width: int, precision: str, seconds: float = 2.0) -> float:
+    """FLOPs a second of this machine's matrix products, in the shape of the run's MLP: a median."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    tokens = run.train.micro_batch * run.data.context
+    x = torch.randn(tokens, width, dtype=dtype, device=device)
+    w = torch.randn(width, 4 * width, dtype=dtype, device=device)
+    rates: list[float] = []
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(rates) < 3:
+        start = time.perf_counter()
+        torch.mm(x, w)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * tokens * w.numel() / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
+
+
+def runs_of(arguments: list[str]) -> list[RunConfig]:
+    """Every run that `python -m harness` would make of these arguments, each validated.
+
+    Raises:
+        ConfigError: naming the overrides of the run that is wrong.
+    """
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
+        plain = [text for text in arguments if not _is_sweep(text)]
+        master = compose("config", plain, return_hydra_config=True)
+        grids = OmegaConf.to_container(master.hydra.sweeper).get("grids") or []  # type: ignore[union-attr]
+        loader = GlobalHydra.instance().config_loader()
+        runs: dict[str, RunConfig] = {}
+        for overrides in combinations(grids, [], arguments, loader):
+            try:
+                run = config.from_hydra(compose("config", overrides))
+            except (ConfigError, HydraException, OmegaConfBaseException) as error:
+                shown = " ".join(overrides)
+                raise ConfigError(f"[{shown}] {config.explain(error)}") from error
+            runs.setdefault(config.identity(run), run)
+        return list(runs.values())
+
+
+def _is_sweep(text: str) -> bool:
+    """Whether an override has several values, as the override grammar sees it."""
+    return bool(OverridesParser.create().parse_override(text).is_sweep_override())
+
+
+def parse_bytes(text: str) -> int:
+    """8GiB, 500MB, 1.5e9 … as bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"plan.limit={text}: expected a size, e.g. 8GiB or 500MB")
+    unit = (match[2] or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    return int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
+
+
+def _table(rows: list[list[str]]) -> Table:
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    headings = (
+        "run", "trainable", "weights", "gradients", "optimizer", "activations", "peak",
+        "evaluation", "MFLOP/token", "at least", "",
+    )  # fmt: skip
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _row(run: RunConfig, found: Prediction | None, rate: float, limit: int | None) -> list[str]:
+    name = config.run_name(run)
+    if found is None:
+        return [name, *["-"] * 9, "only the weights can tell"]
+    main = found.train or found.evaluate
+    parts = dict(main["by_category"])
+    weights = parts["frozen_weights"] + parts["trainable_weights"]
+    seconds = found.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
+    over = limit is not None and found.peak_bytes > limit
+    sizes = [weights, parts["gradients"], parts["optimizer_state"], parts["activations"]]
+    sizes += [main["peak_bytes"], found.evaluate["peak_bytes"]]
+    return [
+        name,
+        f"{found.parameters.trainable:,}",
+        *(f"{size / 2**20:,.0f}" for size in sizes),
+        f"{(found.train_flops_per_token or found.evaluate_flops_per_token) / 1e6:,.1f}",
+        f"{seconds:,.0f} s" if found.train else "-",
+        "does not fit" if over else "",
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    own = [text for text in arguments if text.startswith("plan.")]
+    rows, rates, fits = [], {}, True
+    try:
+        unknown = [text for text in own if not text.startswith("plan.limit=")]
+        if unknown:
+            raise ConfigError(f"{unknown[0].partition('=')[0]}: did you mean 'plan.limit'?")
+        limit = parse_bytes(own[-1].partition("=")[2]) if own else None
+        runs = runs_of([text for text in arguments if text not in own])
+        for run in runs:
+            run = models.without_files(run)
+            model_config = models.load_config(run.model)
+            precision = environment.precision(run.train.precision)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+            found = predict(run, model_config, accelerator)
+            shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
+            if shape not in rates:
+                rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
+            fits &= found is None or limit is None or found.peak_bytes <= limit
+            rows.append(_row(run, found, rates[shape], limit))
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {config.explain(error)}", file=sys.stderr)
+        return 2
+    console = Console()
+    Console(width=max(console.width, 168)).print(_table(rows))
+    print(
+        "MiB of live tensors at the peak of a training step (of evaluation where nothing trains);"
+    )
+    print(
+        "weights, gradients and the rest are parts of that peak. At least: training alone, at this"
+    )
+    for (tokens, width, precision), rate in rates.items():
+        print(f"machine's {rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

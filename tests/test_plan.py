@@ -1,0 +1,174 @@
+"""What is predicted from fake tensors against what a real step of the same run takes."""
+
+import re
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from harness import memory, methods, models, plan, train
+from harness.config import ConfigError
+from harness.loss import NextToken
+
+TINY = [
+    "model=gpt2_mini_init", "model.architecture.n_embd=64", "model.architecture.n_layer=3",
+    "model.architecture.vocab_size=1000", "model.architecture.n_positions=64",
+    "data.context=32", "train.batch_tokens=256", "train.micro_batch=4", "evaluate.context=32",
+]  # fmt: skip
+MINI = ["data.context=64", "train.batch_tokens=512", "evaluate.batch_tokens=512"]
+UDV = ["method=udv", "method.rank=16"]
+# methods x targets x batch x length x precision x checkpointing x accumulation
+CONFIGURATIONS = [
+    [*TINY, "method=full"],
+    [*TINY, "method=full", "train.checkpointing=true"],
+    [*TINY, "method=full", "train.precision=bf16"],
+    [*TINY, "method=full", "train.micro_batch=8"],
+    [*TINY, "method=full", "train.micro_batch=1"],
+    [*TINY, "method=full", "train.label_smoothing=0.1", "train.clip=null"],
+    [*TINY, "method=lora"],
+    [*TINY, "method=lora", "targets=c_attn", "method.r=64"],
+    [*TINY, "method=lora", "targets=mlp", "data.context=64"],
+    [*TINY, "method=lora", "targets=qv"],
+    [*TINY, "method=lora", "train.checkpointing=true"],
+    [*TINY, "method=lora", "train.precision=bf16"],
+    [*TINY, "method=lora", "train.precision=bf16", "model.frozen_dtype=bf16"],
+    [*TINY, "method=lora", "method.dropout=0.1", "model.dropout=0.1"],
+    [*TINY, "method=lora", "method.bias=all"],
+    [*TINY, "method=lora", "model.gelu=as_saved", "train.micro_batch=8"],
+    [*TINY, "method=lora", "method.use_dora=true"],
+    [*TINY, *UDV],
+    [*TINY, *UDV, "method.residual=keep", "train.checkpointing=true"],
+    [*TINY, *UDV, "method.train=udv", "method.orthogonality=0.1"],
+    [*TINY, *UDV, "method.train=udv", "train.precision=bf16", "model.frozen_dtype=bf16"],
+    [*TINY, "method=udv", "method.rank=full"],
+    [*TINY, "method=peft", "method.peft_type=IA3"],
+    [*TINY, "method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4"],
+    [*TINY, "method=mica", "method.r=4"],
+    [*TINY, "method=truncate", "method.rank=8"],
+    [*MINI, "method=none"],
+    [*MINI, "method=lora", "targets=attn", "train.micro_batch=4"],
+    [*MINI, "method=full"],
+]
+
+
+def accelerator(run):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[run.train.precision], cpu=True
+    )
+
+
+def measured(run, config, accelerate):
+    """Real tensors, the worker's order of events: the report of the second optimizer step."""
+    torch.manual_seed(0)
+    model = methods.adapt(models.load_model(run, config), run)
+    models.checkpoint_activations(model, run.train)
+    frozen = not any(p.requires_grad for p in model.parameters())
+    prepared = accelerate.prepare_model(
+        NextToken(model, run.train.label_smoothing), evaluation_mode=frozen
+    )
+    report = {}
+    if frozen:
+        context = run.evaluate.context or run.data.context
+        tokens = run.evaluate.batch_tokens or plan.evaluate.batch_tokens(config)
+        ids = torch.randint(0, config.vocab_size, (max(1, tokens // context), context))
+        with torch.no_grad(), memory.measured(model, None, report):
+            prepared.eval()(ids, ids)
+        return report
+    optimizer = accelerate.prepare_optimizer(train.make_optimizer(model, run.train))
+    prepared.train()
+    shape = (run.train.micro_batch, run.data.context + 1)
+    number = run.train.batch_tokens // (shape[0] * run.data.context)
+    for _ in range(2):
+        report.clear()
+        with memory.measured(model, optimizer, report):
+            batches = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
+            penalty = methods.penalty(model, run)
+            train.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
+            train.apply(model, optimizer, accelerate, run.train)
+    return report
+
+
+@pytest.mark.parametrize("overrides", CONFIGURATIONS, ids=lambda o: " ".join(o[-3:]))
+def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
+    run = make_run(*overrides)
+    config = models.load_config(run.model)
+    found = plan.predict(run, config, accelerator(run))
+    expected = measured(run, config, accelerator(run))
+    main = found.train or found.evaluate
+    assert main["peak_bytes"] == pytest.approx(expected["peak_bytes"], rel=0.05)
+    for name in ("frozen_weights", "trainable_weights", "optimizer_state"):
+        assert main["by_category"][name] == expected["by_category"][name], name
+
+
+def test_an_lstm_is_predicted_without_the_workspace_of_its_kernel(make_run):
+    run = make_run(*MINI, "model=lstm", "method=full")
+    config = models.load_config(run.model)
+    found = plan.predict(run, config, accelerator(run))
+    peak = measured(run, config, accelerator(run))["peak_bytes"]
+    assert 0.8 * peak < found.train["peak_bytes"] < peak
+
+
+def test_flops_are_the_closed_form(make_run):
+    # 2 FLOPs a weight and token forward, 4 backward where it trains, 2 where only its input's
+    # gradient is needed; attention 4 T d forward (scores, then values) and 2.5 times that backward.
+    full, lora = (
+        plan.predict(run, models.load_config(run.model), accelerator(run))
+        for run in (make_run(*TINY, f"method={name}") for name in ("full", "none"))
+    )
+    d, layers, vocabulary, context = 64, 3, 1000, 32
+    matrices = 12 * d * d * layers + d * vocabulary
+    attention = 4 * context * d * layers
+    assert full.train_flops_per_token == 6 * matrices + 3.5 * attention
+    assert (
+        full.evaluate_flops_per_token == lora.evaluate_flops_per_token == (2 * matrices + attention)
+    )
+    assert lora.train_flops_per_token == 0 and not lora.train
+
+
+def test_only_the_weights_can_tell_a_rank_by_energy(make_run):
+    run = make_run(*TINY, "method=udv", "method.energy=0.9")
+    assert plan.predict(run, models.load_config(run.model), accelerator(run)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 * 2**30), ("500MB", 5 * 10**8), ("1.5e9", 1.5e9), ("64 KiB", 65536), ("7B", 7)],
+)
+def test_sizes(text, size):
+    assert plan.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["8 gigs", "", "-1GiB", "GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match=r"plan\.limit=.*8GiB"):
+        plan.parse_bytes(text)
+
+
+def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
+    start = time.monotonic()
+    done = harness(
+        "model=gpt2,gpt2_medium", "method=lora", "plan.limit=3GiB", module="harness.plan"
+    )
+    assert done.returncode == 1, done.stderr  # GPT-2 medium does not fit
+    rows = [line for line in done.stdout.splitlines() if line.lstrip().startswith("lora-")]
+    assert len(rows) == 2 and "does not fit" in rows[1] and "does not fit" not in rows[0]
+    assert re.search(r"2,359,296|1,179,648", done.stdout)
+    assert time.monotonic() - start < 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan.limt=8GiB"], "did you mean 'plan.limit'"),
+        (["method=lora", "method.r=8,9999"], "method.r=9999"),
+        (["method=lroa"], "did you mean 'lora'"),
+        (["method=lora", "train.lr=1e-3,-1"], "train.lr=-1"),
+    ],
+)
+def test_mistakes_are_answered_in_a_line(harness, arguments, message):
+    done = harness(*arguments, module="harness.plan")
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1
