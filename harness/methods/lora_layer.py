@@ -37,6 +37,7 @@ def _dispatch(
     if parameter_name is not None or type(target) not in (nn.Linear, Conv1D):
         return None  # PEFT's next dispatcher: another tuner's layer, a bare parameter
     is_conv1d = type(target) is Conv1D
+    config.fan_in_fan_out = is_conv1d  # as PEFT's own dispatcher does, which warns of it
     return FusedLinear(
         target, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **rest
     )
