@@ -1,10 +1,17 @@
 """The live-tensor account against a step whose bytes can be counted by hand."""
 
+import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from torch import nn
 
-from harness import memory
+from harness import evaluate, memory
+from harness import train as training
+from harness.data import Data
+from harness.loss import NextToken
 from harness.memory import LiveTensors
+from harness.methods import adapt
 
 KIB = 1024
 
@@ -103,3 +110,49 @@ def test_frozen_models_hold_fewer_activations(tiny):
 
 def test_the_process_has_a_peak():
     assert memory.process_peak_bytes() > 50 * KIB * KIB
+
+
+def test_every_phase_of_the_process_has_its_own_peak():
+    peaks = memory.ProcessPeaks("before")
+    peaks.turn("large")
+    block = bytearray(200 * KIB * KIB)  # written to: its pages are resident
+    del block
+    with peaks.phase("small"):
+        pass
+    peaks.turn("end")
+    if not peaks.by_phase:
+        pytest.skip("the system does not let a process reset its peak")
+    assert peaks.by_phase["large"] - peaks.by_phase["small"] > 150 * KIB * KIB
+    assert peaks.peak_bytes >= peaks.by_phase["large"]
+    assert set(peaks.by_phase) == {"before", "large", "small"}
+
+
+@pytest.mark.parametrize("more", [{"steps": 10}, {"documents": 10}])
+def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path, more):
+    def peak(steps=1, documents=1):
+        """Live tensors over `steps` optimizer steps and an evaluation after each."""
+        run = make_run(
+            "method=lora", "data.context=16", "train.batch_tokens=64", "train.micro_batch=4",
+            f"train.steps={4 * steps}", "evaluate.every=2", "model.name=tiny",
+        )  # fmt: skip
+        model = NextToken(adapt(tiny, run))
+        rows = torch.randint(1, 64, (8, 17)).tolist()
+        text = Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False)
+        lengths = {"tokens": torch.randint(1, 64, (4 * documents, 20)).tolist()}
+        held_out = Dataset.from_dict(lengths).with_format("numpy")
+
+        def validate():
+            nll, count = evaluate.document_nll(
+                model, held_out, context=16, stride=16, bos=0, batch_tokens=32
+            )
+            return nll.sum() / count.sum()
+
+        with LiveTensors(model) as live:
+            training.train(
+                model, text, run, Accelerator(cpu=True), validate, lambda row: None, 9.0,
+                tmp_path / "best",
+            )  # fmt: skip
+        model.model.unload()
+        return live.peak
+
+    assert peak(**more) <= peak() * 1.01
