@@ -163,8 +163,10 @@ class NextToken(nn.Module):
         self._owner = where if head is not None and len(where) == 1 else []
         prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         self._config = None if prompts or not _plainly_causal(bare) else bare.config
-        if self._owner and next(model.parameters()).device.type != "meta":
-            self._check_head()
+        if next(model.parameters()).device.type != "meta":
+            self._check_mask()
+            if self._owner:
+                self._check_head()
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> Nll:
         """Shapes: inputs, targets (B, T) int64, targets[b, t] follows inputs[b, t], or IGNORE.
@@ -207,6 +209,24 @@ class NextToken(nn.Module):
             return self.model(input_ids=inputs, use_cache=False).logits
         finally:
             self._config._attn_implementation = before
+
+    @torch.no_grad()
+    def _check_mask(self) -> None:
+        """Keep the model's own attention if it asks for it by name."""
+        if self._config is None:
+            return
+        was_training = self.model.training
+        ids = torch.arange(4, device=next(self.model.parameters()).device)[None]
+        try:
+            self.model.eval()
+            mine = self._logits(ids)
+            same = torch.allclose(mine, self.model(input_ids=ids, use_cache=False).logits)
+        except (TypeError, ValueError, AttributeError, KeyError):
+            same = False
+        finally:
+            self.model.train(was_training)
+        if not same:
+            self._config = None
 
     @torch.no_grad()
     def _check_head(self) -> None:

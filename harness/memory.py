@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -121,8 +122,9 @@ def measured(
 
     Code under torch.compile cannot be followed: here it runs uncompiled.
     """
-    device = next(model.parameters()).device
-    if device.type == "cuda":
+    first = next(model.parameters())
+    device = first.device
+    if device.type == "cuda" and not isinstance(first, FakeTensor):
         torch.cuda.reset_peak_memory_stats(device)
         fixed = LiveTensors(model, optimizer)
         fixed.__exit__(None, None, None)  # only its account of what exists before the step

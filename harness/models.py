@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from harness import network
 from harness.config import (
     ASSETS_DIR,
+    CONF_DIR,
     ConfigError,
     ModelConfig,
     RunConfig,
@@ -118,9 +120,15 @@ def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def without_files(run: RunConfig) -> RunConfig:
-    """`run` with its model's architecture from conf/model instead of a folder or the hub."""
+    """`run` with its model's architecture from conf/model instead of a folder or the hub.
+
+    A model that conf/model does not describe, `model.path=…` or another id, stays as it is.
+    """
     model = run.model
-    if not model.shape or model.architecture:
+    known = CONF_DIR / "model" / f"{model.name}.yaml"
+    if not model.shape or model.architecture or model.path or not known.is_file():
+        return run
+    if model.id != OmegaConf.to_container(OmegaConf.load(known)).get("id"):  # type: ignore[union-attr]
         return run
     architecture = {"model_type": "gpt2", **model.shape}
     model = replace(model, asset=None, path=None, id=None, architecture=architecture)
@@ -141,6 +149,11 @@ def checkpoint_activations(model: nn.Module, cfg: TrainConfig) -> nn.Module:
         ConfigError: an architecture that has no blocks to checkpoint.
     """
     if cfg.checkpointing and any(p.requires_grad for p in model.parameters()):
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise ConfigError(
+                "train.checkpointing=true: it would drop the prompts' keys and values, which pass "
+                "by the blocks' cache; set it to false"
+            )
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         try:
             base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -224,7 +224,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: not a size.
     """
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
     if not match:
         raise ConfigError(f"plan.limit={text}: expected a size, e.g. 8GiB or 500MB")
     unit = (match[2] or "B").upper()
@@ -284,6 +284,8 @@ def main(arguments: list[str]) -> int:
         for run in runs:
             run = models.without_files(run)
             model_config = models.load_config(run.model)
+            methods.check_context(run, models.max_context(model_config))
+            torch.set_num_threads(run.train.threads or environment.usable_cores())
             precision = environment.precision(run.train.precision)
             AcceleratorState._reset_state(reset_partial_state=True)
             accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])

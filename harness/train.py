@@ -181,7 +181,7 @@ def train(
                 penalty,
             )
             norm = apply(model, optimizer, accelerator, cfg)
-        # The one place where the host waits for the device.
+        # The one place where the host waits for what the device has computed.
         nats, grad_norm = torch.stack([accelerator.reduce(total, "sum"), norm]).tolist()
         mean_nll = nats / cfg.batch_tokens
         seconds = time.perf_counter() - start

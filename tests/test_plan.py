@@ -141,7 +141,7 @@ def test_sizes(text, size):
     assert plan.parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["8 gigs", "", "-1GiB", "GiB"])
+@pytest.mark.parametrize("text", ["8 gigs", "", "-1GiB", "GiB", "1.2.3GiB", "."])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match=r"plan\.limit=.*8GiB"):
         plan.parse_bytes(text)
@@ -164,6 +164,7 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
     [
         (["plan.limt=8GiB"], "did you mean 'plan.limit'"),
         (["method=lora", "method.r=8,9999"], "method.r=9999"),
+        (["data.context=512", "train.batch_tokens=4096"], "longer than gpt2_mini's 256"),
         (["method=lroa"], "did you mean 'lora'"),
         (["method=lora", "train.lr=1e-3,-1"], "train.lr=-1"),
     ],

@@ -34,9 +34,12 @@ def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         ConfigError: a target, rank or field that does not fit this model.
     """
     adapted = ADAPTERS[run.method.name](model, run)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # of a base held in bf16: biases, norms, modules_to_save
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            raise ConfigError(
+                f"model.frozen_dtype=bf16: this method trains {name}, a weight of the base, and "
+                "what trains must be fp32; set model.frozen_dtype=fp32"
+            )
     return adapted
 
 
@@ -186,6 +189,22 @@ def num_virtual_tokens(run: RunConfig) -> int:
     if isinstance(run.method, PeftMethod):
         return int(run.method.fields.get("num_virtual_tokens") or 0)
     return 0
+
+
+def check_context(run: RunConfig, limit: int | None) -> None:
+    """Training and evaluation windows against the positions that a model has.
+
+    Raises:
+        ConfigError: with the longest context that fits.
+    """
+    longest = max(run.data.context, run.evaluate.context or 0)
+    virtual = num_virtual_tokens(run)  # of prompt methods: they take up positions
+    if limit is not None and longest + virtual > limit:
+        extra = f" and {virtual} virtual tokens are" if virtual else " is"
+        raise ConfigError(
+            f"a context of {longest} tokens{extra} longer than {run.model.name}'s {limit}: "
+            f"lower data.context (and evaluate.context) to {limit - virtual} or less"
+        )
 
 
 def _check_ranks(fields: dict[str, Any], matched: targets.Targets) -> None:
