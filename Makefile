@@ -17,13 +17,13 @@ setup: .venv/installed ## create .venv and install the project with the pinned c
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch .venv/installed
 
-experiment: setup ## run an experiment and print its table (EXPERIMENT=main, about 10 minutes)
+experiment: setup ## run an experiment and print its table (EXPERIMENT=main, about 12 minutes)
 	$(RUN) -m harness experiment=$(EXPERIMENT)
 
 report: setup ## print an experiment's table again (EXPERIMENT=main)
 	$(RUN) -m harness.report outputs/$(EXPERIMENT)
 
-test: setup ## run the tests (about 2 minutes)
+test: setup ## run the tests (about 5 minutes)
 	$(RUN) -m pytest
 
 lint: setup ## ruff and mypy
