@@ -4,8 +4,9 @@
 
 Every case runs in a process of its own, cases alternate within a round, and the table shows medians
 over rounds: step time and tokens/s (medians of the timed steps), peak resident memory, peak of
-live tensors, the loss after `--loss-steps` steps, and the share of this machine's own GEMM rate,
-measured in the same process just before. Both sides read the same tokens (the King James text) in
+live tensors, and the share of this machine's own GEMM rate, measured in the same process just
+before. The losses of `--loss-steps` steps are printed after it. The harness runs with the allocator
+settings that its worker gets. Both sides read the same tokens (the King James text) in
 the same order, from the same random weights, with AdamW at a constant rate, no weight decay,
 gradients clipped at 1. The Trainer runs with its defaults, which include the model's dropout of
 0.1 and the GELU composed in Python; `trainer-nodropout` is it without dropout, for the loss.
