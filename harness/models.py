@@ -128,7 +128,7 @@ def without_files(run: RunConfig) -> RunConfig:
     known = CONF_DIR / "model" / f"{model.name}.yaml"
     if not model.shape or model.architecture or model.path or not known.is_file():
         return run
-    if model.id != OmegaConf.to_container(OmegaConf.load(known)).get("id"):  # type: ignore[union-attr]
+    if model.id != OmegaConf.select(OmegaConf.load(known), "id"):
         return run
     architecture = {"model_type": "gpt2", **model.shape}
     model = replace(model, asset=None, path=None, id=None, architecture=architecture)

@@ -200,7 +200,7 @@ def runs_of(arguments: list[str]) -> list[RunConfig]:
         # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
         plain = [text for text in arguments if not _is_sweep(text)]
         master = compose("config", plain, return_hydra_config=True)
-        grids = OmegaConf.to_container(master.hydra.sweeper).get("grids") or []  # type: ignore[union-attr]
+        grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
         loader = GlobalHydra.instance().config_loader()
         runs: dict[str, RunConfig] = {}
         for overrides in combinations(grids, [], arguments, loader):

@@ -161,7 +161,8 @@ def resolve_rank(rank: float | str | None, p: int, key: str) -> int:
     check_rank(rank, "rank")
     if rank == "full":
         return p
-    k = max(1, round(rank * p)) if isinstance(rank, float) else int(rank)  # type: ignore[arg-type]
+    assert rank is not None  # as check_rank has seen
+    k = max(1, round(rank * p)) if isinstance(rank, float) else int(rank)
     if k > p:
         raise ValueError(
             f"rank={rank} is above min(m, n) = {p} of {key}; expected 1 to {p}, a fraction in "

@@ -231,10 +231,14 @@ def register() -> None:
     PEFT's own `register_peft_method` insists on a member of its enumeration, which cannot grow, but
     everything that reads the tables takes a plain string.
     """
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = UDVConfig  # type: ignore[index]
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = UDVModel  # type: ignore[index]
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = UDVModel.prefix  # type: ignore[index]
-    mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PEFT_TYPE] = UDVModel  # type: ignore[index]
+    entries: tuple[tuple[Any, Any], ...] = (
+        (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, UDVConfig),
+        (mapping.PEFT_TYPE_TO_TUNER_MAPPING, UDVModel),
+        (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, UDVModel.prefix),
+        (mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING, UDVModel),
+    )
+    for table, entry in entries:
+        table[PEFT_TYPE] = entry
 
 
 register()
