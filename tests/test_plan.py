@@ -1,8 +1,5 @@
 """What is predicted from fake tensors against what a real step of the same run takes."""
 
-import re
-import time
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -148,15 +145,14 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
-    start = time.monotonic()
     done = harness(
         "model=gpt2,gpt2_medium", "method=lora", "plan.limit=3GiB", module="harness.plan"
     )
     assert done.returncode == 1, done.stderr  # GPT-2 medium does not fit
     rows = [line for line in done.stdout.splitlines() if line.lstrip().startswith("lora-")]
     assert len(rows) == 2 and "does not fit" in rows[1] and "does not fit" not in rows[0]
-    assert re.search(r"2,359,296|1,179,648", done.stdout)
-    assert time.monotonic() - start < 120
+    # 16 r d L on all four matrices
+    assert "1,179,648" in rows[0] and "3,145,728" in rows[1]
 
 
 @pytest.mark.parametrize(
