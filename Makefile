@@ -23,7 +23,7 @@ experiment: setup ## run an experiment and print its table (EXPERIMENT=main, abo
 report: setup ## print an experiment's table again (EXPERIMENT=main)
 	$(RUN) -m harness.report outputs/$(EXPERIMENT)
 
-test: setup ## run the tests (about 5 minutes)
+test: setup ## run the tests (about 7 minutes)
 	$(RUN) -m pytest
 
 lint: setup ## ruff and mypy
