@@ -54,8 +54,8 @@ def batch_tokens(config: PretrainedConfig) -> int:
     """Tokens of an evaluation batch whose activations fit ACTIVATION_BYTES.
 
     Without gradients one layer is alive at a time: the residual stream and the block's inputs and
-    outputs, about 6 widths a token, and the MLP's inner activations before and after its GELU. A
-    training step keeps more of every layer, so that evaluation never decides whether a run fits.
+    outputs, about 6 widths a token, and the MLP's inner activations before and after its GELU. The
+    chunk of logits comes on top (`harness.loss`), as in training.
     """
     width = config.hidden_size
     inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", 4 * width)

@@ -252,6 +252,9 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     try:
         predicted = plan.predict(run, model_config, accelerator)
         result["predicted"] = predicted and predicted.as_record()
+        if predicted and done.tokens_per_second:
+            flops = predicted.train_flops_per_token * done.tokens_per_second
+            result["speed"]["gflops_per_second"] = flops / 1e9
     except Exception:  # a model that looks at values, which fake tensors do not have
         log.exception("no prediction")
         result["predicted"] = None

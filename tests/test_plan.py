@@ -15,6 +15,10 @@ TINY = [
     "data.context=32", "train.batch_tokens=256", "train.micro_batch=4", "evaluate.context=32",
 ]  # fmt: skip
 MINI = ["data.context=64", "train.batch_tokens=512", "evaluate.batch_tokens=512"]
+WIDE = [
+    "model.architecture.n_embd=768", "model.architecture.n_head=12", "model.architecture.n_layer=2",
+    "model.architecture.vocab_size=50257", "train.batch_tokens=128",
+]  # fmt: skip
 UDV = ["method=udv", "method.rank=16"]
 # methods x targets x batch x length x precision x checkpointing x accumulation
 CONFIGURATIONS = [
@@ -47,6 +51,9 @@ CONFIGURATIONS = [
     [*MINI, "method=none"],
     [*MINI, "method=lora", "targets=attn", "train.micro_batch=4"],
     [*MINI, "method=full"],
+    # GPT-2's own width, heads and vocabulary, where a chunk of logits is the largest tensor.
+    [*TINY, *WIDE, "method=lora", "targets=c_attn"],
+    [*TINY, *WIDE, "method=full"],
 ]
 
 
@@ -123,6 +130,19 @@ def test_flops_are_the_closed_form(make_run):
         full.evaluate_flops_per_token == lora.evaluate_flops_per_token == (2 * matrices + attention)
     )
     assert lora.train_flops_per_token == 0 and not lora.train
+
+
+def test_flops_of_lora_are_the_closed_form(make_run):
+    # A frozen matrix costs 2 FLOPs a weight and token forward and 2 for its input's gradient, of
+    # which the first c_attn needs none: nothing before it trains. A and B cost 6 each.
+    r, d, layers, vocabulary, context = 8, 64, 3, 1000, 32
+    run = make_run(*TINY, "method=lora", f"method.r={r}", "targets=c_attn")
+    found = plan.predict(run, models.load_config(run.model), accelerator(run))
+    matrices = 12 * d * d * layers + d * vocabulary
+    adapter = r * (d + 3 * d) * layers
+    attention = 3.5 * 4 * context * d * layers
+    first = 2 * (3 * d * d) + 2 * r * d  # of W and of A in the first layer
+    assert found.train_flops_per_token == 4 * matrices + 6 * adapter + attention - first
 
 
 def test_only_the_weights_can_tell_a_rank_by_energy(make_run):

@@ -5,9 +5,9 @@
 Every case runs in a process of its own, cases alternate within a round, and the table shows medians
 over rounds: step time and tokens/s (medians of the timed steps), peak resident memory, peak of
 live tensors, and the share of this machine's own GEMM rate, measured in the same process just
-before. The losses of `--loss-steps` steps are printed after it. The harness runs with the allocator
-settings that its worker gets. Both sides read the same tokens (the King James text) in
-the same order, from the same random weights, with AdamW at a constant rate, no weight decay,
+before. The losses of `--loss-steps` steps of both sides go to losses.csv. The harness runs with
+the allocator settings that its worker gets. Both sides read the same tokens (the King James text)
+in the same order, from the same random weights, with AdamW at a constant rate, no weight decay,
 gradients clipped at 1. The Trainer runs with its defaults, which include the model's dropout of
 0.1 and the GELU composed in Python; `trainer-nodropout` is it without dropout, for the loss.
 
@@ -42,12 +42,6 @@ CASES = [  # shape, side, method, precision
     ("gpt2", "harness", "full", "fp32"),
     ("gpt2", "harness", "udv", "fp32"),
     ("mini", "trainer", "lora", "fp32"),
-    ("mini", "harness", "lora", "fp32"),
-]
-LOSS_CASES = [
-    ("gpt2", "trainer-nodropout", "lora", "fp32"),
-    ("gpt2", "harness", "lora", "fp32"),
-    ("mini", "trainer-nodropout", "lora", "fp32"),
     ("mini", "harness", "lora", "fp32"),
 ]
 LR, R = 1e-3, 8
@@ -248,7 +242,7 @@ def run_case(case: tuple[str, str, str, str], steps: int) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: the losses alone")
     parser.add_argument("--steps", type=int, default=5, help="per process and round; 1 is warm-up")
     parser.add_argument("--loss-steps", type=int, default=20, help="0: leave the losses out")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
@@ -267,14 +261,30 @@ def main() -> None:
     flops = {
         (shape, method): results[0]["flops_per_token"]
         for (shape, side, method, _), results in seen.items()
-        if side == "harness"
+        if side == "harness" and results
     }
-    write([summary(case, results, flops[case[0], case[2]]) for case, results in seen.items()])
-    for case in LOSS_CASES if asked.loss_steps else ():
-        losses = run_case(case, asked.loss_steps)["losses"]
-        print(
-            f"loss at step 1 and {len(losses)}: {' '.join(case)}: {losses[0]:.6f} {losses[-1]:.6f}"
+    if asked.rounds:
+        rows = [summary(case, found, flops[case[0], case[2]]) for case, found in seen.items()]
+        write(rows)
+    if asked.loss_steps:
+        compare_losses(asked.loss_steps)
+
+
+def compare_losses(steps: int) -> None:
+    """losses.csv: every step's loss on both sides, and the largest relative difference."""
+    rows = []
+    for shape in SHAPES:
+        peer, mine = (
+            run_case((shape, side, "lora", "fp32"), steps)["losses"]
+            for side in ("trainer-nodropout", "harness")
         )
+        apart = [abs(a - b) / b for a, b in zip(mine, peer, strict=True)]
+        print(f"{shape}: losses of {steps} steps differ by {max(apart):.1e} at most, relative")
+        rows += [
+            {"shape": shape, "step": i + 1, "trainer": f"{b:.8f}", "harness": f"{a:.8f}"}
+            for i, (a, b) in enumerate(zip(mine, peer, strict=True))
+        ]
+    write_csv("losses.csv", rows)
 
 
 def summary(
@@ -294,12 +304,17 @@ def summary(
     }  # fmt: skip
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """results.csv, and the table on the terminal with the ratios to the Trainer in fp32."""
-    with (HERE / "results.csv").open("w", newline="") as stream:
+def write_csv(name: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as a file beside this one."""
+    with (HERE / name).open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """results.csv, and the table on the terminal with the ratios to the Trainer in fp32."""
+    write_csv("results.csv", rows)
     print("| " + " | ".join([*rows[0], "x tokens/s", "x RSS"]) + " |")
     print("|" + " --- |" * (len(rows[0]) + 2))
     for row in rows:

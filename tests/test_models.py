@@ -1,0 +1,93 @@
+"""What is done to a model for the sake of speed and memory leaves its function as it is."""
+
+import shutil
+
+import pytest
+import torch
+
+from harness import environment, models
+from harness.config import ConfigError, TrainConfig
+from harness.loss import NextToken
+from harness.memory import LiveTensors
+from harness.methods import adapt
+
+PROMPTS = [
+    "method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4",
+]  # fmt: skip
+
+
+def gradients(model):
+    """Of every parameter that trains, and the most bytes of activations on the way."""
+    ids = torch.arange(1, 41).reshape(2, 20)
+    prepared = NextToken(model)
+    with LiveTensors(model) as live:
+        prepared(ids[:, :-1], ids[:, 1:]).objective.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found, live.category_peaks["activations"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "udv"])
+def test_checkpointed_blocks_have_the_same_gradients(tiny, make_run, method):
+    run = make_run(f"method={method}", "train.checkpointing=true")
+    torch.manual_seed(0)
+    model = adapt(tiny, run).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    plain, bytes_before = gradients(model)
+    models.checkpoint_activations(model, run.train)
+    again, bytes_after = gradients(model)
+    assert bytes_after < bytes_before and plain.keys() == again.keys()
+    for name, expected in plain.items():
+        torch.testing.assert_close(again[name], expected, msg=name)
+
+
+def test_prompts_cannot_be_checkpointed(tiny, make_run):
+    model = adapt(tiny, make_run(*PROMPTS))
+    with pytest.raises(ConfigError, match=r"train\.checkpointing=true: .*set it to false"):
+        models.checkpoint_activations(model, TrainConfig(checkpointing=True))
+
+
+@pytest.mark.parametrize("method", ["full", "lora method.bias=all"])
+def test_what_trains_is_never_held_in_bf16(tiny, make_run, method):
+    run = make_run(*f"method={method}".split(), "train.precision=bf16", "model.frozen_dtype=bf16")
+    if method == "full":
+        assert models.dtype_of(run) == torch.float32
+        return
+    with pytest.raises(ConfigError, match=r"model\.frozen_dtype=bf16: this method trains .*bias"):
+        adapt(tiny.to(models.dtype_of(run)), run)
+
+
+def test_frozen_bf16_with_fp32_products_is_refused(make_run):
+    with pytest.raises(ConfigError, match=r"set train\.precision=bf16"):
+        make_run("model.frozen_dtype=bf16")
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_without_its_instructions_is_warned_of(monkeypatch, has):
+    monkeypatch.setattr(environment, "cpu_has_bf16", lambda: has)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = environment.precision_warning("bf16")
+    assert said is None if has else "tens of times slower" in said
+    assert environment.precision_warning("fp32") is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_have_the_same_gradients(tiny, make_run):
+    model = adapt(tiny, make_run("method=lora"))
+    plain, _ = gradients(model)
+    models.compile_blocks(model)
+    ids = torch.arange(1, 41).reshape(2, 20)
+    NextToken(model)(ids[:, :-1], ids[:, 1:]).objective.backward()
+    compiled = {name: p.grad for name, p in model.named_parameters()}
+    for name, expected in plain.items():
+        torch.testing.assert_close(compiled[name], expected, msg=name)
+
+
+def test_what_has_no_blocks_cannot_be_compiled(make_run):
+    run = make_run("model=lstm", "method=full")
+    model = models.load_model(run, models.load_config(run.model))
+    with pytest.raises(ConfigError, match=r"train\.compile=true: .*set it to false"):
+        models.compile_blocks(model)
