@@ -199,6 +199,8 @@ class TrainConfig:
     checkpointing: bool = False  # keep blocks' inputs only, run blocks again in backward
     compile: bool = False  # torch.compile of the blocks; pays on runs of thousands of steps
     threads: int | None = None  # CPU threads; null = all cores
+    on_oom: str = "halve"  # halve | fail: the micro-batch where a pass does not fit
+    checkpoint_every: int | None = None  # optimizer steps; null = with every validation
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,15 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """`launch` of conf/config.yaml: the processes of a run, and the runs of a machine."""
+
+    num_processes: int = 1  # ranks, started by accelerate launch
+    accelerate: str | None = None  # file of conf/accelerate; null = ddp on GPUs, or else cpu
+    parallel: int = 1  # runs at a time on this machine, which share its cores and GPUs
+
+
+@dataclass(frozen=True)
 class RootConfig:
     """The plain values of conf/config.yaml."""
 
@@ -219,7 +230,8 @@ class RootConfig:
     run_name: str | None
     outputs_dir: str
     seed: int  # moves initialisation, data order and dropout
-    rerun: bool  # run again although a finished result is there
+    rerun: bool  # run again from the start, whatever is there
+    retry: int  # further attempts where a run died; in a sweep, also of what failed before
     save_merged: str  # auto | always | never: the adapted model as a whole, beside the adapter
 
 
@@ -233,6 +245,7 @@ class RunConfig(RootConfig):
     targets: TargetsConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    launch: LaunchConfig
 
     @property
     def run_dir(self) -> Path:
@@ -249,6 +262,7 @@ SECTIONS: dict[str, type] = {
     "targets": TargetsConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "launch": LaunchConfig,
 }
 
 
@@ -341,13 +355,18 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------- name and identity
 
-_NOT_IDENTITY = ("experiment_name", "run_name", "outputs_dir", "rerun", "save_merged")
+_NOT_IDENTITY = (
+    "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
+)  # fmt: skip
+_NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every")
 
 
 def identity(run: RunConfig) -> str:
     """SHA-256 of everything in the config that can move the run's numbers."""
     values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
     values["data"] = {k: v for k, v in values["data"].items() if k != "cache_dir"}
+    for key in _NOT_IDENTITY_OF_TRAINING:
+        del values["train"][key]
     if run.data.source == "text_files" and run.data.path:
         from harness.documents import files_digest
 
@@ -370,6 +389,12 @@ def label(method: MethodConfig) -> str:
     if isinstance(method, UdvMethod):
         return f"udv-{method.train}" + ("-keep" if method.residual == "keep" else "")
     return method.name
+
+
+def smaller_micro_batch(run: RunConfig, micro_batch: int) -> int | None:
+    """The most blocks, up to half of `micro_batch`, that divide those of an optimizer step."""
+    blocks = run.train.batch_tokens // run.data.context // run.launch.num_processes
+    return next((n for n in range(micro_batch // 2, 0, -1) if blocks % n == 0), None)
 
 
 def run_name(run: RunConfig) -> str:

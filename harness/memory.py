@@ -168,6 +168,12 @@ class ProcessPeaks:
         self.by_phase: dict[str, int] = {}
         self.peak_bytes = process_peak_bytes()  # over all phases
 
+    def go_on(self, by_phase: dict[str, int]) -> None:
+        """Take over the peaks that an earlier process of the same run has had."""
+        for name, peak in by_phase.items():
+            self.by_phase[name] = max(peak, self.by_phase.get(name, 0))
+            self.peak_bytes = max(peak, self.peak_bytes or 0)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the body to phase `name`, and what comes before and after to the phase around."""

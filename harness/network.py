@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+SWITCHES = (
+    ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_HUB_OFFLINE"),
+    ("datasets.config", "HF_DATASETS_OFFLINE"),
+)
 PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def go_offline_if_unreachable() -> None:
-    """Let the hub's libraries, which must not be imported yet, use their cache alone.
+    """Let the hub's libraries, imported already or not, use their cache alone.
 
     They try for half a minute before they give up; this tries once, for three seconds at most.
     Behind a proxy the hub is taken to be reachable.
@@ -24,6 +30,9 @@ def go_offline_if_unreachable() -> None:
         socket.create_connection((endpoint.hostname or "", port), timeout=3).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
+        for name, switch in SWITCHES:  # read from the environment when they are imported
+            if name in sys.modules:
+                setattr(sys.modules[name], switch, True)
 
 
 def cached(kind: str) -> list[str]:

@@ -36,7 +36,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from transformers import PretrainedConfig
 
 from harness import config, environment, evaluate, memory, methods, models, train
@@ -44,25 +50,23 @@ from harness.config import CONF_DIR, ConfigError, RunConfig
 from harness.loss import NextToken
 from hydra_plugins.harness_grids import combinations
 
+aten = torch.ops.aten
 
+
+# Formulas that torch lacks, on shapes; of attention the masked half counts too.
+@register_flop_formula(aten.addmm_)
+def _in_place_product(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
+
+
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
+@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
-
-
-def _in_place_product(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]  # of shapes
-
-
-aten = torch.ops.aten
-MORE_FLOPS = {  # which FlopCounterMode does not know; of attention the masked half counts too
-    aten.addmm_: _in_place_product,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 
 
 @dataclass(frozen=True)
@@ -124,34 +128,45 @@ def predict(
         prepared.eval()
         ids = torch.zeros(max(1, tokens // context), context, dtype=torch.int64)
         ids = ids.to(accelerator.device)
-        with torch.no_grad(), _flops() as flops:
+        with torch.no_grad(), memory.measured(model, None, on_evaluation), Flops() as flops:
             prepared(ids, ids)
-        evaluate_flops = flops.get_total_flops() / ids.numel()
-        with torch.no_grad(), memory.measured(model, None, on_evaluation):
-            prepared(ids, ids)
-        if run.train.steps and any(p.requires_grad for p in model.parameters()):
+        evaluate_flops = flops.total / ids.numel()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if run.train.steps and trainable:
             prepared.train()
             optimizer = train.make_optimizer(model, run.train)
+            for parameter in trainable:  # a step that makes the optimizer's state
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
             micro, context = run.train.micro_batch, run.data.context
             blocks = torch.zeros(micro, context + 1, dtype=torch.int64)
             # With two micro-batches the second finds gradients there, as all further ones do.
             batches = [blocks] * min(run.train.batch_tokens // (micro * context), 2)
             num_tokens = len(batches) * micro * context
             penalty = methods.penalty(model, run)
-            with _flops() as flops:  # this step makes the optimizer's state, too
+            with memory.measured(model, optimizer, on_training), Flops() as flops:
                 train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
                 train.apply(model, optimizer, accelerator, run.train)
-            train_flops = flops.get_total_flops() / num_tokens
-            # Not under the counter, whose hooks keep what checkpointing has made again.
-            with memory.measured(model, optimizer, on_training):
-                train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
-                train.apply(model, optimizer, accelerator, run.train)
+            train_flops = flops.total / num_tokens
     counted = models.count_parameters(model)
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
 
 
-def _flops() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=MORE_FLOPS)
+class Flops(TorchDispatchMode):
+    """Counts FLOPs by torch's formulas. FlopCounterMode does, too, and keeps tensors alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _as_fake(model: nn.Module, device: torch.device) -> None:

@@ -42,7 +42,9 @@ SHOWN = {"train.lr"} | {
     f"method.{key}"
     for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual")
 }
-VARIES = ("seed", "run_name", "outputs_dir", "rerun", "experiment_name")  # within a configuration
+VARIES = (  # within a configuration
+    "seed", "run_name", "outputs_dir", "rerun", "retry", "experiment_name", "launch",
+)  # fmt: skip
 CSV_ONLY = (
     "method.name",
     "quality.test.word_perplexity",
@@ -70,7 +72,8 @@ def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
             groups.setdefault(json.dumps(same, sort_keys=True), []).append((run_dir, result))
     table = []
     for members in groups.values():
-        values: dict[str, Any] = {"seeds": len(members), "config": _flat(members[0][1]["config"])}
+        seeds = {result["config"]["seed"] for _, result in members}
+        values: dict[str, Any] = {"seeds": len(seeds), "config": _flat(members[0][1]["config"])}
         for path in [path for path, _ in COLUMNS.values()] + list(CSV_ONLY):
             found = [results.get(result, path) for _, result in members]
             numbers = [v for v in found if isinstance(v, int | float)]
@@ -156,9 +159,11 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
         print(f"{folder}: no finished run")
     for run_dir, result in results.collect(folder):
         if result["status"] != "finished" and (run_dirs is None or run_dir in run_dirs):
-            failure = results.get(result, "failure.message") or ""
+            failure = result.get("failure") or {}
+            said = (failure.get("message") or "").splitlines()
             print(
-                f"{result['status']}: {run_dir.name}: {failure.splitlines()[0] if failure else ''}"
+                f"{result['status']}: {run_dir.name} ({failure.get('class')}): "
+                f"{said[0] if said else ''} (log: {run_dir / 'log.txt'})"
             )
     if everything:
         write_csv(folder / "results.csv", everything)

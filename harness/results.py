@@ -2,11 +2,13 @@
 
 `RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
 
-Stable keys: status (finished | failed | running), failure.{class, message}, run.name, run.seed,
-run.command, method.name, parameters.total, parameters.trainable, memory.peak_bytes,
-memory.by_category (bytes), speed.tokens_per_second, speed.train_seconds,
-quality.step0.validation.perplexity, quality.validation.perplexity, quality.test.{nll_nats,
-num_tokens, perplexity, word_perplexity, bits_per_byte}, environment.{commit, versions, hardware}.
+Stable keys: status (finished | failed | interrupted | running), failure.{class, message, log_tail}
+with class oom | nan | killed | disk | config | error, run.name, run.seed, run.command,
+run.resumed_at (steps), train.{micro_batch, micro_batch_asked}, method.name, parameters.total,
+parameters.trainable, memory.peak_bytes, memory.by_category (bytes), speed.tokens_per_second,
+speed.train_seconds, quality.step0.validation.perplexity, quality.validation.perplexity,
+quality.test.{nll_nats, num_tokens, perplexity, word_perplexity, bits_per_byte},
+environment.{commit, versions, hardware, runs_beside}.
 """
 
 from __future__ import annotations
@@ -16,11 +18,17 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from harness import config
+from harness.config import RunConfig
+
 SCHEMA_VERSION = 1
 FILE_NAME = "result.json"
+CHECKPOINTS = "checkpoints"  # folder of a run that is not finished
+METRICS_NAME = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +44,39 @@ def write(run_dir: Path, result: dict[str, Any]) -> None:
     os.replace(scratch, run_dir / FILE_NAME)
 
 
+def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """What is known before anything is loaded."""
+    command = run_dir / "command.txt"
+    return {
+        "run": {
+            "name": config.run_name(run),
+            "experiment": run.experiment_name,
+            "seed": run.seed,
+            "identity": config.identity(run),
+            "command": command.read_text("utf-8").strip() if command.is_file() else None,
+        },
+        "config": config.to_dict(run),
+        "model": {"name": run.model.name},
+        "data": {"name": run.data.name},
+        "method": describe_method(run),
+    }
+
+
+def describe_method(run: RunConfig) -> dict[str, Any]:
+    """What tables show of the method; what it does not have is None."""
+    method = run.method
+    found = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
+    rank = getattr(method, "kept", found["r"])
+    return found | {
+        "name": method.name,
+        "label": config.label(method),
+        "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
+        "alpha": getattr(method, "lora_alpha", None),
+        "targets": None if method.name in ("none", "full") else run.targets.name,
+        "lr": None if method.name in ("none", "truncate") else run.train.lr,
+    }
+
+
 def finite(value: Any) -> Any:
     """`value` with NaN and infinity as None, which JSON can hold."""
     if isinstance(value, dict):
@@ -45,6 +86,76 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:  # NaN and infinity
         return None
     return value
+
+
+class Metrics:
+    """RUN_DIR/metrics.jsonl, one row a step; rows after `step` are of a run that was cut."""
+
+    def __init__(self, run_dir: Path, step: int, *, write: bool = True) -> None:
+        path = run_dir / METRICS_NAME
+        self._stream = None
+        if not write:
+            return
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= step] if step else []
+        with path.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in kept)
+        self._stream = path.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row; NaN and infinity become null."""
+        if self._stream is not None:
+            self._stream.write(json.dumps(finite(row)) + "\n")
+
+    def sync(self) -> None:
+        """Bring what was logged to the disk."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
+
+def can_go_on(run_dir: Path) -> bool:
+    """Whether a run was cut after a checkpoint."""
+    return any((run_dir / CHECKPOINTS).glob("[0-9]*"))
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without a last line that was cut."""
+    rows = []
+    with suppress(FileNotFoundError), (run_dir / METRICS_NAME).open(encoding="utf-8") as stream:
+        for line in stream:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """The last whole row of metrics.jsonl, read from its end; {} where there is none."""
+    try:
+        with (run_dir / METRICS_NAME).open("rb") as stream:
+            stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, stream.tell() - 4096))
+            lines = stream.read().splitlines(keepends=True)
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            with suppress(ValueError):
+                return dict(json.loads(line))
+    return {}
+
+
+def tail(path: Path, lines: int = 20) -> list[str]:
+    """The last lines of a log."""
+    try:
+        return path.read_text("utf-8", errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
 
 
 def read(run_dir: Path) -> dict[str, Any] | None:

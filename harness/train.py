@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from harness import memory
-from harness.checkpoint import load_trained, save_trained
+from harness import config, memory
 from harness.config import ConfigError, RunConfig, TrainConfig
 from harness.data import Data, batch_of, block_order
+from harness.stop import Stop
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3  # not timed: allocators, caches and (if asked for) the compiler settle
 MEMORY_STEP = 1  # (or the last) not timed: followed tensor by tensor; the optimizer has its state
@@ -29,17 +31,30 @@ class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the message names the step."""
 
 
-@dataclass
-class Trained:
-    """What the loop leaves behind; the model holds the best checkpoint's weights."""
+class PassOutOfMemoryError(MemoryError):
+    """A forward or backward pass did not fit; weights and optimizer are as before the step."""
 
-    steps: int = 0
+
+@dataclass
+class State:
+    """Where a run stands: with weights, optimizer and generators, all that goes on from here."""
+
+    micro_batch: int  # blocks per forward pass; `train.on_oom` may halve what was asked for
+    step: int = 0  # optimizer steps taken
+    validated: int = -1  # the last step after which validation was read
     tokens: int = 0  # predicted tokens trained on
     train_seconds: float = 0.0  # wall time of all optimizer steps, evaluation excluded
-    tokens_per_second: float | None = None  # over the timed steps
+    timed_tokens: int = 0  # of the steps that count for the speed
+    timed_seconds: float = 0.0
     best_step: int = 0
     best_nll: float = math.inf  # mean nats per validation token
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)  # of the step that was followed
+    resumed_at: list[int] = field(default_factory=list)  # steps after which the run was cut
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the timed steps."""
+        return self.timed_tokens / self.timed_seconds if self.timed_tokens else None
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
@@ -97,14 +112,15 @@ def accumulate(
     """
     total = torch.zeros((), device=accelerator.device)
     todo = list(batches)
+    if penalty is not None:  # first: the last backward pass is the one that ranks average after
+        with accelerator.no_sync(prepared):
+            accelerator.backward(penalty())
     for index, blocks in enumerate(todo):
         last = index == len(todo) - 1
         with nullcontext() if last else accelerator.no_sync(prepared):
             blocks = blocks.to(accelerator.device)
             found = prepared(blocks[:, :-1], blocks[:, 1:])
             accelerator.backward(found.objective / num_tokens)
-            if penalty is not None and last:
-                accelerator.backward(penalty())
         total += found.nats.sum()
         del found
     return total
@@ -122,96 +138,163 @@ def apply(
     return norm
 
 
+def optimizer_step(
+    prepared: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    run: RunConfig,
+    step: int,
+    micro_batch: int,
+    accelerator: Accelerator,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Optimizer step `step` (from 0): summed nats of this rank, and the gradient's norm."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    per_rank = blocks_per_rank(run, world)
+    order = block_order(run.seed, step, per_rank * world, data.num_blocks)[rank::world]
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, run.train)
+    batches = [
+        batch_of(data.blocks, order[first : first + micro_batch])
+        for first in range(0, per_rank, micro_batch)
+    ]
+    try:
+        total = accumulate(prepared, batches, per_rank * run.data.context, accelerator, penalty)
+    except Exception as error:
+        if out_of_memory(error):  # nothing has moved yet: the step can be taken again
+            raise PassOutOfMemoryError(f"{error} (in optimizer step {step + 1})") from error
+        raise
+    model = accelerator.unwrap_model(prepared)
+    return total, apply(model, optimizer, accelerator, run.train)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a GPU or in the host."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        word in str(error) for word in words
+    )
+
+
 def train(
     prepared: nn.Module,
     data: Data,
     run: RunConfig,
     accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer | None,
+    state: State,
+    *,
     validate: Callable[[], float],
+    keep: Callable[[], None],
+    save: Callable[[], None],
     log: Callable[[dict[str, Any]], None],
-    step0_nll: float,
-    best_path: Path,
+    stop: Stop,
     penalty: Callable[[], torch.Tensor] | None = None,
-) -> Trained:
-    """Train what requires gradients in a `NextToken`, as Accelerate prepared it; keep the best.
+    quiet: bool = False,
+) -> None:
+    """Train what requires gradients in a `NextToken`, as Accelerate prepared it, from `state` on.
 
-    Best is the lowest on validation. `validate` gives mean nats per validation token, `log` takes
-    one row of metrics, `step0_nll` is the validation before the first step, `penalty` is added to
-    the mean nll in the gradient (not in the loss that is logged). Returns with the best weights
-    loaded into the model.
+    Without an `optimizer` nothing trains, and validation is read once. `validate` gives mean nats
+    per validation token; `keep` is called when that is the lowest so far, `save` when a checkpoint
+    is due (then and when the run is told to stop); `log` takes one row of metrics. `penalty` is
+    added to the mean nll in the gradient (not in the loss that is logged).
 
     Raises:
         NonFiniteLossError: naming the step.
+        KeyboardInterrupt: told to stop; a checkpoint has been written.
     """
-    cfg, world, rank = run.train, accelerator.num_processes, accelerator.process_index
+    cfg, world = run.train, accelerator.num_processes
+    steps = cfg.steps if optimizer is not None else 0
+    first = state.step
     model = accelerator.unwrap_model(prepared).model
-    out = Trained(best_nll=step0_nll)
-    if cfg.steps == 0 or not any(p.requires_grad for p in model.parameters()):
-        return out
-    optimizer = accelerator.prepare_optimizer(make_optimizer(model, cfg))
     prepared.train()
-    per_rank = blocks_per_rank(run, world)
-    num_blocks = per_rank * world
-    timed_tokens, timed_seconds = 0, 0.0
-    if accelerator.is_main_process:
-        save_trained(model, best_path)
-
+    every = cfg.checkpoint_every or run.evaluate.every
+    saved = state.step  # the step of the last checkpoint
     bar = tqdm(
-        total=cfg.steps,
+        total=steps,
+        initial=first,
         desc=run.method.name,
         unit="step",
-        disable=not (sys.stderr.isatty() and accelerator.is_main_process),
+        disable=quiet or not (sys.stderr.isatty() and accelerator.is_main_process),
         leave=False,
     )
-    for step in range(cfg.steps):
-        start = time.perf_counter()
-        order = block_order(run.seed, step, num_blocks, data.num_blocks)[rank::world]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
-        follow = step == min(MEMORY_STEP, cfg.steps - 1)
-        with memory.measured(model, optimizer, out.memory) if follow else nullcontext():
-            total = accumulate(
-                prepared,
-                [
-                    batch_of(data.blocks, order[first : first + cfg.micro_batch])
-                    for first in range(0, per_rank, cfg.micro_batch)
-                ],
-                per_rank * run.data.context,
-                accelerator,
-                penalty,
+    with stop.deferred(), bar:
+        while True:
+            due = state.step % run.evaluate.every == 0 or state.step == steps
+            if due and state.validated < state.step:
+                try:
+                    with stop.at_once():
+                        nll = validate()
+                except KeyboardInterrupt:
+                    if world == 1 and saved < state.step:
+                        save()
+                    raise
+                log({"step": state.step, "tokens": state.tokens, "eval/validation/nll": nll})
+                if state.step == 0 or nll < state.best_nll:
+                    state.best_step = state.step
+                    state.best_nll = nll if math.isfinite(nll) else math.inf
+                    keep()
+                state.validated = state.step
+                if state.step:
+                    save()
+                    saved = state.step
+            if state.step == steps:
+                return
+            stopping = stop.requested and world == 1
+            if saved < state.step and (stopping or state.step % every == 0):
+                save()
+                saved = state.step
+            if stopping:
+                raise KeyboardInterrupt
+            assert optimizer is not None
+            start = time.perf_counter()
+            follow = state.step == min(MEMORY_STEP, steps - 1)
+            try:
+                with memory.measured(model, optimizer, state.memory) if follow else nullcontext():
+                    total, norm = optimizer_step(
+                        prepared, optimizer, data, run, state.step, state.micro_batch,
+                        accelerator, penalty,
+                    )  # fmt: skip
+            except PassOutOfMemoryError:
+                fewer = config.smaller_micro_batch(run, state.micro_batch)
+                if cfg.on_oom == "fail" or not fewer or world > 1:
+                    raise
+                logger.warning("out of memory: micro-batch %d, now %d", state.micro_batch, fewer)
+                state.micro_batch = fewer
+                optimizer.zero_grad()
+                state.memory.clear()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            # The one place where the host waits for what the device has computed.
+            asked = torch.full_like(total, float(stop.requested))
+            summed = accelerator.reduce(torch.stack([total, asked]), "sum")
+            nats, asked_to_stop, grad_norm = torch.cat([summed, norm.reshape(1)]).tolist()
+            mean_nll = nats / cfg.batch_tokens
+            seconds = time.perf_counter() - start
+            if not math.isfinite(mean_nll):
+                raise NonFiniteLossError(
+                    f"the loss is {mean_nll} at step {state.step + 1} of {steps}"
+                )
+            if state.step >= first + WARM_UP_STEPS and not follow:
+                state.timed_tokens += cfg.batch_tokens
+                state.timed_seconds += seconds
+            rate = learning_rate(state.step, cfg)
+            state.step += 1
+            state.tokens += cfg.batch_tokens
+            state.train_seconds += seconds
+            log(
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "train/nll": mean_nll,
+                    "train/lr": rate,
+                    "train/grad_norm": grad_norm,
+                    "train/step_seconds": seconds,
+                }
             )
-            norm = apply(model, optimizer, accelerator, cfg)
-        # The one place where the host waits for what the device has computed.
-        nats, grad_norm = torch.stack([accelerator.reduce(total, "sum"), norm]).tolist()
-        mean_nll = nats / cfg.batch_tokens
-        seconds = time.perf_counter() - start
-        if not math.isfinite(mean_nll):
-            raise NonFiniteLossError(f"the loss is {mean_nll} at step {step + 1} of {cfg.steps}")
-
-        out.steps, out.tokens = step + 1, out.tokens + cfg.batch_tokens
-        out.train_seconds += seconds
-        if step >= WARM_UP_STEPS and not follow:
-            timed_tokens, timed_seconds = timed_tokens + cfg.batch_tokens, timed_seconds + seconds
-            out.tokens_per_second = timed_tokens / timed_seconds
-        row: dict[str, Any] = {
-            "step": out.steps,
-            "tokens": out.tokens,
-            "train/nll": mean_nll,
-            "train/lr": learning_rate(step, cfg),
-            "train/grad_norm": grad_norm,
-            "train/step_seconds": seconds,
-        }
-        if out.steps % run.evaluate.every == 0 or out.steps == cfg.steps:
-            nll_now = validate()
-            row["eval/validation/nll"] = nll_now
-            if nll_now < out.best_nll:
-                out.best_step, out.best_nll = out.steps, nll_now
-                if accelerator.is_main_process:
-                    save_trained(model, best_path)
-        log(row)
-        bar.update()
-        bar.set_postfix_str(f"loss {mean_nll:.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
-    bar.close()
-    accelerator.wait_for_everyone()
-    load_trained(model, best_path)
-    return out
+            bar.update()
+            bar.set_postfix_str(f"loss {mean_nll:.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
+            if world > 1 and asked_to_stop:  # every rank has read the same sum
+                save()
+                raise KeyboardInterrupt

@@ -14,6 +14,7 @@ from harness.config import (
     RunConfig,
     SvdMethod,
     nearest,
+    options,
 )
 from harness.documents import find_files  # needs the standard library only
 
@@ -22,6 +23,7 @@ CHOICES = {
     "data.source": ("kjv", "text_files", "hub", "docstrings"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
+    "train.on_oom": ("halve", "fail"),
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
@@ -102,6 +104,10 @@ def validate(run: RunConfig) -> None:
     _require(
         train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more"
     )
+    every = train.checkpoint_every
+    _require(every is None or every > 0, "train.checkpoint_every", every, "1 or more, or null")
+    _require(run.retry >= 0, "retry", run.retry, "0 or more further attempts")
+    _validate_launch(run)
     chunk = train.micro_batch * data.context
     if train.batch_tokens % chunk:
         options = sorted(
@@ -151,3 +157,24 @@ def validate(run: RunConfig) -> None:
             raise ConfigError(
                 f"{key}={name!r}: expected letters, digits, . _ = + -, and first a letter or digit"
             )
+
+
+def _validate_launch(run: RunConfig) -> None:
+    launch = run.launch
+    ranks = launch.num_processes
+    _require(ranks > 0, "launch.num_processes", ranks, "1 or more")
+    _require(launch.parallel > 0, "launch.parallel", launch.parallel, "1 or more runs at a time")
+    if launch.accelerate is not None and launch.accelerate not in options("accelerate"):
+        raise ConfigError(
+            f"launch.accelerate={launch.accelerate}: "
+            f"{nearest(launch.accelerate, options('accelerate'))}"
+        )
+    blocks = run.train.batch_tokens // run.data.context
+    step = run.train.micro_batch * ranks
+    if ranks > 1 and blocks % step:
+        fits = [n for n in range(1, run.train.micro_batch + 1) if blocks % (n * ranks) == 0]
+        raise ConfigError(
+            f"train.batch_tokens={run.train.batch_tokens} is {blocks} blocks, which do not divide "
+            f"among launch.num_processes={ranks} of train.micro_batch={run.train.micro_batch}: "
+            + (f"try train.micro_batch={fits[-1]}" if fits else f"make them a multiple of {ranks}")
+        )

@@ -1,16 +1,17 @@
 """One run, from RUN_DIR/config.yaml to RUN_DIR/result.json: python -m harness.worker RUN_DIR.
 
 A fresh process per run: peak memory is a headline metric, so runs share no allocator and no caches.
-Exit status: 0 finished, 2 a mistake in the configuration, 1 any other failure.
+A checkpoint in RUN_DIR is gone on from. Exit status: 0 finished, 75 told to stop (the same command
+goes on), 2 a mistake in the configuration, 1 any other failure.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import errno
+import faulthandler
 import logging
-import math
 import os
-import signal
 import sys
 import time
 import warnings
@@ -18,115 +19,123 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness import config, network, results
-from harness.config import ConfigError, RunConfig
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 
+from harness import (
+    checkpoint,
+    config,
+    data,
+    environment,
+    evaluate,
+    lock,
+    loss,
+    memory,
+    methods,
+    models,
+    network,
+    plan,
+    results,
+    train,
+)
+from harness.config import ConfigError, RunConfig
+from harness.methods.svd import CACHE_ENV
+from harness.stop import Stop
+
+RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
+RESERVE = ".reserve"  # room for the result on a disk that fills
 log = logging.getLogger("harness")
 
 
-def main(run_dir: Path) -> int:
-    """Do the run; whatever happens ends in result.json, and the traceback in log.txt."""
+def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) -> int:
+    """Do the run; whatever happens ends in result.json, and the traceback in log.txt.
+
+    Of several ranks all do the run, and the first one writes. `run` is for a rank that does not
+    wait for the first one's config.yaml; `quiet` leaves out the bar.
+    """
+    stop = Stop().listen()
+    rank = int(os.environ.get("RANK", "0"))
+    log_path = run_dir / "log.txt" if rank == 0 else Path(os.devnull)
+    handler = logging.FileHandler(log_path, delay=True)
     logging.basicConfig(
-        filename=run_dir / "log.txt",
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         force=True,
+        handlers=[handler],
     )
+    logging.raiseExceptions = False  # a full disk is told of once, by the result
     logging.captureWarnings(True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
     started = time.time()
     result: dict[str, Any] = {"status": "failed"}
+    code = 1
     try:
-        run = config.load(run_dir / "config.yaml")
-        result |= describe(run, run_dir)
-        perform(run, run_dir, result)
+        with log_path.open("a") as crash_log:
+            faulthandler.enable(crash_log)  # a segfault leaves its stack there
+            if rank == 0:
+                (run_dir / RESERVE).write_bytes(b"-" * 2**18)
+            beside = lock.Beside() if rank == 0 else None
+            run = run or config.load(run_dir / "config.yaml")
+            result |= results.describe(run, run_dir)
+            perform(run, run_dir, result, stop, quiet=quiet)
+            if beside:
+                result["environment"]["runs_beside"] = beside.most()
+            faulthandler.disable()
         result["status"] = "finished"
         code = 0
     except KeyboardInterrupt:
+        result["status"] = "interrupted"
         result["failure"] = {"class": "interrupted", "message": "interrupted"}
         log.warning("interrupted")
-        code = 130
+        code = RESUME_ME
     except ConfigError as error:
         result["failure"] = {"class": "config", "message": str(error)}
         log.exception("refused")
-        print(f"error: {error}", file=sys.stderr)
         code = 2
     except Exception as error:  # whatever it is, it is recorded and the sweep goes on
-        kind = "nan" if isinstance(error, ArithmeticError) else "error"
-        kind = "oom" if isinstance(error, MemoryError) or "out of memory" in str(error) else kind
         message = f"{type(error).__name__}: {error}"
-        result["failure"] = {"class": kind, "message": message}
+        result["failure"] = {"class": failure_class(error), "message": message}
         log.exception("failed")
-        print(f"error: {message.splitlines()[0]} (see {run_dir / 'log.txt'})", file=sys.stderr)
-        code = 1
+    faulthandler.disable()
+    if rank:
+        return code
     result["wall_seconds"] = time.time() - started
-    results.write(run_dir, result)
+    if "failure" in result:
+        result["failure"]["log_tail"] = results.tail(log_path)
+    (run_dir / RESERVE).unlink(missing_ok=True)
+    with stop.deferred():
+        results.write(run_dir, result)
     return code
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    """Stop at the first signal; a second one must not cut off the writing of the result."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def failure_class(error: Exception) -> str:
+    """oom | nan | disk | error, for result.json."""
+    if isinstance(error, ArithmeticError):
+        return "nan"
+    if train.out_of_memory(error):
+        return "oom"
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    words = ("No space left on device", "os error 28", "Disk quota exceeded")
+    if getattr(error, "errno", None) in full or any(word in str(error) for word in words):
+        return "disk"
+    return "error"
 
 
-def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """What is known before anything is loaded."""
-    command = run_dir / "command.txt"
-    return {
-        "run": {
-            "name": config.run_name(run),
-            "experiment": run.experiment_name,
-            "seed": run.seed,
-            "identity": config.identity(run),
-            "command": command.read_text("utf-8").strip() if command.is_file() else None,
-        },
-        "config": config.to_dict(run),
-        "model": {"name": run.model.name},
-        "data": {"name": run.data.name},
-        "method": describe_method(run),
-    }
-
-
-def describe_method(run: RunConfig) -> dict[str, Any]:
-    """What tables show of the method; what it does not have is None."""
-    method = run.method
-    found = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
-    rank = getattr(method, "kept", found["r"])
-    return found | {
-        "name": method.name,
-        "label": config.label(method),
-        "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
-        "alpha": getattr(method, "lora_alpha", None),
-        "targets": None if method.name in ("none", "full") else run.targets.name,
-        "lr": None if method.name in ("none", "truncate") else run.train.lr,
-    }
-
-
-def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
+def perform(
+    run: RunConfig, run_dir: Path, result: dict[str, Any], stop: Stop, *, quiet: bool
+) -> None:
     """data -> model -> method -> train -> evaluate; fills `result` as it goes."""
     if run.data.id or run.model.id or run.model.tokenizer:
         network.go_offline_if_unreachable()
-    # Imported here: a mistake in the configuration is answered without them.
-    import datasets
-    import pandas as pd
-    import torch
-    import transformers
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-
-    from harness import checkpoint, data, environment, evaluate, loss, memory, methods, models
-    from harness import plan, train  # isort: skip
-    from harness.methods.svd import CACHE_ENV
-
     datasets.disable_progress_bars()  # the training bar is the only one
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
     process = memory.ProcessPeaks("setup")
     os.environ[CACHE_ENV] = run.data.cache_dir  # factors of a base weight, for a whole sweep
-    torch.set_num_threads(run.train.threads or environment.usable_cores())
     precision = environment.precision(run.train.precision)
     if run.model.frozen_dtype == "bf16" and precision == "fp32":
         raise ConfigError(
@@ -136,8 +145,13 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     if warning := environment.precision_warning(precision):
         log.warning(warning)
         print(f"warning: {warning}", file=sys.stderr)
-    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
-    result["environment"] = environment.describe()
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+        cpu=not torch.accelerator.is_available(),  # which ranks on a CPU must be told
+    )
+    sharing = run.launch.parallel * accelerator.num_processes
+    torch.set_num_threads(run.train.threads or max(1, environment.usable_cores() // sharing))
+    result["environment"] = environment.describe() | {"processes": accelerator.num_processes}
 
     # Names and shapes are checked on the meta device, before anything is read or loaded.
     model_config = models.load_config(run.model)
@@ -147,7 +161,8 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         methods.check(models.on_meta(run, model_config), run)
 
     tokenizer = models.load_tokenizer(run.model, model_config)
-    text = data.prepare(run.data, tokenizer)
+    with accelerator.main_process_first():
+        text = data.prepare(run.data, tokenizer)
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
@@ -172,16 +187,40 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     with accelerator.autocast():
         bare = loss.NextToken(model, run.train.label_smoothing)
     prepared = accelerator.prepare_model(bare, evaluation_mode=counted.trainable == 0)
+    optimizer = None
+    if counted.trainable:
+        optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
     batch_tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
-    at_evaluation: dict[str, Any] = {}
 
-    def measure(split: str, **following: Any) -> tuple[dict[str, Any], Any]:
-        """Quality on a split, and its table of nats per document."""
-        documents = text.held_out[split]
+    # Where the run stands, and what it has found out on the way: a checkpoint holds all of it.
+    halved = result["run"].pop("micro_batch", None)  # the controller's, after a kill for memory
+    state = train.State(micro_batch=halved or run.train.micro_batch)
+    at_evaluation: dict[str, Any] = {}  # memory
+    newest = best = (np.zeros(0), np.zeros(0, np.int64))  # nats and tokens of validation documents
+    best_path = run_dir / "best.safetensors"
+    found = checkpoint.latest(run_dir)
+    if found is not None and optimizer is not None:
+        state = train.State(**found.facts["state"])
+        state.micro_batch = min(halved or state.micro_batch, state.micro_batch)
+        state.resumed_at.append(state.step)
+        at_evaluation = found.facts["at_evaluation"]
+        result["quality"] = {"step0": found.facts["step0"]}
+        process.go_on(found.facts["process"])
+        best = (found.tensors["best/nll"].numpy(), found.tensors["best/num_tokens"].numpy())
+        checkpoint.restore(model, optimizer, found.tensors)
+        checkpoint.restore_generators(found, accelerator.process_index)
+        if accelerator.is_main_process:
+            checkpoint.take_best(found, best_path)
+        log.info("goes on after step %d", state.step)
+    del found
+    metrics = results.Metrics(run_dir, state.step, write=accelerator.is_main_process)
+
+    def measure(split: str, **following: Any) -> tuple[Any, Any]:
+        """Nats and predicted tokens of every document of a split."""
         with process.phase("evaluate"):
-            nll, count = evaluate.document_nll(
+            return evaluate.document_nll(
                 prepared,
-                documents,
+                text.held_out[split],
                 context=context,
                 stride=run.evaluate.stride or context,
                 bos=tokenizer.eos_token_id,
@@ -189,61 +228,91 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
                 accelerator=accelerator,
                 **following,
             )
-        table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": count})
-        for column in ("num_words", "num_bytes"):
-            table[column] = documents[column]
-        return evaluate.quality(nll, count, documents), table
 
-    best: tuple[float, dict[str, Any], Any] = (math.inf, {}, None)  # of validation
+    def conclude(split: str, nll: Any, count: Any) -> dict[str, Any]:
+        """Quality of a split, and its table of nats per document in RUN_DIR."""
+        documents = text.held_out[split]
+        if accelerator.is_main_process:
+            table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": count})
+            for column in ("num_words", "num_bytes"):
+                table[column] = documents[column]
+            table.to_parquet(run_dir / f"documents-{split}.parquet", index=False)
+        return evaluate.quality(nll, count, documents)
 
-    def validate(**following: Any) -> float:
+    def validate() -> float:
+        nonlocal newest
+        first = state.step == 0
+        following = {"following": lambda: memory.measured(model, None, at_evaluation)}
+        newest = measure("validation", **(following if first else {}))
+        if first:
+            quality = evaluate.quality(*newest, text.held_out["validation"])
+            result["quality"] = {"step0": {"validation": quality}}
+        return float(newest[0].sum() / newest[1].sum())
+
+    def keep() -> None:
         nonlocal best
-        quality, table = measure("validation", **following)
-        nll = quality["nll_nats"] / quality["num_tokens"]
-        if nll < best[0] or not best[1]:
-            best = (nll if math.isfinite(nll) else math.inf, quality, table)
-        return nll
+        best = newest
+        if accelerator.is_main_process and optimizer is not None:
+            checkpoint.save_trained(model, best_path)
 
-    with (run_dir / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as stream:
+    def save() -> None:
+        assert optimizer is not None
+        metrics.sync()
+        process.turn("train")  # so that the peak so far is in by_phase
+        tensors = checkpoint.state_tensors(model, optimizer)
+        tensors["best/nll"], tensors["best/num_tokens"] = map(torch.from_numpy, best)
+        facts = {
+            "state": dataclasses.asdict(state),
+            "at_evaluation": at_evaluation,
+            "step0": result["quality"]["step0"],
+            "process": process.by_phase,
+        }
+        checkpoint.save(run_dir, tensors, facts, best_path, accelerator)
 
-        def log_row(row: dict[str, Any]) -> None:
-            if accelerator.is_main_process:
-                stream.write(json.dumps(results.finite(row)) + "\n")
-
-        setup_seconds = time.perf_counter() - began
-        process.turn("train")
-        step0 = validate(following=lambda: memory.measured(model, None, at_evaluation))
-        result["quality"] = {"step0": {"validation": best[1]}}
-        log_row({"step": 0, "tokens": 0, "eval/validation/nll": step0})
-        done = train.train(
+    setup_seconds = time.perf_counter() - began
+    process.turn("train")
+    with metrics:
+        train.train(
             prepared,
             text,
             run,
             accelerator,
+            optimizer,
+            state,
             validate=validate,
-            log=log_row,
-            step0_nll=step0,
-            best_path=run_dir / "best.safetensors",
+            keep=keep,
+            save=save,
+            log=metrics.log,
+            stop=stop,
             penalty=methods.penalty(model, run),
+            quiet=quiet,
         )
+    result["run"]["resumed_at"] = state.resumed_at
+    result["train"] = {
+        "micro_batch_asked": run.train.micro_batch,
+        "micro_batch": state.micro_batch,
+    }
     result["speed"] = {
-        "tokens_per_second": done.tokens_per_second,
-        "train_seconds": done.train_seconds,
+        "tokens_per_second": state.tokens_per_second,
+        "train_seconds": state.train_seconds,
         "setup_seconds": setup_seconds,
-        "steps": done.steps,
-        "tokens": done.tokens,
+        "steps": state.step,
+        "tokens": state.tokens,
     }
 
-    # The weights are now the best on validation; test is read here, once, and nowhere else.
-    _, quality, table = best
-    result["quality"] |= {"best_step": done.best_step, "validation": quality}
-    table.to_parquet(run_dir / "documents-validation.parquet", index=False)
-    result["quality"]["test"], table = measure("test")
-    table.to_parquet(run_dir / "documents-test.parquet", index=False)
+    # Test is read here, once, with the weights that validation chose, and nowhere else.
+    accelerator.wait_for_everyone()
+    if optimizer is not None:
+        checkpoint.load_trained(model, best_path)
+    result["quality"] |= {
+        "best_step": state.best_step,
+        "validation": conclude("validation", *best),
+        "test": conclude("test", *measure("test")),
+    }
 
     process.turn("export")
-    result["memory"] = (done.memory or at_evaluation) | {
-        "phase": "train" if done.memory else "evaluate",
+    result["memory"] = (state.memory or at_evaluation) | {
+        "phase": "train" if state.memory else "evaluate",
         "evaluate": at_evaluation,
         "process_peak_bytes": process.peak_bytes,
         "process_peak_by_phase": process.by_phase,
@@ -252,8 +321,8 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
     try:
         predicted = plan.predict(run, model_config, accelerator)
         result["predicted"] = predicted and predicted.as_record()
-        if predicted and done.tokens_per_second:
-            flops = predicted.train_flops_per_token * done.tokens_per_second
+        if predicted and state.tokens_per_second:
+            flops = predicted.train_flops_per_token * state.tokens_per_second
             result["speed"]["gflops_per_second"] = flops / 1e9
     except Exception:  # a model that looks at values, which fake tensors do not have
         log.exception("no prediction")
@@ -262,7 +331,8 @@ def perform(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> None:
         alone = models.wants_unfused(run) or run.model.architecture or run.method.name == "truncate"
         merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
         result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
-        (run_dir / "best.safetensors").unlink(missing_ok=True)
+        best_path.unlink(missing_ok=True)
+        checkpoint.clear(run_dir)
 
 
 if __name__ == "__main__":

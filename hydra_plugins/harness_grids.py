@@ -5,6 +5,7 @@ Hydra loads plugins from packages of this name only; the rest of the harness is 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config
-from harness.config import ConfigError
+from harness import config, launch, progress
+from harness.config import ConfigError, RunConfig
+
+BUSY_SECONDS = 2.0  # between looks at runs that other controllers have claimed
 
 
 class GridSweeper(BasicSweeper):
@@ -41,17 +44,31 @@ class GridSweeper(BasicSweeper):
         assert self.config is not None and self.hydra_context is not None and self.launcher
         loader = self.hydra_context.config_loader
         jobs = combinations(self.grids, self._parse_config(), arguments, loader)
-        jobs, same = check(jobs, self.config, self.hydra_context)
+        jobs, runs, same = check(jobs, self.config, self.hydra_context)
         if same:
             print(f"left out, since another of these runs is the same: {same}")
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         print(f"{len(jobs)} runs -> {folder}", flush=True)
-        results = self.launcher.launch(jobs, initial_job_idx=0)
-        for result in results:
-            _ = result.return_value  # raises what the job raised
-        return [results]
+        done = self._launch(jobs, runs)
+        launch.OUTCOMES.extend(done)
+        return done
+
+    def _launch(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launch.Outcome]:
+        """Every job's outcome; one that another controller is at is asked for again in the end."""
+        assert self.launcher is not None
+        outcomes: dict[int, launch.Outcome] = {}
+        todo = list(range(len(jobs)))
+        with progress.View(runs):
+            while todo:
+                returned = self.launcher.launch([jobs[i] for i in todo], initial_job_idx=0)
+                for index, job in zip(todo, returned, strict=True):
+                    outcomes[index] = job.return_value  # raises what the job raised
+                before, todo = todo, [i for i in todo if outcomes[i].status == "busy"]
+                if todo == before:  # only other controllers' runs are left
+                    time.sleep(BUSY_SECONDS)
+        return [outcomes[index] for index in range(len(jobs))]
 
 
 def combinations(
@@ -67,15 +84,18 @@ def combinations(
     return jobs
 
 
-def check(jobs: list[list[str]], master: Any, context: HydraContext) -> tuple[list[list[str]], int]:
-    """Compose and validate every job; returns the distinct ones, and how many were left out.
+def check(
+    jobs: list[list[str]], master: Any, context: HydraContext
+) -> tuple[list[list[str]], list[RunConfig], int]:
+    """Compose and validate every job; returns the distinct ones, their configurations, and how many
+    were left out.
 
     A value that a method does not use makes no other run: `none` has no targets and no rate.
 
     Raises:
         ConfigError: naming the job's overrides; also for two different runs in one directory.
     """
-    kept: dict[Path, tuple[str, list[str]]] = {}
+    kept: dict[Path, tuple[str, list[str], RunConfig]] = {}
     for overrides in jobs:
         shown = " ".join(overrides)
         try:
@@ -84,11 +104,12 @@ def check(jobs: list[list[str]], master: Any, context: HydraContext) -> tuple[li
             )
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"[{shown}] {config.explain(error)}") from error
-        identity, first = kept.setdefault(run.run_dir, (config.identity(run), overrides))
+        own = (config.identity(run), overrides, run)
+        identity, first, _ = kept.setdefault(run.run_dir, own)
         if identity != config.identity(run):
             raise ConfigError(
                 f"two different runs of this sweep are named {run.run_dir}: "
                 f"[{' '.join(first)}] and [{shown}]"
             )
-    distinct = [overrides for _, overrides in kept.values()]
-    return distinct, len(jobs) - len(distinct)
+    distinct = [overrides for _, overrides, _ in kept.values()]
+    return distinct, [run for _, _, run in kept.values()], len(jobs) - len(distinct)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -106,7 +107,7 @@ def test_one_run_leaves_all_that_the_readme_lists(harness, tmp_path):
     assert result["run"]["command"].startswith("python -m harness method=lora method.r=4")
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
 
     for split in ("validation", "test"):  # the sums can be recomputed from the documents
         table = pd.read_parquet(run_dir / f"documents-{split}.parquet")
@@ -273,8 +274,16 @@ def test_a_sweep_runs_a_union_of_grids_and_ends_with_the_table(harness, tmp_path
     assert report.stdout.splitlines()[-1] in done.stdout
 
 
-def started(tmp_path, *arguments):
-    """A controller whose worker has begun, and the worker's process id."""
+def children_of(pid):
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as stream:
+            return [int(child) for child in stream.read().split()]
+    except OSError:
+        return []
+
+
+def started(tmp_path, *arguments, until="log.txt"):
+    """A controller whose worker has written `until`, the worker's process id, and all of them."""
     controller = subprocess.Popen(
         [sys.executable, "-m", "harness", *arguments],
         cwd=tmp_path,
@@ -285,37 +294,118 @@ def started(tmp_path, *arguments):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         text=True,
     )
-    children = f"/proc/{controller.pid}/task/{controller.pid}/children"
-    worker = 0
-    while controller.poll() is None and not worker:
-        with open(children) as stream:
-            listed = stream.read().split()
-        log = list(tmp_path.glob("outputs/scratch/*/log.txt"))
-        worker = int(listed[0]) if listed and log else 0
-    return controller, worker
+    while controller.poll() is None:
+        helpers = children_of(controller.pid)  # the fork server, and multiprocessing's own
+        workers = [pid for helper in helpers for pid in children_of(helper)]
+        if workers and list(tmp_path.glob(f"outputs/scratch/*/{until}")):
+            return controller, workers[0], [*helpers, *workers]
+        time.sleep(0.01)
+    raise AssertionError(controller.communicate())
+
+
+def gone(pids):
+    """Whether none of the processes is left, within a few seconds."""
+    for _ in range(100):
+        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_so_leaves_nothing_behind_and_can_be_repeated(
-    harness, tmp_path, number
-):
-    controller, worker = started(tmp_path, "run_name=mine", *QUICK, "train.steps=100000")
+def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, tmp_path, number):
+    long = [*QUICK, "train.steps=120", "evaluate.every=120"]
+    controller, _, pids = started(tmp_path, "run_name=mine", *long, until="metrics.jsonl")
+    time.sleep(1)
     controller.send_signal(number)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130 and "Traceback" not in errors
-    assert not os.path.exists(f"/proc/{worker}")
-    _, result = only_result(tmp_path)
-    assert (result["status"], result["failure"]["class"]) == ("failed", "interrupted")
-    again = harness("run_name=mine", *QUICK)  # another config under the same name, even
+    assert gone(pids)
+    run_dir, result = only_result(tmp_path)
+    assert (result["status"], result["failure"]["class"]) == ("interrupted", "interrupted")
+    assert 0 < results.last_metrics(run_dir)["step"] < 120
+    other = harness("run_name=mine", *long, "train.lr=1e-4")  # half done: not overwritten
+    assert other.returncode == 2 and "train.lr: 0.002 there, 0.0001 now" in other.stderr
+    again = harness("run_name=mine", *long)
     assert again.returncode == 0, again.stderr
-    assert only_result(tmp_path)[1]["status"] == "finished"
+    result = only_result(tmp_path)[1]
+    assert result["status"] == "finished" and len(result["run"]["resumed_at"]) == 1
+    assert [row["step"] for row in results.read_metrics(run_dir) if "train/nll" in row] == list(
+        range(1, 121)
+    )
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    slow = [*QUICK, "train.batch_tokens=65536", "train.micro_batch=8"]  # a step takes long
+    controller, _, pids = started(tmp_path, *slow, until="metrics.jsonl")
+    time.sleep(2)
+    controller.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    controller.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    controller.communicate(timeout=60)
+    assert controller.returncode == 130 and time.monotonic() - start < 5 and gone(pids)
 
 
 def test_a_worker_that_is_killed_is_recorded(tmp_path):
-    controller, worker = started(tmp_path, *QUICK)
+    controller, worker, pids = started(tmp_path, *QUICK)
     os.kill(worker, signal.SIGKILL)
     _, errors = controller.communicate(timeout=60)
-    assert controller.returncode == 1
-    assert "killed by SIGKILL" in errors
+    assert controller.returncode == 1 and gone(pids)
+    assert "failed (killed): the worker was killed by SIGKILL" in errors and "log.txt" in errors
     _, result = only_result(tmp_path)
     assert (result["status"], result["failure"]["class"]) == ("failed", "killed")
+
+
+def test_a_worker_does_not_outlive_its_controller(harness, tmp_path):
+    long = [*QUICK, "train.steps=100000"]
+    controller, _, pids = started(tmp_path, *long, until="metrics.jsonl")
+    controller.kill()
+    controller.communicate(timeout=60)
+    assert gone(pids)
+    assert only_result(tmp_path)[1]["status"] == "interrupted"
+
+
+def test_a_failure_in_a_sweep_is_local_named_and_not_repeated_unasked(harness, tmp_path):
+    sweep = ["-m", "method=full", "train.lr=1e-3,1e18", *QUICK, "train.steps=6"]
+    done = harness(*sweep)
+    assert done.returncode == 1
+    assert "2/2" in done.stdout and "failed (nan): NonFiniteLossError: the loss is" in done.stdout
+    assert done.stderr.count("failed (nan)") == 1 and "log.txt" in done.stderr
+    states = {r["status"]: r for _, r in results.collect(tmp_path / "outputs" / "scratch")}
+    failure = states["failed"]["failure"]
+    assert failure["class"] == "nan" and "at step" in failure["message"]
+    assert any("NonFiniteLossError" in line for line in failure["log_tail"])
+    again = harness(*sweep)
+    assert again.returncode == 1 and "retry=1 tries again" in again.stderr
+    logs = list(tmp_path.glob("outputs/scratch/*/log.txt"))
+    assert sum(log.read_text().count("parameters:") for log in logs) == 2
+    third = harness(*sweep, "retry=1")
+    assert third.returncode == 1 and "already finished" in third.stdout
+    assert sum(log.read_text().count("parameters:") for log in logs) >= 2
+
+
+def test_a_folder_that_cannot_be_written_is_named(harness):
+    done = harness("outputs_dir=/proc/here", *QUICK)
+    assert done.returncode == 2 and "/proc/here" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_controllers_share_a_sweep(tmp_path):
+    sweep = ["-m", "method=lora,none", "seed=0,1", *QUICK]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "harness", *sweep], cwd=tmp_path, text=True,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    told = [controller.communicate(timeout=300) for controller in both]
+    assert [controller.returncode for controller in both] == [0, 0], told
+    found = list(results.collect(tmp_path / "outputs" / "scratch"))
+    assert len(found) == 4 and all(r["status"] == "finished" for _, r in found)
+    for run_dir, _ in found:  # each was done once
+        assert (run_dir / "log.txt").read_text().count("INFO harness: parameters:") == 1
+        steps = [row["step"] for row in results.read_metrics(run_dir)]
+        assert steps == sorted(steps)
+    assert all("[4/4]" in out for out, _ in told)

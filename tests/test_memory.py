@@ -12,6 +12,7 @@ from harness.data import Data
 from harness.loss import NextToken
 from harness.memory import LiveTensors
 from harness.methods import adapt
+from harness.stop import Stop
 
 KIB = 1024
 
@@ -149,8 +150,10 @@ def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path
 
         with LiveTensors(model) as live:
             training.train(
-                model, text, run, Accelerator(cpu=True), validate, lambda row: None, 9.0,
-                tmp_path / "best",
+                model, text, run, Accelerator(cpu=True),
+                training.make_optimizer(model.model, run.train), training.State(micro_batch=4),
+                validate=validate, keep=lambda: None, save=lambda: None, log=lambda row: None,
+                stop=Stop(),
             )  # fmt: skip
         model.model.unload()
         return live.peak

@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from harness import train as training
+from harness.checkpoint import load_trained, save_trained
 from harness.config import ConfigError, TrainConfig
 from harness.data import Data, batch_of, block_order
 from harness.loss import NextToken
 from harness.methods import adapt
+from harness.stop import Stop
 
 BLOCKS = 10
 
@@ -31,13 +33,29 @@ def config(make_run, *overrides):
     )  # fmt: skip
 
 
-def run_loop(model, text, run, tmp_path, validate=lambda: 1.0, step0=9.0, penalty=None):
-    rows = []
-    done = training.train(
-        NextToken(model, run.train.label_smoothing), text, run, Accelerator(cpu=True), validate,
-        rows.append, step0, tmp_path / "b", penalty,
+def run_loop(model, text, run, tmp_path, validate=None, penalty=None):
+    """Train as the worker does, with no file but the best weights; state, rows, saved steps."""
+    rows, saved = [], []
+    better_and_better = iter(range(100, 0, -1))
+    validate = validate or (lambda: float(next(better_and_better)))
+    accelerator = Accelerator(cpu=True)
+    prepared = NextToken(model, run.train.label_smoothing)
+    trains = any(p.requires_grad for p in model.parameters())
+    optimizer = training.make_optimizer(model, run.train) if trains else None
+    state = training.State(micro_batch=run.train.micro_batch)
+    best = tmp_path / "b"
+    training.train(
+        prepared, text, run, accelerator, optimizer, state, validate=validate,
+        keep=lambda: save_trained(model, best),
+        save=lambda: saved.append(state.step), log=rows.append, stop=Stop(), penalty=penalty,
     )  # fmt: skip
-    return done, rows
+    if trains:
+        load_trained(model, best)
+    return state, rows, saved
+
+
+def losses_of(rows):
+    return [row["train/nll"] for row in rows if "train/nll" in row]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -64,8 +82,7 @@ def test_twenty_steps_equal_a_plain_loop_with_transformers_own_loss(
     torch.manual_seed(0)
     model = adapt(tiny, run)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    _, rows = run_loop(model, text, run, tmp_path)
-    losses = [row["train/nll"] for row in rows]
+    losses = losses_of(run_loop(model, text, run, tmp_path)[1])
 
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -97,30 +114,32 @@ def test_accumulation_changes_nothing(tiny, make_run, text, tmp_path):
             for name, p in tiny.named_parameters():
                 p.copy_(start[name])
         run = config(make_run, "method=full", f"train.micro_batch={micro}")
-        losses.append([r["train/nll"] for r in run_loop(adapt(tiny, run), text, run, tmp_path)[1]])
+        losses.append(losses_of(run_loop(adapt(tiny, run), text, run, tmp_path)[1]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_best_checkpoint_by_validation_is_what_remains(tiny, make_run, text, tmp_path):
     run = config(make_run, "method=full")
-    nlls, seen = iter([3.0, 2.0, 2.5, 2.6]), []
+    nlls, seen = iter([9.0, 3.0, 2.0, 2.5, 2.6]), []
 
     def validate():
         seen.append({n: p.detach().clone() for n, p in tiny.named_parameters()})
         return next(nlls)
 
-    done, rows = run_loop(adapt(tiny, run), text, run, tmp_path, validate)
-    assert (done.best_step, done.best_nll, done.steps) == (10, 2.0, 20)
-    assert all(torch.equal(p, seen[1][n]) for n, p in tiny.named_parameters())
-    assert not all(torch.equal(p, seen[3][n]) for n, p in tiny.named_parameters())
-    assert [row["step"] for row in rows if "eval/validation/nll" in row] == [5, 10, 15, 20]
+    done, rows, saved = run_loop(adapt(tiny, run), text, run, tmp_path, validate)
+    assert (done.best_step, done.best_nll, done.step) == (10, 2.0, 20)
+    assert all(torch.equal(p, seen[2][n]) for n, p in tiny.named_parameters())
+    assert not all(torch.equal(p, seen[4][n]) for n, p in tiny.named_parameters())
+    assert [row["step"] for row in rows if "eval/validation/nll" in row] == [0, 5, 10, 15, 20]
+    assert saved == [5, 10, 15, 20]
     assert done.tokens == 20 * 64 and done.tokens_per_second > 0
 
 
 def test_training_that_only_harms_leaves_the_start(tiny, make_run, text, tmp_path):
     start = {n: p.detach().clone() for n, p in tiny.named_parameters()}
     run = config(make_run, "method=full")
-    done, _ = run_loop(adapt(tiny, run), text, run, tmp_path, lambda: 5.0, step0=1.0)
+    nlls = iter([1.0, 5.0, 5.0, 5.0, 5.0])
+    done, _, _ = run_loop(adapt(tiny, run), text, run, tmp_path, lambda: next(nlls))
     assert done.best_step == 0
     assert all(torch.equal(p, start[n]) for n, p in tiny.named_parameters())
 
@@ -128,9 +147,13 @@ def test_training_that_only_harms_leaves_the_start(tiny, make_run, text, tmp_pat
 def test_a_nan_stops_the_run_and_names_the_step(tiny, make_run, text, tmp_path):
     run = config(make_run, "method=full")
 
+    calls = []
+
     def poison():
-        with torch.no_grad():
-            tiny.transformer.wte.weight[3, 3] = math.nan
+        calls.append(1)
+        if len(calls) == 2:
+            with torch.no_grad():
+                tiny.transformer.wte.weight[3, 3] = math.nan
         return 1.0
 
     with pytest.raises(training.NonFiniteLossError, match="nan at step 6 of 20"):
@@ -146,14 +169,14 @@ def test_a_penalty_moves_the_weights_as_in_a_plain_loop_and_not_the_logged_loss(
     def penalty():
         return 3.0 * tiny.transformer.wpe.weight.square().sum()
 
-    _, rows = run_loop(tiny, text, run, tmp_path, penalty=penalty)
+    _, rows, _ = run_loop(tiny, text, run, tmp_path, penalty=penalty)
     after = tiny.transformer.wpe.weight.detach().clone()
     with torch.no_grad():
         for name, p in tiny.named_parameters():
             p.copy_(start[name])
     ids = batch_of(text.blocks, block_order(run.seed, 0, 4, BLOCKS))
     loss = tiny(input_ids=ids, labels=ids).loss
-    assert rows[0]["train/nll"] == pytest.approx(loss.item(), rel=1e-5)
+    assert losses_of(rows)[0] == pytest.approx(loss.item(), rel=1e-5)
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=run.train.lr, weight_decay=0.0)
     (loss + penalty()).backward()
     optimizer.step()
@@ -164,8 +187,57 @@ def test_a_penalty_moves_the_weights_as_in_a_plain_loop_and_not_the_logged_loss(
 
 def test_nothing_to_train_takes_no_step(tiny, make_run, text, tmp_path):
     run = config(make_run, "method=none")
-    done, rows = run_loop(adapt(tiny, run), text, run, tmp_path)
-    assert done.steps == 0 and rows == [] and not (tmp_path / "b").exists()
+    done, rows, saved = run_loop(adapt(tiny, run), text, run, tmp_path)
+    assert done.step == 0 and [row["step"] for row in rows] == [0] and not saved
+
+
+def test_a_pass_that_does_not_fit_is_taken_in_halves(tiny, make_run, text, tmp_path, monkeypatch):
+    start = {n: p.detach().clone() for n, p in tiny.named_parameters()}
+    found = []
+    accumulate = training.accumulate
+
+    def small_machine(prepared, batches, *rest):
+        batches = list(batches)
+        if len(batches[0]) > 1:
+            accumulate(prepared, batches[:1], *rest)  # gradients of a part are there already
+            raise torch.OutOfMemoryError("out of memory")
+        return accumulate(prepared, batches, *rest)
+
+    run = config(make_run, "method=full", "train.micro_batch=4")
+    for limited in (False, True):
+        with torch.no_grad():
+            for name, p in tiny.named_parameters():
+                p.copy_(start[name])
+        if limited:
+            monkeypatch.setattr(training, "accumulate", small_machine)
+        state, rows, _ = run_loop(adapt(tiny, run), text, run, tmp_path)
+        found.append(losses_of(rows))
+        assert state.micro_batch == (1 if limited else 4)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    run = config(make_run, "method=full", "train.micro_batch=4", "train.on_oom=fail")
+    with pytest.raises(training.PassOutOfMemoryError, match="out of memory.*step 1"):
+        run_loop(adapt(tiny, run), text, run, tmp_path)
+
+
+def test_an_order_to_stop_ends_the_step_and_writes_a_checkpoint(tiny, make_run, text, tmp_path):
+    run, stop, saved = config(make_run, "method=full"), Stop(), []
+
+    class Rows(list):
+        def append(self, row):
+            super().append(row)
+            if row["step"] == 7 and "train/nll" in row:
+                stop.requested = True
+
+    rows = Rows()
+    model = adapt(tiny, run)
+    state = training.State(micro_batch=2)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(
+            NextToken(model), text, run, Accelerator(cpu=True),
+            training.make_optimizer(model, run.train), state, validate=lambda: 1.0,
+            keep=lambda: None, save=lambda: saved.append(state.step), log=rows.append, stop=stop,
+        )  # fmt: skip
+    assert saved == [5, 7] and state.step == 7 and state.validated == 5
 
 
 def test_a_global_batch_that_does_not_divide_among_ranks_is_refused(make_run):

@@ -1,0 +1,131 @@
+"""Who does what: the claim on a run's directory, and the runs that share this machine.
+
+Both are `flock`s, which the kernel gives up when their holders are gone, however they went. A claim
+is held by the controller and by its worker together: either of them alone keeps others away. On a
+disk that nodes share, `flock` must work between them (NFS 4, Lustre mounted with `flock`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import tempfile
+from contextlib import suppress
+from multiprocessing import reduction
+from pathlib import Path
+from typing import IO, Any
+
+CLAIM_NAME = ".claim"
+
+
+class Claim:
+    """The exclusive right to a run's directory, until `release` or the end of all its holders."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def release(self) -> None:
+        """Give it up here; a worker that has it keeps it."""
+        os.close(self.descriptor)
+
+    def __getstate__(self) -> Any:  # to a worker that is being started: the same open file
+        return reduction.DupFd(self.descriptor)
+
+    def __setstate__(self, state: Any) -> None:
+        self.descriptor = state.detach()
+
+
+def claim(run_dir: Path) -> Claim | None:
+    """Claim `run_dir`, which must exist; None if another process has it (`holder` names it)."""
+    descriptor = os.open(run_dir / CLAIM_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+    return Claim(descriptor)
+
+
+def holder(run_dir: Path) -> str:
+    """Who claimed `run_dir` last: "process 123 on host"."""
+    try:
+        found = json.loads((run_dir / CLAIM_NAME).read_text())
+        return f"process {found['pid']} on {found['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+# ------------------------------------------------------------------- runs beside one another
+
+
+def _machine_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"peft-harness-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+_slots: list[tuple[int, IO[str]]] = []  # this process's own, held open
+
+
+def slot(number: int) -> int:
+    """A number below `number` that no other process of this machine has, until this one ends.
+
+    Where all are taken it is 0.
+    """
+    for index in range(0 if _slots else number):
+        stream = (_machine_folder() / f"slot-{index}").open("a")
+        if not _is_held(stream):
+            _slots.append((index, stream))
+            break
+        stream.close()
+    return _slots[0][0] if _slots else 0
+
+
+def _is_held(stream: IO[str]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+class Beside:
+    """Counts the most runs of this user that were under way at once, from now to `most`.
+
+    Every run has a file that it holds locked; whoever starts writes into all of them how many there
+    are now. Containers that do not share the folder for temporary files do not see each other.
+    """
+
+    def __init__(self) -> None:
+        self._folder = _machine_folder()
+        with (self._folder / "lock").open("w") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            active = []
+            for path in self._folder.glob("*.run"):
+                with path.open("a") as stream:
+                    if _is_held(stream):
+                        active.append(path)
+                    else:  # of a run that is gone
+                        path.unlink()
+            self._path = self._folder / f"{os.getpid()}.run"
+            self._stream = self._path.open("a")
+            fcntl.flock(self._stream, fcntl.LOCK_EX)
+            for path in [*active, self._path]:
+                with path.open("a") as stream:
+                    stream.write(f"{len(active)}\n")
+
+    def most(self) -> int:
+        """Most other runs at any one time; the first call ends the count."""
+        with suppress(OSError):
+            counts = [int(line) for line in self._path.read_text().split()]
+            self._path.unlink()
+            self._stream.close()
+            self._most = max(counts)
+        return self._most
