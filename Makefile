@@ -4,10 +4,10 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment report test lint bench gpt2_mini clean
+.PHONY: help setup experiment report test test-faults test-launchers lint bench gpt2_mini clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/installed ## create .venv and install the project with the pinned constraints
 
@@ -26,13 +26,21 @@ report: setup ## print an experiment's table again (EXPERIMENT=main)
 test: setup ## run the tests (about 7 minutes)
 	$(RUN) -m pytest
 
+test-faults: setup ## kills, damaged files and ranks at many moments (about 10 minutes)
+	$(RUN) -m pytest -m faults
+
+test-launchers: setup ## sweeps by joblib, Ray and submitit (about 5 minutes with their installation)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"
+	$(RUN) -m pytest -m launchers
+
 lint: setup ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: setup ## the training step beside the HF Trainer with PEFT (about 30 minutes)
+bench: setup ## the training step beside the HF Trainer, a sweep beside plain processes (about 35 minutes)
 	$(RUN) experiments/bench/training_step/bench.py
+	$(RUN) experiments/bench/sweep_overhead/bench.py
 
 gpt2_mini: setup ## pretrain the shipped model again: tokenizer, 26 M tokens, packaging (about 75 minutes)
 	$(RUN) experiments/pretrain_gpt2_mini/build.py tokenizer

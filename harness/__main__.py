@@ -40,6 +40,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with what is not finished", file=sys.stderr)
         return 130
+    several = len(outcomes) > 1
     codes = {outcome.exit_code for outcome in outcomes} - {0}
     status = 0 if not codes else 2 if codes == {2} else 1
     if launch.rank():
@@ -48,12 +49,14 @@ def main() -> int:
     there = [o.run_dir for o in outcomes if o.status not in ("refused", "busy")]
     if len(outcomes) == 1 and outcomes[0].status not in ("failed", "refused"):
         print(outcomes[0].summary(), flush=True)
-    several = len(outcomes) > 1
     if there and (several or any(o.status in ("finished", "skipped") for o in outcomes)):
         report.print_table(there[0].parent, there)
-    for outcome in outcomes:
-        if outcome.exit_code:
+    for outcome in outcomes:  # the table has told of a sweep's failures
+        if outcome.status == "refused" or (outcome.exit_code and not several):
             print(f"error: {outcome.summary()}", file=sys.stderr)
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    if failed and several:
+        print(f"{failed} of {len(outcomes)} runs failed; retry=1 tries them again", file=sys.stderr)
     return status
 
 

@@ -219,7 +219,7 @@ class LaunchConfig:
 
     num_processes: int = 1  # ranks, started by accelerate launch
     accelerate: str | None = None  # file of conf/accelerate; null = ddp on GPUs, or else cpu
-    parallel: int = 1  # runs at a time on this machine, which share its cores and GPUs
+    cores: int | None = None  # of a run; null = what Hydra's launcher leaves it, or all
 
 
 @dataclass(frozen=True)

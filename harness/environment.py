@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from harness.config import REPOSITORY
+from harness.launch import usable_cores
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers",
@@ -78,13 +79,6 @@ def cpu_has_bf16() -> bool:
     if not cpu_info.is_file():
         return True
     return bool(re.search(r"^(flags|Features)\s*:.*bf16", cpu_info.read_text(), re.MULTILINE))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which taskset and containers limit."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def hardware() -> dict[str, Any]:

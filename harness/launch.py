@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Outcome:
     def summary(self) -> str:
         """One line for the terminal."""
         if self.status in ("refused", "busy"):
-            return f"{self.status}: {self.message}"
+            return self.message
         if self.status in ("failed", "interrupted"):
             log = self.run_dir / "log.txt"
             return f"{self.status} ({self.failure_class}): {self.message} (see {log})"
@@ -90,12 +90,25 @@ def task(cfg: DictConfig) -> Outcome:
         arguments = [*hydra_config.overrides.task, "hydra.mode=RUN"]
     try:
         run = config.from_hydra(cfg)
+        cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
+        run = replace(run, launch=replace(run.launch, cores=cores))
         outcome = launch(run, command_line(arguments), sweep=sweep)
     except ConfigError as error:
         outcome = Outcome(Path(str(cfg.outputs_dir)), "refused", str(error))
     if not sweep:
         OUTCOMES.append(outcome)
     return outcome
+
+
+def _cores_left_by(launcher: Any) -> int | None:
+    """The cores that Hydra's launcher leaves a run: joblib's, Ray's, submitit's word for it."""
+    if n_jobs := OmegaConf.select(launcher, "n_jobs"):  # negative: counted from all cores down
+        number = n_jobs if n_jobs > 0 else usable_cores() + 1 + n_jobs
+        return max(1, usable_cores() // max(1, number))
+    for key in ("ray.remote.num_cpus", "cpus_per_task"):
+        if found := OmegaConf.select(launcher, key):
+            return max(1, int(found))
+    return None
 
 
 def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
@@ -160,8 +173,7 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Out
         failure = found.get("failure") or {}
         same = results.get(found, "run.identity") == config.identity(run)
         if same and failure.get("class") not in (None, "config", "killed"):
-            said = f"{failure.get('message')}, earlier; retry=1 tries again"
-            return Outcome(run_dir, "failed", said, failure["class"])
+            return Outcome(run_dir, "failed", failure.get("message") or "", failure["class"])
     go_on, attempts, micro_batch = cut and not run.rerun, run.retry, None
     while True:
         prepare(run, command, go_on=go_on, micro_batch=micro_batch)
@@ -260,10 +272,11 @@ def _work(run_dir: Path, claim: lock.Claim, environment: dict[str, str], quiet: 
 
 
 def _fork(run: RunConfig, claim: lock.Claim, quiet: bool) -> tuple[Any, Callable[[], int]]:
+    multiprocessing.set_start_method("forkserver", force=True)  # joblib's processes have their own
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process: ForkServerProcess = context.Process(
-        target=_work, args=(run.run_dir, claim, _device(run), quiet)
+        target=_work, args=(run.run_dir, claim, _device(run.launch.cores is not None), quiet)
     )
     before = dict(os.environ)
     os.environ.update(_environment())
@@ -347,12 +360,19 @@ def _gpus() -> list[str]:
     return sorted(match[1] for match in there if match)
 
 
-def _device(run: RunConfig) -> dict[str, str]:
-    """Where runs share a machine with several GPUs: one of them for this run."""
+def _device(divided: bool) -> dict[str, str]:
+    """Where runs divide a machine with several GPUs among them: one of them for this run."""
     gpus = _gpus()
-    if run.launch.parallel == 1 or len(gpus) < 2:
+    if not divided or len(gpus) < 2:
         return {}
-    return {"CUDA_VISIBLE_DEVICES": gpus[lock.slot(run.launch.parallel) % len(gpus)]}
+    return {"CUDA_VISIBLE_DEVICES": gpus[lock.slot(len(gpus))]}
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which taskset and containers limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _oom_kills() -> int:

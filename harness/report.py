@@ -45,6 +45,8 @@ SHOWN = {"train.lr"} | {
 VARIES = (  # within a configuration
     "seed", "run_name", "outputs_dir", "rerun", "retry", "experiment_name", "launch",
 )  # fmt: skip
+SHARED = "environment.runs_beside"
+MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
 CSV_ONLY = (
     "method.name",
     "quality.test.word_perplexity",
@@ -52,12 +54,14 @@ CSV_ONLY = (
     "quality.test.num_tokens",
     "memory.process_peak_bytes",
     "speed.train_seconds",
+    SHARED,
 )
 LEGEND = (
     "%: trainable share of all parameters. peak: live tensors of a training step (of evaluation,\n"
     "where nothing trains). step-0 val, val, test: perplexity per token before training, and from\n"
     "the checkpoint that validation chose."
 )
+SHARED_LEGEND = "*: measured while other runs shared the machine; not for comparison."
 
 
 def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
@@ -77,6 +81,8 @@ def rows(folder: Path) -> list[tuple[dict[str, Any], list[Path]]]:
         for path in [path for path, _ in COLUMNS.values()] + list(CSV_ONLY):
             found = [results.get(result, path) for _, result in members]
             numbers = [v for v in found if isinstance(v, int | float)]
+            if path == SHARED:  # the worst of the runs
+                numbers = [max(numbers)] if numbers else []
             values[path] = sum(numbers) / len(numbers) if numbers else found[0]
         table.append((values, [run_dir for run_dir, _ in members]))
     order = list(METHODS)
@@ -146,6 +152,9 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
         table.add_column("also", no_wrap=True)
     for values, _ in shown:
         cells = [_text(values[path], form) for path, form in COLUMNS.values()]
+        if values[SHARED]:
+            marked = zip(cells, COLUMNS.values(), strict=True)
+            cells = [cell + "*" * (path in MEASURED) for cell, (path, _) in marked]
         cells += [str(values["seeds"]), values["also"]][: len(table.columns) - len(cells)]
         table.add_row(*cells)
     console = Console()
@@ -155,6 +164,8 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
     if table.row_count:
         console.print(table)
         print(LEGEND)
+        if any(values[SHARED] for values, _ in shown):
+            print(SHARED_LEGEND)
     else:
         print(f"{folder}: no finished run")
     for run_dir, result in results.collect(folder):

@@ -44,6 +44,7 @@ class State:
     validated: int = -1  # the last step after which validation was read
     tokens: int = 0  # predicted tokens trained on
     train_seconds: float = 0.0  # wall time of all optimizer steps, evaluation excluded
+    evaluate_seconds: float = 0.0
     timed_tokens: int = 0  # of the steps that count for the speed
     timed_seconds: float = 0.0
     best_step: int = 0

@@ -163,7 +163,7 @@ def _validate_launch(run: RunConfig) -> None:
     launch = run.launch
     ranks = launch.num_processes
     _require(ranks > 0, "launch.num_processes", ranks, "1 or more")
-    _require(launch.parallel > 0, "launch.parallel", launch.parallel, "1 or more runs at a time")
+    _require(launch.cores is None or launch.cores > 0, "launch.cores", launch.cores, "1 or more")
     if launch.accelerate is not None and launch.accelerate not in options("accelerate"):
         raise ConfigError(
             f"launch.accelerate={launch.accelerate}: "

@@ -113,11 +113,13 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
 
 
 def failure_class(error: Exception) -> str:
-    """oom | nan | disk | error, for result.json."""
+    """oom | nan | disk | killed (another rank) | error, for result.json."""
     if isinstance(error, ArithmeticError):
         return "nan"
     if train.out_of_memory(error):
         return "oom"
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
+        return "killed"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
     words = ("No space left on device", "os error 28", "Disk quota exceeded")
     if getattr(error, "errno", None) in full or any(word in str(error) for word in words):
@@ -149,8 +151,8 @@ def perform(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
         cpu=not torch.accelerator.is_available(),  # which ranks on a CPU must be told
     )
-    sharing = run.launch.parallel * accelerator.num_processes
-    torch.set_num_threads(run.train.threads or max(1, environment.usable_cores() // sharing))
+    cores = run.launch.cores or environment.usable_cores()
+    torch.set_num_threads(run.train.threads or max(1, cores // accelerator.num_processes))
     result["environment"] = environment.describe() | {"processes": accelerator.num_processes}
 
     # Names and shapes are checked on the meta device, before anything is read or loaded.
@@ -217,8 +219,9 @@ def perform(
 
     def measure(split: str, **following: Any) -> tuple[Any, Any]:
         """Nats and predicted tokens of every document of a split."""
+        start = time.perf_counter()
         with process.phase("evaluate"):
-            return evaluate.document_nll(
+            found = evaluate.document_nll(
                 prepared,
                 text.held_out[split],
                 context=context,
@@ -228,6 +231,8 @@ def perform(
                 accelerator=accelerator,
                 **following,
             )
+        state.evaluate_seconds += time.perf_counter() - start
+        return found
 
     def conclude(split: str, nll: Any, count: Any) -> dict[str, Any]:
         """Quality of a split, and its table of nats per document in RUN_DIR."""
@@ -292,14 +297,6 @@ def perform(
         "micro_batch_asked": run.train.micro_batch,
         "micro_batch": state.micro_batch,
     }
-    result["speed"] = {
-        "tokens_per_second": state.tokens_per_second,
-        "train_seconds": state.train_seconds,
-        "setup_seconds": setup_seconds,
-        "steps": state.step,
-        "tokens": state.tokens,
-    }
-
     # Test is read here, once, with the weights that validation chose, and nowhere else.
     accelerator.wait_for_everyone()
     if optimizer is not None:
@@ -308,6 +305,15 @@ def perform(
         "best_step": state.best_step,
         "validation": conclude("validation", *best),
         "test": conclude("test", *measure("test")),
+    }
+
+    result["speed"] = {
+        "tokens_per_second": state.tokens_per_second,
+        "train_seconds": state.train_seconds,
+        "evaluate_seconds": state.evaluate_seconds,
+        "setup_seconds": setup_seconds,
+        "steps": state.step,
+        "tokens": state.tokens,
     }
 
     process.turn("export")

@@ -371,18 +371,21 @@ def test_a_failure_in_a_sweep_is_local_named_and_not_repeated_unasked(harness, t
     done = harness(*sweep)
     assert done.returncode == 1
     assert "2/2" in done.stdout and "failed (nan): NonFiniteLossError: the loss is" in done.stdout
-    assert done.stderr.count("failed (nan)") == 1 and "log.txt" in done.stderr
+    assert "failed: full-" in done.stdout and "log.txt" in done.stdout
+    assert "1 of 2 runs failed; retry=1 tries them again" in done.stderr
     states = {r["status"]: r for _, r in results.collect(tmp_path / "outputs" / "scratch")}
     failure = states["failed"]["failure"]
     assert failure["class"] == "nan" and "at step" in failure["message"]
     assert any("NonFiniteLossError" in line for line in failure["log_tail"])
     again = harness(*sweep)
-    assert again.returncode == 1 and "retry=1 tries again" in again.stderr
+    assert again.returncode == 1 and "already finished" in again.stdout
     logs = list(tmp_path.glob("outputs/scratch/*/log.txt"))
     assert sum(log.read_text().count("parameters:") for log in logs) == 2
-    third = harness(*sweep, "retry=1")
-    assert third.returncode == 1 and "already finished" in third.stdout
-    assert sum(log.read_text().count("parameters:") for log in logs) >= 2
+    (failed,) = [log for log in logs if "NonFiniteLossError" in log.read_text()]
+    before = failed.read_text()
+    assert harness(*sweep, "retry=1").returncode == 1
+    assert failed.read_text() != before  # done again, once: nan is not worth a second attempt
+    assert failed.read_text().count("parameters:") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(harness):
@@ -390,8 +393,29 @@ def test_a_folder_that_cannot_be_written_is_named(harness):
     assert done.returncode == 2 and "/proc/here" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_two_controllers_share_a_sweep(tmp_path):
-    sweep = ["-m", "method=lora,none", "seed=0,1", *QUICK]
+def test_a_disk_that_fills_is_told_of_and_room_lets_it_go_on(tmp_path):
+    mount = f"mount -t tmpfs -o size=3m none {tmp_path}/disk"
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("needs unshare and a kernel that lets users mount a tmpfs")
+    run = f"{sys.executable} -m harness outputs_dir={tmp_path}/disk run_name=a method=full"
+    run = f"{run} {' '.join(QUICK)}"
+    script = (
+        f"{mount} || exit 99; {run}; echo status $?; cat {tmp_path}/disk/scratch/a/result.json; "
+        f"mount -o remount,size=300m {tmp_path}/disk; {run}; echo status $?"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, timeout=300,
+    )  # fmt: skip
+    _, _, record = done.stdout.partition("status 1")
+    assert "failed (disk)" in done.stderr and "No space left" in done.stderr
+    assert '"class": "disk"' in record and "status 0" in record and "finished in" in record
+
+
+@pytest.mark.parametrize("seeds", [2, pytest.param(6, marks=pytest.mark.faults)])
+def test_two_controllers_share_a_sweep(tmp_path, seeds):
+    sweep = ["-m", "method=lora,none", f"seed=range({seeds})", *QUICK]
     both = [
         subprocess.Popen(
             [sys.executable, "-m", "harness", *sweep], cwd=tmp_path, text=True,
@@ -403,9 +427,9 @@ def test_two_controllers_share_a_sweep(tmp_path):
     told = [controller.communicate(timeout=300) for controller in both]
     assert [controller.returncode for controller in both] == [0, 0], told
     found = list(results.collect(tmp_path / "outputs" / "scratch"))
-    assert len(found) == 4 and all(r["status"] == "finished" for _, r in found)
+    assert len(found) == 2 * seeds and all(r["status"] == "finished" for _, r in found)
     for run_dir, _ in found:  # each was done once
         assert (run_dir / "log.txt").read_text().count("INFO harness: parameters:") == 1
         steps = [row["step"] for row in results.read_metrics(run_dir)]
         assert steps == sorted(steps)
-    assert all("[4/4]" in out for out, _ in told)
+    assert all(f"[{2 * seeds}/{2 * seeds}]" in out for out, _ in told)

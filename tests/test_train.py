@@ -215,7 +215,7 @@ def test_a_pass_that_does_not_fit_is_taken_in_halves(tiny, make_run, text, tmp_p
         assert state.micro_batch == (1 if limited else 4)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     run = config(make_run, "method=full", "train.micro_batch=4", "train.on_oom=fail")
-    with pytest.raises(training.PassOutOfMemoryError, match="out of memory.*step 1"):
+    with pytest.raises(training.PassOutOfMemoryError, match=r"out of memory.*step 1"):
         run_loop(adapt(tiny, run), text, run, tmp_path)
 
 

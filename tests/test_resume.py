@@ -1,0 +1,247 @@
+"""Runs that are cut at any moment go on to the same final numbers, bit for bit."""
+
+import dataclasses
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+
+from harness import checkpoint, launch, results, worker
+from harness.stop import Stop
+
+# Dropout, so that the generators matter; validation at its best before the end, and not at it.
+CONFIG = [
+    "method=lora", "method.r=2", "method.dropout=0.1", "train.steps=12", "evaluate.every=4",
+    "train.checkpoint_every=2", "train.lr=0.03", "train.schedule=constant",
+    "data.validation_share=0.003", "data.test_share=0.003", "data.context=32",
+    "train.batch_tokens=128", "train.micro_batch=2", "train.threads=1",
+]  # fmt: skip
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["harness.worker"])
+
+
+def _worker(run_dir, deadly, number):
+    """Do the run; at the `number`-th call of `deadly` in harness.checkpoint die by SIGKILL."""
+    calls = 0
+    if deadly:
+        owner, name = (os, "fsync") if deadly == "fsync" else (checkpoint, deadly)
+        original = getattr(owner, name)
+
+        def die(*arguments, **named):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **named)
+
+        setattr(owner, name, die)
+    raise SystemExit(worker.main(run_dir, quiet=True))
+
+
+def start(run, *, deadly="", number=0):
+    launch.prepare(run, "test", go_on=results.can_go_on(run.run_dir))
+    process = FORK.Process(target=_worker, args=(run.run_dir, deadly, number))
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(120)
+    return process.exitcode
+
+
+def outcome(run_dir):
+    """All that must not depend on how often the run was cut."""
+    result = results.read(run_dir)
+    assert result["status"] == "finished", result
+    rows = [
+        {key: value for key, value in row.items() if key != "train/step_seconds"}
+        for row in results.read_metrics(run_dir)
+    ]
+    adapter = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+    tables = [pd.read_parquet(run_dir / f"documents-{s}.parquet") for s in ("validation", "test")]
+    return result["quality"], rows, adapter, [t.nll_nats.tolist() for t in tables]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The outcome of a run that nothing cut, and how long its training took."""
+    from hydra import compose, initialize_config_dir
+
+    from harness.config import CONF_DIR, from_hydra
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        run = from_hydra(compose("config", [*CONFIG, f"outputs_dir={folder}", "run_name=a"]))
+    run.run_dir.mkdir(parents=True)
+    began = time.monotonic()
+    assert finish(start(run)) == 0
+    first = time.monotonic() - began  # with the fork server's start
+    again = dataclasses.replace(run, run_name="b")
+    again.run_dir.mkdir(parents=True)
+    began = time.monotonic()
+    assert finish(start(again)) == 0
+    seconds = min(first, time.monotonic() - began)
+    assert outcome(again.run_dir) == outcome(run.run_dir)  # or nothing below means anything
+    assert 0 < outcome(run.run_dir)[0]["best_step"] < 12
+    return run, outcome(run.run_dir), seconds
+
+
+def disturbed(undisturbed, tmp_path):
+    run = dataclasses.replace(undisturbed[0], outputs_dir=str(tmp_path), run_name="cut")
+    run.run_dir.mkdir(parents=True)
+    return run
+
+
+def kills(number):
+    return [pytest.param(i, marks=pytest.mark.faults if i >= 2 else ()) for i in range(number)]
+
+
+@pytest.mark.parametrize("seed", kills(20))
+def test_a_kill_at_a_random_moment_changes_nothing(undisturbed, tmp_path, seed):
+    run, (_, expected, seconds) = disturbed(undisturbed, tmp_path), undisturbed
+    chance = random.Random(seed)
+    for _ in range(3):  # cut three times, wherever it is then
+        process = start(run)
+        process.join(chance.uniform(0.1, 1.0) * seconds)
+        process.kill()
+        if finish(process) == 0:
+            break
+    if results.read(run.run_dir)["status"] != "finished":
+        assert finish(start(run)) == 0
+    assert outcome(run.run_dir) == expected
+    left = {path.name for path in run.run_dir.iterdir()}
+    assert not left & {results.CHECKPOINTS, "best.safetensors", worker.RESERVE}
+
+
+# Calls within the writing of a checkpoint, some of the first one and some of a later one.
+MOMENTS = [
+    ("save_file", 2), ("fsync", 11), ("_complete", 2), ("_sync", 7), ("_digest", 5),
+    ("save_file", 1), ("save_file", 3), ("_link_or_copy", 2), ("_digest", 1), ("_sync", 1),
+    ("_sync", 6), ("_sync", 12), ("_generators", 3), ("fsync", 2), ("fsync", 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("deadly", "number"),
+    [pytest.param(*m, marks=pytest.mark.faults if i >= 2 else ()) for i, m in enumerate(MOMENTS)],
+)
+def test_a_kill_while_a_checkpoint_is_written_changes_nothing(
+    undisturbed, tmp_path, deadly, number
+):
+    run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
+    assert finish(start(run, deadly=deadly, number=number)) == -signal.SIGKILL
+    cut = results.can_go_on(run.run_dir)
+    assert cut or number == 1 or deadly == "fsync"
+    assert finish(start(run)) == 0
+    assert outcome(run.run_dir) == expected
+    assert bool(results.read(run.run_dir)["run"]["resumed_at"]) == cut
+
+
+@pytest.mark.parametrize("seed", kills(8))
+def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, seed):
+    run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
+    assert finish(start(run, deadly="_generators", number=4)) == -signal.SIGKILL  # of step 8
+    older, newer = sorted((run.run_dir / results.CHECKPOINTS).glob("[0-9]*"))
+    chance = random.Random(seed)
+    victim = chance.choice(sorted(newer.iterdir()))
+    content = victim.read_bytes()
+    if seed % 2:
+        victim.write_bytes(content[: chance.randrange(len(content))])
+    else:
+        place = chance.randrange(len(content))
+        victim.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+    # The best weights are one file on the disk, as long as they are the best.
+    both = victim.name == "best.safetensors" and victim.samefile(older / victim.name)
+    assert finish(start(run)) == 0
+    assert outcome(run.run_dir) == expected
+    assert results.read(run.run_dir)["run"]["resumed_at"] == ([] if both else [6])
+    assert "is damaged, the one before is used" in (run.run_dir / "log.txt").read_text()
+
+
+def test_with_every_checkpoint_damaged_the_run_begins_again(undisturbed, tmp_path):
+    run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
+    assert finish(start(run, deadly="_generators", number=4)) == -signal.SIGKILL
+    for folder in (run.run_dir / results.CHECKPOINTS).glob("[0-9]*"):
+        (folder / "state.safetensors").write_bytes(b"")
+    assert finish(start(run)) == 0
+    assert outcome(run.run_dir) == expected and not results.read(run.run_dir)["run"]["resumed_at"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_order_to_stop_says_resume_me(undisturbed, tmp_path, number):
+    run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
+    process = start(run)
+    while results.last_metrics(run.run_dir).get("step", 0) < 3 and process.is_alive():
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    assert finish(process) == worker.RESUME_ME == launch.RESUME_ME
+    assert results.read(run.run_dir)["status"] == "interrupted"
+    step = results.last_metrics(run.run_dir)["step"]
+    assert finish(start(run)) == 0
+    assert outcome(run.run_dir) == expected
+    assert results.read(run.run_dir)["run"]["resumed_at"] == [step]
+
+
+def test_every_generator_goes_on_where_it_was(tiny, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(tiny.parameters())
+    (tmp_path / "best").write_bytes(b"best")
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    random.gauss(0, 1), np.random.standard_normal()  # both keep a second draw back
+    checkpoint.save(
+        tmp_path, checkpoint.state_tensors(tiny, optimizer), {}, tmp_path / "best", accelerator
+    )
+
+    def draws():
+        return torch.rand(3).tolist(), random.gauss(0, 1), np.random.standard_normal(3).tolist()
+
+    expected = draws()
+    torch.manual_seed(2), random.seed(2), np.random.seed(2)
+    checkpoint.restore_generators(checkpoint.latest(tmp_path), 0)
+    assert draws() == expected
+
+
+def test_a_checkpoint_holds_what_trains_and_restores_it(tiny, tmp_path):
+    tiny.requires_grad_(False)
+    tiny.transformer.wpe.requires_grad_(True)
+    optimizer = torch.optim.AdamW([tiny.transformer.wpe.weight], fused=True)
+    for _ in range(3):
+        tiny.transformer.wpe.weight.square().sum().backward()
+        optimizer.step()
+    tensors = checkpoint.state_tensors(tiny, optimizer)
+    assert {name.rpartition("/")[2] for name in tensors} == {"transformer.wpe.weight"}
+    before = {name: t.clone() for name, t in tensors.items()}
+    (tmp_path / "best").write_bytes(b"best")
+    for _ in range(4):
+        checkpoint.save(tmp_path, tensors, {"n": 1.5}, tmp_path / "best", Accelerator(cpu=True))
+    assert len(list((tmp_path / results.CHECKPOINTS).iterdir())) == checkpoint.KEPT
+    optimizer.step()
+    fresh = torch.optim.AdamW([tiny.transformer.wpe.weight], fused=True)
+    found = checkpoint.latest(tmp_path)
+    checkpoint.restore(tiny, fresh, found.tensors)
+    again = checkpoint.state_tensors(tiny, fresh)
+    assert again.keys() == before.keys() and found.facts == {"n": 1.5}
+    assert all(torch.equal(again[name], value) for name, value in before.items())
+
+
+def test_stop_waits_where_it_must_and_not_where_it_need_not():
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt):
+        stop._heard(signal.SIGTERM, None)
+    stop = Stop()
+    with stop.deferred():
+        stop._heard(signal.SIGINT, None)
+        stop._heard(signal.SIGTERM, None)  # the controller's echo of the same Ctrl-C
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt), stop.at_once():
+            raise AssertionError("an order that was noted before breaks it off")
+        with pytest.raises(KeyboardInterrupt):
+            stop._heard(signal.SIGINT, None)  # the second one does not wait
