@@ -218,7 +218,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 # ------------------------------------------------------------------------------ to take away
 
 
-def write_atomically(path: Path, write: Callable[[str], None]) -> None:
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     """Let `write` fill a scratch file beside `path`, flush it to disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")

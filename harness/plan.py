@@ -13,13 +13,17 @@ is over the limit.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import statistics
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import rich.box
@@ -46,6 +50,7 @@ from torch.utils.flop_counter import (
 from transformers import PretrainedConfig
 
 from harness import config, environment, evaluate, memory, methods, models, train
+from harness.checkpoint import write_atomically
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from harness.loss import NextToken
 from hydra_plugins.harness_grids import combinations
@@ -151,6 +156,42 @@ def predict(
             train_flops = flops.total / num_tokens
     counted = models.count_parameters(model)
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
+
+
+# What moves no byte: rates, seeds, the text itself. Sweeps over these ask for one prediction.
+_NO_MATTER = {
+    "train": ("lr", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps", "weight_decay",
+              "steps", "threads", "on_oom", "checkpoint_every"),
+    "evaluate": ("stride", "every"),
+    "method": ("label",),
+}  # fmt: skip
+
+
+def recorded(
+    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
+) -> dict[str, Any] | None:
+    """`predict` as result.json records it, from data.cache_dir if this code has made it before."""
+    values: dict[str, Any] = {k: v for k, v in vars(run).items() if k in ("model", "targets")}
+    for section, names in _NO_MATTER.items():
+        fields = vars(getattr(run, section))
+        values[section] = {k: v for k, v in fields.items() if k not in names}
+    values["trains"] = bool(run.train.steps)
+    values["context"] = run.data.context
+    values["on"] = [str(accelerator.device), accelerator.num_processes, environment.versions()]
+    digest = hashlib.sha256(repr(values).encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    path = Path(run.data.cache_dir) / "predictions" / f"{digest.hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError):
+        return dict(json.loads(path.read_text("utf-8")))
+    found = predict(run, model_config, accelerator)
+    if found is None:
+        return None
+    with suppress(OSError):  # a disk without room costs the next run half a second
+        write_atomically(
+            path, lambda scratch: Path(scratch).write_text(json.dumps(found.as_record()))
+        )
+    return found.as_record()
 
 
 class Flops(TorchDispatchMode):

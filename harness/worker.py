@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import faulthandler
+import gc
 import logging
 import os
 import sys
@@ -55,9 +56,10 @@ log = logging.getLogger("harness")
 def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) -> int:
     """Do the run; whatever happens ends in result.json, and the traceback in log.txt.
 
-    Of several ranks all do the run, and the first one writes. `run` is for a rank that does not
-    wait for the first one's config.yaml; `quiet` leaves out the bar.
+    Of several ranks all do the run, and the first one writes. `run` is what RUN_DIR/config.yaml
+    says, for those who know it already; `quiet` leaves out the bar.
     """
+    gc.freeze()  # a million imported objects, which the collector would look at again and again
     stop = Stop().listen()
     rank = int(os.environ.get("RANK", "0"))
     log_path = run_dir / "log.txt" if rank == 0 else Path(os.devnull)
@@ -325,10 +327,10 @@ def perform(
     }
     # After the peaks are read: it is quick, but it takes memory of its own.
     try:
-        predicted = plan.predict(run, model_config, accelerator)
-        result["predicted"] = predicted and predicted.as_record()
+        predicted = plan.recorded(run, model_config, accelerator)
+        result["predicted"] = predicted
         if predicted and state.tokens_per_second:
-            flops = predicted.train_flops_per_token * state.tokens_per_second
+            flops = predicted["train_flops_per_token"] * state.tokens_per_second
             result["speed"]["gflops_per_second"] = flops / 1e9
     except Exception:  # a model that looks at values, which fake tensors do not have
         log.exception("no prediction")

@@ -6,7 +6,7 @@ from harness import results
 
 pytestmark = pytest.mark.launchers
 SWEEP = [
-    "-m", "method=lora", "method.r=1,2", "seed=0,1", "train.steps=4", "evaluate.every=2",
+    "-m", "method=lora", "method.r=1,2", "seed=0,1", "train.steps=6", "evaluate.every=3",
     "data.validation_share=0.003", "data.test_share=0.003", "data.context=64",
     "train.batch_tokens=512", "train.micro_batch=2", "train.threads=1",
 ]  # fmt: skip
@@ -49,7 +49,7 @@ def test_a_launcher_changes_where_runs_run_and_nothing_else(harness, tmp_path, l
 
 def test_a_failure_under_joblib_is_local(harness, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    bad = [*SWEEP, "train.lr=1e-3,1e18", "seed=0", "method.r=1", "train.steps=6", "method=full"]
+    bad = ["-m", "method=full", "train.lr=1e-3,1e18", *SWEEP[5:]]
     done = harness(*bad, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert done.returncode == 1 and "1 of 2 runs failed" in done.stderr
     statuses = [r["status"] for _, r in results.collect(tmp_path / "outputs" / "scratch")]
