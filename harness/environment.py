@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from harness.config import REPOSITORY
+from harness.config import REPOSITORY, ConfigError, RunConfig
 from harness.launch import usable_cores
 
 PACKAGES = (
@@ -61,6 +61,21 @@ def precision(asked: str) -> str:
     if asked != "auto":
         return asked
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def precision_of(run: RunConfig) -> str:
+    """fp32 or bf16, what `run` comes to here.
+
+    Raises:
+        ConfigError: bf16 weights with fp32 products.
+    """
+    found = precision(run.train.precision)
+    if run.model.frozen_dtype == "bf16" and found == "fp32":
+        raise ConfigError(
+            f"model.frozen_dtype=bf16: train.precision={run.train.precision} is fp32 here, whose "
+            "products need fp32 weights; set train.precision=bf16"
+        )
+    return found
 
 
 def precision_warning(chosen: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 CLAIM_NAME = ".claim"
+log = logging.getLogger(__name__)
 
 
 class Claim:
@@ -129,3 +131,12 @@ class Beside:
             self._stream.close()
             self._most = max(counts)
         return self._most
+
+
+def beside() -> Beside | None:
+    """Begin to count, or None where the folder for temporary files does not allow it."""
+    try:
+        return Beside()
+    except OSError as error:
+        log.warning("the runs beside this one are not counted: %s", error)
+        return None

@@ -27,6 +27,8 @@ IGNORE = -100  # a target that is not predicted
 CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
 LEAST_TOKENS = 256  # slower products, and more tokens make nothing faster
 CPU_ROWS = 512  # of W in one fp32 product on a CPU: a fifth to a half faster than all 50,257
+# Configuration fields by which architectures change the logits after the head.
+AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 
 
 class Nll(NamedTuple):
@@ -163,7 +165,10 @@ class NextToken(nn.Module):
         self._owner = where if head is not None and len(where) == 1 else []
         prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         self._config = None if prompts or not _plainly_causal(bare) else bare.config
-        if next(model.parameters()).device.type != "meta":
+        if next(model.parameters()).device.type == "meta":  # no values to find it out by
+            changes = (getattr(bare.config, name, None) for name in AFTER_HEAD)
+            self._owner = [] if any(v not in (None, 1) for v in changes) else self._owner
+        else:
             self._check_mask()
             if self._owner:
                 self._check_head()

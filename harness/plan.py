@@ -4,11 +4,11 @@
     python -m harness.plan model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
     python -m harness.plan experiment=main plan.limit=8GiB      # marks what will not fit
 
-No weights, no text and no network: the training step itself runs on fake tensors, which have
-shapes and no contents, and its live tensors are followed as in a real run. Time is FLOPs over the
-rate of this machine's matrix products, measured for two seconds, and so a lower bound: training
-only, without evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run
-is over the limit.
+No weights are loaded, no text is tokenised, and no network is needed: the training step itself runs
+on fake tensors, which have shapes and no contents, and its live tensors are followed as in a real
+run. Time is FLOPs over the rate of this machine's matrix products, measured for two seconds, and so
+a lower bound: training only, without evaluation and set-up. Exit status 2 for a mistake in the
+configuration, 1 if a run is over the limit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,7 +48,7 @@ from torch.utils.flop_counter import (
 )
 from transformers import PretrainedConfig
 
-from harness import config, environment, evaluate, memory, methods, models, train
+from harness import config, environment, evaluate, memory, methods, models, report, train
 from harness.checkpoint import write_atomically
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from harness.loss import NextToken
@@ -130,12 +129,7 @@ def predict(
         _as_fake(bare, accelerator.device)
         prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         del accelerator._models[prepared_before:]
-        prepared.eval()
-        ids = torch.zeros(max(1, tokens // context), context, dtype=torch.int64)
-        ids = ids.to(accelerator.device)
-        with torch.no_grad(), memory.measured(model, None, on_evaluation), Flops() as flops:
-            prepared(ids, ids)
-        evaluate_flops = flops.total / ids.numel()
+        optimizer = None
         trainable = [p for p in model.parameters() if p.requires_grad]
         if run.train.steps and trainable:
             prepared.train()
@@ -144,16 +138,22 @@ def predict(
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             optimizer.zero_grad()
-            micro, context = run.train.micro_batch, run.data.context
-            blocks = torch.zeros(micro, context + 1, dtype=torch.int64)
+            micro, length = run.train.micro_batch, run.data.context
+            blocks = torch.zeros(micro, length + 1, dtype=torch.int64)
             # With two micro-batches the second finds gradients there, as all further ones do.
-            batches = [blocks] * min(run.train.batch_tokens // (micro * context), 2)
-            num_tokens = len(batches) * micro * context
+            batches = [blocks] * min(run.train.batch_tokens // (micro * length), 2)
+            num_tokens = len(batches) * micro * length
             penalty = methods.penalty(model, run)
             with memory.measured(model, optimizer, on_training), Flops() as flops:
                 train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
                 train.apply(model, optimizer, accelerator, run.train)
             train_flops = flops.total / num_tokens
+        prepared.eval()  # after training has begun: the optimizer's state is there
+        ids = torch.zeros(max(1, tokens // context), context, dtype=torch.int64)
+        ids = ids.to(accelerator.device)
+        with torch.no_grad(), memory.measured(model, optimizer, on_evaluation), Flops() as flops:
+            prepared(ids, ids)
+        evaluate_flops = flops.total / ids.numel()
     counted = models.count_parameters(model)
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
 
@@ -291,8 +291,8 @@ def parse_bytes(text: str) -> int:
 def _table(rows: list[list[str]]) -> Table:
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     headings = (
-        "run", "trainable", "weights", "gradients", "optimizer", "activations", "peak",
-        "evaluation", "MFLOP/token", "at least", "",
+        "run", "parameters", "trainable", "frozen", "trained", "gradients", "optimizer",
+        "activations", "peak", "evaluation", "MFLOP/token", "at least", "",
     )  # fmt: skip
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
@@ -304,16 +304,16 @@ def _table(rows: list[list[str]]) -> Table:
 def _row(run: RunConfig, found: Prediction | None, rate: float, limit: int | None) -> list[str]:
     name = config.run_name(run)
     if found is None:
-        return [name, *["-"] * 9, "only the weights can tell"]
+        return [name, *["-"] * 11, "only a run can tell"]
     main = found.train or found.evaluate
     parts = dict(main["by_category"])
-    weights = parts["frozen_weights"] + parts["trainable_weights"]
     seconds = found.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
     over = limit is not None and found.peak_bytes > limit
-    sizes = [weights, parts["gradients"], parts["optimizer_state"], parts["activations"]]
-    sizes += [main["peak_bytes"], found.evaluate["peak_bytes"]]
+    sizes = [*(parts[category] for category in memory.CATEGORIES), main["peak_bytes"]]
+    sizes.append(found.evaluate["peak_bytes"])
     return [
         name,
+        f"{found.parameters.total:,}",
         f"{found.parameters.trainable:,}",
         *(f"{size / 2**20:,.0f}" for size in sizes),
         f"{(found.train_flops_per_token or found.evaluate_flops_per_token) / 1e6:,.1f}",
@@ -342,10 +342,16 @@ def main(arguments: list[str]) -> int:
             model_config = models.load_config(run.model)
             methods.check_context(run, models.max_context(model_config))
             torch.set_num_threads(run.train.threads or environment.usable_cores())
-            precision = environment.precision(run.train.precision)
+            precision = environment.precision_of(run)
             AcceleratorState._reset_state(reset_partial_state=True)
             accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
-            found = predict(run, model_config, accelerator)
+            try:
+                found = predict(run, model_config, accelerator)
+            except ConfigError:
+                raise
+            except Exception as error:  # a method that looks at values, which fake tensors lack
+                logging.getLogger(__name__).info("%s: %s", config.run_name(run), error)
+                found = None
             shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
             if shape not in rates:
                 rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
@@ -354,13 +360,11 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {config.explain(error)}", file=sys.stderr)
         return 2
-    console = Console()
-    Console(width=max(console.width, 168)).print(_table(rows))
+    report.show(_table(rows))
     print(
-        "MiB of live tensors at the peak of a training step (of evaluation where nothing trains);"
-    )
-    print(
-        "weights, gradients and the rest are parts of that peak. At least: training alone, at this"
+        "MiB of live tensors at the peak of a training step (of evaluation where nothing trains):\n"
+        "frozen and trained weights, gradients, optimizer state and activations are its parts.\n"
+        "At least: training alone, at this"
     )
     for (tokens, width, precision), rate in rates.items():
         print(f"machine's {rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")

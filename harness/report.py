@@ -137,6 +137,13 @@ def _text(value: Any, form: str) -> str:
     return str(value) if form == "s" else format(value, form)
 
 
+def show(table: Table) -> None:
+    """Print a table in its own width: one cut at 80 columns is no use in a log."""
+    console = Console()
+    own = console.measure(table, options=console.options.update(width=10_000)).maximum
+    Console(width=max(console.width, own)).print(table)
+
+
 def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
     """Print the table of `folder`, or of the configurations of `run_dirs`; write results.csv.
 
@@ -157,12 +164,9 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
             cells = [cell + "*" * (path in MEASURED) for cell, (path, _) in marked]
         cells += [str(values["seeds"]), values["also"]][: len(table.columns) - len(cells)]
         table.add_row(*cells)
-    console = Console()
-    # A table cut at 80 columns is no use in a log: let a narrow terminal wrap instead.
-    console = Console(width=max(console.width, 120, console.measure(table).maximum))
     print()
     if table.row_count:
-        console.print(table)
+        show(table)
         print(LEGEND)
         if any(values[SHARED] for values, _ in shown):
             print(SHARED_LEGEND)

@@ -80,7 +80,7 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
             faulthandler.enable(crash_log)  # a segfault leaves its stack there
             if rank == 0:
                 (run_dir / RESERVE).write_bytes(b"-" * 2**18)
-            beside = lock.Beside() if rank == 0 else None
+            beside = lock.beside() if rank == 0 else None
             run = run or config.load(run_dir / "config.yaml")
             result |= results.describe(run, run_dir)
             perform(run, run_dir, result, stop, quiet=quiet)
@@ -140,12 +140,7 @@ def perform(
     began = time.perf_counter()
     process = memory.ProcessPeaks("setup")
     os.environ[CACHE_ENV] = run.data.cache_dir  # factors of a base weight, for a whole sweep
-    precision = environment.precision(run.train.precision)
-    if run.model.frozen_dtype == "bf16" and precision == "fp32":
-        raise ConfigError(
-            f"model.frozen_dtype=bf16: train.precision={run.train.precision} is fp32 here, whose "
-            "products need fp32 weights; set train.precision=bf16"
-        )
+    precision = environment.precision_of(run)
     if warning := environment.precision_warning(precision):
         log.warning(warning)
         print(f"warning: {warning}", file=sys.stderr)
@@ -248,10 +243,10 @@ def perform(
 
     def validate() -> float:
         nonlocal newest
-        first = state.step == 0
-        following = {"following": lambda: memory.measured(model, None, at_evaluation)}
-        newest = measure("validation", **(following if first else {}))
-        if first:
+        # Followed before the first step, and again when the optimizer's state is there.
+        following = {"following": lambda: memory.measured(model, optimizer, at_evaluation)}
+        newest = measure("validation", **(following if state.validated <= 0 else {}))
+        if state.step == 0:
             quality = evaluate.quality(*newest, text.held_out["validation"])
             result["quality"] = {"step0": {"validation": quality}}
         return float(newest[0].sum() / newest[1].sum())

@@ -148,6 +148,11 @@ def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path
             )
             return nll.sum() / count.sum()
 
+        if documents > 1 or more == {"documents": 10}:  # training's peak would hide evaluation's
+            with LiveTensors(model) as live:
+                validate()
+            model.model.unload()
+            return live.peak
         with LiveTensors(model) as live:
             training.train(
                 model, text, run, Accelerator(cpu=True),

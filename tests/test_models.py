@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from harness import environment, models
 from harness.config import ConfigError, TrainConfig
@@ -42,6 +43,29 @@ def test_checkpointed_blocks_have_the_same_gradients(tiny, make_run, method):
     assert bytes_after < bytes_before and plain.keys() == again.keys()
     for name, expected in plain.items():
         torch.testing.assert_close(again[name], expected, msg=name)
+
+
+def test_the_fused_gelu_is_the_saved_one(make_run):
+    ids = torch.arange(1, 41).reshape(2, 20)
+    logits = []
+    for gelu in ("fused", "as_saved"):
+        run = make_run("model=gpt2_mini_init", "method=none", f"model.gelu={gelu}")
+        config = models.load_config(run.model)
+        assert config.activation_function == {"fused": "gelu_pytorch_tanh"}.get(gelu, "gelu_new")
+        torch.manual_seed(0)
+        with torch.no_grad():
+            logits.append(models.load_model(run, config).eval()(ids).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+def test_logits_that_change_after_the_head_are_known_without_values():
+    config = GraniteConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, logits_scaling=8.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        without = NextToken(GraniteForCausalLM(config))
+    assert without._owner == NextToken(GraniteForCausalLM(config))._owner == []
 
 
 def test_prompts_cannot_be_checkpointed(tiny, make_run):

@@ -65,7 +65,7 @@ def accelerator(run):
 
 
 def measured(run, config, accelerate):
-    """Real tensors, the worker's order of events: the report of the second optimizer step."""
+    """Real tensors, the worker's order of events: the second optimizer step, then evaluation."""
     torch.manual_seed(0)
     model = methods.adapt(models.load_model(run, config), run)
     models.checkpoint_activations(model, run.train)
@@ -73,14 +73,18 @@ def measured(run, config, accelerate):
     prepared = accelerate.prepare_model(
         NextToken(model, run.train.label_smoothing), evaluation_mode=frozen
     )
-    report = {}
-    if frozen:
+    report, on_evaluation = {}, {}
+
+    def evaluate(optimizer):
         context = run.evaluate.context or run.data.context
         tokens = run.evaluate.batch_tokens or plan.evaluate.batch_tokens(config)
         ids = torch.randint(0, config.vocab_size, (max(1, tokens // context), context))
-        with torch.no_grad(), memory.measured(model, None, report):
+        with torch.no_grad(), memory.measured(model, optimizer, on_evaluation):
             prepared.eval()(ids, ids)
-        return report
+
+    if frozen:
+        evaluate(None)
+        return on_evaluation, on_evaluation
     optimizer = accelerate.prepare_optimizer(train.make_optimizer(model, run.train))
     prepared.train()
     shape = (run.train.micro_batch, run.data.context + 1)
@@ -92,7 +96,8 @@ def measured(run, config, accelerate):
             penalty = methods.penalty(model, run)
             train.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
             train.apply(model, optimizer, accelerate, run.train)
-    return report
+    evaluate(optimizer)
+    return report, on_evaluation
 
 
 @pytest.mark.parametrize("overrides", CONFIGURATIONS, ids=lambda o: " ".join(o[-3:]))
@@ -100,7 +105,8 @@ def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
     run = make_run(*overrides)
     config = models.load_config(run.model)
     found = plan.predict(run, config, accelerator(run))
-    expected = measured(run, config, accelerator(run))
+    expected, evaluated = measured(run, config, accelerator(run))
+    assert found.evaluate["peak_bytes"] == pytest.approx(evaluated["peak_bytes"], rel=0.05)
     main = found.train or found.evaluate
     assert main["peak_bytes"] == pytest.approx(expected["peak_bytes"], rel=0.05)
     for name in ("frozen_weights", "trainable_weights", "optimizer_state"):
@@ -111,7 +117,7 @@ def test_an_lstm_is_predicted_without_the_workspace_of_its_kernel(make_run):
     run = make_run(*MINI, "model=lstm", "method=full")
     config = models.load_config(run.model)
     found = plan.predict(run, config, accelerator(run))
-    peak = measured(run, config, accelerator(run))["peak_bytes"]
+    peak = measured(run, config, accelerator(run))[0]["peak_bytes"]
     assert 0.8 * peak < found.train["peak_bytes"] < peak
 
 
@@ -143,6 +149,14 @@ def test_flops_of_lora_are_the_closed_form(make_run):
     attention = 3.5 * 4 * context * d * layers
     first = 2 * (3 * d * d) + 2 * r * d  # of W and of A in the first layer
     assert found.train_flops_per_token == 4 * matrices + 6 * adapter + attention - first
+
+
+def test_what_looks_at_values_leaves_the_rest_of_the_table(harness):
+    methods = ["method=peft", "method.peft_type=WAVEFT,IA3"]
+    done = harness(*methods, module="harness.plan")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("-")[0].strip(): line for line in done.stdout.splitlines() if "-s0-" in line}
+    assert "only a run can tell" in rows["waveft"] and "only a run" not in rows["ia3"]
 
 
 def test_only_the_weights_can_tell_a_rank_by_energy(make_run):
@@ -183,6 +197,7 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
         (["data.context=512", "train.batch_tokens=4096"], "longer than gpt2_mini's 256"),
         (["method=lroa"], "did you mean 'lora'"),
         (["method=lora", "train.lr=1e-3,-1"], "train.lr=-1"),
+        (["model.frozen_dtype=bf16", "train.precision=auto"], "set train.precision=bf16"),
     ],
 )
 def test_mistakes_are_answered_in_a_line(harness, arguments, message):
