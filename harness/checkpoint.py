@@ -33,6 +33,7 @@ from harness.results import CHECKPOINTS
 from harness.unfuse import fuse_qkv, is_unfused
 
 KEPT = 2
+BEST = "best.safetensors"  # the weights that validation has chosen so far
 log = logging.getLogger(__name__)
 
 
@@ -112,8 +113,15 @@ def _generators() -> dict[str, torch.Tensor]:
 
 
 def restore_generators(checkpoint: Checkpoint, rank: int) -> None:
-    """Set this process's random number generators as they were at the checkpoint."""
-    states = load_file(checkpoint.folder / f"generators-{rank}.safetensors")
+    """Set this process's random number generators as they were at the checkpoint.
+
+    A rank that was not there then keeps its own.
+    """
+    path = checkpoint.folder / f"generators-{rank}.safetensors"
+    if not path.is_file():
+        log.warning("rank %d goes on with generators of its own: it is new", rank)
+        return
+    states = load_file(path)
     torch.set_rng_state(states["torch"])
     position, has_gauss, gauss = states["numpy_rest"].tolist()
     keys = states["numpy"].numpy()
@@ -147,7 +155,7 @@ def save(
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(plain, scratch / "state.safetensors")
     (scratch / "facts.json").write_text(json.dumps(facts), "utf-8")
-    _link_or_copy(best, scratch / "best.safetensors")  # which is replaced, never written into
+    _link_or_copy(best, scratch / BEST)  # which is replaced, never written into
     names = sorted(path.name for path in scratch.iterdir())
     manifest = {name: _digest(scratch / name) for name in names}
     (scratch / "manifest.json").write_text(json.dumps(manifest), "utf-8")
@@ -180,11 +188,12 @@ def latest(run_dir: Path) -> Checkpoint | None:
 def take_best(checkpoint: Checkpoint, path: Path) -> None:
     """Make the best weights of the checkpoint those of the run."""
     path.unlink(missing_ok=True)
-    _link_or_copy(checkpoint.folder / "best.safetensors", path)
+    _link_or_copy(checkpoint.folder / BEST, path)
 
 
 def clear(run_dir: Path) -> None:
-    """Delete all checkpoints: the run is finished."""
+    """Delete what only an unfinished run needs."""
+    (run_dir / BEST).unlink(missing_ok=True)
     shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
 
 

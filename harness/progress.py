@@ -34,6 +34,7 @@ class _Seen:
     status: str = "waiting"
     record: dict[str, Any] = field(default_factory=dict)
     before: str = ""  # the status when the sweep began, if the run had ended then
+    said: bool = False  # whether its end has been told
 
     @property
     def name(self) -> str:
@@ -104,6 +105,9 @@ class View:
         self._over.set()
         self._thread.join()
         self._look()
+        for seen in self._seen:
+            if seen.status in ENDED and not seen.said and error[0] is None:
+                self._say(seen)  # it failed earlier, and was left as it is
         if self._live is not None:
             self._live.update(self._picture())
             self._live.stop()
@@ -116,11 +120,12 @@ class View:
 
     def _look(self) -> None:
         for seen in self._seen:
-            if seen.look() and seen.status in ENDED and seen.before != "finished":
+            if seen.look() and seen.status in ENDED and not seen.said:
                 self._say(seen)
 
     def _say(self, seen: _Seen) -> None:
         self._ended += 1
+        seen.said = True
         print(f"[{self._ended}/{len(self._seen)}] {seen.name} {seen.line()}", flush=True)
 
     def _picture(self) -> Group:

@@ -9,6 +9,7 @@ are in results.csv and in each run's result.json.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shlex
 import sys
@@ -189,12 +190,13 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
 def write_csv(path: Path, table: list[tuple[dict[str, Any], list[Path]]]) -> None:
     """One line per configuration, columns named by their path in result.json."""
     names = [name for name, _ in COLUMNS.values()] + [*CSV_ONLY, "seeds", "also"]
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow([*names, "runs"])
-        for values, members in table:
-            runs = " ".join(run_dir.name for run_dir in members)
-            writer.writerow([*(values[name] for name in names), runs])
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow([*names, "runs"])
+    for values, members in table:
+        runs = " ".join(run_dir.name for run_dir in members)
+        writer.writerow([*(values[name] for name in names), runs])
+    results.write_atomically(path, stream.getvalue())  # another controller may write it, too
 
 
 def main(arguments: list[str]) -> int:

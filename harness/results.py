@@ -35,13 +35,22 @@ log = logging.getLogger(__name__)
 def write(run_dir: Path, result: dict[str, Any]) -> None:
     """Write result.json whole or not at all; NaN and infinity become null, which JSON can hold."""
     text = json.dumps(finite({"schema_version": SCHEMA_VERSION, **result}), indent=2)
-    handle, scratch = tempfile.mkstemp(dir=run_dir, prefix=".result-")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, run_dir / FILE_NAME)
+    write_atomically(run_dir / FILE_NAME, text + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text beside `path`, flush it to the disk and rename it to `path`."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
 
 
 def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -89,14 +98,21 @@ def finite(value: Any) -> Any:
 
 
 class Metrics:
-    """RUN_DIR/metrics.jsonl, one row a step; rows after `step` are of a run that was cut."""
+    """RUN_DIR/metrics.jsonl, one row for a step and one for a validation.
 
-    def __init__(self, run_dir: Path, step: int, *, write: bool = True) -> None:
+    A run that goes on after `step`, with validation read up to `validated`, keeps the rows so far.
+    """
+
+    def __init__(self, run_dir: Path, step: int, validated: int, *, write: bool = True) -> None:
         path = run_dir / METRICS_NAME
         self._stream = None
         if not write:
             return
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= step] if step else []
+        kept = [
+            row
+            for row in (read_metrics(run_dir) if step else ())
+            if row["step"] <= (step if "train/nll" in row else validated)
+        ]
         with path.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row) + "\n" for row in kept)
         self._stream = path.open("a", encoding="utf-8", buffering=1)

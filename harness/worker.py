@@ -111,6 +111,8 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     (run_dir / RESERVE).unlink(missing_ok=True)
     with stop.deferred():
         results.write(run_dir, result)
+        if code == 0:  # and not before: until then the run goes on from its last checkpoint
+            checkpoint.clear(run_dir)
     return code
 
 
@@ -178,6 +180,8 @@ def perform(
         "factored": methods.factored_total(model),  # with U, D, V in place of W; else None
     }
     log.info("parameters: %s", result["parameters"])
+    if accelerator.process_index:  # the same start, and dropout of its own
+        set_seed(run.seed + accelerator.process_index * 1_000_003)
     models.checkpoint_activations(model, run.train)
     if run.train.compile:
         models.compile_blocks(model)
@@ -192,11 +196,12 @@ def perform(
     batch_tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
 
     # Where the run stands, and what it has found out on the way: a checkpoint holds all of it.
-    halved = result["run"].pop("micro_batch", None)  # the controller's, after a kill for memory
+    # Halved by the controller after a kill for memory.
+    halved = results.get(results.read(run_dir) or {}, "run.micro_batch")
     state = train.State(micro_batch=halved or run.train.micro_batch)
     at_evaluation: dict[str, Any] = {}  # memory
     newest = best = (np.zeros(0), np.zeros(0, np.int64))  # nats and tokens of validation documents
-    best_path = run_dir / "best.safetensors"
+    best_path = run_dir / checkpoint.BEST
     found = checkpoint.latest(run_dir)
     if found is not None and optimizer is not None:
         state = train.State(**found.facts["state"])
@@ -212,7 +217,9 @@ def perform(
             checkpoint.take_best(found, best_path)
         log.info("goes on after step %d", state.step)
     del found
-    metrics = results.Metrics(run_dir, state.step, write=accelerator.is_main_process)
+    metrics = results.Metrics(
+        run_dir, state.step, state.validated, write=accelerator.is_main_process
+    )
 
     def measure(split: str, **following: Any) -> tuple[Any, Any]:
         """Nats and predicted tokens of every document of a split."""
@@ -334,8 +341,6 @@ def perform(
         alone = models.wants_unfused(run) or run.model.architecture or run.method.name == "truncate"
         merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
         result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
-        best_path.unlink(missing_ok=True)
-        checkpoint.clear(run_dir)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config, launch, progress
+from harness import config, launch, progress, results
 from harness.config import ConfigError, RunConfig
 
 BUSY_SECONDS = 2.0  # between looks at runs that other controllers have claimed
@@ -49,7 +49,7 @@ class GridSweeper(BasicSweeper):
             print(f"left out, since another of these runs is the same: {same}")
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        results.write_atomically(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         print(f"{len(jobs)} runs -> {folder}", flush=True)
         done = self._launch(jobs, runs)
         launch.OUTCOMES.extend(done)

@@ -45,8 +45,9 @@ def _worker(run_dir, deadly, number):
     raise SystemExit(worker.main(run_dir, quiet=True))
 
 
-def start(run, *, deadly="", number=0):
-    launch.prepare(run, "test", go_on=results.can_go_on(run.run_dir))
+def start(run, *, deadly="", number=0, micro_batch=None):
+    go_on = results.can_go_on(run.run_dir)
+    launch.prepare(run, "test", go_on=go_on, micro_batch=micro_batch)
     process = FORK.Process(target=_worker, args=(run.run_dir, deadly, number))
     process.start()
     return process
@@ -118,13 +119,13 @@ def test_a_kill_at_a_random_moment_changes_nothing(undisturbed, tmp_path, seed):
         assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
     left = {path.name for path in run.run_dir.iterdir()}
-    assert not left & {results.CHECKPOINTS, "best.safetensors", worker.RESERVE}
+    assert not left & {results.CHECKPOINTS, checkpoint.BEST, worker.RESERVE}
 
 
 # Calls within the writing of a checkpoint, some of the first one and some of a later one.
 MOMENTS = [
-    ("save_file", 2), ("fsync", 11), ("_complete", 2), ("_sync", 7), ("_digest", 5),
-    ("save_file", 1), ("save_file", 3), ("_link_or_copy", 2), ("_digest", 1), ("_sync", 1),
+    ("save_file", 6), ("fsync", 11), ("_complete", 2), ("_sync", 7), ("_digest", 5),
+    ("save_file", 2), ("save_file", 3), ("_link_or_copy", 2), ("_digest", 1), ("_sync", 1),
     ("_sync", 6), ("_sync", 12), ("_generators", 3), ("fsync", 2), ("fsync", 20),
 ]  # fmt: skip
 
@@ -139,7 +140,7 @@ def test_a_kill_while_a_checkpoint_is_written_changes_nothing(
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     assert finish(start(run, deadly=deadly, number=number)) == -signal.SIGKILL
     cut = results.can_go_on(run.run_dir)
-    assert cut or number == 1 or deadly == "fsync"
+    assert cut or (deadly, number) not in MOMENTS[:2]
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
     assert bool(results.read(run.run_dir)["run"]["resumed_at"]) == cut
@@ -162,7 +163,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, seed):
     both = victim.name == "best.safetensors" and victim.samefile(older / victim.name)
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
-    assert results.read(run.run_dir)["run"]["resumed_at"] == ([] if both else [6])
+    assert results.read(run.run_dir)["run"]["resumed_at"] == ([] if both else [4])
     assert "is damaged, the one before is used" in (run.run_dir / "log.txt").read_text()
 
 
@@ -188,6 +189,61 @@ def test_an_order_to_stop_says_resume_me(undisturbed, tmp_path, number):
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
     assert results.read(run.run_dir)["run"]["resumed_at"] == [step]
+
+
+def test_a_kill_at_the_very_end_loses_no_step(undisturbed, tmp_path):
+    run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
+    assert finish(start(run, deadly="clear", number=1)) == -signal.SIGKILL
+    assert outcome(run.run_dir) == expected  # the result was there already
+    run = dataclasses.replace(run, run_name="export")
+    run.run_dir.mkdir()
+    assert finish(start(run, deadly="export", number=1)) == -signal.SIGKILL
+    assert finish(start(run)) == 0
+    assert outcome(run.run_dir) == expected
+    assert results.read(run.run_dir)["run"]["resumed_at"] == [12]
+
+
+def test_a_system_that_kills_for_memory_gets_half_the_micro_batch(
+    undisturbed, tmp_path, monkeypatch
+):
+    run = disturbed(undisturbed, tmp_path)
+    asked = []
+
+    def attempt(run, claim, *, quiet):
+        asked.append(results.read(run.run_dir)["run"]["micro_batch"])
+        message = launch.KILLED_FOR_MEMORY if len(asked) == 1 else ""
+        return launch.Outcome(run.run_dir, "failed", message, "oom" if message else "nan")
+
+    monkeypatch.setattr(launch, "_attempt", attempt)
+    assert launch.launch(run, "test").failure_class == "nan"
+    assert asked == [None, 1]  # train.micro_batch is 2
+    asked.clear()
+    always = launch.Outcome(run.run_dir, "failed", launch.KILLED_FOR_MEMORY, "oom")
+    monkeypatch.setattr(launch, "_attempt", lambda *_, **__: asked.append(1) or always)
+    assert launch.launch(run, "test").failure_class == "oom" and len(asked) == 2
+    assert finish(start(run, micro_batch=1)) == 0
+    result = results.read(run.run_dir)
+    assert result["train"] == {"micro_batch_asked": 2, "micro_batch": 1}
+    expected, got = (losses(found) for found in (undisturbed[0].run_dir, run.run_dir))
+    # The first one alone: then dropout, which is drawn in another order, tells them apart.
+    assert got[0] == pytest.approx(expected[0], rel=1e-6) and len(got) == len(expected)
+
+
+def losses(run_dir):
+    return [row["train/nll"] for row in results.read_metrics(run_dir) if "train/nll" in row]
+
+
+@pytest.mark.parametrize("retry", [0, 2])
+def test_what_is_worth_it_is_tried_again(undisturbed, tmp_path, monkeypatch, retry):
+    run = dataclasses.replace(disturbed(undisturbed, tmp_path), retry=retry)
+    tries = []
+    killed = launch.Outcome(run.run_dir, "failed", "killed", "killed")
+    monkeypatch.setattr(launch, "_attempt", lambda *_, **__: tries.append(1) or killed)
+    assert launch.launch(run, "test") == killed and len(tries) == 1 + retry
+    wrong = launch.Outcome(run.run_dir, "failed", "wrong", "error")
+    monkeypatch.setattr(launch, "_attempt", lambda *_, **__: tries.append(1) or wrong)
+    tries.clear()
+    assert launch.launch(run, "test") == wrong and len(tries) == 1
 
 
 def test_every_generator_goes_on_where_it_was(tiny, tmp_path):
