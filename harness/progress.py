@@ -152,7 +152,7 @@ class View:
                 seen.name, ProgressBar(total=max(1, steps), completed=step, width=24),
                 f"step {step} of {steps}",
             )  # fmt: skip
-        return Group(Text(", ".join(parts) + (f"; {best}" if best else "")), table)
+        return Group(Text(", ".join(parts)), *([Text(best)] if best else []), table)
 
     def _best(self) -> str:
         found = [
@@ -168,5 +168,7 @@ class View:
 
 
 def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min" if seconds >= 100 else f"{seconds:.0f} s"
