@@ -23,11 +23,11 @@ experiment: setup ## run an experiment and print its table (EXPERIMENT=main, abo
 report: setup ## print an experiment's table again (EXPERIMENT=main)
 	$(RUN) -m harness.report outputs/$(EXPERIMENT)
 
-test: setup ## run the tests (about 7 minutes)
-	$(RUN) -m pytest
+test: setup ## run the tests (about 6 minutes)
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 test-faults: setup ## kills, damaged files and ranks at many moments (about 10 minutes)
-	$(RUN) -m pytest -m faults
+	$(RUN) -m pytest -m "faults or slow"
 
 test-launchers: setup ## sweeps by joblib, Ray and submitit (about 5 minutes with their installation)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"

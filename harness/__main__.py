@@ -51,10 +51,11 @@ def main() -> int:
         print(outcomes[0].summary(), flush=True)
     if there and (several or any(o.status in ("finished", "skipped") for o in outcomes)):
         report.print_table(there[0].parent, there)
-    for outcome in outcomes:  # the table has told of a sweep's failures
-        if outcome.status == "refused" or (outcome.exit_code and not several):
+    for outcome in outcomes:  # the table has told of what failed in a sweep
+        wrong = outcome.status == "refused" or outcome.failure_class == "config"
+        if wrong or (outcome.exit_code and not several):
             print(f"error: {outcome.summary()}", file=sys.stderr)
-    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    failed = sum(o.status == "failed" and o.failure_class != "config" for o in outcomes)
     if failed and several:
         print(f"{failed} of {len(outcomes)} runs failed; retry=1 tries them again", file=sys.stderr)
     return status

@@ -312,18 +312,21 @@ def gone(pids):
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)]
+)
 def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, tmp_path, number):
-    long = [*QUICK, "train.steps=120", "evaluate.every=120"]
+    long = [*QUICK, "train.steps=60", "evaluate.every=60"]
     controller, _, pids = started(tmp_path, "run_name=mine", *long, until="metrics.jsonl")
-    time.sleep(1)
+    while not any("train/nll" in row for row in results.read_metrics(only_result(tmp_path)[0])):
+        time.sleep(0.05)
     controller.send_signal(number)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130 and "Traceback" not in errors
     assert gone(pids)
     run_dir, result = only_result(tmp_path)
     assert (result["status"], result["failure"]["class"]) == ("interrupted", "interrupted")
-    assert 0 < results.last_metrics(run_dir)["step"] < 120
+    assert 0 < results.last_metrics(run_dir)["step"] < 60
     other = harness("run_name=mine", *long, "train.lr=1e-4")  # half done: not overwritten
     assert other.returncode == 2 and "train.lr: 0.002 there, 0.0001 now" in other.stderr
     again = harness("run_name=mine", *long)
@@ -331,7 +334,7 @@ def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, t
     result = only_result(tmp_path)[1]
     assert result["status"] == "finished" and len(result["run"]["resumed_at"]) == 1
     assert [row["step"] for row in results.read_metrics(run_dir) if "train/nll" in row] == list(
-        range(1, 121)
+        range(1, 61)
     )
 
 

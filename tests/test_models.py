@@ -98,6 +98,7 @@ def test_bf16_without_its_instructions_is_warned_of(monkeypatch, has):
     assert environment.precision_warning("fp32") is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_have_the_same_gradients(tiny, make_run):
     model = adapt(tiny, make_run("method=lora"))
