@@ -47,8 +47,6 @@ def main() -> int:
         return status
     # A run by itself that failed has nothing for a table.
     there = [o.run_dir for o in outcomes if o.status not in ("refused", "busy")]
-    if len(outcomes) == 1 and outcomes[0].status not in ("failed", "refused"):
-        print(outcomes[0].summary(), flush=True)
     if there and (several or any(o.status in ("finished", "skipped") for o in outcomes)):
         report.print_table(there[0].parent, there)
     for outcome in outcomes:  # the table has told of what failed in a sweep

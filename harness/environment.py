@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from harness.config import REPOSITORY, ConfigError, RunConfig
-from harness.launch import usable_cores
+from harness.start import usable_cores
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers",

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from harness import config, launch, lock
+from harness import config, lock, start
 
 OTHER = """
 import sys
@@ -23,7 +23,7 @@ def other(tmp_path, monkeypatch):
     monkeypatch.setattr(lock.tempfile, "tempdir", str(tmp_path))
     started = []
 
-    def start(body):
+    def begin(body):
         process = subprocess.Popen(
             [sys.executable, "-c", OTHER.format(body=body)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=config.REPOSITORY,
@@ -33,7 +33,7 @@ def other(tmp_path, monkeypatch):
         assert process.stdout.readline() == "ready\n"
         return process
 
-    yield start
+    yield begin
     for process in started:
         process.kill()
         process.communicate()
@@ -71,10 +71,10 @@ def test_every_process_of_a_machine_has_its_own_gpu(other, monkeypatch):
     other("assert lock.slot(2) == 0")
     monkeypatch.setattr(lock, "_slots", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert launch._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}
-    assert launch._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}  # it keeps its own
-    assert launch._device(divided=False) == {}
+    assert start._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}
+    assert start._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}  # it keeps its own
+    assert start._device(divided=False) == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert launch._device(divided=True) == {}
+    assert start._device(divided=True) == {}
     for _, stream in lock._slots:
         stream.close()

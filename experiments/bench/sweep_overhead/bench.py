@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 
 from harness import config, launch, results
 from harness.config import REPOSITORY
+from harness.start import ALLOCATOR
 
 HERE = Path(__file__).resolve().parent
 RUNS = 12
@@ -39,7 +40,7 @@ def start(*arguments: str, cwd: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
-        env=launch.ALLOCATOR | dict(os.environ) | {"PYTHONPATH": str(REPOSITORY)},
+        env=ALLOCATOR | dict(os.environ) | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
     )

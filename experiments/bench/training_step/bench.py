@@ -225,7 +225,7 @@ def on_trainer(run: Any, model_config: Any, blocks: list[Any], dropout: float) -
 
 def run_case(case: tuple[str, str, str, str], steps: int) -> dict[str, Any]:
     """A case in a process of its own."""
-    from harness.launch import ALLOCATOR
+    from harness.start import ALLOCATOR
 
     side = case[1]
     environment = (ALLOCATOR if side == "harness" else {}) | dict(os.environ)
