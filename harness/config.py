@@ -291,6 +291,8 @@ def explain(error: Exception, where: str = "", known: Iterable[str] = ()) -> str
             r".*Could not find '([\w/.]+)/([^/']+)'", lines[0] if lines else ""
         ):
             group, option = match.groups()
+            if group == "hydra/launcher" and option in LAUNCHERS:
+                return f"{group}={option} is not installed: pip install -e '.[{LAUNCHERS[option]}]'"
             return f"{group}={option}: no such option; {nearest(option, options(group))}"
         return " ".join(lines)
     key = f"{where}.{cause.full_key}" if where else str(cause.full_key)
@@ -305,8 +307,18 @@ def explain(error: Exception, where: str = "", known: Iterable[str] = ()) -> str
     return f"{key}: {str(cause).splitlines()[0]}"
 
 
+LAUNCHERS = {  # Hydra's, and the extras of pyproject.toml that they come with
+    "joblib": "joblib",
+    "ray": "ray",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+}
+
+
 def options(group: str) -> list[str]:
     """The options of a group of conf/."""
+    if group == "hydra/launcher":
+        return ["basic", *LAUNCHERS]
     return [path.stem for path in (CONF_DIR / group).glob("*.yaml")]
 
 

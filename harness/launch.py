@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from harness import config, lock, results, start
 from harness.config import ConfigError, RunConfig
 
-RESUME_ME = 75  # the worker's exit status when it was told to stop
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
 WORTH_RETRYING = ("killed", "oom", "disk")
 

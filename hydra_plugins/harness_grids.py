@@ -5,6 +5,7 @@ Hydra loads plugins from packages of this name only; the rest of the harness is 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness import config, launch, progress, results
 from harness.config import ConfigError, RunConfig
 
+log = logging.getLogger(__name__)
 BUSY_SECONDS = 2.0  # between looks at runs that other controllers have claimed
 
 
@@ -62,7 +64,12 @@ class GridSweeper(BasicSweeper):
         todo = list(range(len(jobs)))
         with progress.View(runs):
             while todo:
-                returned = self.launcher.launch([jobs[i] for i in todo], initial_job_idx=0)
+                try:
+                    returned = self.launcher.launch([jobs[i] for i in todo], initial_job_idx=0)
+                except Exception as error:  # no cluster, no connection: a launcher's own trouble
+                    log.debug("launcher", exc_info=True)
+                    name = type(self.launcher).__name__
+                    raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
                 for index, job in zip(todo, returned, strict=True):
                     outcomes[index] = job.return_value  # raises what the job raised
                 before, todo = todo, [i for i in todo if outcomes[i].status == "busy"]

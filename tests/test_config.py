@@ -173,3 +173,12 @@ def test_every_experiment_composes_and_states_what_it_asks(name):
         assert word in header
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         assert from_hydra(compose("config", [f"experiment={name}"])).experiment_name == name
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("jobllib", "did you mean 'joblib'"), ("ray", r"not installed: pip install -e '.\[ray\]'")],
+)
+def test_a_launcher_that_is_not_there(option, message):
+    error = HydraException(f"In 'config': Could not find 'hydra/launcher/{option}'\n\nAvailable …")
+    assert re.search(message, explain(error))
