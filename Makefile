@@ -26,10 +26,10 @@ report: setup ## print an experiment's table again (EXPERIMENT=main)
 test: setup ## run the tests (about 6 minutes)
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
-test-faults: setup ## kills, damaged files and ranks at many moments (about 10 minutes)
+test-faults: setup ## kills, damaged files and ranks at many moments (about 7 minutes)
 	$(RUN) -m pytest -m "faults or slow"
 
-test-launchers: setup ## sweeps by joblib, Ray and submitit (about 5 minutes with their installation)
+test-launchers: setup ## sweeps by joblib, Ray and submitit (about 4 minutes with their installation)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"
 	$(RUN) -m pytest -m launchers
 
