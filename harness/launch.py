@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness import config, lock, results, start
+from harness import config, lock, progress, results, start
 from harness.config import ConfigError, RunConfig
 
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
@@ -71,7 +72,10 @@ def task(cfg: DictConfig) -> Outcome:
         run = config.from_hydra(cfg)
         cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
         run = replace(run, launch=replace(run.launch, cores=cores))
-        outcome = launch(run, command_line(arguments), sweep=sweep)
+        # Ranks have no bar of their own: their output goes to a file.
+        viewed = not sweep and run.launch.num_processes > 1 and sys.stdout.isatty()
+        with progress.View([run]) if viewed else nullcontext():
+            outcome = launch(run, command_line(arguments), sweep=sweep)
     except ConfigError as error:
         outcome = Outcome(Path(str(cfg.outputs_dir)), "refused", str(error))
     if not sweep:
