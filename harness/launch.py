@@ -141,6 +141,12 @@ def _further_rank(run: RunConfig) -> Outcome:
 def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Outcome:
     run_dir = run.run_dir
     found = results.read(run_dir)
+    own = (lock.CLAIM_NAME, "config.yaml", "command.txt")  # all there is before the first result
+    if found is None and not run.rerun and any(p.name not in own for p in run_dir.iterdir()):
+        raise ConfigError(
+            f"{run_dir} holds files and no result.json that can be read: choose another run_name, "
+            "or rerun=true to replace them"
+        )
     status = found["status"] if found else None
     cut = status in ("running", "interrupted", "failed") and results.can_go_on(run_dir)
     if found is not None and not run.rerun and (status == "finished" or cut):

@@ -132,10 +132,21 @@ def test_the_same_config_gives_the_same_bits_and_is_not_run_twice(harness, tmp_p
     assert harness("method=full", "rerun=true", *QUICK).returncode == 0
     assert not stale.exists()
     _, two = only_result(tmp_path)
+    for result in (one, two):
+        del result["environment"]["runs_beside"]  # whatever else this machine does
     assert two["environment"] == one["environment"] and two["wall_seconds"] != one["wall_seconds"]
     assert two["quality"] == one["quality"]
     for name, tensor in load_file(run_dir / "model" / "model.safetensors").items():
         assert tensor.equal(weights[name]), name
+
+
+def test_files_that_are_no_run_are_not_cleared_away(harness, tmp_path):
+    notes = tmp_path / "outputs" / "scratch" / "notes" / "mine.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    done = harness("run_name=notes", *QUICK)
+    assert done.returncode == 2 and "holds files and no result.json" in done.stderr
+    assert notes.read_text() == "mine"
 
 
 def test_a_name_that_is_taken_by_another_config_is_refused(harness, make_run, tmp_path):
