@@ -29,11 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.results import CHECKPOINTS
+from harness.results import BEST, CHECKPOINTS
 from harness.unfuse import fuse_qkv, is_unfused
 
 KEPT = 2
-BEST = "best.safetensors"  # the weights that validation has chosen so far
 log = logging.getLogger(__name__)
 
 
@@ -189,12 +188,6 @@ def take_best(checkpoint: Checkpoint, path: Path) -> None:
     """Make the best weights of the checkpoint those of the run."""
     path.unlink(missing_ok=True)
     _link_or_copy(checkpoint.folder / BEST, path)
-
-
-def clear(run_dir: Path) -> None:
-    """Delete what only an unfinished run needs."""
-    (run_dir / BEST).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
 
 
 def _complete(folder: Path) -> list[Path]:

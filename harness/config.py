@@ -220,6 +220,7 @@ class LaunchConfig:
     num_processes: int = 1  # ranks, started by accelerate launch
     accelerate: str | None = None  # file of conf/accelerate; null = ddp on GPUs, or else cpu
     cores: int | None = None  # of a run; null = what Hydra's launcher leaves it, or all
+    since: float | None = None  # seconds since 1970, set by a sweep: when it began
 
 
 @dataclass(frozen=True)

@@ -53,21 +53,19 @@ class Outcome:
 
 
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep
+SINCE = "launch.since="  # the override by which a sweep tells its runs when it began
 
 
 def task(cfg: DictConfig) -> Outcome:
     """What Hydra calls for every run, in this process or in a launcher's."""
     hydra_config = HydraConfig.get()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank does not outlive accelerate launch
+        start.die_with_parent(signal.SIGKILL)
     arguments = list(sys.argv[1:])
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    if sweep and os.environ.get("WORLD_SIZE", "1") != "1":
-        overrides = " ".join(hydra_config.overrides.task)
-        raise ConfigError(
-            "a sweep cannot run under accelerate launch, whose every process would do all of it: "
-            f"python -m harness -m launch.num_processes={os.environ['WORLD_SIZE']} {overrides}"
-        )
     if sweep:  # the command that makes this run alone
-        arguments = [*hydra_config.overrides.task, "hydra.mode=RUN"]
+        own = [o for o in hydra_config.overrides.task if not o.startswith(SINCE)]
+        arguments = [*own, "hydra.mode=RUN"]
     try:
         run = config.from_hydra(cfg)
         cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
@@ -112,14 +110,17 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         claim = lock.claim(run_dir)
+        if claim is None:
+            return Outcome(run_dir, "busy", f"{lock.holder(run_dir)} is at {run_dir}")
+        try:
+            return _launch(run, command, claim, sweep)
+        finally:
+            claim.release()
     except OSError as error:
-        raise _cannot_write(run, error) from error
-    if claim is None:
-        return Outcome(run_dir, "busy", f"{lock.holder(run_dir)} is at {run_dir}")
-    try:
-        return _launch(run, command, claim, sweep)
-    finally:
-        claim.release()
+        message = f"outputs_dir={run.outputs_dir}: cannot write {run_dir} ({error.strerror})"
+        if error.errno in results.DISK_ERRORS:
+            return Outcome(run_dir, "failed", message, "disk")
+        raise ConfigError(message) from error
 
 
 def rank() -> int:
@@ -134,6 +135,7 @@ def _further_rank(run: RunConfig) -> Outcome:
     found = results.read(run.run_dir)
     if found is not None and found["status"] == "finished" and not run.rerun:
         return Outcome(run.run_dir, "skipped")
+    run.run_dir.mkdir(parents=True, exist_ok=True)
     code = worker.main(run.run_dir, run=run)
     return Outcome(run.run_dir, "finished" if code == 0 else "failed")
 
@@ -141,7 +143,16 @@ def _further_rank(run: RunConfig) -> Outcome:
 def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Outcome:
     run_dir = run.run_dir
     found = results.read(run_dir)
-    own = (lock.CLAIM_NAME, "config.yaml", "command.txt")  # all there is before the first result
+    same = found is not None and results.get(found, "run.identity") == config.identity(run)
+    since = run.launch.since
+    if since and found and same and found["status"] in ("finished", "failed"):
+        ended = (run_dir / results.FILE_NAME).stat().st_mtime
+        if ended > since:  # another controller of this sweep has done it, or tried
+            if found["status"] == "finished":
+                return Outcome(run_dir, "skipped")
+            return _outcome(run_dir, found)
+    # All that there is before the first result:
+    own = (lock.CLAIM_NAME, lock.RANKS_NAME, "config.yaml", "command.txt")
     if found is None and not run.rerun and any(p.name not in own for p in run_dir.iterdir()):
         raise ConfigError(
             f"{run_dir} holds files and no result.json that can be read: choose another run_name, "
@@ -150,7 +161,7 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Out
     status = found["status"] if found else None
     cut = status in ("running", "interrupted", "failed") and results.can_go_on(run_dir)
     if found is not None and not run.rerun and (status == "finished" or cut):
-        if results.get(found, "run.identity") != config.identity(run):
+        if not same:
             state = (
                 "a finished run" if status == "finished" else "the checkpoint of an unfinished run"
             )
@@ -159,20 +170,24 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Out
                 "choose another run_name, or rerun=true to replace it"
             )
         if status == "finished":
+            results.clear(run_dir)  # what a kill at the very end left
             return Outcome(run_dir, "skipped")
     if found is not None and status == "failed" and sweep and not run.retry and not run.rerun:
         failure = found.get("failure") or {}
-        same = results.get(found, "run.identity") == config.identity(run)
         if same and failure.get("class") not in (None, "config", "killed"):
-            return Outcome(run_dir, "failed", failure.get("message") or "", failure["class"])
+            return _outcome(run_dir, found)
     go_on, attempts, micro_batch = cut and not run.rerun, run.retry, None
     while True:
         prepare(run, command, go_on=go_on, micro_batch=micro_batch)
         outcome = _attempt(run, claim, quiet=sweep)
         go_on = True
         fewer = config.smaller_micro_batch(run, micro_batch or run.train.micro_batch)
-        if outcome.message == KILLED_FOR_MEMORY and run.train.on_oom == "halve" and fewer:
-            micro_batch = fewer  # which the worker had no time to do by itself
+        # What the worker had no time to do by itself, and ranks do not do one without the others.
+        halves = outcome.message == KILLED_FOR_MEMORY or (
+            run.launch.num_processes > 1 and outcome.message.startswith("PassOutOfMemoryError")
+        )
+        if halves and run.train.on_oom == "halve" and fewer:
+            micro_batch = fewer
         elif outcome.failure_class in WORTH_RETRYING and attempts:
             attempts -= 1
         else:
@@ -183,36 +198,62 @@ def _attempt(run: RunConfig, claim: lock.Claim, *, quiet: bool) -> Outcome:
     """One worker from its start to its end."""
     run_dir = run.run_dir
     kills = start.oom_kills()
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # this process is a rank of an accelerate launch
-        from harness import worker
+    ranks = run.launch.num_processes > 1
+    by_hand = os.environ.get("WORLD_SIZE", "1") != "1"  # we are a rank of an accelerate launch
+    try:
+        if by_hand:
+            from harness import worker
 
-        code = worker.main(run_dir)
-    elif run.launch.num_processes > 1:
-        code = start.wait_for(*start.accelerate(run, claim))
-    else:
-        code = start.wait_for(*start.fork(run, claim, quiet))
-    record = results.read(run_dir)
-    if record is None or record["status"] == "running":  # it died without a word
+            code = worker.main(run_dir)
+        elif ranks:
+            code = start.wait_for(*start.accelerate(run, claim))
+        else:
+            code = start.wait_for(*start.fork(run, claim, quiet))
+    except KeyboardInterrupt:
+        record = results.read(run_dir) or {}
+        if record.get("status") == "running":  # stopped at once, or before it had begun
+            _record(run_dir, record, "interrupted", results.INTERRUPTED)
+        raise
+    record = results.read(run_dir) or {"status": "running"}
+    failure = record.get("failure") or {}
+    # Ranks end one another: who says no more than that may not know why.
+    silent = failure.get("class") in ("killed", "interrupted") and (ranks or by_hand)
+    if record["status"] == "running" or silent:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone, exit status {code}"
-        reason = f"the worker was {how}"
-        kind = "killed" if code < 0 or run.launch.num_processes > 1 else "error"
-        if code == -signal.SIGKILL and start.oom_kills() > kills:
-            kind, reason = "oom", KILLED_FOR_MEMORY
-        failure: dict[str, Any] = {
-            "class": kind,
-            "message": reason,
+        failure = {
+            "class": "killed" if code < 0 or ranks else "error",
+            "message": "a rank was killed" if ranks else f"the worker was {how}",
             "log_tail": results.tail(run_dir / "log.txt"),
         }
-        record = (record or {}) | {"status": "failed", "failure": failure}
-        try:
-            results.write(run_dir, record)
-        except OSError as error:
-            failure |= {"class": "disk", "message": f"{run_dir}: {error.strerror}"}
+        if start.oom_kills() > kills and (ranks or code == -signal.SIGKILL):
+            failure |= {"class": "oom", "message": KILLED_FOR_MEMORY}
+        elif told := results.rank_failures(run_dir):
+            failure = told[0]
+        elif by_hand:
+            failure = record.get("failure") or failure
+        status = "interrupted" if failure["class"] == "interrupted" else "failed"
+        record = _record(run_dir, record, status, failure)
+    return _outcome(run_dir, record)
+
+
+def _record(
+    run_dir: Path, record: dict[str, Any], status: str, failure: dict[str, Any]
+) -> dict[str, Any]:
+    """Write down what became of a run that could not do so itself."""
+    results.free_reserve(run_dir)
+    record = record | {"status": status, "failure": failure}
+    try:
+        results.write(run_dir, record)
+    except OSError as error:
+        record["failure"] = {"class": "disk", "message": f"{run_dir}: {error.strerror}"}
+    return record
+
+
+def _outcome(run_dir: Path, record: dict[str, Any]) -> Outcome:
     failure = record.get("failure") or {}
     message = (failure.get("message") or "").splitlines()
-    return Outcome(
-        run_dir, record["status"], message[0] if message else "", failure.get("class") or ""
-    )
+    kind = failure.get("class") or ""
+    return Outcome(run_dir, record["status"], message[0] if message else "", kind)
 
 
 def prepare(
@@ -223,23 +264,15 @@ def prepare(
     What was there is cleared away, unless the run is to `go_on` from its checkpoint.
     """
     run_dir = run.run_dir
-    try:
-        for old in () if go_on else run_dir.iterdir():
-            if old.name != lock.CLAIM_NAME:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        OmegaConf.save(OmegaConf.create(config.to_dict(run)), run_dir / "config.yaml")
-        (run_dir / "command.txt").write_text(command + "\n", "utf-8")
-        record = {"status": "running"} | results.describe(run, run_dir)
-        record["run"]["micro_batch"] = micro_batch
-        results.write(run_dir, record)
-    except OSError as error:
-        raise _cannot_write(run, error) from error
-
-
-def _cannot_write(run: RunConfig, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"outputs_dir={run.outputs_dir}: cannot write {run.run_dir} ({error.strerror})"
-    )
+    locks = (lock.CLAIM_NAME, lock.RANKS_NAME)
+    for old in run_dir.glob(f"{results.RANK_FAILURE}*") if go_on else run_dir.iterdir():
+        if old.name not in locks:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    OmegaConf.save(OmegaConf.create(config.to_dict(run)), run_dir / "config.yaml")
+    (run_dir / "command.txt").write_text(command + "\n", "utf-8")
+    record = {"status": "running"} | results.describe(run, run_dir)
+    record["run"]["micro_batch"] = micro_batch
+    results.write(run_dir, record)
 
 
 # --------------------------------------------------------------------------------- descriptions

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness import config, results
+from harness import config, lock, results
 from harness.config import RunConfig
 
 ENDED = ("finished", "failed", "interrupted")
@@ -34,7 +34,7 @@ class _Seen:
     status: str = "waiting"
     record: dict[str, Any] = field(default_factory=dict)
     before: str = ""  # the status when the sweep began, if the run had ended then
-    said: bool = False  # whether its end has been told
+    said: bool = False  # whether its end has been told; another attempt has an end of its own
 
     @property
     def name(self) -> str:
@@ -52,7 +52,17 @@ class _Seen:
         self.modified, old = modified, self.status
         self.record = results.read(self.run.run_dir) or self.record
         self.status = self.record.get("status", self.status)
+        self.said = self.said and self.status in ENDED
         return self.status != old
+
+    def begin(self) -> None:
+        """See what is there before the sweep: what will run again, or may, is yet to come."""
+        self.look()
+        if self.run.rerun or (self.status == "running" and not lock.is_claimed(self.run.run_dir)):
+            self.status = "waiting"
+        elif self.status in ENDED:
+            self.before = self.status
+            self.status = "finished" if self.before == "finished" else "waiting"
 
     def share(self) -> float:
         """How much of its steps a running run has done."""
@@ -82,13 +92,10 @@ class View:
         self._seen = [_Seen(run) for run in runs]
         self._started = time.monotonic()
         self._over = threading.Event()
-        self._ended = 0
         self._console = Console()
         self._live: Live | None = None
         for seen in self._seen:
-            seen.look()
-            if seen.status in ENDED:
-                seen.before = seen.status
+            seen.begin()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> View:
@@ -106,8 +113,10 @@ class View:
         self._thread.join()
         self._look()
         for seen in self._seen:
-            if seen.status in ENDED and not seen.said and error[0] is None:
-                self._say(seen)  # it failed earlier, and was left as it is
+            if seen.status == "waiting" and seen.before:
+                seen.status = seen.before  # it failed earlier, and was left as it is
+                if error[0] is None:
+                    self._say(seen)
         if self._live is not None:
             self._live.update(self._picture())
             self._live.stop()
@@ -124,9 +133,9 @@ class View:
                 self._say(seen)
 
     def _say(self, seen: _Seen) -> None:
-        self._ended += 1
         seen.said = True
-        print(f"[{self._ended}/{len(self._seen)}] {seen.name} {seen.line()}", flush=True)
+        ended = sum(seen.said for seen in self._seen)
+        print(f"[{ended}/{len(self._seen)}] {seen.name} {seen.line()}", flush=True)
 
     def _picture(self) -> Group:
         counts = Counter(seen.status for seen in self._seen)

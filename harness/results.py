@@ -13,10 +13,13 @@ environment.{commit, versions, hardware, runs_beside}.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +30,12 @@ from harness.config import RunConfig
 
 SCHEMA_VERSION = 1
 FILE_NAME = "result.json"
-CHECKPOINTS = "checkpoints"  # folder of a run that is not finished
+# Of a run that is not finished: a folder, the weights that validation has chosen so far, and room
+# for the result on a disk that fills.
+CHECKPOINTS, BEST, RESERVE = "checkpoints", "best.safetensors", ".reserve"
+RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
+INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 METRICS_NAME = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
@@ -113,8 +121,7 @@ class Metrics:
             for row in (read_metrics(run_dir) if step else ())
             if row["step"] <= (step if "train/nll" in row else validated)
         ]
-        with path.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in kept)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._stream = path.open("a", encoding="utf-8", buffering=1)
 
     def __enter__(self) -> Metrics:
@@ -138,6 +145,44 @@ class Metrics:
 def can_go_on(run_dir: Path) -> bool:
     """Whether a run was cut after a checkpoint."""
     return any((run_dir / CHECKPOINTS).glob("[0-9]*"))
+
+
+def clear(run_dir: Path) -> None:
+    """Delete what only an unfinished run needs."""
+    free_reserve(run_dir)
+    for name in (BEST, CHECKPOINTS):
+        path = run_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def keep_reserve(run_dir: Path) -> None:
+    """Keep room for the result on a disk that fills."""
+    (run_dir / RESERVE).write_bytes(b"-" * 2**18)
+
+
+def free_reserve(run_dir: Path) -> None:
+    """Give that room back."""
+    with suppress(OSError):
+        (run_dir / RESERVE).unlink(missing_ok=True)
+
+
+def write_rank_failure(run_dir: Path, rank: int, failure: dict[str, Any]) -> None:
+    """What ended a rank that does not write the result; ranks that others ended say nothing."""
+    if failure["class"] not in ("killed", "interrupted"):
+        text = json.dumps({"time": time.time()} | failure)
+        write_atomically(run_dir / f"{RANK_FAILURE}{rank}.json", text)
+
+
+def rank_failures(run_dir: Path) -> list[dict[str, Any]]:
+    """What ended ranks of this attempt, the earliest first."""
+    found = []
+    for path in run_dir.glob(f"{RANK_FAILURE}*.json"):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text("utf-8")))
+    return sorted(found, key=lambda failure: float(failure.pop("time")))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -6,35 +6,80 @@ already: the two together are one order.
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def passed_on(workers: Callable[[], set[int]]) -> Iterator[None]:
+    """Within, an order goes to the processes of `workers` first, which have time to end.
+
+    Then, or at a second order, it raises KeyboardInterrupt: whoever keeps those processes may kill
+    them at that. Outside the main thread, which signals go to, nothing changes.
+    """
+    told: set[int] | None = None
+
+    def heard(number: int, frame: Any) -> None:
+        nonlocal told
+        if told is None:
+            told = workers()
+            for pid in told:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            while workers() & told:
+                time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, heard) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Stop:
-    """Whether the run is to stop. Raises KeyboardInterrupt at once, except within `deferred`."""
+    """Whether the run is to stop. It only notes an order, except within `at_once`, where it raises
+    KeyboardInterrupt, once; a second Ctrl-C raises it anywhere."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._raised = False
         self._interrupts = 0
-        self._deferring = False
+        self._deferring = True
 
     def listen(self) -> Stop:
-        """Take over both signals of this process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Take over both signals of this process, and let through what was held back so far."""
+        for number in SIGNALS:
             signal.signal(number, self._heard)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
+
+    def ignore(self) -> None:
+        """Hear no more: what is left to do is short and must be done."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _heard(self, number: int, frame: Any) -> None:
         self.requested = True
         self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1 or not self._deferring:
+        if self._interrupts > 1 or not (self._deferring or self._raised):
+            self._raised = True
             raise KeyboardInterrupt
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note an order; whoever defers looks at `requested` where stopping is safe."""
+        """Within `at_once`, a part that looks at `requested` itself, where stopping is safe."""
         before, self._deferring = self._deferring, True
         try:
             yield
@@ -43,10 +88,11 @@ class Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within `deferred`, a part that may be broken off; an order noted before breaks it too."""
+        """A part that may be broken off anywhere; an order noted before breaks it off too."""
         before, self._deferring = self._deferring, False
         try:
-            if self.requested:
+            if self.requested and not self._raised:
+                self._raised = True
                 raise KeyboardInterrupt
             yield
         finally:

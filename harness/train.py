@@ -223,11 +223,11 @@ def train(
         while True:
             due = state.step % run.evaluate.every == 0 or state.step == steps
             if due and state.validated < state.step:
-                try:
-                    with stop.at_once():
+                try:  # ranks must all do the same: they read validation to its end
+                    with stop.at_once() if world == 1 else nullcontext():
                         nll = validate()
                 except KeyboardInterrupt:
-                    if world == 1 and saved < state.step:
+                    if saved < state.step:
                         save()
                     raise
                 log({"step": state.step, "tokens": state.tokens, "eval/validation/nll": nll})

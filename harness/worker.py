@@ -8,11 +8,11 @@ goes on), 2 a mistake in the configuration, 1 any other failure.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import faulthandler
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -42,6 +42,7 @@ from harness import (
     network,
     plan,
     results,
+    start,
     train,
 )
 from harness.config import ConfigError, RunConfig
@@ -49,7 +50,6 @@ from harness.methods.svd import CACHE_ENV
 from harness.stop import Stop
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
-RESERVE = ".reserve"  # room for the result on a disk that fills
 log = logging.getLogger("harness")
 
 
@@ -62,7 +62,7 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     gc.freeze()  # a million imported objects, which the collector would look at again and again
     stop = Stop().listen()
     rank = int(os.environ.get("RANK", "0"))
-    log_path = run_dir / "log.txt" if rank == 0 else Path(os.devnull)
+    log_path = run_dir / (f"log-rank-{rank}.txt" if rank else "log.txt")
     handler = logging.FileHandler(log_path, delay=True)
     logging.basicConfig(
         level=logging.INFO,
@@ -72,26 +72,27 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     )
     logging.raiseExceptions = False  # a full disk is told of once, by the result
     logging.captureWarnings(True)
-    started = time.time()
     result: dict[str, Any] = {"status": "failed"}
     code = 1
+    so_far = None
     try:
-        with log_path.open("a") as crash_log:
-            faulthandler.enable(crash_log)  # a segfault leaves its stack there
-            if rank == 0:
-                (run_dir / RESERVE).write_bytes(b"-" * 2**18)
-            beside = lock.beside() if rank == 0 else None
-            run = run or config.load(run_dir / "config.yaml")
-            result |= results.describe(run, run_dir)
-            perform(run, run_dir, result, stop, quiet=quiet)
-            if beside:
-                result["environment"]["runs_beside"] = beside.most()
+        try:
+            with stop.at_once(), log_path.open("a") as crash_log:
+                faulthandler.enable(crash_log)  # a segfault leaves its stack there
+                if rank == 0:
+                    results.keep_reserve(run_dir)
+                    so_far = SoFar(time.time(), lock.beside())
+                run = run or config.load(run_dir / "config.yaml")
+                result |= results.describe(run, run_dir)
+                perform(run, run_dir, result, stop, so_far or SoFar(time.time()), quiet=quiet)
+        finally:
+            stop.ignore()
             faulthandler.disable()
         result["status"] = "finished"
         code = 0
     except KeyboardInterrupt:
         result["status"] = "interrupted"
-        result["failure"] = {"class": "interrupted", "message": "interrupted"}
+        result["failure"] = dict(results.INTERRUPTED)
         log.warning("interrupted")
         code = RESUME_ME
     except ConfigError as error:
@@ -102,37 +103,73 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
         message = f"{type(error).__name__}: {error}"
         result["failure"] = {"class": failure_class(error), "message": message}
         log.exception("failed")
-    faulthandler.disable()
-    if rank:
-        return code
-    result["wall_seconds"] = time.time() - started
     if "failure" in result:
         result["failure"]["log_tail"] = results.tail(log_path)
-    (run_dir / RESERVE).unlink(missing_ok=True)
-    with stop.deferred():
-        results.write(run_dir, result)
-        if code == 0:  # and not before: until then the run goes on from its last checkpoint
-            checkpoint.clear(run_dir)
+    if rank:
+        if "failure" in result:
+            results.write_rank_failure(run_dir, rank, result["failure"])
+        return code
+    if so_far:
+        facts = so_far.facts()
+        result["wall_seconds"] = facts["wall_seconds"]
+        result.setdefault("environment", {})["runs_beside"] = facts["runs_beside"]
+        so_far.end()
+    results.free_reserve(run_dir)
+    results.write(run_dir, result)
+    if code == 0:  # and not before: until then the run goes on from its last checkpoint
+        results.clear(run_dir)
     return code
+
+
+@dataclasses.dataclass
+class SoFar:
+    """What a run has had of the machine; a checkpoint keeps it for the run that goes on."""
+
+    started: float  # seconds since 1970
+    beside: lock.Beside | None = None
+    wall_seconds: float = 0.0  # of the parts before this one, up to their checkpoints
+    runs_beside: int = 0  # in those parts, at most
+
+    def go_on(self, facts: dict[str, Any]) -> None:
+        """Take over what `facts` said of the parts before."""
+        self.wall_seconds, self.runs_beside = facts["wall_seconds"], facts["runs_beside"] or 0
+
+    def facts(self) -> dict[str, Any]:
+        """Of all parts together; runs beside are None where they are not counted."""
+        most = max(self.runs_beside, self.beside.most()) if self.beside else None
+        seconds = self.wall_seconds + time.time() - self.started
+        return {"wall_seconds": seconds, "runs_beside": most}
+
+    def end(self) -> None:
+        """No longer count as a run that is under way."""
+        if self.beside:
+            self.beside.end()
 
 
 def failure_class(error: Exception) -> str:
     """oom | nan | disk | killed (another rank) | error, for result.json."""
-    if isinstance(error, ArithmeticError):
+    if isinstance(error, train.NonFiniteLossError):
         return "nan"
     if train.out_of_memory(error):
         return "oom"
     if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
         return "killed"
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
     words = ("No space left on device", "os error 28", "Disk quota exceeded")
-    if getattr(error, "errno", None) in full or any(word in str(error) for word in words):
+    if getattr(error, "errno", None) in results.DISK_ERRORS:
+        return "disk"
+    if any(word in str(error) for word in words):
         return "disk"
     return "error"
 
 
 def perform(
-    run: RunConfig, run_dir: Path, result: dict[str, Any], stop: Stop, *, quiet: bool
+    run: RunConfig,
+    run_dir: Path,
+    result: dict[str, Any],
+    stop: Stop,
+    so_far: SoFar,
+    *,
+    quiet: bool,
 ) -> None:
     """data -> model -> method -> train -> evaluate; fills `result` as it goes."""
     if run.data.id or run.model.id or run.model.tokenizer:
@@ -201,9 +238,11 @@ def perform(
     state = train.State(micro_batch=halved or run.train.micro_batch)
     at_evaluation: dict[str, Any] = {}  # memory
     newest = best = (np.zeros(0), np.zeros(0, np.int64))  # nats and tokens of validation documents
-    best_path = run_dir / checkpoint.BEST
+    best_path = run_dir / results.BEST
     found = checkpoint.latest(run_dir)
     if found is not None and optimizer is not None:
+        check_ranks(run, found.facts["processes"], accelerator.num_processes)
+        so_far.go_on(found.facts["so_far"])
         state = train.State(**found.facts["state"])
         state.micro_batch = min(halved or state.micro_batch, state.micro_batch)
         state.resumed_at.append(state.step)
@@ -275,6 +314,8 @@ def perform(
             "at_evaluation": at_evaluation,
             "step0": result["quality"]["step0"],
             "process": process.by_phase,
+            "processes": accelerator.num_processes,
+            "so_far": so_far.facts(),
         }
         checkpoint.save(run_dir, tensors, facts, best_path, accelerator)
 
@@ -343,6 +384,20 @@ def perform(
         result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
 
 
+def check_ranks(run: RunConfig, before: int, now: int) -> None:
+    """Raise ConfigError where a run cannot go on with another number of processes."""
+    if now != before and (run.model.dropout or getattr(run.method, "dropout", 0)):
+        raise ConfigError(
+            f"the run was cut with launch.num_processes={before}, whose draws of dropout {now} "
+            f"cannot go on with: set launch.num_processes={before}, or rerun=true to begin again"
+        )
+
+
 if __name__ == "__main__":
     warnings.simplefilter("default")
-    sys.exit(main(Path(sys.argv[1])))
+    folder = Path(sys.argv[1])
+    if "RANK" in os.environ:
+        start.die_with_parent(signal.SIGKILL)  # no rank outlives the launcher of all
+        if not lock.join(folder):
+            sys.exit(f"{folder}: the launcher of this rank is gone")
+    sys.exit(main(folder))

@@ -6,11 +6,15 @@ Hydra loads plugins from packages of this name only; the rest of the harness is 
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -18,8 +22,9 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config, launch, progress, results
+from harness import config, launch, lock, progress, results
 from harness.config import ConfigError, RunConfig
+from harness.stop import passed_on
 
 log = logging.getLogger(__name__)
 BUSY_SECONDS = 2.0  # between looks at runs that other controllers have claimed
@@ -44,6 +49,12 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the union; raises ConfigError before the first run if any is not valid."""
         assert self.config is not None and self.hydra_context is not None and self.launcher
+        if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+            typed = shlex.join(["-m", f"launch.num_processes={world}", *arguments])
+            raise ConfigError(
+                "a sweep cannot run under accelerate launch, whose every process would do all of "
+                f"it: python -m harness {typed}"
+            )
         loader = self.hydra_context.config_loader
         jobs = combinations(self.grids, self._parse_config(), arguments, loader)
         jobs, runs, same = check(jobs, self.config, self.hydra_context)
@@ -62,10 +73,17 @@ class GridSweeper(BasicSweeper):
         assert self.launcher is not None
         outcomes: dict[int, launch.Outcome] = {}
         todo = list(range(len(jobs)))
-        with progress.View(runs):
+        here = isinstance(self.launcher, BasicLauncher)
+        since = f"{launch.SINCE}{time.time()}"
+
+        def workers() -> set[int]:
+            return {pid for run in runs if (pid := lock.worker_at(run.run_dir))}
+
+        with progress.View(runs), nullcontext() if here else passed_on(workers):
             while todo:
+                asked = [[*jobs[i], since] for i in todo]
                 try:
-                    returned = self.launcher.launch([jobs[i] for i in todo], initial_job_idx=0)
+                    returned = self.launcher.launch(asked, initial_job_idx=0)
                 except Exception as error:  # no cluster, no connection: a launcher's own trouble
                     log.debug("launcher", exc_info=True)
                     name = type(self.launcher).__name__

@@ -31,7 +31,8 @@ def _worker(run_dir, deadly, number):
     """Do the run; at the `number`-th call of `deadly` in harness.checkpoint die by SIGKILL."""
     calls = 0
     if deadly:
-        owner, name = (os, "fsync") if deadly == "fsync" else (checkpoint, deadly)
+        owners = {"fsync": os, "clear": results}
+        owner, name = owners.get(deadly, checkpoint), deadly
         original = getattr(owner, name)
 
         def die(*arguments, **named):
@@ -119,7 +120,7 @@ def test_a_kill_at_a_random_moment_changes_nothing(undisturbed, tmp_path, seed):
         assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
     left = {path.name for path in run.run_dir.iterdir()}
-    assert not left & {results.CHECKPOINTS, checkpoint.BEST, worker.RESERVE}
+    assert not left & {results.CHECKPOINTS, results.BEST, results.RESERVE}
 
 
 # Calls within the writing of a checkpoint, some of the first one and some of a later one.
@@ -290,14 +291,20 @@ def test_a_checkpoint_holds_what_trains_and_restores_it(tiny, tmp_path):
 
 def test_stop_waits_where_it_must_and_not_where_it_need_not():
     stop = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        stop._heard(signal.SIGTERM, None)
+    stop._heard(signal.SIGTERM, None)  # nothing has begun that could be broken off
+    with pytest.raises(KeyboardInterrupt), stop.at_once():
+        raise AssertionError("an order that was noted before breaks it off")
+    stop._heard(signal.SIGINT, None)  # the same order's echo, while its end is written
     stop = Stop()
-    with stop.deferred():
-        stop._heard(signal.SIGINT, None)
-        stop._heard(signal.SIGTERM, None)  # the controller's echo of the same Ctrl-C
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt), stop.at_once():
-            raise AssertionError("an order that was noted before breaks it off")
-        with pytest.raises(KeyboardInterrupt):
-            stop._heard(signal.SIGINT, None)  # the second one does not wait
+    with pytest.raises(KeyboardInterrupt), stop.at_once():
+        with stop.deferred():
+            stop._heard(signal.SIGINT, None)
+            stop._heard(signal.SIGTERM, None)  # the controller's echo of the same Ctrl-C
+            assert stop.requested
+            with pytest.raises(KeyboardInterrupt):
+                stop._heard(signal.SIGINT, None)  # the second one does not wait
+        raise KeyboardInterrupt
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt), stop.at_once():
+        stop._heard(signal.SIGTERM, None)
+        raise AssertionError("what may be broken off is")
