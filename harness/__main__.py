@@ -14,20 +14,26 @@ import os
 import signal
 import sys
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if listens:  # a Ctrl-C during the imports is no traceback either
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from harness import config, launch, report
-from harness.config import CONF_DIR, ConfigError
+import hydra  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402
+
+from harness import config, launch, report  # noqa: E402
+from harness.config import CONF_DIR, ConfigError  # noqa: E402
 
 
 def main() -> int:
     """Run what the command line asks for; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to Hydra's printer
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind
     outcomes = launch.OUTCOMES
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(
             launch.task
         )()

