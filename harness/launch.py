@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -67,6 +68,7 @@ def task(cfg: DictConfig) -> Outcome:
         own = [o for o in hydra_config.overrides.task if not o.startswith(SINCE)]
         arguments = [*own, "hydra.mode=RUN"]
     try:
+        _go_to(hydra_config.runtime.cwd)
         run = config.from_hydra(cfg)
         cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
         run = replace(run, launch=replace(run.launch, cores=cores))
@@ -83,6 +85,17 @@ def task(cfg: DictConfig) -> Outcome:
     return outcome
 
 
+def _go_to(folder: str) -> None:
+    """Work where the program was started, also in a launcher's process that began elsewhere."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}, where the sweep was started, is not on {socket.gethostname()} "
+            f"({error.strerror}): start it in a folder that all machines share"
+        ) from error
+
+
 def _cores_left_by(launcher: Any) -> int | None:
     """The cores that Hydra's launcher leaves a run: joblib's, Ray's, submitit's word for it."""
     if n_jobs := OmegaConf.select(launcher, "n_jobs"):  # negative: counted from all cores down
@@ -91,7 +104,7 @@ def _cores_left_by(launcher: Any) -> int | None:
     for key in ("ray.remote.num_cpus", "cpus_per_task"):
         if found := OmegaConf.select(launcher, key):
             return max(1, int(found))
-    return None
+    return 1 if OmegaConf.select(launcher, "ray") else None  # Ray's own default
 
 
 def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:

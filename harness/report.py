@@ -182,8 +182,11 @@ def print_table(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
                 f"{said[0] if said else ''} (log: {run_dir / 'log.txt'})"
             )
     if everything:
-        write_csv(folder / "results.csv", everything)
-        print(f"saved: {folder / 'results.csv'} and one directory per run beside it")
+        try:
+            write_csv(folder / "results.csv", everything)
+            print(f"saved: {folder / 'results.csv'} and one directory per run beside it")
+        except OSError as error:
+            print(f"not saved: {folder / 'results.csv'}: {error.strerror}", file=sys.stderr)
     print(f"again: python -m harness.report {shlex.quote(str(folder))}")
 
 

@@ -169,6 +169,11 @@ def _validate_launch(run: RunConfig) -> None:
             f"launch.accelerate={launch.accelerate}: "
             f"{nearest(launch.accelerate, options('accelerate'))}"
         )
+    if launch.accelerate == "single_gpu" and ranks > 1:
+        raise ConfigError(
+            f"launch.accelerate=single_gpu starts one process, and launch.num_processes={ranks} "
+            "asks for more: set launch.accelerate=ddp"
+        )
     blocks = run.train.batch_tokens // run.data.context
     step = run.train.micro_batch * ranks
     if ranks > 1 and blocks % step:

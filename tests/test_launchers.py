@@ -1,8 +1,17 @@
 """Sweeps by other launchers give the basic one's numbers, bit for bit (make test-launchers)."""
 
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
 import pytest
 
 from harness import results
+from harness.config import REPOSITORY
 
 pytestmark = pytest.mark.launchers
 SWEEP = [
@@ -54,3 +63,61 @@ def test_a_failure_under_joblib_is_local(harness, tmp_path):
     assert done.returncode == 1 and "1 of 2 runs failed" in done.stderr
     statuses = [r["status"] for _, r in results.collect(tmp_path / "outputs" / "scratch")]
     assert sorted(statuses) == ["failed", "finished"]
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_an_order_under_joblib_leaves_checkpoints_to_go_on_from(harness, tmp_path, whole_group):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    sweep = [*SWEEP, "train.steps=40", "evaluate.every=40"]
+    chosen = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    controller = subprocess.Popen(
+        [sys.executable, "-m", "harness", *sweep, *chosen], cwd=tmp_path, text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    folder = tmp_path / "outputs" / "scratch"
+    while len(list(folder.glob("*/metrics.jsonl"))) < 2 or not all(
+        results.last_metrics(path.parent).get("step", 0) > 2
+        for path in folder.glob("*/metrics.jsonl")
+    ):
+        assert controller.poll() is None, controller.communicate()
+        time.sleep(0.05)
+    if whole_group:  # a Ctrl-C
+        os.killpg(controller.pid, signal.SIGINT)
+    else:
+        controller.send_signal(signal.SIGTERM)
+    _, errors = controller.communicate(timeout=60)
+    assert controller.returncode == 130, errors
+    cut = [run_dir for run_dir, _ in results.collect(folder) if results.can_go_on(run_dir)]
+    assert len(cut) >= 2
+    assert all(results.read(run_dir)["status"] == "interrupted" for run_dir in cut)
+    again = harness(*sweep)
+    assert again.returncode == 0, again.stderr
+    whole = harness(*sweep, "experiment_name=basic")
+    assert whole.returncode == 0, whole.stderr
+    assert outcomes(folder) == outcomes(tmp_path / "outputs" / "basic")
+    assert all(results.read(run_dir)["run"]["resumed_at"] for run_dir in cut)
+
+
+def test_a_ray_cluster_that_is_there_is_used_by_its_address(harness, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    ray = Path(sys.executable).parent / "ray"
+    started = subprocess.run(
+        [ray, "start", "--head", "--num-cpus=2", "--port=0", f"--temp-dir={tempfile.mkdtemp()}",
+         "--include-dashboard=false", "--disable-usage-stats"],  # its sockets need a short path
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    try:
+        cluster = [
+            "hydra/launcher=ray", "+hydra.launcher.ray.remote.num_cpus=1",
+            "++hydra.launcher.ray.init.address=auto",
+            "++hydra.launcher.ray.init.object_store_memory=null",
+        ]  # fmt: skip
+        done = harness(*SWEEP, "method.r=1", *cluster, "experiment_name=ray")
+        assert done.returncode == 0, done.stderr
+    finally:
+        subprocess.run([ray, "stop", "--force"], capture_output=True, timeout=60)
+    assert harness(*SWEEP, "method.r=1", "experiment_name=basic").returncode == 0
+    expected = outcomes(tmp_path / "outputs" / "basic")
+    assert len(expected) == 2 and outcomes(tmp_path / "outputs" / "ray") == expected
