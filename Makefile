@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment report test test-faults test-launchers lint bench gpt2_mini clean
+.PHONY: help setup experiment report test test-faults test-launchers test-stats lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ test-faults: setup ## kills, damaged files and ranks at many moments (about 7 mi
 test-launchers: setup ## sweeps by joblib, Ray and submitit (about 4 minutes with their installation)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"
 	$(RUN) -m pytest -m launchers
+
+test-stats: setup ## calibration of the statistics by simulation (about 11 minutes)
+	$(RUN) -m pytest -m stats --capture=no tests/test_stats.py
 
 lint: setup ## ruff and mypy
 	$(RUN) -m ruff check .
