@@ -123,17 +123,22 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         claim = lock.claim(run_dir)
-        if claim is None:
-            return Outcome(run_dir, "busy", f"{lock.holder(run_dir)} is at {run_dir}")
-        try:
-            return _launch(run, command, claim, sweep)
-        finally:
-            claim.release()
     except OSError as error:
-        message = f"outputs_dir={run.outputs_dir}: cannot write {run_dir} ({error.strerror})"
-        if error.errno in results.DISK_ERRORS:
-            return Outcome(run_dir, "failed", message, "disk")
-        raise ConfigError(message) from error
+        return _unwritable(run, error)
+    if claim is None:
+        return Outcome(run_dir, "busy", f"{lock.holder(run_dir)} is at {run_dir}")
+    try:
+        return _launch(run, command, claim, sweep)
+    finally:
+        claim.release()
+
+
+def _unwritable(run: RunConfig, error: OSError) -> Outcome:
+    """A full disk is a failure like any other; whatever else hinders writing is a ConfigError."""
+    message = f"outputs_dir={run.outputs_dir}: cannot write {run.run_dir} ({error.strerror})"
+    if error.errno in results.DISK_ERRORS:
+        return Outcome(run.run_dir, "failed", message, "disk")
+    raise ConfigError(message) from error
 
 
 def rank() -> int:
@@ -191,7 +196,10 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Out
             return _outcome(run_dir, found)
     go_on, attempts, micro_batch = cut and not run.rerun, run.retry, None
     while True:
-        prepare(run, command, go_on=go_on, micro_batch=micro_batch)
+        try:
+            prepare(run, command, go_on=go_on, micro_batch=micro_batch)
+        except OSError as error:
+            return _unwritable(run, error)
         outcome = _attempt(run, claim, quiet=sweep)
         go_on = True
         fewer = config.smaller_micro_batch(run, micro_batch or run.train.micro_batch)

@@ -66,10 +66,15 @@ def fork(run: RunConfig, claim: lock.Claim, quiet: bool) -> tuple[Any, Callable[
     process: ForkServerProcess = context.Process(
         target=_work, args=(run, claim, _device(run.launch.cores is not None), quiet)
     )
-    try:
-        _start(process)
-    except (EOFError, ConnectionError):  # the server was killed before it was ready: a new one
-        _start(process)
+    for _ in range(10):
+        try:
+            _start(process)
+            break
+        except (EOFError, ConnectionError) as error:  # the server was killed before it was ready
+            gone = error
+            time.sleep(0.2)  # until the system says so: then a new one is started
+    else:
+        raise gone
     claim.note(worker=process.pid)
 
     def wait() -> int:
