@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment report test test-faults test-launchers test-stats lint bench gpt2_mini clean
+.PHONY: help setup experiment tune report test test-faults test-launchers test-stats lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -19,6 +19,9 @@ setup: .venv/installed ## create .venv and install the project with the pinned c
 
 experiment: setup ## run an experiment and print its table (EXPERIMENT=main, about 12 minutes)
 	$(RUN) -m harness experiment=$(EXPERIMENT)
+
+tune: setup ## search learning rates on validation, write conf/rates (about 40 minutes)
+	$(RUN) -m harness experiment=tune
 
 report: setup ## print an experiment's table again (EXPERIMENT=main)
 	$(RUN) -m harness.report outputs/$(EXPERIMENT)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,9 @@ class TrainConfig:
     steps: int = 100  # optimizer steps
     batch_tokens: int = 2048  # predicted tokens per optimizer step, all ranks together
     micro_batch: int = 8  # blocks per forward pass and rank; the rest is accumulation
-    lr: float = 1e-3  # peak learning rate
+    lr: float = 1e-3  # peak learning rate; in conf also `tuned`: by `rates`
+    rates: str | None = None  # file of conf/rates that lr=tuned reads
+    lr_from: str = "set"  # how lr was found; written by the harness
     schedule: str = "cosine"  # cosine | linear | constant
     warmup: float = 0.1  # share of the steps
     final_lr: float = 0.1  # share of the peak that the schedule ends at
@@ -211,6 +213,9 @@ class EvaluateConfig:
     stride: int | None = None  # tokens the window moves; null = context (no overlap)
     every: int = 50  # optimizer steps between validations
     batch_tokens: int | None = None  # tokens per evaluation batch; null = by memory
+    test: bool = True  # false: the test set is not even loaded, as in tuning
+    # Further texts, whose test split is evaluated before and after adaptation.
+    also: dict[str, DataConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -346,12 +351,62 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         section = values.pop(key, None)
         if not isinstance(section, dict):
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
+        if key == "train" and section.get("lr") == "tuned":
+            section |= _tuned(section, sections)
+        further = section.pop("also", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
+        if further:
+            sections[key] = replace(sections[key], also=_also(further, sections["data"]))
     from harness.validation import validate  # which needs the schemas above
 
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections)
     validate(run)
     return run
+
+
+def _tuned(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """lr and lr_from of train.lr=tuned."""
+    from harness import rates  # which needs the schemas above
+
+    model, data, method, targets = (sections[k] for k in ("model", "data", "method", "targets"))
+    setting = {"model": model.name, "data": data.name}
+    setting |= {key: train.get(key) for key in ("steps", "batch_tokens")}
+    lr, lr_from = rates.resolve(train.get("rates"), method, targets.name, setting)
+    return {"lr": lr, "lr_from": lr_from}
+
+
+def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
+    """The texts of evaluate.also: names of conf/data, or fields by name on top of such a file."""
+    names = [asked] if isinstance(asked, str) else asked
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        names = {name: {} for name in names}
+    if not isinstance(names, dict) or not all(isinstance(v, dict) for v in names.values()):
+        raise ConfigError(
+            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings_held_out], or "
+            "{mine: {source: text_files, path: FILE}}"
+        )
+    there = [option for option in options("data") if option != "source"]
+    found = {}
+    for name, fields in names.items():
+        base = name if name in there else str(fields.get("source", name))
+        if base not in there:
+            raise ConfigError(f"evaluate.also: no data set {base}; {nearest(base, there)}")
+        merged = _data_file(base) | fields | {"name": name, "cache_dir": data.cache_dir}
+        if missing := [key for key, value in merged.items() if value == "???"]:
+            raise ConfigError(f"evaluate.also.{name}.{missing[0]} is missing")
+        found[name] = _typed(DataConfig, merged, f"evaluate.also.{name}")
+    return found
+
+
+def _data_file(option: str) -> dict[str, Any]:
+    """conf/data/<option>.yaml with its defaults, which are further files of the folder."""
+    loaded = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "data" / f"{option}.yaml"))
+    assert isinstance(loaded, dict)
+    own = {str(key): value for key, value in loaded.items()}
+    merged: dict[str, Any] = {}
+    for other in own.pop("defaults", ["_self_"]):
+        merged |= own if other == "_self_" else _data_file(other)
+    return merged
 
 
 def load(path: Path) -> RunConfig:
@@ -371,19 +426,20 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
 _NOT_IDENTITY = (
     "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
 )  # fmt: skip
-_NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every")
+_NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 
 
 def identity(run: RunConfig) -> str:
     """SHA-256 of everything in the config that can move the run's numbers."""
     values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
-    values["data"] = {k: v for k, v in values["data"].items() if k != "cache_dir"}
+    for fields in (values["data"], *values["evaluate"]["also"].values()):
+        del fields["cache_dir"]
+        if fields["source"] == "text_files" and fields["path"]:
+            from harness.documents import files_digest
+
+            fields["files"] = files_digest(fields["path"])  # the same path, another text
     for key in _NOT_IDENTITY_OF_TRAINING:
         del values["train"][key]
-    if run.data.source == "text_files" and run.data.path:
-        from harness.documents import files_digest
-
-        values["data"]["files"] = files_digest(run.data.path)  # the same path, another text
     if isinstance(run.method, LoraMethod):
         values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one
     if run.method.name in ("none", "full"):

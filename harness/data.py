@@ -34,9 +34,10 @@ class Data:
     """The text of one run, as tokens on disk. Splits never share a document."""
 
     blocks: Dataset  # train: `tokens`, context + 1 ids; block i predicts its last `context`
-    held_out: dict[str, Dataset]  # validation, test: id, tokens, num_words, num_bytes per document
+    held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document
     num_documents: dict[str, int]  # by split
     tokenized: bool  # whether anything was tokenised now, rather than found in the cache
+    tokenizer: str  # twelve digits that change with its vocabulary, merges or end-of-text token
 
     @property
     def num_blocks(self) -> int:
@@ -44,29 +45,47 @@ class Data:
         return len(self.blocks)
 
 
-def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, test: bool = True) -> Data:
     """Read, tokenise and pack the documents of `cfg`, or find the result in the cache.
+
+    Without `test` that split is not in the result: nothing that gets it can read it.
 
     Raises:
         ConfigError: no text, or less than one block of it.
     """
-    splits = documents.read(cfg)
+    splits = documents.read(cfg, documents.SPLITS if test else ("train", "validation"))
     fingerprint = _tokenizer_fingerprint(tokenizer)
     tables, fresh = {}, False
     for name, docs in splits.items():
         block = cfg.context if name == "train" else 0
-        key = _key(docs, fingerprint, str(block))
-        folder = Path(cfg.cache_dir) / "tokens" / key
-        found = _load(folder)
-        if found is None:
-            fresh = True
-            table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
-            _save(Dataset(table), folder)
-            found = Dataset.load_from_disk(str(folder))
-        tables[name] = found.with_format("numpy")
-    return Data(
-        tables.pop("train"), tables, {name: len(docs) for name, docs in splits.items()}, fresh
-    )
+        tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block)
+        fresh = fresh or new
+    counts = {name: len(docs) for name, docs in splits.items()}
+    return Data(tables.pop("train"), tables, counts, fresh, fingerprint[:12])
+
+
+def prepare_test(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The test split alone, as `Data.held_out` has it, of a text that is not trained on."""
+    docs = documents.read(cfg, ("test",))["test"]
+    return _table(cfg, docs, tokenizer, _tokenizer_fingerprint(tokenizer), 0)[0]
+
+
+def _table(
+    cfg: DataConfig,
+    docs: list[documents.Document],
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str,
+    block: int,
+) -> tuple[Dataset, bool]:
+    """Blocks of `block` + 1 ids (0: documents as they are), and whether they were made now."""
+    folder = Path(cfg.cache_dir) / "tokens" / _key(docs, fingerprint, str(block))
+    found = _load(folder)
+    fresh = found is None
+    if found is None:
+        table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
+        _save(Dataset(table), folder)
+        found = Dataset.load_from_disk(str(folder))
+    return found.with_format("numpy"), fresh
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

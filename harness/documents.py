@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -25,16 +25,18 @@ from harness.config import ConfigError, DataConfig, nearest
 TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
 Document = tuple[str, str]  # (id, text)
-Splits = dict[str, list[Document]]  # "train" | "validation" | "test" -> documents
+Splits = dict[str, list[Document]]  # of SPLITS -> documents
+SPLITS = ("train", "validation", "test")
 
 
-def read(cfg: DataConfig) -> Splits:
-    """The documents of a data config, by split; raises ConfigError when a split would be empty."""
-    splits = SOURCES[cfg.source](cfg)
-    for name, documents in splits.items():
+def read(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Splits:
+    """The documents of a data config by split; raises ConfigError when one would be empty."""
+    found = SOURCES[cfg.source](cfg)
+    asked = {name: found[name] for name in splits}
+    for name, documents in asked.items():
         if not any(text.strip() for _, text in documents):
             raise ConfigError(f"data={cfg.name}: the {name} split has no text")
-    return splits
+    return asked
 
 
 def split(documents: list[Document], validation_share: float, test_share: float) -> Splits:

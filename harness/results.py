@@ -8,6 +8,7 @@ run.resumed_at (steps), train.{micro_batch, micro_batch_asked}, method.name, par
 parameters.trainable, memory.peak_bytes, memory.by_category (bytes), speed.tokens_per_second,
 speed.train_seconds, quality.step0.validation.perplexity, quality.validation.perplexity,
 quality.test.{nll_nats, num_tokens, perplexity, word_perplexity, bits_per_byte},
+quality.also.NAME.{before, after} with the same, evaluation.{context, stride, tokenizer},
 environment.{commit, versions, hardware, runs_beside}.
 """
 
@@ -91,6 +92,7 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
         "alpha": getattr(method, "lora_alpha", None),
         "targets": None if method.name in ("none", "full") else run.targets.name,
         "lr": None if method.name in ("none", "truncate") else run.train.lr,
+        "lr_from": run.train.lr_from,
     }
 
 
@@ -119,7 +121,7 @@ class Metrics:
         kept = [
             row
             for row in (read_metrics(run_dir) if step else ())
-            if row["step"] <= (step if "train/nll" in row else validated)
+            if row["step"] <= _last(row, step, validated)
         ]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._stream = path.open("a", encoding="utf-8", buffering=1)
@@ -140,6 +142,16 @@ class Metrics:
         """Bring what was logged to the disk."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())
+
+
+def _last(row: dict[str, Any], step: int, validated: int) -> int:
+    """The last step of which a row of this kind is true of a run that goes on after `step`."""
+    return step if "train/nll" in row else validated if "eval/validation/nll" in row else 0
+
+
+def documents_name(name: str, when: str = "after") -> str:
+    """File of nats per document on a split, or on a further text `before` or `after` adaptation."""
+    return f"documents-{name}{'-before' if when == 'before' else ''}.parquet"
 
 
 def can_go_on(run_dir: Path) -> bool:

@@ -16,7 +16,7 @@ from harness.config import (
     nearest,
     options,
 )
-from harness.documents import find_files  # needs the standard library only
+from harness.documents import SPLITS, find_files  # needs the standard library only
 
 SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
@@ -122,6 +122,23 @@ def validate(run: RunConfig) -> None:
             f"try {' or '.join(map(str, options))}"
         )
 
+    for name, text in ev.also.items():
+        where = f"evaluate.also.{name}"
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in SPLITS:
+            raise ConfigError(f"{where}: expected letters, digits, . _ -, and no split's name")
+        if text.source not in CHOICES["data.source"]:
+            there = [str(choice) for choice in CHOICES["data.source"]]
+            raise ConfigError(f"{where}.source={text.source}: {nearest(text.source, there)}")
+        if text.source == "text_files":
+            find_files(text.path)
+        for key in ("validation_share", "test_share"):
+            share = getattr(text, key)
+            _require(0 < share < 0.5, f"{where}.{key}", share, "a share in (0, 0.5)")
+    if ev.also and not ev.test:
+        raise ConfigError(
+            "evaluate.test=false reads no test set, and evaluate.also reads those of "
+            f"{', '.join(ev.also)}: leave one of them out"
+        )
     _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
     _require(
         ev.batch_tokens is None or ev.batch_tokens > 0,

@@ -200,8 +200,13 @@ def perform(
 
     tokenizer = models.load_tokenizer(run.model, model_config)
     with accelerator.main_process_first():
-        text = data.prepare(run.data, tokenizer)
+        text = data.prepare(run.data, tokenizer, test=run.evaluate.test)
+        held_out = text.held_out | {
+            name: data.prepare_test(cfg, tokenizer) for name, cfg in run.evaluate.also.items()
+        }
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
+    stride = run.evaluate.stride or context
+    result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
     set_seed(run.seed)
@@ -247,7 +252,7 @@ def perform(
         state.micro_batch = min(halved or state.micro_batch, state.micro_batch)
         state.resumed_at.append(state.step)
         at_evaluation = found.facts["at_evaluation"]
-        result["quality"] = {"step0": found.facts["step0"]}
+        result["quality"] = {"step0": found.facts["step0"], "also": found.facts["also"]}
         process.go_on(found.facts["process"])
         best = (found.tensors["best/nll"].numpy(), found.tensors["best/num_tokens"].numpy())
         checkpoint.restore(model, optimizer, found.tensors)
@@ -260,15 +265,15 @@ def perform(
         run_dir, state.step, state.validated, write=accelerator.is_main_process
     )
 
-    def measure(split: str, **following: Any) -> tuple[Any, Any]:
-        """Nats and predicted tokens of every document of a split."""
+    def measure(name: str, **following: Any) -> tuple[Any, Any]:
+        """Nats and predicted tokens of every document of a split, or of a further text."""
         start = time.perf_counter()
         with process.phase("evaluate"):
             found = evaluate.document_nll(
                 prepared,
-                text.held_out[split],
+                held_out[name],
                 context=context,
-                stride=run.evaluate.stride or context,
+                stride=stride,
                 bos=tokenizer.eos_token_id,
                 batch_tokens=batch_tokens,
                 accelerator=accelerator,
@@ -277,15 +282,26 @@ def perform(
         state.evaluate_seconds += time.perf_counter() - start
         return found
 
-    def conclude(split: str, nll: Any, count: Any) -> dict[str, Any]:
-        """Quality of a split, and its table of nats per document in RUN_DIR."""
-        documents = text.held_out[split]
+    def conclude(name: str, nll: Any, count: Any, when: str = "after") -> dict[str, Any]:
+        """Quality on a text, and its table of nats per document in RUN_DIR."""
+        documents = held_out[name]
         if accelerator.is_main_process:
             table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": count})
             for column in ("num_words", "num_bytes"):
                 table[column] = documents[column]
-            table.to_parquet(run_dir / f"documents-{split}.parquet", index=False)
+            path = run_dir / results.documents_name(name, when)
+            checkpoint.write_atomically(
+                path, lambda scratch: table.to_parquet(scratch, index=False)
+            )
         return evaluate.quality(nll, count, documents)
+
+    def also(when: str) -> None:
+        """Quality on the further texts, before or after adaptation."""
+        for name in run.evaluate.also:
+            found = conclude(name, *measure(name), when)
+            result["quality"]["also"].setdefault(name, {})[when] = found
+            nll = found["nll_nats"] / found["num_tokens"]
+            metrics.log({"step": state.step, "tokens": state.tokens, f"eval/{name}/nll": nll})
 
     def validate() -> float:
         nonlocal newest
@@ -293,8 +309,8 @@ def perform(
         following = {"following": lambda: memory.measured(model, optimizer, at_evaluation)}
         newest = measure("validation", **(following if state.validated <= 0 else {}))
         if state.step == 0:
-            quality = evaluate.quality(*newest, text.held_out["validation"])
-            result["quality"] = {"step0": {"validation": quality}}
+            quality = evaluate.quality(*newest, held_out["validation"])
+            result["quality"]["step0"] = {"validation": quality}
         return float(newest[0].sum() / newest[1].sum())
 
     def keep() -> None:
@@ -313,6 +329,7 @@ def perform(
             "state": dataclasses.asdict(state),
             "at_evaluation": at_evaluation,
             "step0": result["quality"]["step0"],
+            "also": result["quality"]["also"],
             "process": process.by_phase,
             "processes": accelerator.num_processes,
             "so_far": so_far.facts(),
@@ -320,8 +337,11 @@ def perform(
         checkpoint.save(run_dir, tensors, facts, best_path, accelerator)
 
     setup_seconds = time.perf_counter() - began
-    process.turn("train")
     with metrics:
+        if state.validated < 0:
+            result["quality"] = {"also": {}}
+            also("before")
+        process.turn("train")
         train.train(
             prepared,
             text,
@@ -337,20 +357,22 @@ def perform(
             penalty=methods.penalty(model, run),
             quiet=quiet,
         )
+        # From here on with the weights that validation chose.
+        accelerator.wait_for_everyone()
+        if optimizer is not None:
+            checkpoint.load_trained(model, best_path)
+        also("after")
     result["run"]["resumed_at"] = state.resumed_at
     result["train"] = {
         "micro_batch_asked": run.train.micro_batch,
         "micro_batch": state.micro_batch,
     }
-    # Test is read here, once, with the weights that validation chose, and nowhere else.
-    accelerator.wait_for_everyone()
-    if optimizer is not None:
-        checkpoint.load_trained(model, best_path)
     result["quality"] |= {
         "best_step": state.best_step,
         "validation": conclude("validation", *best),
-        "test": conclude("test", *measure("test")),
     }
+    if run.evaluate.test:  # read here, once, and nowhere else
+        result["quality"]["test"] = conclude("test", *measure("test"))
 
     result["speed"] = {
         "tokens_per_second": state.tokens_per_second,

@@ -63,6 +63,12 @@ class GridSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         results.write_atomically(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
+        return self._do(jobs, runs, folder)
+
+    def _do(
+        self, jobs: list[list[str]], runs: list[RunConfig], folder: Path
+    ) -> list[launch.Outcome]:
+        """What the sweep is for: its runs, once each."""
         print(f"{len(jobs)} runs -> {folder}", flush=True)
         done = self._launch(jobs, runs)
         launch.OUTCOMES.extend(done)
