@@ -26,13 +26,13 @@ tune: setup ## search learning rates on validation, write conf/rates (about 40 m
 report: setup ## print an experiment's table again (EXPERIMENT=main)
 	$(RUN) -m harness.report outputs/$(EXPERIMENT)
 
-test: setup ## run the tests (about 6 minutes)
+test: setup ## run the tests (about 8 minutes)
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
-test-faults: setup ## kills, damaged files and ranks at many moments (about 7 minutes)
+test-faults: setup ## kills, damaged files and ranks at many moments (about 10 minutes)
 	$(RUN) -m pytest -m "faults or slow"
 
-test-launchers: setup ## sweeps by joblib, Ray and submitit (about 4 minutes with their installation)
+test-launchers: setup ## sweeps by joblib, Ray and submitit (about 8 minutes with their installation)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"
 	$(RUN) -m pytest -m launchers
 

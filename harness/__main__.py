@@ -22,7 +22,7 @@ import hydra  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-from harness import config, launch, report  # noqa: E402
+from harness import config, launch  # noqa: E402
 from harness.config import CONF_DIR, ConfigError  # noqa: E402
 
 
@@ -56,7 +56,9 @@ def main() -> int:
     # A run by itself that failed has nothing for a table.
     there = [o.run_dir for o in outcomes if o.status not in ("refused", "busy")]
     if there and (several or any(o.status in ("finished", "skipped") for o in outcomes)):
-        report.print_table(there[0].parent, there)
+        from harness.report import summary  # which needs pandas and scipy: not before the runs
+
+        summary.show(there[0].parent, there)
     for outcome in outcomes:  # the table has told of what failed in a sweep
         wrong = outcome.status == "refused" or outcome.failure_class == "config"
         if wrong or (outcome.exit_code and not several):

@@ -382,7 +382,7 @@ def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
         names = {name: {} for name in names}
     if not isinstance(names, dict) or not all(isinstance(v, dict) for v in names.values()):
         raise ConfigError(
-            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings_held_out], or "
+            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings], or "
             "{mine: {source: text_files, path: FILE}}"
         )
     there = [option for option in options("data") if option != "source"]
@@ -446,7 +446,15 @@ def identity(run: RunConfig) -> str:
         del values["targets"]
     if run.method.name in ("none", "truncate"):
         del values["train"]
+    if is_deterministic(run):
+        del values["seed"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def is_deterministic(run: RunConfig) -> bool:
+    """Whether the seed moves nothing: a model that neither trains nor is drawn at random."""
+    drawn = run.model.architecture or getattr(run.method, "which", None) == "random"
+    return run.method.name in ("none", "truncate") and not drawn
 
 
 def label(method: MethodConfig) -> str:
@@ -483,5 +491,6 @@ def run_name(run: RunConfig) -> str:
         parts.append(f"k{method.kept}")
     if method.name not in ("none", "truncate"):
         parts.append(f"lr{run.train.lr:g}")
-    parts += [f"s{run.seed}", identity(run)[:6]]
+    parts += [] if is_deterministic(run) else [f"s{run.seed}"]
+    parts.append(identity(run)[:6])
     return "-".join(re.sub(r"[^\w.=+-]", "_", part) for part in parts)

@@ -48,10 +48,11 @@ from torch.utils.flop_counter import (
 )
 from transformers import PretrainedConfig
 
-from harness import config, environment, evaluate, memory, methods, models, report, train
+from harness import config, environment, evaluate, memory, methods, models, train
 from harness.checkpoint import write_atomically
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from harness.loss import NextToken
+from harness.report.table import show as show_table
 from hydra_plugins.harness_grids import combinations
 
 aten = torch.ops.aten
@@ -360,7 +361,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {config.explain(error)}", file=sys.stderr)
         return 2
-    report.show(_table(rows))
+    show_table(_table(rows))
     print(
         "MiB of live tensors at the peak of a training step (of evaluation where nothing trains):\n"
         "frozen and trained weights, gradients, optimizer state and activations are its parts.\n"

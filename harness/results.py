@@ -93,6 +93,7 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
         "targets": None if method.name in ("none", "full") else run.targets.name,
         "lr": None if method.name in ("none", "truncate") else run.train.lr,
         "lr_from": run.train.lr_from,
+        "deterministic": config.is_deterministic(run),
     }
 
 

@@ -122,6 +122,8 @@ class Comparison:
 
 def check(evaluations: Sequence[Evaluation]) -> None:
     """Raise ConfigError where an evaluation is not whole or differs from the first's terms."""
+    if not evaluations:
+        raise ConfigError("there is no evaluation to make statistics of")
     _check_once("configuration", [e.name for e in evaluations])
     for e in evaluations:
         _check_one(e)

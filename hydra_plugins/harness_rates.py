@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.box
-from rich.table import Table
-
-from harness import config, launch, rates, report, results
+from harness import config, launch, rates, results
 from harness.config import ConfigError, RunConfig
+from harness.report import table
 from hydra_plugins.harness_grids import GridSweeper, check
 
 
@@ -126,11 +124,10 @@ class RateSweeper(GridSweeper):
 def show(tuned: Sequence[rates.Tuned]) -> None:
     """Print the grids: validation nll by rate, the best, and its ratio to full fine-tuning's."""
     full = next((t for t in tuned if t.family == "full"), None)
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("tuned", "validation nll by rate"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("best", "fitted", "times full's"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    shown = table.plain(
+        {"tuned": "left", "validation nll by rate": "left"}
+        | dict.fromkeys(["best", "fitted", "times full's"], "right")
+    )
     for t in tuned:
         cells = []
         for rate, nll in sorted(t.grid.items()):
@@ -140,12 +137,12 @@ def show(tuned: Sequence[rates.Tuned]) -> None:
         ratio = "-"
         if full is not None:
             ratio = f"{t.lr / full.lr:g} ({rates.fitted(t.grid) / rates.fitted(full.grid):.1f})"
-        table.add_row(
+        shown.add_row(
             str(t), "  ".join(cells), f"{t.lr:g}" + (f" ({where})" if where else ""),
             f"{rates.fitted(t.grid):.2g}", ratio,
         )  # fmt: skip
     print()
-    report.show(table)
+    table.show(shown)
     print(
         "best: the rate with the lowest validation nll (*). fitted: vertex of a parabola through\n"
         "it and its neighbours. times full's: best by full fine-tuning's best, and in brackets\n"

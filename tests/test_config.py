@@ -126,7 +126,12 @@ def test_the_identity_leaves_out_what_moves_no_number(make_run):
     assert identity(one) == identity(other) != identity(make_run("seed=1"))
     assert identity(one) == identity(make_run("method.alpha=16"))  # r=8, alpha=2r
     none = identity(make_run("method=none"))
-    assert none == identity(make_run("method=none", "targets=attn", "train.lr=1"))
+    assert none == identity(make_run("method=none", "targets=attn", "train.lr=1", "seed=1"))
+    assert run_name(make_run("method=none")) == run_name(make_run("method=none", "seed=1"))
+    random = ["method=truncate", "method.rank=8", "method.which=random"]
+    assert identity(make_run(*random)) != identity(make_run(*random, "seed=1"))
+    drawn = ["method=none", "model=lstm", "targets=lstm"]
+    assert run_name(make_run(*drawn)) != run_name(make_run(*drawn, "seed=1"))
     assert none != identity(make_run("method=none", "data.context=128", "train.micro_batch=16"))
 
 

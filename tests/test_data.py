@@ -87,3 +87,21 @@ def test_a_stored_table_is_memory_mapped(corpus, tokenizer):
         len(t) for t in text.held_out["test"]["tokens"]
     )
     assert data.batch_of(text.blocks, [0]).numpy().dtype == np.int64
+
+
+def test_without_the_test_split_nothing_of_it_is_there_or_is_tokenised(
+    corpus, tokenizer, tmp_path, monkeypatch
+):
+    read = []
+    encode = data._encode
+    monkeypatch.setattr(data, "_encode", lambda docs, _: read.extend(docs) or encode(docs, _))
+    text = data.prepare(corpus, tokenizer, test=False)
+    assert set(text.held_out) == {"validation"} and set(text.num_documents) == {
+        "train",
+        "validation",
+    }
+    test = {name for name, _ in documents.read(corpus)["test"]}
+    assert test and not test & {name for name, _ in read}
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
+    alone = data.prepare_test(corpus, tokenizer)
+    assert {row["id"] for row in alone} == test

@@ -43,26 +43,6 @@ def test_windows_score_every_token_once_with_enough_context(n, context, stride):
     assert scored == list(range(n))
 
 
-@pytest.mark.parametrize(("context", "stride"), [(32, 32), (8, 8), (16, 4), (8, 1)])
-def test_nll_equals_the_definition_in_float64(tiny, context, stride):
-    docs = documents([5, 32, 33, 1, 70, 0, 16])
-    nll, count = nll_of(tiny, docs, context, stride)
-    exact = tiny.double()
-    for i, ids in enumerate(docs["tokens"]):
-        sequence = [0, *ids.tolist()]
-        total, done = 0.0, 0
-        while done < len(ids):  # token by token, from the definition: one forward pass a window
-            end = min(len(ids), context if done == 0 else done + stride)
-            window = torch.tensor([sequence[max(0, end - context) : end]])
-            with torch.no_grad():
-                log_p = exact(window).logits[0].log_softmax(-1)
-            for target in range(done, end):
-                total -= log_p[target - max(0, end - context), sequence[target + 1]].item()
-            done = end
-        assert nll[i] == pytest.approx(total, rel=1e-5, abs=1e-9)
-        assert count[i] == len(ids)
-
-
 def test_nll_equals_transformers_own_loss(tiny):
     docs = documents([30])
     nll, count = nll_of(tiny, docs, 32, 32)

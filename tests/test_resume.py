@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import checkpoint, launch, results, worker
+from harness import checkpoint, documents, launch, results, worker
+from harness.config import ASSETS_DIR, DataConfig
 from harness.stop import Stop
 
 # Dropout, so that the generators matter; validation at its best before the end, and not at it.
@@ -22,6 +24,8 @@ CONFIG = [
     "train.checkpoint_every=2", "train.lr=0.03", "train.schedule=constant",
     "data.validation_share=0.003", "data.test_share=0.003", "data.context=32",
     "train.batch_tokens=128", "train.micro_batch=2", "train.threads=1",
+    # Two of the four documents of the test set, as a further text.
+    "evaluate.also={more: {source: kjv, validation_share: 0.001, test_share: 0.002}}",
 ]  # fmt: skip
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["harness.worker"])
@@ -68,7 +72,8 @@ def outcome(run_dir):
         for row in results.read_metrics(run_dir)
     ]
     adapter = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
-    tables = [pd.read_parquet(run_dir / f"documents-{s}.parquet") for s in ("validation", "test")]
+    names = ("validation", "test", "more-before", "more")
+    tables = [pd.read_parquet(run_dir / f"documents-{name}.parquet") for name in names]
     return result["quality"], rows, adapter, [t.nll_nats.tolist() for t in tables]
 
 
@@ -94,6 +99,49 @@ def undisturbed(tmp_path_factory):
     assert outcome(again.run_dir) == outcome(run.run_dir)  # or nothing below means anything
     assert 0 < outcome(run.run_dir)[0]["best_step"] < 12
     return run, outcome(run.run_dir), seconds
+
+
+def test_a_further_text_is_evaluated_before_and_after(undisturbed):
+    run, (quality, rows, *_), _ = undisturbed
+    test, after, before = (
+        pd.read_parquet(run.run_dir / f"documents-{name}.parquet").set_index("id")
+        for name in ("test", "more", "more-before")
+    )
+    assert len(after) == 2 and set(after.index) < set(test.index)
+    # The same documents under the same weights, in batches of another size.
+    same = test.loc[after.index]
+    np.testing.assert_allclose(after.nll_nats, same.nll_nats, rtol=1e-5)
+    assert (after.num_tokens == same.num_tokens).all()
+    base = evaluate_base(after.index)
+    np.testing.assert_allclose(before.nll_nats, base, rtol=1e-5)
+    assert quality["also"]["more"]["after"]["nll_nats"] == pytest.approx(after.nll_nats.sum())
+    assert quality["also"]["more"]["before"]["nll_nats"] == pytest.approx(before.nll_nats.sum())
+    logged = {row["step"]: row["eval/more/nll"] for row in rows if "eval/more/nll" in row}
+    assert logged == {
+        step: pytest.approx(table.nll_nats.sum() / table.num_tokens.sum())
+        for step, table in ((0, before), (12, after))
+    }
+
+
+def evaluate_base(ids):
+    """Nats of documents under the untouched model, by transformers' own loss, window by window."""
+    model = AutoModelForCausalLM.from_pretrained(ASSETS_DIR / "gpt2_mini").eval()
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
+    splits = documents.read(DataConfig("kjv", "kjv", validation_share=0.003, test_share=0.003))
+    texts = dict(splits["test"])
+    sums = []
+    for name in ids:
+        tokens = [tokenizer.eos_token_id, *tokenizer(texts[name])["input_ids"]]
+        nats = 0.0
+        for scored in range(1, len(tokens), 32):  # 32 of context, windows do not overlap
+            end = min(scored + 32, len(tokens))
+            window = torch.tensor([tokens[max(0, end - 33) : end]])
+            labels = window.clone()
+            labels[0, : window.shape[1] - (end - scored)] = -100
+            with torch.no_grad():
+                nats += model(window, labels=labels).loss.item() * (end - scored)
+        sums.append(nats)
+    return sums
 
 
 def disturbed(undisturbed, tmp_path):

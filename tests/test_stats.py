@@ -370,6 +370,12 @@ def test_what_cannot_be_compared_is_refused_by_name(change, said):
 # --------------------------------------------------------------------------- many configurations
 
 
+def test_nothing_has_no_statistics():
+    for make in (stats.intervals, stats.compare_all, stats.check):
+        with pytest.raises(ConfigError, match="no evaluation"):
+            make([])
+
+
 def test_ranks_share_where_methods_cannot_be_told_apart():
     names = ["d", "b", "a", "c"]
     found = [

@@ -1,0 +1,240 @@
+"""One row per configuration: what is printed, and results.csv.
+
+Perplexity is per model token; word perplexity and bits per byte, which compare across tokenizers,
+are in results.csv and in each run's result.json. Over seeds, perplexities are exp of the mean
+log-perplexity; everything else is the mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from harness import results
+from harness.config import METHODS
+
+# heading -> (path in result.json, format of the number)
+COLUMNS = {
+    "method": ("method.label", "s"),
+    "targets": ("method.targets", "s"),
+    "r, k": ("method.rank", "s"),
+    "alpha": ("method.alpha", "g"),
+    "lr": ("method.lr", ".3g"),
+    "trainable": ("parameters.trainable", ",.0f"),
+    "%": ("parameters.trainable_percent", ".2f"),
+    "peak MiB": ("memory.peak_bytes", "MiB"),
+    "tok/s": ("speed.tokens_per_second", ",.0f"),
+    "step 0": ("quality.step0.validation.perplexity", ".2f"),
+    "val": ("quality.validation.perplexity", ".2f"),
+    "test": ("quality.test.perplexity", ".2f"),
+}
+SHOWN = {"train.lr", "train.rates", "train.lr_from"} | {
+    f"method.{key}"
+    for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual")
+}
+VARIES = (  # within a configuration
+    "seed", "run_name", "outputs_dir", "rerun", "retry", "experiment_name", "launch",
+)  # fmt: skip
+SHARED = "environment.runs_beside"
+MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
+LR_FROM = "method.lr_from"
+AS_IS = ("set", "tuned", "not used", None)  # ways to a rate that need no word beside it
+CSV_ONLY = (
+    "method.name",
+    LR_FROM,
+    "quality.test.word_perplexity",
+    "quality.test.bits_per_byte",
+    "quality.test.num_tokens",
+    "memory.process_peak_bytes",
+    "speed.train_seconds",
+    SHARED,
+)
+LEGEND = (
+    "%: trainable share of all parameters. peak: live tensors of a training step (of evaluation,\n"
+    "where nothing trains). step 0: validation perplexity per token before training; val, test:\n"
+    "from the checkpoint that validation chose."
+)
+SHARED_LEGEND = "*: measured while other runs shared the machine; not for comparison."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration: its finished runs, which differ in their seed only."""
+
+    name: str  # short, and no other row's
+    values: dict[str, Any]  # by path in result.json; also `seeds` and `also`
+    run_dirs: list[Path]
+    records: list[dict[str, Any]]  # their result.json
+
+
+def rows(folder: Path) -> list[Row]:
+    """Every configuration with a finished run, by method, targets, parameters, alpha and rate."""
+    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for run_dir, result in results.collect(folder):
+        if result["status"] == "finished":
+            same = {k: v for k, v in result["config"].items() if k not in VARIES}
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append((run_dir, result))
+    members = list(groups.values())
+    flat = [_flat(group[0][1]["config"]) for group in members]
+    others = _without_a_column(flat)
+    table = []
+    for group, config in zip(members, flat, strict=True):
+        records = [result for _, result in group]
+        own = {key: config[key] for key in others if key in config}
+        values = _values(records) | {"also": " ".join(f"{k}={v}" for k, v in own.items())}
+        table.append(Row("", values, [run_dir for run_dir, _ in group], records))
+    return _named(sorted(table, key=_place))
+
+
+def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
+    for path in [path for path, _ in COLUMNS.values()] + list(CSV_ONLY):
+        found = [results.get(result, path) for result in records]
+        numbers = [v for v in found if isinstance(v, int | float)]
+        if path == SHARED:  # the worst of the runs
+            numbers = [max(numbers)] if numbers else []
+        if numbers and path.endswith("perplexity") and all(v > 0 for v in numbers):
+            values[path] = math.exp(sum(map(math.log, numbers)) / len(numbers))
+        else:
+            values[path] = sum(numbers) / len(numbers) if numbers else found[0]
+    return values
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    order, values = list(METHODS), row.values
+    name = values["method.name"]
+    return (
+        order.index(name) if name in order else len(order),
+        values["method.label"] or "",
+        values["method.targets"] or "",
+        values["parameters.trainable"] or 0,
+        values["method.alpha"] or 0,
+        values["method.lr"] or 0,
+    )
+
+
+def _named(table: list[Row]) -> list[Row]:
+    """The rows with names: as few of the columns as tell them apart."""
+    forms = [
+        ("method.label", "{}"), ("method.targets", "{}"), ("method.rank", "{}"),
+        ("method.alpha", "alpha={:g}"), ("method.lr", "lr={:.3g}"), ("also", "{}"),
+    ]  # fmt: skip
+
+    def name(row: Row, columns: int) -> str:
+        parts = []
+        for path, form in forms[:columns]:
+            if value := row.values[path]:
+                letter = "r=" if row.values["method.name"] == "lora" else "k="
+                key = letter if path == "method.rank" else ""
+                parts.append(key + form.format(value))
+        return " ".join(parts)
+
+    names = [name(row, 3) for row in table]
+    for columns in range(4, len(forms) + 1):
+        count = Counter(names)
+        names = [
+            name(row, columns) if count[old] > 1 else old
+            for row, old in zip(table, names, strict=True)
+        ]
+    count = Counter(names)
+    return [
+        replace(row, name=old if count[old] == 1 else f"{old} {row.run_dirs[0].name}")
+        for row, old in zip(table, names, strict=True)
+    ]
+
+
+def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
+    """Keys that tell rows apart and do not show in a column: a sweep over them must be readable."""
+    values: dict[str, set[str]] = {}
+    for flat in configs:
+        for key, value in flat.items():
+            values.setdefault(key, set()).add(json.dumps(value))
+    varying = {key for key, found in values.items() if len(found) > 1}
+    for group in ("model.", "data."):
+        if f"{group}name" in varying:  # stands for everything else in its file
+            varying -= {key for key in varying if key.startswith(group) and key != f"{group}name"}
+    return sorted(key for key in varying if key not in SHOWN and not key.startswith("targets."))
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif key not in VARIES:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _text(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    if form == "MiB":
+        return f"{value / 2**20:,.0f}"
+    return str(value) if form == "s" else format(value, form)
+
+
+def plain(headings: Mapping[str, str]) -> Table:
+    """An empty table; headings -> "left" or "right"."""
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading, justify in headings.items():
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table in its own width: one cut at 80 columns is no use in a log."""
+    console = Console()
+    own = console.measure(table, options=console.options.update(width=10_000)).maximum
+    Console(width=max(console.width, own)).print(table)
+
+
+def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) -> None:
+    """Print rows and the legend; `beside` are further columns: heading -> row's name -> text."""
+    headings = {h: "left" if form == "s" else "right" for h, (_, form) in COLUMNS.items()}
+    headings |= dict.fromkeys([*beside, "seeds"], "right")
+    also = any(row.values["also"] for row in shown)
+    table = plain(headings | ({"also": "left"} if also else {}))
+    borrowed = False
+    for row in shown:
+        cells = []
+        for path, form in COLUMNS.values():
+            cell = _text(row.values[path], form)
+            if path in MEASURED and row.values[SHARED]:
+                cell += "*"
+            if path == "method.lr" and row.values[LR_FROM] not in AS_IS:
+                cell, borrowed = f"~{cell}", True
+            cells.append(cell)
+        cells += [column.get(row.name, "-") for column in beside.values()]
+        table.add_row(*cells, str(row.values["seeds"]), *([row.values["also"]] if also else []))
+    print()
+    show(table)
+    print(LEGEND)
+    if borrowed:
+        print("~: not tuned for just this configuration; results.csv says how it was found.")
+    if any(row.values[SHARED] for row in shown):
+        print(SHARED_LEGEND)
+
+
+def csv_text(table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line per configuration, columns named by their path in result.json, with its runs."""
+    names = [name for name, _ in COLUMNS.values()] + [*CSV_ONLY, "seeds", "also"]
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow(["name", *names, *beside, "runs"])
+    for row in table:
+        runs = " ".join(run_dir.name for run_dir in row.run_dirs)
+        own = [*(row.values[name] for name in names), *(b.get(row.name) for b in beside.values())]
+        writer.writerow([row.name, *own, runs])
+    return stream.getvalue()

@@ -1,0 +1,143 @@
+"""The same runs at equal budgets: learning curves, steps to a perplexity, the best within a budget.
+
+Curves are of validation, read every `evaluate.every` steps, and interpolated in nll between. A run
+cut short is not a short run: the schedule of the rate belongs to the run's full length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness import results, stats
+from harness.report.evidence import Evidence
+from harness.report.table import Row
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation of one configuration as it learns: P points, R seeds."""
+
+    name: str
+    steps: NDArray[np.int64]  # (P,)
+    tokens: NDArray[np.int64]  # (P,) trained on so far
+    seconds: NDArray[np.float64]  # (R, P) of optimizer steps so far, evaluation excluded
+    nll: NDArray[np.float64]  # (R, P) nats per validation token
+
+    def at(self, axis: str, value: float) -> float | None:
+        """Mean log-perplexity over seeds at `value` of "tokens" or "seconds"; None if not there."""
+        found = []
+        for r, nll in enumerate(self.nll):
+            x = self.tokens if axis == "tokens" else self.seconds[r]
+            if not x[0] <= value <= x[-1] * (1 + 1e-9):
+                return None
+            found.append(float(np.interp(value, x, nll)))
+        return sum(found) / len(found)
+
+    def steps_to(self, nll: float) -> list[float | None]:
+        """Of every seed, the steps after which validation is first at or under `nll`."""
+        found: list[float | None] = []
+        for values in self.nll:
+            under = np.flatnonzero(values <= nll)
+            if not len(under):
+                found.append(None)
+            elif (p := under[0]) == 0:
+                found.append(float(self.steps[0]))
+            else:
+                share = (values[p - 1] - nll) / (values[p - 1] - values[p])
+                found.append(float(self.steps[p - 1] + share * (self.steps[p] - self.steps[p - 1])))
+        return found
+
+
+def curve(row: Row) -> Curve | None:
+    """The learning curve of a row that trains; None without two validations that all seeds have."""
+    steps, seconds, nll = [], [], []
+    tokens: dict[int, int] = {}
+    for run_dir in row.run_dirs:
+        so_far, validated = {0: 0.0}, {}
+        for metric in results.read_metrics(run_dir):
+            step = metric["step"]
+            if "train/nll" in metric:
+                so_far[step] = so_far.get(step - 1, math.nan) + metric["train/step_seconds"]
+            elif (value := metric.get("eval/validation/nll")) is not None:
+                validated[step], tokens[step] = value, metric["tokens"]
+        steps.append(set(validated))
+        seconds.append(so_far)
+        nll.append(validated)
+    common = sorted(set.intersection(*steps))
+    if len(common) < 2:
+        return None
+    return Curve(
+        row.name,
+        np.array(common),
+        np.array([tokens[step] for step in common]),
+        np.array([[so_far.get(step, math.nan) for step in common] for so_far in seconds]),
+        np.array([[validated[step] for step in common] for validated in nll]),
+    )
+
+
+def levels(curves: Sequence[Curve], count: int = 3) -> list[float]:
+    """Round perplexities between where the curves start and the best end, lowest last."""
+    start = math.exp(min(float(c.nll[:, 0].max()) for c in curves))
+    best = math.exp(min(float(c.nll[:, -1].mean()) for c in curves))
+    found = {
+        digit * 10.0**power
+        for power in range(math.floor(math.log10(best)), math.ceil(math.log10(start)) + 1)
+        for digit in (1, 1.5, 2, 3, 4, 5, 7)
+        if best < digit * 10.0**power < start
+    }
+    ordered = sorted(found, reverse=True)
+    if len(ordered) <= count:
+        return ordered
+    return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
+
+
+def equal(curves: Sequence[Curve], axis: str) -> list[float]:
+    """A quarter, half and all of the most that every curve reaches of tokens or seconds."""
+    ends = [c.tokens[-1] if axis == "tokens" else c.seconds[:, -1].min() for c in curves]
+    return [float(min(ends)) * share for share in (0.25, 0.5, 1)]
+
+
+def budgets(costs: Sequence[float]) -> list[float]:
+    """Round budgets, 1, 2 or 5 times a power of ten (or of 1024 for bytes), that divide `costs`."""
+    positive = sorted(cost for cost in set(costs) if cost > 0)
+    found = []
+    for cost in positive:
+        power = 10.0 ** math.floor(math.log10(cost))
+        found.append(next(d * power for d in (1, 2, 5, 10) if cost <= d * power))
+    return sorted(set(found))
+
+
+def within(
+    budget: float, costs: Mapping[str, float], evidence: Evidence
+) -> tuple[str, list[str]] | None:
+    """The best configuration of those that cost no more, and those not significantly worse."""
+    affordable = [name for name in evidence.ordered if costs.get(name, math.inf) <= budget]
+    if not affordable:
+        return None
+    best = affordable[0]
+    beaten = {
+        loser
+        for c in evidence.comparisons
+        if best in (c.a, c.b) and c.better == best
+        for loser in (c.a, c.b)
+        if loser != best
+    }
+    return best, [name for name in affordable[1:] if name not in beaten]
+
+
+def matched(
+    costs: Mapping[str, float], comparisons: Sequence[stats.Comparison], tolerance: float = 0.05
+) -> list[stats.Comparison]:
+    """Pairs whose costs agree within `tolerance`."""
+    return [
+        c
+        for c in comparisons
+        if c.a in costs
+        and c.b in costs
+        and 0 < max(costs[c.a], costs[c.b]) <= (1 + tolerance) * min(costs[c.a], costs[c.b])
+    ]

@@ -1,0 +1,347 @@
+"""Tables and their statistics against numpy, scipy and closed forms, on runs written here."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from harness import results
+from harness.config import REPOSITORY, ConfigError
+from harness.report import evidence, summary, table, views
+from harness.report.__main__ import main
+
+DOCUMENTS = 40
+TOKENS = np.random.default_rng(7).integers(20, 200, DOCUMENTS)
+DIFFICULTY = np.random.default_rng(8).normal(0, 0.2, DOCUMENTS)
+
+
+def put(
+    folder, name, *, method="lora", r=8, seed=0, nll=3.0, alpha=None, status="finished", also=None,
+    beside=0, evaluation=(), parts=0.02, curve=(5.0, 4.0, 3.0), **fields,
+):  # fmt: skip
+    """A run whose documents have about `nll` nats per token; `also`: (before, after) on `more`."""
+    run_dir = folder / name
+    run_dir.mkdir(parents=True)
+
+    def documents(mean, file):
+        key = sum(map(ord, f"{method}{r}{alpha}")) * 1000 + seed
+        noise = np.random.default_rng(key).normal(0, parts, DOCUMENTS)
+        nats = (mean + DIFFICULTY + noise) * TOKENS
+        ids = [f"doc{i}" for i in range(DOCUMENTS)]
+        frame = pd.DataFrame({"id": ids, "nll_nats": nats, "num_tokens": TOKENS})
+        frame.to_parquet(run_dir / file, index=False)
+        sums = {"nll_nats": float(nats.sum()), "num_tokens": int(TOKENS.sum())}
+        perplexity = math.exp(nats.sum() / TOKENS.sum())
+        return sums | {"perplexity": perplexity, "word_perplexity": 1.0, "bits_per_byte": 1.0}
+
+    trains = method not in ("none", "truncate")
+    record = {
+        "status": status,
+        "run": {"name": name, "seed": seed},
+        "config": {
+            "method": {"name": method, "r": r, "alpha": alpha}, "seed": seed, "run_name": None,
+            "model": {"architecture": {}},
+        } | fields,
+        "data": {"name": "kjv"},
+        "evaluation": {"context": 256, "stride": 256, "tokenizer": "abc"} | dict(evaluation),
+        "environment": {"runs_beside": beside},
+        "method": {
+            "name": method, "label": method, "targets": "all", "rank": str(r),
+            "alpha": alpha, "lr": 0.01, "lr_from": "tuned", "deterministic": not trains,
+        },
+        "parameters": {
+            "trainable": 1000 * r * trains, "total": 10**6, "trainable_percent": r / 10
+        },
+        "memory": {"peak_bytes": 3 * 2**20 + r, "process_peak_bytes": 5},
+        "speed": {"tokens_per_second": 1234.5, "train_seconds": float(r) * trains},
+        "quality": {
+            "step0": {"validation": {"perplexity": 100.0}}, "validation": {"perplexity": 21.0},
+            "test": documents(nll, "documents-test.parquet"),
+        },
+    }  # fmt: skip
+    if also:
+        before = documents(also[0], "documents-more-before.parquet")
+        after = documents(also[1], "documents-more.parquet")
+        record["quality"]["also"] = {"more": {"before": before, "after": after}}
+    results.write(run_dir, record)
+    if trains:
+        with results.Metrics(run_dir, 0, -1) as metrics:
+            for i, value in enumerate(curve):
+                row = {"step": 2 * i, "tokens": 200 * i, "eval/validation/nll": value}
+                metrics.log(row)
+                for step in (2 * i + 1, 2 * i + 2):
+                    row = {"step": step, "tokens": 100 * step, "train/nll": 1.0}
+                    metrics.log(row | {"train/step_seconds": 0.5 * r})
+    return run_dir
+
+
+def ratio(run_dir, file="documents-test.parquet"):
+    frame = pd.read_parquet(run_dir / file)
+    return frame.nll_nats.sum() / frame.num_tokens.sum()
+
+
+def cells(shown, first):
+    return [line.split() for line in shown.splitlines() if line.startswith(f" {first}")]
+
+
+def test_the_table_has_a_row_per_configuration_and_means_over_seeds(tmp_path, capsys):
+    runs = [put(tmp_path, f"b8-s{seed}", seed=seed, nll=3 + seed / 10) for seed in range(2)]
+    put(tmp_path, "a64", r=64, nll=2.5)
+    put(tmp_path, "z-full", method="full", r=1, nll=2.0)
+    put(tmp_path, "dead", status="failed")
+    summary.show(tmp_path)
+    shown = capsys.readouterr().out
+    lines = cells(shown, "full") + cells(shown, "lora")
+    assert [line[2] for line in lines] == ["1", "8", "64"]
+    mean = math.exp(sum(map(ratio, runs)) / 2)
+    assert lines[1][-4] == f"{mean:.2f}" and [line[-1] for line in lines] == ["1", "2", "1"]
+    assert "failed: dead" in shown
+    assert f"learning curves: python -m harness.report {tmp_path}" in shown
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert float(rows[1]["quality.test.perplexity"]) == pytest.approx(mean)
+    assert rows[1]["runs"] == "b8-s0 b8-s1" and rows[1]["seeds"] == "2"
+    drawn = [line for line in shown.splitlines() if line.startswith(" ")]
+    assert drawn and all(len(line) <= 125 for line in drawn)
+
+
+def test_only_the_runs_asked_for_are_shown_and_all_are_saved(tmp_path, capsys):
+    put(tmp_path, "one", r=1)
+    put(tmp_path, "two", r=2)
+    summary.show(tmp_path, [tmp_path / "two"])
+    assert len(cells(capsys.readouterr().out, "lora")) == 1
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+
+
+def test_the_report_of_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "main").mkdir()
+    assert main([str(tmp_path / "mian")]) == 2
+    assert "did you mean 'main'" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main([str(tmp_path / "main")]) == 0
+    assert "no finished run" in capsys.readouterr().out
+
+
+def test_one_seed_is_warned_of_in_the_table_and_untrained_models_need_none(tmp_path, capsys):
+    put(tmp_path, "none", method="none", r=1)
+    assert main([str(tmp_path)]) == 0
+    assert "ONE SEED" not in capsys.readouterr().out
+    put(tmp_path, "one", r=8, nll=2.5)
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "ONE SEED: intervals and ranks are over documents alone" in shown
+    assert "over 40 documents;" in shown
+    for seed in range(1, 3):
+        put(tmp_path, f"s{seed}", r=8, nll=2.5, seed=seed)
+    main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "ONE SEED" not in shown and "over 40 documents and 3 seeds" in shown
+    assert "3 seeds: intervals cover" in shown
+    for seed in range(3, 5):
+        put(tmp_path, f"s{seed}", r=8, nll=2.5, seed=seed)
+    main([str(tmp_path)])
+    assert "seeds: intervals cover" not in capsys.readouterr().out
+
+
+def test_differences_are_those_of_the_runs_and_their_tests_those_of_scipy(tmp_path, capsys):
+    for seed in range(5):  # documents alike in all, so that seeds alone count
+        put(tmp_path, f"a{seed}", r=1, seed=seed, nll=3 + 0.01 * seed**2, parts=0)
+        put(tmp_path, f"b{seed}", r=2, seed=seed, nll=2.99 + 0.02 * seed, parts=0)
+    summary.show(tmp_path, full=True)
+    (line,) = csv.DictReader((tmp_path / "comparisons.csv").open())
+    a, b = ([ratio(tmp_path / f"{x}{seed}") for seed in range(5)] for x in "ab")
+    assert (line["text"], line["a"], line["b"]) == ("test", "lora all r=1", "lora all r=2")
+    assert float(line["difference_nats_per_token"]) == pytest.approx(np.mean(a) - np.mean(b))
+    oracle = scipy_stats.ttest_rel(a, b)
+    assert float(line["p"]) == pytest.approx(oracle.pvalue, rel=1e-6)
+    shown = capsys.readouterr().out
+    assert "not told apart: lora all r=1 and lora all r=2" in shown
+    assert cells(shown, "lora all r=")[-1]  # and every table has been drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"evaluation": {"context": 128}}, "context is 256 and 128"),
+        ({"evaluation": {"stride": 64}}, "stride is 256 and 64"),
+        ({"evaluation": {"tokenizer": "other"}}, "tokenizer is abc and other"),
+    ],
+)
+@pytest.mark.parametrize("r", [8, 16])  # another configuration; the same one under another seed
+def test_runs_that_were_not_evaluated_alike_are_refused(tmp_path, capsys, change, said, r):
+    put(tmp_path, "one", r=8)
+    put(tmp_path, "two", r=r, seed=1, **change)
+    assert main([str(tmp_path)]) == 2
+    shown = capsys.readouterr().out
+    assert "no intervals, ranks or comparisons:" in shown and said in shown
+    assert "95 %" not in shown and not (tmp_path / "comparisons.csv").exists()
+    assert len(cells(shown, "lora")) == (1 if r == 8 else 2)  # what was measured is still shown
+
+
+def test_other_documents_or_a_missing_or_changed_file_are_refused(tmp_path, capsys):
+    put(tmp_path, "one", r=8)
+    two = put(tmp_path, "two", r=16) / "documents-test.parquet"
+    frame = pd.read_parquet(two)
+    frame.assign(id=[f"x{i}" for i in range(DOCUMENTS)]).to_parquet(two)
+    assert main([str(tmp_path)]) == 2
+    assert "documents differ" in capsys.readouterr().out
+    frame.assign(nll_nats=frame.nll_nats * 0.9).to_parquet(two)
+    assert main([str(tmp_path)]) == 2
+    assert re.search(r"two/documents-test.parquet sums to .* result.json says", one_line(capsys))
+    two.write_bytes(b"PAR1")
+    assert main([str(tmp_path)]) == 2
+    two.unlink()
+    assert main([str(tmp_path)]) == 2
+    assert "two/documents-test.parquet cannot be read" in one_line(capsys)
+
+
+def one_line(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_same_seed_twice_is_refused(tmp_path):
+    put(tmp_path, "one")
+    put(tmp_path, "again")
+    with pytest.raises(ConfigError, match="lora all r=8: seed 0 is there 2 times"):
+        evidence.gather(table.rows(tmp_path))
+
+
+def test_names_take_what_tells_rows_apart(tmp_path):
+    put(tmp_path, "a", r=8, alpha=16)
+    put(tmp_path, "b", r=8, alpha=32)
+    put(tmp_path, "c", r=4, alpha=8)
+    put(tmp_path, "d", method="udv", r=4)
+    put(tmp_path, "e", r=8, alpha=32, train={"clip": 3})
+    put(tmp_path, "f", r=8, alpha=32, train={"clip": 4})
+    assert sorted(row.name for row in table.rows(tmp_path)) == [
+        "lora all r=4",
+        "lora all r=8 alpha=16",
+        "lora all r=8 alpha=32 lr=0.01",
+        "lora all r=8 alpha=32 lr=0.01 train.clip=3",
+        "lora all r=8 alpha=32 lr=0.01 train.clip=4",
+        "udv all k=4",
+    ]
+
+
+def test_fronts_and_budgets_count_what_is_significant(tmp_path):
+    for seed in range(3):
+        put(tmp_path, f"cheap{seed}", r=1, seed=seed, nll=3.0)
+        put(tmp_path, f"same{seed}", r=2, seed=seed, nll=3.0)  # dearer, and not shown to be worse
+        put(tmp_path, f"worse{seed}", r=4, seed=seed, nll=3.5)
+        put(tmp_path, f"dear{seed}", r=8, seed=seed, nll=2.0)
+    rows = table.rows(tmp_path)
+    found = evidence.gather(rows)
+    dominated = evidence.fronts(rows, found)
+    assert set(dominated) == set(evidence.COSTS)
+    for front in dominated.values():
+        names = {name.split("=")[1] for name, by in front.items() if not by}
+        assert names == {"1", "2", "8"}
+    costs = {row.name: row.values["parameters.trainable"] for row in rows}
+    assert views.within(500, costs, found) is None
+    best, ties = views.within(5000, costs, found)
+    assert {best, *ties} == {"lora all r=1", "lora all r=2"}
+    assert views.within(10_000, costs, found) == ("lora all r=8", [])
+    assert found.ranks == {
+        "lora all r=1": "2-3", "lora all r=2": "2-3", "lora all r=4": "4", "lora all r=8": "1"
+    }  # fmt: skip
+    worst = found.neighbours()[-1]
+    assert worst.a == "lora all r=4" and worst.difference > 0 and worst.low < worst.high
+
+
+def test_budgets_are_round_and_pairs_of_equal_cost_are_found(tmp_path):
+    assert views.budgets([0, 4096, 4000, 131_072, 10_000]) == [5000, 10_000, 200_000]
+    for r, alpha in ((10, 1), (10, 2), (20, 1)):
+        put(tmp_path, f"{r}-{alpha}", r=r, alpha=alpha)
+    rows = table.rows(tmp_path)
+    costs = {row.name: row.values["parameters.trainable"] for row in rows}
+    (pair,) = views.matched(costs, evidence.gather(rows).comparisons)
+    assert {pair.a, pair.b} == {"lora all r=10 alpha=1", "lora all r=10 alpha=2"}
+
+
+def test_curves_are_read_at_equal_tokens_and_seconds(tmp_path):
+    for seed, end in ((0, 3.0), (1, 3.2)):
+        put(tmp_path, f"s{seed}", r=2, seed=seed, curve=(5.0, 4.0, end))
+    (row,) = table.rows(tmp_path)
+    found = views.curve(row)
+    assert found.steps.tolist() == [0, 2, 4] and found.tokens.tolist() == [0, 200, 400]
+    assert found.seconds.tolist() == [[0, 2, 4]] * 2  # a second a step
+    assert found.at("tokens", 100) == pytest.approx(4.5)
+    assert found.at("seconds", 3) == pytest.approx((3.5 + 3.6) / 2)
+    assert found.at("seconds", 4.5) is None
+    assert found.steps_to(4.5) == [1, 1] and found.steps_to(5.5) == [0, 0]
+    assert found.steps_to(3.1) == pytest.approx([3.8, None], nan_ok=True)
+    assert views.equal([found], "tokens") == [100, 200, 400]
+    assert views.levels([found]) == [100, 50, 30]  # between e^5 = 148 and e^3.1 = 22
+
+
+def test_forgetting_is_since_the_base_model_or_else_since_the_first_step(tmp_path, capsys):
+    for seed in range(5):
+        put(tmp_path, f"a{seed}", r=1, seed=seed, also=(2.0, 2.0 + 0.01 * seed), parts=0)
+        put(tmp_path, f"b{seed}", r=2, seed=seed, also=(2.5, 3.0), parts=0)
+    rows = table.rows(tmp_path)
+    on = evidence.gather(rows, "more")
+    moved, since = evidence.forgetting(rows, on)
+    assert since == "before the first step"
+    assert moved["lora all r=1"].difference == pytest.approx(0.02)
+    assert moved["lora all r=2"].difference == pytest.approx(0.5)
+    a = [ratio(tmp_path / f"a{seed}", "documents-more.parquet") for seed in range(5)]
+    before = ratio(tmp_path / "a0", "documents-more-before.parquet")
+    oracle = scipy_stats.ttest_1samp(a, before)
+    assert moved["lora all r=1"].p == pytest.approx(oracle.pvalue, rel=1e-6)
+
+    put(tmp_path, "none", method="none", r=1, also=(2.0, 2.0), parts=0)
+    rows = table.rows(tmp_path)
+    on = evidence.gather(rows, "more")
+    moved, since = evidence.forgetting(rows, on)
+    assert "base model (none" in since
+    assert moved["lora all r=2"].difference == pytest.approx(1.0)
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Forgetting: perplexity on more (40 documents)" in shown
+    lines = list(csv.DictReader((tmp_path / "comparisons.csv").open()))
+    assert [line["text"] for line in lines] == ["test"] * 3 + ["more"] * 3
+
+
+def test_what_was_measured_beside_other_runs_is_marked(tmp_path, capsys):
+    put(tmp_path, "alone", r=1)
+    put(tmp_path, "beside", r=2, beside=1)
+    summary.show(tmp_path)
+    shown = capsys.readouterr().out
+    alone, beside = cells(shown, "lora")
+    assert "3*" in beside and "1,234*" in beside and not any("*" in cell for cell in alone)
+    assert "peak memory*:" in shown and "trainable parameters:" in shown
+
+
+def test_a_borrowed_rate_is_marked(tmp_path, capsys):
+    run_dir = put(tmp_path, "one")
+    record = json.loads((run_dir / "result.json").read_text())
+    record["method"]["lr_from"] = "as tuned for r=4"
+    results.write(run_dir, record)
+    summary.show(tmp_path)
+    shown = capsys.readouterr().out
+    assert "~0.01" in cells(shown, "lora")[0] and "~: not tuned" in shown
+
+
+def test_the_readme_recomputes_a_number_of_the_table(tmp_path, capsys, monkeypatch):
+    readme = (REPOSITORY / "README.md").read_text()
+    block = re.search(r"((?:    .*\n)+)", readme[readme.index("five lines of pandas") :])[1]
+    lines = [line[4:] for line in block.splitlines()]
+    assert len(lines) <= 5
+    folder = tmp_path / "outputs" / "main_seeds"
+    for seed in range(3):
+        run_dir = put(folder, f"mlp{seed}", r=8, seed=seed, nll=2 + seed / 10)
+        record = json.loads((run_dir / "result.json").read_text())
+        record["method"]["targets"] = "mlp"
+        results.write(run_dir, record)
+    put(folder, "other", r=4)
+    summary.show(folder)
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), {})
+    recomputed, said = map(float, capsys.readouterr().out.split())
+    expected = math.exp(np.mean([ratio(folder / f"mlp{seed}") for seed in range(3)]))
+    assert recomputed == pytest.approx(expected) and said == pytest.approx(expected)
