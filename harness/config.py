@@ -73,6 +73,7 @@ class DataConfig:
     context: int = 256  # tokens a training block predicts
     validation_share: float = 0.05  # share of the documents
     test_share: float = 0.05  # share of the documents
+    document_chars: int | None = None  # a document's first characters; null = all of it
     cache_dir: str = ".cache"  # tokenised blocks, by content hash
     # text_files
     path: str | None = None  # file, folder or glob
@@ -368,10 +369,9 @@ def _tuned(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     """lr and lr_from of train.lr=tuned."""
     from harness import rates  # which needs the schemas above
 
-    model, data, method, targets = (sections[k] for k in ("model", "data", "method", "targets"))
-    setting = {"model": model.name, "data": data.name}
-    setting |= {key: train.get(key) for key in ("steps", "batch_tokens")}
-    lr, lr_from = rates.resolve(train.get("rates"), method, targets.name, setting)
+    setting = rates.setting_of(sections["model"], sections["data"], train)
+    name, method = sections["targets"].name, sections["method"]
+    lr, lr_from = rates.resolve(train.get("rates"), method, name, setting)
     return {"lr": lr, "lr_from": lr_from}
 
 
@@ -382,7 +382,7 @@ def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
         names = {name: {} for name in names}
     if not isinstance(names, dict) or not all(isinstance(v, dict) for v in names.values()):
         raise ConfigError(
-            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings], or "
+            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings_held_out], or "
             "{mine: {source: text_files, path: FILE}}"
         )
     there = [option for option in options("data") if option != "source"]
@@ -391,6 +391,9 @@ def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
         base = name if name in there else str(fields.get("source", name))
         if base not in there:
             raise ConfigError(f"evaluate.also: no data set {base}; {nearest(base, there)}")
+        known = [f.name for f in dataclasses.fields(DataConfig)]
+        if unknown := [key for key in fields if key not in known]:
+            raise ConfigError(f"evaluate.also.{name}.{unknown[0]}: {nearest(unknown[0], known)}")
         merged = _data_file(base) | fields | {"name": name, "cache_dir": data.cache_dir}
         if missing := [key for key, value in merged.items() if value == "???"]:
             raise ConfigError(f"evaluate.also.{name}.{missing[0]} is missing")

@@ -32,7 +32,8 @@ SPLITS = ("train", "validation", "test")
 def read(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Splits:
     """The documents of a data config by split; raises ConfigError when one would be empty."""
     found = SOURCES[cfg.source](cfg)
-    asked = {name: found[name] for name in splits}
+    most = cfg.document_chars
+    asked = {name: [(key, text[:most]) for key, text in found[name]] for name in splits}
     for name, documents in asked.items():
         if not any(text.strip() for _, text in documents):
             raise ConfigError(f"data={cfg.name}: the {name} split has no text")

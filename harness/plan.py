@@ -258,9 +258,11 @@ def runs_of(arguments: list[str]) -> list[RunConfig]:
         plain = [text for text in arguments if not _is_sweep(text)]
         master = compose("config", plain, return_hydra_config=True)
         grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
+        seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
+        params = [f"{key}={value}" for key, value in seeds.items()]
         loader = GlobalHydra.instance().config_loader()
         runs: dict[str, RunConfig] = {}
-        for overrides in combinations(grids, [], arguments, loader):
+        for overrides in combinations(grids, params, arguments, loader):
             try:
                 run = config.from_hydra(compose("config", overrides))
             except (ConfigError, HydraException, OmegaConfBaseException) as error:

@@ -3,15 +3,17 @@
     make tune        (python -m harness experiment=tune; the sweeper is hydra_plugins' RateSweeper)
 
 What it finds is a file of conf/rates with its evidence, and `train.lr=tuned` reads it. A rate for a
-rank or for targets that were not tuned is interpolated or borrowed, and the result says so
-(`method.lr_from`). Runs of a search do not load the test set: `evaluate.test` must be false.
+rank, targets or a setting that were not tuned is interpolated or borrowed, and the result says so
+(`method.lr_from`). Workers of a search get no test set (`evaluate.test=false`): it is dropped
+before anything is tokenised.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,26 @@ import yaml
 
 from harness.config import (
     CONF_DIR,
+    METHODS,
     ConfigError,
+    DataConfig,
     LoraMethod,
     MethodConfig,
-    SvdMethod,
+    ModelConfig,
+    TrainConfig,
     label,
     nearest,
 )
 
-Grid = Mapping[float, float | None]  # peak rate -> validation nll, nats per token; None: diverged
+# Peak rate -> validation nll, nats per token; None: it diverged, or was never below its start.
+Grid = Mapping[float, float | None]
 NOT_TRAINED = ("none", "truncate")
+# What moves no best rate: that itself, and how the same steps are computed.
+NOT_SETTING = (
+    "lr", "rates", "lr_from", "threads", "on_oom", "checkpoint_every", "micro_batch", "compile",
+    "checkpointing",
+)  # fmt: skip
+COLUMNS = ("name", "label", "r", "alpha", "rank", "energy")  # of a method, which have their own
 
 
 @dataclass(frozen=True)
@@ -40,15 +52,28 @@ class Tuned:
     rank: str | None  # r or k, as tables show it
     scale: float | None  # alpha / r of LoRA
     grid: Grid
+    variant: Mapping[str, Any] = field(default_factory=dict)  # other fields, where not the default
+    made: str = ""  # commit, hardware and date
 
     @property
     def lr(self) -> float:
         """The rate with the lowest validation nll."""
         return best(self.grid)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it is a rate for."""
+        return self.family, self.targets, self.rank, self.scale, repr(sorted(self.variant.items()))
+
     def __str__(self) -> str:
-        parts = [self.targets or "", _rank_said(self), _scale_said(self)]
-        return " ".join([self.family, *filter(None, parts)])
+        scale = f"alpha={self.scale:g}r" if self.scale else ""
+        other = " ".join(f"{k}={v}" for k, v in self.variant.items())
+        return " ".join(filter(None, [self.family, self.targets, self.rank_said, scale, other]))
+
+    @property
+    def rank_said(self) -> str:
+        """r=8 or k=64."""
+        return f"{'k' if self.scale is None else 'r'}={self.rank}" if self.rank else ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +81,7 @@ class Rates:
     """A file of conf/rates."""
 
     path: Path
-    setting: dict[str, Any]  # model, data, steps, batch_tokens, and how it was measured
+    setting: dict[str, Any]  # see `setting_of`; and the seed
     tuned: tuple[Tuned, ...]
 
 
@@ -74,6 +99,14 @@ def _round(rate: float) -> float:
 
 def _value(nll: float | None) -> float:
     return math.inf if nll is None or math.isnan(nll) else nll
+
+
+def found_by(record: Mapping[str, Any]) -> float | None:
+    """What a finished run has to say of its rate, for a grid."""
+    quality = record["quality"]
+    if not quality["best_step"]:
+        return None
+    return float(quality["validation"]["nll_nats"] / quality["validation"]["num_tokens"])
 
 
 def best(grid: Grid) -> float:
@@ -96,7 +129,7 @@ def further(grid: Grid, factor: float) -> list[float]:
 def fitted(grid: Grid) -> float:
     """Vertex of the parabola through the best and its neighbours, nll over log rate.
 
-    The best itself where it is at an edge or a neighbour diverged.
+    The best itself where it is at an edge or a neighbour has no nll.
     """
     rates = sorted(grid)
     at = rates.index(best(grid))
@@ -107,6 +140,55 @@ def fitted(grid: Grid) -> float:
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     curvature = (right - left) / (x2 - x0)
     return math.exp((x0 + x1) / 2 - left / (2 * curvature)) if curvature > 0 else rates[at]
+
+
+# ------------------------------------------------------------------------------- what it is for
+
+
+def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -> dict[str, Any]:
+    """What a best rate may depend on besides the method: model, text and training, as dotted keys.
+
+    Fields that have their schema's default are left out.
+    """
+    found: dict[str, Any] = {}
+    sections = {"model": vars(model), "data": vars(data), "train": train}
+    schemas: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    left_out = {"model": ("shape",), "data": ("cache_dir",), "train": NOT_SETTING}
+    for section, values in sections.items():
+        defaults = _defaults(schemas[section])
+        for key, value in values.items():
+            if key not in left_out[section] and value != defaults.get(key, "???"):
+                found[f"{section}.{key}"] = value
+    for key in ("data.context", "train.steps", "train.batch_tokens"):  # always there to read
+        section, name = key.split(".")
+        found[key] = sections[section].get(name)
+    return found
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    found = {}
+    for f in dataclasses.fields(schema):
+        if f.default is not dataclasses.MISSING:
+            found[f.name] = f.default
+        elif f.default_factory is not dataclasses.MISSING:
+            found[f.name] = f.default_factory()
+    return found
+
+
+def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> Tuned:
+    """The entry for a method on `targets`."""
+    defaults = _defaults(METHODS[method.name])
+    variant = {
+        key: value
+        for key, value in vars(method).items()
+        if key not in COLUMNS and value != defaults.get(key)
+    }
+    if "train" in defaults:
+        variant.pop("train", None)  # which the label says
+    scale = method.lora_alpha / method.r if isinstance(method, LoraMethod) else None
+    rank = str(method.r) if isinstance(method, LoraMethod) else getattr(method, "kept", None)
+    alone = method.name == "full"
+    return Tuned(label(method), None if alone else targets, rank, scale, grid, variant, made)
 
 
 # ------------------------------------------------------------------------------------ the file
@@ -123,47 +205,47 @@ def read(name: str) -> Rates:
     try:
         loaded = yaml.safe_load(path.read_text("utf-8"))
         tuned = tuple(
-            Tuned(t["family"], t["targets"], t["rank"], t["scale"], dict(t["validation_nll"]))
-            for t in loaded.pop("tuned")
-        )
+            Tuned(
+                t["family"], t["targets"], t["rank"], t["scale"], dict(t["validation_nll"]),
+                dict(t["variant"]), t["made"],
+            )
+            for t in loaded["tuned"]
+        )  # fmt: skip
+        setting = dict(loaded["setting"])
     except FileNotFoundError:
         there = [found.stem for found in (CONF_DIR / "rates").glob("*.yaml")]
         raise ConfigError(f"train.rates={name}: no file {path}; {nearest(name, there)}") from None
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"train.rates={name}: {path} is no file of rates ({error})") from error
-    return Rates(path, loaded, tuned)
+    return Rates(path, setting, tuned)
 
 
 def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
     """What `read` reads, for people too."""
     lines = [
         "# Learning rates that `make tune` (python -m harness experiment=tune) found on validation",
-        "# with the evidence: validation nll, nats per token, by peak rate (null: diverged).",
-        "# fitted: vertex of a parabola through best and neighbours. train.lr=tuned reads it.",
-        yaml.safe_dump(dict(setting), sort_keys=False).rstrip(),
-        "tuned:",
+        "# with the evidence: validation nll, nats per token, by peak rate (null: diverged, or not",
+        "# once below its start). fitted: vertex of a parabola through best and neighbours.",
+        "# train.lr=tuned reads this.",
     ]
+    entries = []
     for t in tuned:
-        nll = ", ".join(
-            f"{_decimal(rate)}: {'null' if value is None else f'{value:.5f}'}"
-            for rate, value in sorted(t.grid.items())
-        )
-        lines += [
-            f"  - family: {t.family}",
-            f"    targets: {t.targets or 'null'}",
-            f"    rank: {repr(t.rank) if t.rank else 'null'}",
-            f"    scale: {'null' if t.scale is None else f'{t.scale:g}'}",
-            f"    lr: {_decimal(t.lr)}"
-            + (f" # the {edge(t.grid)} of its grid" if edge(t.grid) else ""),
-            f"    fitted: {fitted(t.grid):.3g}",
-            f"    validation_nll: {{{nll}}}",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _decimal(rate: float) -> str:
-    """A number that YAML 1.1 reads as one (it takes 1e-05 for a string)."""
-    return f"{rate:.10f}".rstrip("0") if rate < 1 else f"{rate:g}"
+        grid = {
+            rate: None if nll is None else round(nll, 5) for rate, nll in sorted(t.grid.items())
+        }
+        at_edge = {"at_edge": edge(t.grid)} if edge(t.grid) else {}
+        entries.append(
+            {
+                "family": t.family, "targets": t.targets, "rank": t.rank, "scale": t.scale,
+                "variant": dict(t.variant), "lr": t.lr, **at_edge,
+                "fitted": float(f"{fitted(t.grid):.3g}"), "validation_nll": grid, "made": t.made,
+            }
+        )  # fmt: skip
+    document = {"setting": dict(setting), "tuned": entries}
+    dumped = yaml.safe_dump(
+        document, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True
+    )
+    return "\n".join([*lines, dumped])
 
 
 # ------------------------------------------------------------------------------------- its use
@@ -182,72 +264,66 @@ def resolve(
     if name is None:
         raise ConfigError("train.lr=tuned needs train.rates, a file of conf/rates")
     rates = read(name)
-    family = [t for t in rates.tuned if t.family == label(method)]
+    asked = tuned_of(method, targets, {})
+    family = [t for t in rates.tuned if t.family == asked.family]
     if not family:
         there = ", ".join(dict.fromkeys(t.family for t in rates.tuned))
         raise ConfigError(
-            f"train.lr=tuned: {rates.path.name} has no rate for {label(method)}, but for {there}: "
+            f"train.lr=tuned: {rates.path.name} has no rate for {asked.family}, but for {there}: "
             "give train.lr=…, or tune it (conf/experiment/tune.yaml)"
         )
-    lr, said = _of_family(family, method, targets)
+    lr, said = _of_family(family, asked)
+    keys = sorted((setting.keys() | rates.setting.keys()) - {"seed"})
     apart = [
-        f"{key} {rates.setting.get(key)}"
-        for key, value in setting.items()
-        if rates.setting.get(key) != value
+        f"{key}={rates.setting.get(key, 'the default')}"
+        for key in keys
+        if rates.setting.get(key) != setting.get(key)
     ]
     return lr, f"{said}, for {', '.join(apart)}" if apart else said
 
 
-def _of_family(family: list[Tuned], method: MethodConfig, targets: str) -> tuple[float, str]:
-    borrowed = ""
-    if not any(t.targets in (None, targets) for t in family):
-        targets = family[0].targets or targets
-        borrowed = f" on targets={targets}"
-    alike = [t for t in family if t.targets in (None, targets)]
-    scale = scale_of(method)
-    if scale is not None and not any(t.scale == scale for t in alike):
-        near = sorted((abs(math.log(t.scale / scale)), t.scale) for t in alike if t.scale)
-        scale = near[0][1]
-        borrowed += f" at alpha={scale:g}r"
-    alike = [t for t in alike if t.scale == scale]
-    asked = _rank(method)
-    exact = [t for t in alike if t.rank == asked]
-    if exact:
-        at_edge = edge(exact[0].grid)
-        said = f"tuned{borrowed}" + (f", at the {at_edge} of its grid" if at_edge else "")
-        return exact[0].lr, said
-    k = _number(asked)
-    ordered = sorted(alike, key=lambda t: _number(t.rank))
-    below = [t for t in ordered if _number(t.rank) < k]
-    above = [t for t in ordered if _number(t.rank) > k]
-    if below and above and math.isfinite(_number(above[0].rank)):
-        one, other = below[-1], above[0]
-        share = math.log(k / _number(one.rank)) / math.log(_number(other.rank) / _number(one.rank))
-        lr = one.lr ** (1 - share) * other.lr**share
-        between = f"{_rank_said(one)} and {_rank_said(other)}"
+def _of_family(family: list[Tuned], asked: Tuned) -> tuple[float, str]:
+    alike, borrowed = family, ""
+    same = [t for t in alike if t.variant == asked.variant]
+    if not same:
+        alike = [t for t in alike if t.variant == alike[0].variant]
+        other = alike[0].variant
+        fields = sorted(
+            k for k in other.keys() | asked.variant.keys() if other.get(k) != asked.variant.get(k)
+        )
+        borrowed += f" with another {', '.join(f'method.{name}' for name in fields)}"
+    else:
+        alike = same
+    if not any(t.targets in (None, asked.targets) for t in alike):
+        borrowed += f" on targets={alike[0].targets}"
+        alike = [t for t in alike if t.targets == alike[0].targets]
+    else:
+        alike = [t for t in alike if t.targets in (None, asked.targets)]
+    if asked.scale is not None:
+        scales = sorted({t.scale for t in alike if t.scale}, key=lambda s: _apart(s, asked.scale))
+        alike = [t for t in alike if t.scale == scales[0]]
+        if not math.isclose(scales[0], asked.scale):
+            borrowed += f" at alpha={scales[0]:g}r"
+    if exact := [t for t in alike if t.rank == asked.rank]:
+        where = edge(exact[0].grid)
+        return exact[0].lr, f"tuned{borrowed}" + (f", at the {where} of its grid" if where else "")
+    k = _number(asked.rank)
+    below = [t for t in alike if _number(t.rank) < k]
+    above = [t for t in alike if _number(t.rank) > k]
+    one = max(below, key=lambda t: _number(t.rank), default=None)
+    other_end = min(above, key=lambda t: _number(t.rank), default=None)
+    if one and other_end and math.isfinite(_number(other_end.rank)):
+        low, high = _number(one.rank), _number(other_end.rank)
+        share = math.log(k / low) / math.log(high / low)
+        lr = one.lr ** (1 - share) * other_end.lr**share
+        between = f"{one.rank_said} and {other_end.rank_said}"
         return float(f"{lr:.3g}"), f"interpolated between {between}{borrowed}"
-    nearest_rank = below[-1] if below else above[0]
-    return nearest_rank.lr, f"as tuned for {_rank_said(nearest_rank)}{borrowed}"
+    near = one or other_end or alike[0]
+    return near.lr, f"as tuned for {near.rank_said}{borrowed}"
 
 
-def scale_of(method: MethodConfig) -> float | None:
-    """alpha / r of LoRA."""
-    return method.lora_alpha / method.r if isinstance(method, LoraMethod) else None
-
-
-def _rank(method: MethodConfig) -> str | None:
-    if isinstance(method, LoraMethod):
-        return str(method.r)
-    return method.kept if isinstance(method, SvdMethod) else None
-
-
-def _rank_said(tuned: Tuned) -> str:
-    key = "r" if tuned.family == "lora" else "k"
-    return f"{key}={tuned.rank}" if tuned.rank else ""
-
-
-def _scale_said(tuned: Tuned) -> str:
-    return f"alpha={tuned.scale:g}r" if tuned.scale else ""
+def _apart(one: float, other: float | None) -> float:
+    return abs(math.log(one / other)) if other else 0.0
 
 
 def _number(rank: str | None) -> float:

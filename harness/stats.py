@@ -190,12 +190,13 @@ def _components(parts: Sequence[Floats], tokens: Floats) -> tuple[float, Compone
     # Leaving out a document moves the ratio by its residual over the other documents' tokens.
     d = ((summed - estimate * tokens) ** 2 / (total - tokens) ** 2).sum() * (n - 1) / n
     s = over = 0.0
-    for part in parts:
+    for part, other in zip(parts, reversed(parts), strict=True):
         if (r := len(part)) > 1:
             ratio = part.sum(1) / total
             particular = part - part.mean(0) - np.outer(ratio - ratio.mean(), tokens)
             d -= (particular**2).sum() * n / ((n - 1) * r * (r - 1) * total**2)
-            of_part = ratio.var(ddof=1) / r
+            # A single seed of the other is taken to vary as much as one of these.
+            of_part = ratio.var(ddof=1) * (1 / r + (len(other) == 1 < len(parts)))
             s, over = s + of_part, over + of_part**2 / (r - 1)
     seeds_df = s**2 / over if over else max(map(len, parts)) - 1.0  # Welch, where seeds are apart
     documents_df = max(total**2 / (tokens**2).sum() - 1, 1.0)
@@ -286,16 +287,25 @@ def _counts(generator: np.random.Generator, rows: int, n: int) -> Floats:
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
     """The difference of two configurations, with its 95 % interval and p-value.
 
-    Documents are always paired. Seeds are where both have the same ids (the same data order and
-    initial draw) or one is deterministic; else they count as independent. Raises as `check` does.
+    Documents are always paired. So are seeds (the same data order and initial draw), or one is
+    deterministic: of what the seed moves, only the seeds that both have are compared. Where they
+    have none in common they count as independent. Raises as `check` does.
     """
     check((a, b))
     (one, seeds, tokens), (other, other_seeds, _) = _by_seed(a), _by_seed(b)
-    paired = seeds == other_seeds or not seeds or not other_seeds
+    if common := set(seeds) & set(other_seeds):
+        one = one[[i for i, seed in enumerate(seeds) if seed in common]]
+        other = other[[i for i, seed in enumerate(other_seeds) if seed in common]]
+    paired = bool(common) or not seeds or not other_seeds
     difference, components = _components([one - other] if paired else [one, -other], tokens)
     half, p = components.half_width(), _p_value(difference, components)
     numbers = (difference, difference - half, difference + half, p, p)
-    carried = (components, paired, components.varies_over, _warning(a, b))
+    warning = _warning(a, b)
+    if len(common) == 1 and not warning:
+        warning = f"one seed that both {a.name} and {b.name} have: no variance over seeds"
+    elif warning and not paired and len(one) != len(other):
+        warning = f"one seed of {(a if len(one) == 1 else b).name}, taken to vary as the other's"
+    carried = (components, paired, components.varies_over, warning)
     return Comparison(a.name, b.name, *numbers, *carried)
 
 

@@ -66,6 +66,9 @@ def validate(run: RunConfig) -> None:
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "a probability in [0, 1)")
 
     _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")
+    for text in (data, *ev.also.values()):
+        most = text.document_chars
+        _require(most is None or most > 0, "data.document_chars", most, "1 or more, or null")
     for key in ("validation_share", "test_share"):
         _require(
             0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)"
@@ -124,8 +127,14 @@ def validate(run: RunConfig) -> None:
 
     for name, text in ev.also.items():
         where = f"evaluate.also.{name}"
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in SPLITS:
-            raise ConfigError(f"{where}: expected letters, digits, . _ -, and no split's name")
+        if not re.fullmatch(r"\w+", name) or name in SPLITS:
+            raise ConfigError(f"{where}: expected letters, digits, _, and no split's name")
+        own = ("source", "path", "id", "config_name", "packages")
+        if all(getattr(text, key) == getattr(data, key) for key in own):
+            raise ConfigError(
+                f"{where} is the text that is trained on ({data.name}), whose test set is read "
+                "once, at the end: name another"
+            )
         if text.source not in CHOICES["data.source"]:
             there = [str(choice) for choice in CHOICES["data.source"]]
             raise ConfigError(f"{where}.source={text.source}: {nearest(text.source, there)}")

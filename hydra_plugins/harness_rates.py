@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import config, launch, rates, results
+from harness import launch, rates, results
 from harness.config import ConfigError, RunConfig
-from harness.report import table
+from harness.report import grids as shown_grids
 from hydra_plugins.harness_grids import GridSweeper, check
 
 
@@ -17,7 +18,8 @@ class RateSweeper(GridSweeper):
     """For every configuration of its grids, whose `train.lr` is the centre, `points` rates that are
     `factor` apart; then one more beyond an edge that the best is at, up to `most`.
 
-    The best rates are written to a file of conf/rates. Runs must not read the test set.
+    The best rates are written to a file of conf/rates, in the place of those for the same
+    configurations. Workers get no test set.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class RateSweeper(GridSweeper):
     ) -> list[launch.Outcome]:
         """Rounds of runs, until no best is at the edge of its grid."""
         assert self.hydra_context is not None
-        path, setting = self._target(runs)
+        path, setting, kept = self._target(runs)
         grids: list[dict[float, float | None]] = [{} for _ in runs]
         todo = [rates.grid_around(run.train.lr, self.points, self.factor) for run in runs]
         done: list[launch.Outcome] = []
@@ -52,102 +54,86 @@ class RateSweeper(GridSweeper):
             texts = [[*jobs[i], f"train.lr={lr}"] for i, lr in asked]
             texts, now, _ = check(texts, self.config, self.hydra_context)
             print(f"{len(now)} runs, validation only -> {folder}", flush=True)
-            found = self._launch(texts, now)
-            done += found
-            for (i, lr), outcome in zip(asked, found, strict=True):
-                if outcome.status == "finished" or outcome.status == "skipped":
-                    quality = results.get(results.read(outcome.run_dir) or {}, "quality.validation")
-                    grids[i][lr] = quality["nll_nats"] / quality["num_tokens"]
+            outcomes = {
+                run.run_dir: o for run, o in zip(now, self._launch(texts, now), strict=True)
+            }
+            done += outcomes.values()
+            for i, lr in asked:
+                run = replace(runs[i], train=replace(runs[i].train, lr=lr))
+                outcome = outcomes[run.run_dir]
+                if outcome.status in ("finished", "skipped"):
+                    grids[i][lr] = rates.found_by(results.read(run.run_dir) or {})
                 elif outcome.failure_class == "nan":
                     grids[i][lr] = None  # a rate at which it diverges is an answer
                 else:
-                    launch.OUTCOMES.extend(done)
-                    print("no rates were chosen, since not every run finished", flush=True)
-                    return done
+                    return self._give_up(done, "not every run finished")
             todo = [
                 rates.further(grid, self.factor) if len(grid) < self.most else [] for grid in grids
             ]
-        record = results.read(next(o.run_dir for o in done if o.exit_code == 0)) or {}
-        setting |= {
-            "commit": results.get(record, "environment.commit"),
-            "hardware": results.get(record, "environment.hardware.cpu"),
-            "date": time.strftime("%Y-%m-%d"),
-        }
+        for run, grid in zip(runs, grids, strict=True):
+            if all(nll is None for nll in grid.values()):
+                return self._give_up(done, f"{rates.tuned_of(run.method, '', {})} always diverges")
+        made = self._made(done)
         tuned = [
-            rates.Tuned(
-                config.label(run.method), results.describe_method(run)["targets"],
-                results.describe_method(run)["rank"], rates.scale_of(run.method), grid,
-            )
+            rates.tuned_of(run.method, run.targets.name, grid, made)
             for run, grid in zip(runs, grids, strict=True)
-        ]  # fmt: skip
+        ]
+        new = {t.key for t in tuned}
         path.parent.mkdir(parents=True, exist_ok=True)
-        results.write_atomically(path, rates.text(setting, tuned))
-        show(tuned)
+        everything = [t for t in kept if t.key not in new] + tuned
+        results.write_atomically(path, rates.text(setting, everything))
+        shown_grids.show(tuned)
         print(f"saved: {path}; train.lr=tuned train.rates={self.file or path.stem} reads it")
         return done
 
-    def _target(self, runs: list[RunConfig]) -> tuple[Path, dict[str, Any]]:
-        """The file to write, and what holds of all of its rates; raises ConfigError."""
+    def _give_up(self, done: list[launch.Outcome], reason: str) -> list[launch.Outcome]:
+        launch.OUTCOMES.extend(done)  # so that the table and the exit status say what happened
+        print(f"no rates were chosen: {reason}", flush=True)
+        return done
+
+    def _made(self, done: list[launch.Outcome]) -> str:
+        """Commits and hardware of the runs, and the date."""
+        found = [results.read(outcome.run_dir) or {} for outcome in done]
+        said = []
+        for path in ("environment.commit", "environment.hardware.cpu"):
+            values = dict.fromkeys(str(results.get(record, path)) for record in found)
+            said.append(" and ".join(value for value in values if value != "None") or "unknown")
+        return f"{said[0]} on {said[1]}, {time.strftime('%Y-%m-%d')}"
+
+    def _target(
+        self, runs: list[RunConfig]
+    ) -> tuple[Path, dict[str, Any], tuple[rates.Tuned, ...]]:
+        """The file, what holds of all of its rates, and those it has; raises ConfigError."""
         settings = [
-            {
-                "model": run.model.name,
-                "data": run.data.name,
-                "steps": run.train.steps,
-                "batch_tokens": run.train.batch_tokens,
-                "seed": run.seed,
-            }
+            rates.setting_of(run.model, run.data, vars(run.train)) | {"seed": run.seed}
             for run in runs
         ]
+        keys: set[tuple[Any, ...]] = set()
         for run, setting in zip(runs, settings, strict=True):
             if run.evaluate.test:
                 raise ConfigError(
-                    "evaluate.test=true: rates are chosen on validation, and runs of a search do "
-                    "not load the test set; leave evaluate.test=false"
+                    "evaluate.test=true: rates are chosen on validation, and workers of a search "
+                    "get no test set; leave evaluate.test=false"
                 )
-            if setting != settings[0]:
-                raise ConfigError(
-                    f"one file of rates is for one setting, not for {settings[0]} and {setting}"
-                )
+            if apart := _difference(settings[0], setting):
+                raise ConfigError(f"one file of rates is for one setting: {apart}")
+            own = rates.tuned_of(run.method, run.targets.name, {})
+            if own.key in keys:
+                raise ConfigError(f"two grids are for the same configuration, {own}")
+            keys.add(own.key)
         setting = settings[0]
-        path = rates.path_of(self.file or f"{setting['model']}_{setting['data']}")
-        if path.exists():
-            before = rates.read(str(path)).setting
-            if apart := [k for k, v in setting.items() if before.get(k) != v]:
-                key = apart[0]
-                raise ConfigError(
-                    f"{path} holds rates for {key} {before.get(key)}, not {setting[key]}: choose "
-                    "another file, hydra.sweeper.file=NAME"
-                )
-        return path, setting
+        path = rates.path_of(self.file or f"{setting['model.name']}_{setting['data.name']}")
+        if not path.exists():
+            return path, setting, ()
+        there = rates.read(str(path))
+        if apart := _difference(there.setting, setting):
+            raise ConfigError(
+                f"{path} holds rates for another setting ({apart}): choose another file, "
+                "hydra.sweeper.file=NAME"
+            )
+        return path, setting, there.tuned
 
 
-def show(tuned: Sequence[rates.Tuned]) -> None:
-    """Print the grids: validation nll by rate, the best, and its ratio to full fine-tuning's."""
-    full = next((t for t in tuned if t.family == "full"), None)
-    shown = table.plain(
-        {"tuned": "left", "validation nll by rate": "left"}
-        | dict.fromkeys(["best", "fitted", "times full's"], "right")
-    )
-    for t in tuned:
-        cells = []
-        for rate, nll in sorted(t.grid.items()):
-            value = "diverged" if nll is None else f"{nll:.3f}"
-            cells.append(f"{rate:g}: {value}" + ("*" if rate == t.lr else ""))
-        where = rates.edge(t.grid)
-        ratio = "-"
-        if full is not None:
-            ratio = f"{t.lr / full.lr:g} ({rates.fitted(t.grid) / rates.fitted(full.grid):.1f})"
-        shown.add_row(
-            str(t), "  ".join(cells), f"{t.lr:g}" + (f" ({where})" if where else ""),
-            f"{rates.fitted(t.grid):.2g}", ratio,
-        )  # fmt: skip
-    print()
-    table.show(shown)
-    print(
-        "best: the rate with the lowest validation nll (*). fitted: vertex of a parabola through\n"
-        "it and its neighbours. times full's: best by full fine-tuning's best, and in brackets\n"
-        "fitted by fitted (published for LoRA: about 10)."
-    )
-    for t in tuned:
-        if where := rates.edge(t.grid):
-            print(f"warning: the best rate of {t} is the {where} of its grid")
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    keys = [k for k in sorted(one.keys() | other.keys()) if one.get(k) != other.get(k)]
+    return ", ".join(f"{k} {one.get(k)} and {other.get(k)}" for k in keys)

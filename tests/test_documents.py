@@ -139,6 +139,15 @@ def test_parsed_docstrings_are_kept_and_a_smaller_share_stays_within_the_larger(
     assert {text for docs in small.values() for _, text in docs} == {"kept"}
     held_out = {name for split in ("validation", "test") for name, _ in small[split]}
     assert held_out <= {name for name, _ in large["test"]}
+    # A test share of twice the size is test and validation together: conf/data/docstrings_held_out.
+    both = {name for split in ("validation", "test") for name, _ in large[split]}
+    cfg = DataConfig(
+        "d", "docstrings", packages=["tqdm"], cache_dir=str(tmp_path), validation_share=0.2,
+        test_share=0.4, document_chars=2,
+    )  # fmt: skip
+    test = documents.read(cfg, ("test",))
+    assert {name for name, _ in test["test"]} == both and set(test) == {"test"}
+    assert {text for _, text in test["test"]} == {"ke"}
 
 
 def test_byte_order_marks_and_long_fields_are_read(tmp_path):

@@ -27,9 +27,10 @@ def put(
     """A run whose documents have about `nll` nats per token; `also`: (before, after) on `more`."""
     run_dir = folder / name
     run_dir.mkdir(parents=True)
+    trains = method not in ("none", "truncate")
 
     def documents(mean, file):
-        key = sum(map(ord, f"{method}{r}{alpha}")) * 1000 + seed
+        key = sum(map(ord, f"{method}{r}{alpha}")) * 1000 + seed * trains
         noise = np.random.default_rng(key).normal(0, parts, DOCUMENTS)
         nats = (mean + DIFFICULTY + noise) * TOKENS
         ids = [f"doc{i}" for i in range(DOCUMENTS)]
@@ -39,7 +40,6 @@ def put(
         perplexity = math.exp(nats.sum() / TOKENS.sum())
         return sums | {"perplexity": perplexity, "word_perplexity": 1.0, "bits_per_byte": 1.0}
 
-    trains = method not in ("none", "truncate")
     record = {
         "status": status,
         "run": {"name": name, "seed": seed},
@@ -151,7 +151,7 @@ def test_differences_are_those_of_the_runs_and_their_tests_those_of_scipy(tmp_pa
     for seed in range(5):  # documents alike in all, so that seeds alone count
         put(tmp_path, f"a{seed}", r=1, seed=seed, nll=3 + 0.01 * seed**2, parts=0)
         put(tmp_path, f"b{seed}", r=2, seed=seed, nll=2.99 + 0.02 * seed, parts=0)
-    summary.show(tmp_path, full=True)
+    summary.tell(evidence.find(tmp_path), full=True)
     (line,) = csv.DictReader((tmp_path / "comparisons.csv").open())
     a, b = ([ratio(tmp_path / f"{x}{seed}") for seed in range(5)] for x in "ab")
     assert (line["text"], line["a"], line["b"]) == ("test", "lora all r=1", "lora all r=2")
@@ -177,9 +177,10 @@ def test_runs_that_were_not_evaluated_alike_are_refused(tmp_path, capsys, change
     put(tmp_path, "two", r=r, seed=1, **change)
     assert main([str(tmp_path)]) == 2
     shown = capsys.readouterr().out
-    assert "no intervals, ranks or comparisons:" in shown and said in shown
-    assert "95 %" not in shown and not (tmp_path / "comparisons.csv").exists()
-    assert len(cells(shown, "lora")) == (1 if r == 8 else 2)  # what was measured is still shown
+    assert "no intervals, ranks or comparisons on test:" in shown and said in shown
+    assert "95 %:" not in shown and not (tmp_path / "comparisons.csv").exists()
+    first = shown[: shown.index("trainable share")]
+    assert len(cells(first, "lora")) == (1 if r == 8 else 2)  # what was measured is still shown
 
 
 def test_other_documents_or_a_missing_or_changed_file_are_refused(tmp_path, capsys):
@@ -208,6 +209,97 @@ def test_the_same_seed_twice_is_refused(tmp_path):
     put(tmp_path, "again")
     with pytest.raises(ConfigError, match="lora all r=8: seed 0 is there 2 times"):
         evidence.gather(table.rows(tmp_path))
+
+
+def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path, capsys):
+    for seed in range(5):
+        put(tmp_path, f"a{seed}", r=1, seed=seed, nll=3 + 0.1 * seed, parts=1e-4)
+        if seed < 4:
+            put(tmp_path, f"b{seed}", r=2, seed=seed, nll=2.99 + 0.1 * seed, parts=1e-4)
+    put(tmp_path, "c0", r=4, nll=2.5)
+    (pair, *_) = [
+        c for c in evidence.gather(table.rows(tmp_path)).comparisons if c.b == "lora all r=2"
+    ]
+    assert pair.difference == pytest.approx(0.01, abs=1e-3) and pair.better == "lora all r=2"
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "and 1 to 5 seeds" in shown and "Not all rows have the same seeds" in shown
+    assert "ONE SEED of lora all r=4:" in shown
+    lines = list(csv.DictReader((tmp_path / "comparisons.csv").open()))
+    assert "one seed of lora all r=4" in lines[-1]["warning"]
+
+
+def test_how_a_rate_was_found_makes_no_other_row_and_further_texts_do(tmp_path):
+    put(tmp_path, "a", seed=0, train={"lr": 1, "lr_from": "tuned", "rates": "x"})
+    put(tmp_path, "b", seed=1, train={"lr": 1, "lr_from": "as tuned for r=4", "rates": None})
+    assert [row.values["seeds"] for row in table.rows(tmp_path)] == [2]
+    more = {"more": {"source": "kjv"}}
+    put(tmp_path, "c", seed=2, train={"lr": 1}, evaluate={"also": more}, also=(2.0, 2.1))
+    assert {row.values["also"] for row in table.rows(tmp_path)} == {"", "evaluate.also=more"}
+
+
+def test_the_csvs_hold_all_rows_and_never_what_is_no_longer_true(tmp_path, capsys):
+    put(tmp_path, "one", r=1)
+    put(tmp_path, "two", r=2)
+    summary.show(tmp_path)
+    put(tmp_path, "three", r=4)
+    summary.show(tmp_path, [tmp_path / "three"])
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert len(rows) == 3 and all(row["quality.test.perplexity_low"] for row in rows)
+    assert len(list(csv.DictReader((tmp_path / "comparisons.csv").open()))) == 3
+    put(tmp_path, "four", r=8, evaluation={"context": 64})
+    summary.show(tmp_path, [tmp_path / "four"])
+    assert not (tmp_path / "comparisons.csv").exists()
+    assert "perplexity_low" not in (tmp_path / "results.csv").read_text()
+
+
+def test_a_further_text_that_cannot_be_compared_leaves_the_test_set_alone(tmp_path, capsys):
+    for name in ("a", "b"):
+        put(tmp_path, name, r=ord(name), also=(2.0, 2.1))
+    frame = pd.read_parquet(tmp_path / "b" / "documents-more.parquet")
+    frame.assign(id=frame.id + "x").to_parquet(tmp_path / "b" / "documents-more.parquet")
+    assert main([str(tmp_path)]) == 2
+    shown = capsys.readouterr().out
+    assert "no intervals, ranks or comparisons on more:" in shown and "documents differ" in shown
+    assert "95 %" in shown and "not told apart" in shown
+
+
+def test_what_has_overflowed_or_is_written_in_brackets_is_shown(tmp_path, capsys):
+    put(tmp_path, "one", r=1, curve=(5.0, 900.0, 4.0))
+    two = put(tmp_path, "two", r=2, method="lora [/b]", curve=(5.0, None, 4.0))
+    record = json.loads((two / "result.json").read_text())
+    record["quality"]["validation"]["perplexity"] = None
+    results.write(two, record)
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "lora [/b]" in shown and "inf" in shown
+
+
+def test_every_number_stands_under_its_heading(tmp_path, capsys):
+    put(tmp_path, "a", r=1, curve=(5.0, 4.0, 3.0))
+    put(tmp_path, "b", r=2, curve=(5.0, 4.5, 4.0))
+    main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    table_of = shown[shown.index("Validation perplexity at equal tokens") :].splitlines()
+    headings = re.split(r"\s{2,}", table_of[2].strip())
+    assert headings == [
+        "configuration", "100 tokens", "200 tokens", "400 tokens", "0.5 s", "1 s", "2 s",
+        "steps to 100", "steps to 50", "steps to 30",
+    ]  # fmt: skip
+    a, b = (re.split(r"\s{2,}", line.strip()) for line in table_of[4:6])
+    e = [f"{math.exp(x):.2f}" for x in (4.5, 4.0, 3.0, 4.5, 4.0, 3.0)]
+    assert a[:7] == ["lora all r=1", *e] and len(a) == len(headings)
+    e = [f"{math.exp(x):.2f}" for x in (4.75, 4.5, 4.0, 4.875, 4.75, 4.5)]
+    assert b == ["lora all r=2", *e, "2", "-", "-"]  # e^4.5 = 90, e^4 = 55
+
+
+def test_what_does_not_train_is_on_the_front_of_parameters_alone(tmp_path):
+    put(tmp_path, "none", method="none", r=1, nll=4.0)
+    put(tmp_path, "a", r=2, nll=3.0)
+    rows = table.rows(tmp_path)
+    front = evidence.fronts(rows, evidence.gather(rows))
+    assert set(front["trainable parameters"]) == {row.name for row in rows}
+    assert set(front["peak memory"]) == set(front["training time"]) == {"lora all r=2"}
 
 
 def test_names_take_what_tells_rows_apart(tmp_path):
@@ -240,7 +332,7 @@ def test_fronts_and_budgets_count_what_is_significant(tmp_path):
     for front in dominated.values():
         names = {name.split("=")[1] for name, by in front.items() if not by}
         assert names == {"1", "2", "8"}
-    costs = {row.name: row.values["parameters.trainable"] for row in rows}
+    costs = evidence.costs(rows, "trainable parameters")
     assert views.within(500, costs, found) is None
     best, ties = views.within(5000, costs, found)
     assert {best, *ties} == {"lora all r=1", "lora all r=2"}
@@ -252,12 +344,32 @@ def test_fronts_and_budgets_count_what_is_significant(tmp_path):
     assert worst.a == "lora all r=4" and worst.difference > 0 and worst.low < worst.high
 
 
+def test_many_rows_are_compared_with_the_best_the_next_and_the_base(tmp_path, monkeypatch, capsys):
+    for r in range(1, 7):
+        put(tmp_path, f"r{r}", r=r, nll=3 - r / 10)
+    put(tmp_path, "none", method="none", r=1, nll=4.0)
+    monkeypatch.setattr(evidence, "EVERY_PAIR", 6)
+    found = evidence.gather(table.rows(tmp_path))
+    best = found.ordered[0]
+    pairs = {frozenset((c.a, c.b)) for c in found.comparisons}
+    assert len(pairs) == len(found.comparisons)
+    assert {frozenset((best, name)) for name in found.ordered[1:]} <= pairs
+    assert {
+        frozenset(pair) for pair in zip(found.ordered, found.ordered[1:], strict=False)
+    } <= pairs
+    assert len(found.neighbours()) == 6 and not found.ranks
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "each is compared with the best" in shown and "Pareto" not in shown
+
+
 def test_budgets_are_round_and_pairs_of_equal_cost_are_found(tmp_path):
-    assert views.budgets([0, 4096, 4000, 131_072, 10_000]) == [5000, 10_000, 200_000]
+    assert views.budgets([0, 4096, 4000, 131_072, 10_000]) == [5000, 10_000, 150_000]
+    assert views.budgets([29 * 2**20, 97 * 2**20], 2**20) == [30 * 2**20, 100 * 2**20]
     for r, alpha in ((10, 1), (10, 2), (20, 1)):
         put(tmp_path, f"{r}-{alpha}", r=r, alpha=alpha)
     rows = table.rows(tmp_path)
-    costs = {row.name: row.values["parameters.trainable"] for row in rows}
+    costs = evidence.costs(rows, "trainable parameters")
     (pair,) = views.matched(costs, evidence.gather(rows).comparisons)
     assert {pair.a, pair.b} == {"lora all r=10 alpha=1", "lora all r=10 alpha=2"}
 
@@ -269,8 +381,11 @@ def test_curves_are_read_at_equal_tokens_and_seconds(tmp_path):
     found = views.curve(row)
     assert found.steps.tolist() == [0, 2, 4] and found.tokens.tolist() == [0, 200, 400]
     assert found.seconds.tolist() == [[0, 2, 4]] * 2  # a second a step
-    assert found.at("tokens", 100) == pytest.approx(4.5)
-    assert found.at("seconds", 3) == pytest.approx((3.5 + 3.6) / 2)
+    assert found.at("tokens", 100) == pytest.approx((4.5, 0))
+    value, half = found.at("seconds", 3)
+    assert value == pytest.approx((3.5 + 3.6) / 2)
+    interval = scipy_stats.t.interval(0.95, 1, value, scipy_stats.sem([3.5, 3.6]))
+    assert half == pytest.approx(interval[1] - value)
     assert found.at("seconds", 4.5) is None
     assert found.steps_to(4.5) == [1, 1] and found.steps_to(5.5) == [0, 0]
     assert found.steps_to(3.1) == pytest.approx([3.8, None], nan_ok=True)
@@ -323,7 +438,7 @@ def test_a_borrowed_rate_is_marked(tmp_path, capsys):
     results.write(run_dir, record)
     summary.show(tmp_path)
     shown = capsys.readouterr().out
-    assert "~0.01" in cells(shown, "lora")[0] and "~: not tuned" in shown
+    assert "~0.01" in cells(shown, "lora")[0] and "~: not simply tuned" in shown
 
 
 def test_the_readme_recomputes_a_number_of_the_table(tmp_path, capsys, monkeypatch):

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import checkpoint, documents, launch, results, worker
-from harness.config import ASSETS_DIR, DataConfig
+from harness.config import ASSETS_DIR
 from harness.stop import Stop
 
 # Dropout, so that the generators matter; validation at its best before the end, and not at it.
@@ -24,8 +25,8 @@ CONFIG = [
     "train.checkpoint_every=2", "train.lr=0.03", "train.schedule=constant",
     "data.validation_share=0.003", "data.test_share=0.003", "data.context=32",
     "train.batch_tokens=128", "train.micro_batch=2", "train.threads=1",
-    # Two of the four documents of the test set, as a further text.
-    "evaluate.also={more: {source: kjv, validation_share: 0.001, test_share: 0.002}}",
+    # Two or three source files of a small package, as a further text.
+    "evaluate.also={more: {source: docstrings, packages: [tqdm], test_share: 0.1}}",
 ]  # fmt: skip
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["harness.worker"])
@@ -103,17 +104,17 @@ def undisturbed(tmp_path_factory):
 
 def test_a_further_text_is_evaluated_before_and_after(undisturbed):
     run, (quality, rows, *_), _ = undisturbed
-    test, after, before = (
-        pd.read_parquet(run.run_dir / f"documents-{name}.parquet").set_index("id")
-        for name in ("test", "more", "more-before")
+    before, after = (
+        pd.read_parquet(run.run_dir / f"documents-{name}.parquet")
+        for name in ("more-before", "more")
     )
-    assert len(after) == 2 and set(after.index) < set(test.index)
-    # The same documents under the same weights, in batches of another size.
-    same = test.loc[after.index]
-    np.testing.assert_allclose(after.nll_nats, same.nll_nats, rtol=1e-5)
-    assert (after.num_tokens == same.num_tokens).all()
-    base = evaluate_base(after.index)
-    np.testing.assert_allclose(before.nll_nats, base, rtol=1e-5)
+    assert len(after) > 1 and after.id.tolist() == before.id.tolist()
+    texts = dict(documents.read(run.evaluate.also["more"], ("test",))["test"])
+    base = AutoModelForCausalLM.from_pretrained(ASSETS_DIR / "gpt2_mini").eval()
+    np.testing.assert_allclose(before.nll_nats, nats(base, texts, before.id), rtol=1e-5)
+    adapted = PeftModel.from_pretrained(base, run.run_dir / "adapter").eval()
+    np.testing.assert_allclose(after.nll_nats, nats(adapted, texts, after.id), rtol=1e-5)
+    assert not np.allclose(after.nll_nats, before.nll_nats, rtol=1e-3)
     assert quality["also"]["more"]["after"]["nll_nats"] == pytest.approx(after.nll_nats.sum())
     assert quality["also"]["more"]["before"]["nll_nats"] == pytest.approx(before.nll_nats.sum())
     logged = {row["step"]: row["eval/more/nll"] for row in rows if "eval/more/nll" in row}
@@ -123,24 +124,21 @@ def test_a_further_text_is_evaluated_before_and_after(undisturbed):
     }
 
 
-def evaluate_base(ids):
-    """Nats of documents under the untouched model, by transformers' own loss, window by window."""
-    model = AutoModelForCausalLM.from_pretrained(ASSETS_DIR / "gpt2_mini").eval()
+def nats(model, texts, ids):
+    """Nats of documents by transformers' own loss, window by window, 32 of context."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
-    splits = documents.read(DataConfig("kjv", "kjv", validation_share=0.003, test_share=0.003))
-    texts = dict(splits["test"])
     sums = []
     for name in ids:
         tokens = [tokenizer.eos_token_id, *tokenizer(texts[name])["input_ids"]]
-        nats = 0.0
-        for scored in range(1, len(tokens), 32):  # 32 of context, windows do not overlap
+        total = 0.0
+        for scored in range(1, len(tokens), 32):  # windows that do not overlap, but for the last
             end = min(scored + 32, len(tokens))
             window = torch.tensor([tokens[max(0, end - 33) : end]])
             labels = window.clone()
             labels[0, : window.shape[1] - (end - scored)] = -100
             with torch.no_grad():
-                nats += model(window, labels=labels).loss.item() * (end - scored)
-        sums.append(nats)
+                total += model(input_ids=window, labels=labels).loss.item() * (end - scored)
+        sums.append(total)
     return sums
 
 

@@ -94,11 +94,34 @@ def test_over_seeds_alone_it_is_the_paired_t_test():
 
 def test_over_seeds_of_other_ids_it_is_the_t_test_of_welch():
     effects = np.random.default_rng(1).normal(3, 0.1, 8)
-    a, b = evaluation(np.outer(effects[:3], [1] * 4)), evaluation(np.outer(effects[3:], [1] * 4))
-    found = stats.compare(a, replace(b, name="b"))
+    a = evaluation(np.outer(effects[:3], [1] * 4))
+    b = evaluation(np.outer(effects[3:], [1] * 4), name="b", seeds=(10, 11, 12, 13, 14))
+    found = stats.compare(a, b)
     assert not found.paired_seeds
     oracle = scipy_stats.ttest_ind(effects[:3], effects[3:], equal_var=False)
     assert found.p == pytest.approx(oracle.pvalue, rel=1e-6)
+
+
+def test_seeds_that_only_one_has_do_not_enter_a_paired_difference():
+    effects = np.random.default_rng(1).normal(3, 0.1, (2, 5))
+    a, b = (evaluation(np.outer(e, [1] * 4), name=n) for e, n in zip(effects, "ab", strict=True))
+    fewer = replace(b, nll=b.nll[[4, 0, 2]], seeds=(4, 0, 2))
+    found = stats.compare(a, fewer)
+    oracle = scipy_stats.ttest_rel(effects[0, [0, 2, 4]], effects[1, [0, 2, 4]])
+    assert found.paired_seeds and found.p == pytest.approx(oracle.pvalue, rel=1e-6)
+    assert found.difference == pytest.approx(np.diff(effects[::-1, [0, 2, 4]], axis=0).mean())
+    alone = stats.compare(a, replace(b, nll=b.nll[[3]], seeds=(3,)))
+    assert alone.varies_over == "documents" and "one seed" in alone.warning
+
+
+def test_a_single_seed_of_others_is_taken_to_vary_as_the_others_do():
+    effects = np.random.default_rng(1).normal(3, 0.1, 6)
+    a = evaluation(np.outer(effects[:5], [1] * 4))
+    b = evaluation(np.outer(effects[5:], [1] * 4), name="b", seeds=(9,))
+    found = stats.compare(a, b)
+    oracle = scipy_stats.ttest_ind(effects[:5], effects[5:])  # pooled: the variance of the five
+    assert found.p == pytest.approx(oracle.pvalue, rel=1e-6)
+    assert found.warning == "one seed of b, taken to vary as the other's"
 
 
 @pytest.mark.parametrize(("seeds", "alone"), [(2e-5, False), (2e-4, True)])

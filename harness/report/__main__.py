@@ -1,25 +1,62 @@
-"""python -m harness.report OUTPUTS/EXPERIMENT: everything there is to say of its finished runs."""
+"""python -m harness.report OUTPUTS/EXPERIMENT: everything there is to say of its finished runs.
+
+python -m harness.report outputs/main            tables here, and outputs/main/report/index.html
+python -m harness.report --watch outputs/main    the page, again and again while runs go on
+"""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
+from harness import lock, results
 from harness.config import nearest
-from harness.report import summary
+from harness.report import evidence, files, summary
+
+PERIOD_SECONDS = 10
 
 
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status: 2 for no such folder, and runs not to compare."""
-    folder = Path(arguments[0]) if len(arguments) == 1 else None
-    if folder is None:
-        print("usage: python -m harness.report OUTPUTS/EXPERIMENT", file=sys.stderr)
+    watched = "--watch" in arguments
+    folders = [Path(a) for a in arguments if a != "--watch"]
+    if len(folders) != 1 or str(folders[0]).startswith("-"):
+        print("usage: python -m harness.report [--watch] OUTPUTS/EXPERIMENT", file=sys.stderr)
         return 2
+    folder = folders[0]
     if not folder.is_dir():
         there = [p.name for p in folder.parent.glob("*") if p.is_dir()]
         print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
         return 2
-    return 0 if summary.show(folder, full=True) else 2
+    try:
+        if watched:
+            watch(folder)
+        findings = evidence.find(folder)
+        summary.tell(findings, full=True)
+        if findings.rows:
+            print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
+    except OSError as error:
+        print(f"error: {error.filename or folder}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 2 if findings.refused else 0
+
+
+def watch(folder: Path) -> None:
+    """Write the page again whenever a result has changed, until no run is under way."""
+    before, said = None, False
+    while True:
+        state = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{results.FILE_NAME}")}
+        if state != before:
+            path = files.write_page(evidence.find(folder), refresh=PERIOD_SECONDS)
+            if not said:
+                print(f"watching: {path} (Ctrl-C ends it)", flush=True)
+            before, said = state, True
+        if not any(lock.is_claimed(path.parent) for path in state):
+            return
+        time.sleep(PERIOD_SECONDS)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Runs whose evaluation differs (documents, context, stride, tokenizer) are refuse
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,12 @@ import pyarrow as pa
 from harness import results, stats
 from harness.config import ConfigError
 from harness.report.table import Row
+from harness.report.table import rows as table_rows
 
-COSTS = {  # of Pareto fronts and budgets -> path in result.json
+EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
+# Of Pareto fronts and budgets -> path in result.json. Memory and time are of training steps: what
+# does not train has a place among parameters only.
+COSTS = {
     "trainable parameters": "parameters.trainable",
     "peak memory": "memory.peak_bytes",
     "training time": "speed.train_seconds",
@@ -33,13 +38,19 @@ class Evidence:
     text: str  # "test", or one of evaluate.also
     evaluations: list[stats.Evaluation]
     intervals: dict[str, stats.Interval]  # by row's name
-    comparisons: list[stats.Comparison]  # every pair, Holm-adjusted over all of them
-    ranks: dict[str, str]
+    comparisons: list[stats.Comparison]  # Holm-adjusted over just these
+    ranks: dict[str, str]  # none where not every pair was compared
 
     @property
-    def num_seeds(self) -> int:
-        """The fewest seeds of a configuration that its seed moves; 0 where none is."""
-        return min((len(e.seeds) for e in self.evaluations if not e.deterministic), default=0)
+    def num_seeds(self) -> tuple[int, int]:
+        """The fewest and most seeds of configurations that a seed moves; 0 where none is."""
+        counts = [len(e.seeds) for e in self.evaluations if not e.deterministic]
+        return min(counts, default=0), max(counts, default=0)
+
+    @property
+    def alone(self) -> list[str]:
+        """Configurations with one seed, of those that a seed moves."""
+        return [e.name for e in self.evaluations if not e.deterministic and len(e.seeds) == 1]
 
     @property
     def ordered(self) -> list[str]:
@@ -61,6 +72,32 @@ def turned(c: stats.Comparison, first: str) -> stats.Comparison:
     return replace(c, a=c.b, b=c.a, difference=-c.difference, low=-c.high, high=-c.low)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """All that a report says of a folder."""
+
+    folder: Path
+    everything: list[Row]  # every configuration with a finished run
+    rows: list[Row]  # those asked for
+    found: dict[str, Evidence]  # statistics of `rows` by text: "test", and those of evaluate.also
+    refused: list[str]  # why there are no statistics on a text
+
+
+def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
+    """What there is to say of a folder, or of the configurations of `run_dirs` in it."""
+    everything = table_rows(folder)
+    asked = [row for row in everything if run_dirs is None or set(row.run_dirs) & set(run_dirs)]
+    found: dict[str, Evidence] = {}
+    refused = []
+    for text in ["test", *also(asked)]:
+        try:
+            if (evidence := gather(asked, text)) is not None:
+                found[text] = evidence
+        except ConfigError as error:
+            refused.append(f"on {text}: {error}")
+    return Findings(folder, everything, asked, found, refused)
+
+
 def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
     """The statistics of the rows that were evaluated on `text`; None where none was.
 
@@ -71,15 +108,29 @@ def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
     if not evaluations:
         return None
     found = stats.intervals(evaluations)
-    comparisons = stats.compare_all(evaluations)
     by_name = {interval.name: interval for interval in found}
-    return Evidence(text, evaluations, by_name, comparisons, stats.ranks(found, comparisons))
+    if len(found) <= EVERY_PAIR:
+        comparisons = stats.compare_all(evaluations)
+        return Evidence(text, evaluations, by_name, comparisons, stats.ranks(found, comparisons))
+    ordered = [i.name for i in sorted(found, key=lambda i: i.log_perplexity)]
+    pairs = [*itertools.pairwise(ordered), *((ordered[0], o) for o in ordered[2:])]
+    base = [row.name for row in rows if row.values["method.name"] == "none" and row.name in by_name]
+    there = {frozenset(pair) for pair in pairs}
+    pairs += [(b, o) for b in base for o in ordered if o != b and frozenset((b, o)) not in there]
+    return Evidence(text, evaluations, by_name, stats.compare_all(evaluations, pairs), {})
 
 
 def also(rows: Iterable[Row]) -> list[str]:
     """The further texts that any row was evaluated on."""
     named = (results.get(row.records[0], "quality.also") or {} for row in rows)
     return list(dict.fromkeys(name for names in named for name in names))
+
+
+def before(rows: Sequence[Row], on: Evidence) -> dict[str, stats.Interval]:
+    """Log-perplexity on a further text before the first step, by row's name."""
+    shown = [row for row in rows if row.name in on.intervals]
+    found = stats.intervals([evaluation(row, on.text, "before") for row in shown])
+    return {interval.name: interval for interval in found}
 
 
 def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Comparison], str]:
@@ -151,12 +202,25 @@ def _quality(record: dict[str, Any], text: str, when: str = "after") -> dict[str
 def fronts(rows: Sequence[Row], evidence: Evidence) -> dict[str, dict[str, tuple[str, ...]]]:
     """For each of COSTS, who dominates each configuration in (cost, log-perplexity)."""
     shown = [row for row in rows if row.name in evidence.intervals]
-    found = {}
-    for title, path in COSTS.items():
-        costs = {row.name: row.values[path] for row in shown}
-        if None not in costs.values():
-            found[title] = stats.pareto(costs, evidence.comparisons)
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    if not evidence.ranks:
+        return found
+    for title in COSTS:
+        known = costs(shown, title)
+        if known:
+            found[title] = stats.pareto(known, evidence.comparisons)
     return found
+
+
+def costs(rows: Iterable[Row], title: str) -> dict[str, float]:
+    """The cost of every row that has a place on this axis, by name."""
+    path = COSTS[title]
+    return {
+        row.name: float(row.values[path])
+        for row in rows
+        if row.values[path] is not None
+        and (title == "trainable parameters" or row.values["parameters.trainable"])
+    }
 
 
 def detectable(evidence: Evidence, comparison: stats.Comparison) -> float:

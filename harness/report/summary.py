@@ -12,41 +12,40 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import results
-from harness.config import ConfigError
+from harness import results, stats
 from harness.report import evidence as ev
 from harness.report import table, views
-from harness.report.evidence import Evidence
+from harness.report.evidence import Evidence, Findings
 from harness.report.table import Row
 
 NOT_APART = 6  # pairs named on the terminal; all are in comparisons.csv
+MANY = 4  # names in a cell
+UNITS = {"peak memory": 2**20}  # MiB
+CSVS = ("results.csv", "comparisons.csv", "curves.csv")
 
 
-def show(folder: Path, run_dirs: Sequence[Path] | None = None, *, full: bool = False) -> bool:
-    """Print the table of `folder`, or of the configurations of `run_dirs`, and write the CSVs.
+def show(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
+    """Print the table of `folder`, or of the configurations of `run_dirs`, and write the CSVs."""
+    tell(ev.find(folder, run_dirs), run_dirs)
 
-    `full` adds the comparisons, equal budgets, learning curves and forgetting. The CSVs always hold
-    every finished configuration of the folder. Returns whether the runs could be compared.
+
+def tell(findings: Findings, run_dirs: Sequence[Path] | None = None, *, full: bool = False) -> None:
+    """Print what was found and write the CSVs, which hold every finished configuration.
+
+    `full` adds the comparisons, equal budgets, learning curves and forgetting.
     """
-    everything = table.rows(folder)
-    asked = [row for row in everything if run_dirs is None or set(row.run_dirs) & set(run_dirs)]
-    refused = None
-    found: dict[str, Evidence] = {}
-    try:
-        for text in ["test", *ev.also(asked)]:
-            if (evidence := ev.gather(asked, text)) is not None:
-                found[text] = evidence
-    except ConfigError as error:
-        refused, found = str(error), {}
+    folder, rows, found = findings.folder, findings.rows, findings.found
+    everything = findings if rows == findings.everything else ev.find(folder)
+    saved = _save(everything) if everything.rows else []
     test = found.get("test")
-    if asked:
-        table.print_rows(asked, _beside(test))
+    if rows:
+        table.print_rows(rows, beside(test))
         if test is not None:
-            _print_claims(asked, test)
-        if refused:
-            print(f"no intervals, ranks or comparisons: {refused}")
-        if full and test is not None:
-            _print_more(asked, found)
+            _print_claims(rows, test)
+        for reason in findings.refused:
+            print(f"no intervals, ranks or comparisons {reason}")
+        if full:
+            _print_more(rows, found)
     else:
         print(f"\n{folder}: no finished run")
     for run_dir, result in results.collect(folder):
@@ -57,81 +56,97 @@ def show(folder: Path, run_dirs: Sequence[Path] | None = None, *, full: bool = F
                 f"{result['status']}: {run_dir.name} ({failure.get('class')}): "
                 f"{said[0] if said else ''} (log: {run_dir / 'log.txt'})"
             )
-    if everything:
-        _save(folder, everything, found if len(asked) == len(everything) else None)
-    more = "again" if full else "again, with comparisons, equal budgets and learning curves"
+    if saved:
+        print(f"saved in {folder}: {', '.join(saved)}; one directory per run beside them")
+    more = "again" if full else "as a page, with comparisons, equal budgets and learning curves"
     print(f"{more}: python -m harness.report {shlex.quote(str(folder))}")
-    return refused is None
 
 
 # ------------------------------------------------------------------------------- beside the table
 
 
-def _beside(test: Evidence | None) -> dict[str, dict[str, str]]:
+def beside(test: Evidence | None) -> dict[str, dict[str, str]]:
     """The columns that statistics add to the table."""
     if test is None:
         return {}
-    columns = {"95 %": {name: _interval(i) for name, i in test.intervals.items()}}
-    return columns | ({"rank": test.ranks} if len(test.ranks) > 1 else {})
+    columns = {"95 %": {name: ends(i) for name, i in test.intervals.items()}}
+    return columns | ({"rank": test.ranks} if len(test.ranks) > 1 else {})  # one has no rank
 
 
-def _interval(i: Any) -> str:
-    _, low, high = i.perplexity
-    return f"{_short(low)}-{_short(high)}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+def ends(i: stats.Interval) -> str:
+    """An interval of perplexity in three digits."""
+    return "-".join(f"{v:.0f}" if v >= 100 else f"{v:.1f}" for v in i.perplexity[1:])
 
 
 def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
     """What the intervals cover, which pairs are not told apart, and who is on which front."""
     documents = next(iter(test.intervals.values())).num_documents
-    seeds = test.num_seeds
-    over = f"{documents} documents" + (f" and {seeds} seeds" if seeds > 1 else "")
+    fewest, most = test.num_seeds
+    seeds = f"{fewest} to {most}" if fewest < most else f"{most}"
+    over = f"{documents} documents" + (f" and {seeds} seeds" if most > 1 else "")
     print(f"95 %: interval of test perplexity over {over}; untrained models: over documents only.")
-    if seeds == 1:
+    if alone := test.alone:
+        whose = "" if most == 1 else f" of {_some(alone)}"
         print(
-            "ONE SEED: intervals and ranks are over documents alone; another seed may move every\n"
-            "row that trains, and close pairs are not told apart by one."
+            f"ONE SEED{whose}: intervals and ranks are over documents alone; another seed may\n"
+            "move every row that trains, and close pairs are not told apart by one."
         )
+    if fewest < most:
+        print("Not all rows have the same seeds: two are compared over the seeds that both have.")
     if len(test.intervals) == 1:
         return
     m = len(test.comparisons)
-    print(f"rank: places a configuration may have, by {m} paired tests at 5 % (Holm).")
-    if seeds > 1 and (said := ev.stats.few_seeds(seeds, m)):
+    if test.ranks:
+        print(f"rank: places a configuration may have, by {m} paired tests at 5 % (Holm).")
+    else:
+        print(
+            f"more than {ev.EVERY_PAIR} rows: each is compared with the best, the next and the base"
+        )
+    if fewest > 1 and (said := stats.few_seeds(fewest, m)):
         print(textwrap.fill(f"{said}.", 100))
     apart = [c for c in test.comparisons if c.better is None]
     named = "; ".join(f"{c.a} and {c.b}" for c in apart[:NOT_APART])
     more = f"; and {len(apart) - NOT_APART} more pairs" if len(apart) > NOT_APART else ""
     print(f"not told apart: {named + more if apart else 'none, every pair differs significantly'}")
+    if not test.ranks:
+        return
     print("Pareto fronts (off them: something that costs no more is significantly better):")
-    shared = any(row.values[table.SHARED] for row in rows)
     for title, dominated in ev.fronts(rows, test).items():
-        on = [name for name in test.ordered if not dominated[name]]
-        mark = "*" if shared and title != "trainable parameters" else ""
-        print(f"  {title}{mark}: {', '.join(on)}")
+        on = [name for name in test.ordered if not dominated.get(name, ("",))]
+        print(f"  {title}{_mark(rows, title)}: {', '.join(on)}")
+
+
+def _mark(rows: Sequence[Row], title: str) -> str:
+    """A star where sharing the machine can have moved the numbers."""
+    shared = any(row.values[table.SHARED] for row in rows)
+    return "*" if shared and title != "trainable parameters" else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    return ", ".join(names[:MANY]) + more
 
 
 # ------------------------------------------------------------------------------- the full report
 
 
 def _print_more(rows: Sequence[Row], found: dict[str, Evidence]) -> None:
-    test = found["test"]
-    if test.comparisons:
+    test = found.get("test")
+    if test is not None and test.comparisons:
         _print_neighbours(test)
-        _print_budgets(rows, test)
+        if test.ranks:
+            _print_budgets(rows, test)
     _print_curves(rows)
-    for text in found:
+    for text, on in found.items():
         if text != "test":
-            _print_forgetting(rows, found[text])
+            _print_forgetting(rows, on)
 
 
 def _print_neighbours(test: Evidence) -> None:
     print("\nEach configuration and the next best: difference of log-perplexity, nats per token")
     shown = table.plain(
-        {"configuration": "left", "less the next best": "left"}
-        | dict.fromkeys(["difference", "95 %", "p", "p (Holm)", "detectable"], "right")
+        ["configuration", "less the next best"],
+        ["difference", "95 %", "p", "p (Holm)", "detectable"],
     )
     for c in test.neighbours():
         numbers = [f"{c.difference:.4f}", f"{c.low:.4f} to {c.high:.4f}"]
@@ -145,54 +160,56 @@ def _print_neighbours(test: Evidence) -> None:
 
 
 def _print_budgets(rows: Sequence[Row], test: Evidence) -> None:
-    shown = table.plain(
-        {"at most": "right", "": "left", "best": "left", "test": "right", "95 %": "right"}
-        | {"not significantly worse": "left"}
-    )
+    shown = table.plain([], ["at most"], ["of", "best", "test", "95 %", "not significantly worse"])
     matched: list[str] = []
-    for title, path in ev.COSTS.items():
-        costs = {r.name: r.values[path] for r in rows if r.values[path] is not None}
-        last = None
-        for budget in views.budgets(list(costs.values())):
+    for title in ev.COSTS:
+        costs = ev.costs((row for row in rows if row.name in test.intervals), title)
+        mark, last = _mark(rows, title), None
+        for budget in views.budgets(list(costs.values()), UNITS.get(title, 1)):
             found = views.within(budget, costs, test)
             if found is None or found == last:
                 continue  # a larger budget that buys nothing
             last = (best, ties) = found
-            _, low, high = test.intervals[best].perplexity
-            perplexity = f"{test.intervals[best].perplexity[0]:.2f}"
-            cells = [_cost(title, budget), title, best, perplexity]
-            shown.add_row(*cells, f"{_short(low)}-{_short(high)}", ", ".join(ties) or "-")
-        if title == "trainable parameters":
-            for c in views.matched(costs, test.comparisons):
-                better = f"{c.better} is better" if c.better else "not told apart"
-                matched.append(f"  {c.a} and {c.b}: {abs(c.difference):.4f} nats, {better}")
+            i = test.intervals[best]
+            cells = [_cost(title, budget), title + mark, best, f"{i.perplexity[0]:.2f}", ends(i)]
+            shown.add_row(*cells, _some(ties) or "-")
+        pairs = views.matched(costs, test.comparisons)
+        for c in pairs[:NOT_APART]:
+            better = f"{c.better} is better" if c.better else "not told apart"
+            matched.append(
+                f"  {title}{mark}: {c.a} and {c.b}, {abs(c.difference):.4f} nats, {better}"
+            )
+        if len(pairs) > NOT_APART:
+            matched.append(f"  {title}{mark}: and {len(pairs) - NOT_APART} more pairs")
     print("\nThe best within a budget")
     table.show(shown)
     if matched:
-        print("Equal trainable parameters (within 5 %):", *matched, sep="\n")
+        print("Pairs of equal cost (within 5 %):", *matched, sep="\n")
 
 
 def _cost(title: str, value: float) -> str:
     if title == "peak memory":
         return f"{value / 2**20:,.0f} MiB"
-    return f"{value:,.0f} s" if title == "training time" else f"{value:,.0f}"
+    return f"{value:,.3g} s" if title == "training time" else f"{value:,.0f}"
 
 
 def _print_curves(rows: Sequence[Row]) -> None:
-    curves = [c for row in rows if _trains(row) and (c := views.curve(row)) is not None]
+    curves = _curves(rows)
     if not curves:
         return
     levels = views.levels(curves)
     tokens, seconds = (views.equal(curves, axis) for axis in ("tokens", "seconds"))
-    headings = [f"{t / 1000:,.0f}k tokens" for t in tokens] + [f"{s:,.1f} s" for s in seconds]
-    headings += [f"steps to {level:g}" for level in levels]
-    shown = table.plain({"configuration": "left"} | dict.fromkeys(headings, "right"))
+    mark = _mark(rows, "training time")
+    headings = [f"{t:,.0f} tokens" for t in tokens] + [f"{s:,.3g} s{mark}" for s in seconds]
+    shown = table.plain(
+        ["configuration"], [*headings, *(f"steps to {level:g}" for level in levels)]
+    )
     for c in curves:
         cells = []
         for axis, values in (("tokens", tokens), ("seconds", seconds)):
             for value in values:
-                nll = c.at(axis, value)
-                cells.append("-" if nll is None else f"{math.exp(nll):.2f}")
+                found = c.at(axis, value)
+                cells.append("-" if found is None else _perplexity(*found))
         for level in levels:
             cells.append(_steps(c.steps_to(math.log(level))))
         shown.add_row(c.name, *cells)
@@ -201,68 +218,72 @@ def _print_curves(rows: Sequence[Row]) -> None:
     )
     table.show(shown)
     print(
-        "Interpolated between validations; steps are the range over seeds, - where not all get\n"
-        "there. A run cut short is no short run: schedules of the rate are for the full length."
+        "Interpolated between validations; ± is half of a 95 % t-interval over seeds, - where a\n"
+        "seed does not get there. A run cut short is no short run: schedules are for all steps."
     )
+
+
+def _curves(rows: Iterable[Row]) -> list[views.Curve]:
+    trained = (row for row in rows if row.values["parameters.trainable"])
+    return [c for row in trained if (c := views.curve(row)) is not None]
+
+
+def _perplexity(nll: float, half: float | None) -> str:
+    value = views.perplexity(nll)
+    return f"{value:.2f}" + ("" if half is None else f" ± {value * half:.2g}")
 
 
 def _steps(found: Sequence[float | None]) -> str:
     reached = [step for step in found if step is not None]
-    if len(reached) < len(found):
+    if not reached or len(reached) < len(found):
         return "-"
-    low, high = round(min(reached)), round(max(reached))
-    return f"{low}" if low == high else f"{low}-{high}"
-
-
-def _trains(row: Row) -> bool:
-    return bool(row.values["parameters.trainable"])
+    value, half = views.mean(reached)
+    return f"{value:.0f}" + ("" if half is None else f" ± {half:.2g}")
 
 
 def _print_forgetting(rows: Sequence[Row], on: Evidence) -> None:
     moved, since = ev.forgetting(rows, on)
+    before = ev.before(rows, on)
     count = next(iter(on.intervals.values())).num_documents
     print(f"\nForgetting: perplexity on {on.text} ({count} documents) before and after adaptation")
     shown = table.plain(
-        {"configuration": "left"}
-        | dict.fromkeys(
-            ["before", "after", "95 %", "rank", "nats forgotten", "95 % ", "p"], "right"
-        )
+        ["configuration"],
+        ["before", "after", "95 %", "rank", "nats forgotten", "of these 95 %", "p (Holm)"],
     )
-    before = {
-        row.name: row.records[0]["quality"]["also"][on.text]["before"]["perplexity"]
-        for row in rows
-        if row.name in on.intervals
-    }
     for name in on.ordered:
         i, c = on.intervals[name], moved.get(name)
-        cells = [f"{before[name]:.2f}", f"{i.perplexity[0]:.2f}", _interval(i), on.ranks[name]]
+        cells = [f"{before[name].perplexity[0]:.2f}", f"{i.perplexity[0]:.2f}", ends(i)]
+        cells.append(on.ranks.get(name, "-"))
         if c is not None and c.difference:
             cells += [f"{c.difference:.4f}", f"{c.low:.4f} to {c.high:.4f}", f"{c.adjusted_p:.2g}"]
         else:
             cells += ["0", "-", "-"]
         shown.add_row(name, *cells)
     table.show(shown)
-    print(f"nats forgotten: per token, since {since}; p by Holm. rank: as above, on this text.")
+    print(f"nats forgotten: per token, since {since}. rank: as above, on this text.")
 
 
 # ------------------------------------------------------------------------------------- the files
 
 
-def _save(folder: Path, everything: Sequence[Row], found: dict[str, Evidence] | None) -> None:
-    """results.csv of all; comparisons.csv and curves.csv where all could be compared."""
-    files = {"results.csv": table.csv_text(everything, _columns(found or {}))}
+def _save(findings: Findings) -> list[str]:
+    """Write the CSVs of all rows; returns their names. What cannot be said now is deleted."""
+    found = findings.found
+    files = {"results.csv": table.csv_text(findings.rows, _columns(found))}
     if found:
         files["comparisons.csv"] = _csv(_comparisons(found))
-    curves = [c for row in everything if _trains(row) and (c := views.curve(row)) is not None]
-    if curves:
+    if curves := _curves(findings.rows):
         files["curves.csv"] = _csv(_points(curves))
     try:
-        for name, text in files.items():
-            results.write_atomically(folder / name, text)  # another controller may write it, too
-        names = ", ".join(files)
-        print(f"saved in {folder}: {names}; one directory per run beside them")
+        for name in CSVS:
+            if name in files:  # another controller may write it, too
+                results.write_atomically(findings.folder / name, files[name])
+            else:
+                (findings.folder / name).unlink(missing_ok=True)
     except OSError as error:
-        print(f"not saved: {folder / 'results.csv'}: {error.strerror}", file=sys.stderr)
+        print(f"not saved: {findings.folder / 'results.csv'}: {error.strerror}", file=sys.stderr)
+        return []
+    return list(files)
 
 
 def _columns(found: dict[str, Evidence]) -> dict[str, dict[str, Any]]:
@@ -270,11 +291,12 @@ def _columns(found: dict[str, Evidence]) -> dict[str, dict[str, Any]]:
     columns: dict[str, dict[str, Any]] = {}
     for text, evidence in found.items():
         prefix = "quality.test" if text == "test" else f"quality.also.{text}.after"
-        ends = {name: i.perplexity for name, i in evidence.intervals.items()}
+        values = {name: i.perplexity for name, i in evidence.intervals.items()}
         if text != "test":
-            columns[f"{prefix}.perplexity"] = {name: end[0] for name, end in ends.items()}
-        columns[f"{prefix}.perplexity_low"] = {name: end[1] for name, end in ends.items()}
-        columns[f"{prefix}.perplexity_high"] = {name: end[2] for name, end in ends.items()}
+            columns[f"{prefix}.perplexity"] = {name: value[0] for name, value in values.items()}
+        columns[f"{prefix}.perplexity_low"] = {name: value[1] for name, value in values.items()}
+        columns[f"{prefix}.perplexity_high"] = {name: value[2] for name, value in values.items()}
+        columns[f"{prefix}.varies_over"] = {n: i.varies_over for n, i in evidence.intervals.items()}
         columns[f"{prefix}.rank"] = dict(evidence.ranks)
     return columns
 
@@ -296,6 +318,7 @@ def _comparisons(found: dict[str, Evidence]) -> Iterable[dict[str, Any]]:
                 "varies_over": c.varies_over,
                 "variance_seeds": c.components.seeds,
                 "variance_documents": c.components.documents,
+                "warning": c.warning or "",
             }
 
 

@@ -39,6 +39,7 @@ COLUMNS = {
     "val": ("quality.validation.perplexity", ".2f"),
     "test": ("quality.test.perplexity", ".2f"),
 }
+NUM_TEXT = 3  # the first columns, which are text
 SHOWN = {"train.lr", "train.rates", "train.lr_from"} | {
     f"method.{key}"
     for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual")
@@ -46,6 +47,7 @@ SHOWN = {"train.lr", "train.rates", "train.lr_from"} | {
 VARIES = (  # within a configuration
     "seed", "run_name", "outputs_dir", "rerun", "retry", "experiment_name", "launch",
 )  # fmt: skip
+NO_OTHER_RUN = ("lr_from", "rates", "on_oom", "checkpoint_every")  # of training, likewise
 SHARED = "environment.runs_beside"
 MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
 LR_FROM = "method.lr_from"
@@ -84,6 +86,8 @@ def rows(folder: Path) -> list[Row]:
     for run_dir, result in results.collect(folder):
         if result["status"] == "finished":
             same = {k: v for k, v in result["config"].items() if k not in VARIES}
+            train = same.get("train", {})
+            same["train"] = {k: v for k, v in train.items() if k not in NO_OTHER_RUN}
             groups.setdefault(json.dumps(same, sort_keys=True), []).append((run_dir, result))
     members = list(groups.values())
     flat = [_flat(group[0][1]["config"]) for group in members]
@@ -104,8 +108,9 @@ def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
         numbers = [v for v in found if isinstance(v, int | float)]
         if path == SHARED:  # the worst of the runs
             numbers = [max(numbers)] if numbers else []
-        if numbers and path.endswith("perplexity") and all(v > 0 for v in numbers):
-            values[path] = math.exp(sum(map(math.log, numbers)) / len(numbers))
+        if path.endswith("perplexity"):  # null where one has overflowed
+            logs = [math.log(v) for v in numbers]
+            values[path] = math.exp(sum(logs) / len(logs)) if len(logs) == len(found) else None
         else:
             values[path] = sum(numbers) / len(numbers) if numbers else found[0]
     return values
@@ -157,9 +162,8 @@ def _named(table: list[Row]) -> list[Row]:
 def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
     """Keys that tell rows apart and do not show in a column: a sweep over them must be readable."""
     values: dict[str, set[str]] = {}
-    for flat in configs:
-        for key, value in flat.items():
-            values.setdefault(key, set()).add(json.dumps(value))
+    for key in {key for flat in configs for key in flat}:
+        values[key] = {json.dumps(flat.get(key)) for flat in configs}
     varying = {key for key, found in values.items() if len(found) > 1}
     for group in ("model.", "data."):
         if f"{group}name" in varying:  # stands for everything else in its file
@@ -170,14 +174,17 @@ def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict) and value:
+        if f"{prefix}{key}" == "evaluate.also":
+            flat["evaluate.also"] = ",".join(value) or None  # names say enough
+        elif isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
         elif key not in VARIES:
             flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _text(value: Any, form: str) -> str:
+def text_of(value: Any, form: str) -> str:
+    """A value as the table shows it."""
     if value is None:
         return "-"
     if form == "MiB":
@@ -185,44 +192,63 @@ def _text(value: Any, form: str) -> str:
     return str(value) if form == "s" else format(value, form)
 
 
-def plain(headings: Mapping[str, str]) -> Table:
-    """An empty table; headings -> "left" or "right"."""
+def plain(left: Sequence[str], right: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
+    """An empty table: headings of columns to the left, to the right, and to the left again."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, justify in headings.items():
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for headings, justify in ((left, "left"), (right, "right"), (last, "left")):
+        for heading in headings:
+            table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     return table
 
 
 def show(table: Table) -> None:
     """Print a table in its own width: one cut at 80 columns is no use in a log."""
-    console = Console()
+    console = Console(markup=False)  # what stands in brackets is a name's own
     own = console.measure(table, options=console.options.update(width=10_000)).maximum
-    Console(width=max(console.width, own)).print(table)
+    Console(width=max(console.width, own), markup=False).print(table)
+
+
+def cells(row: Row) -> list[str]:
+    """The row's text under each of COLUMNS, marked where it needs a word."""
+    found = []
+    for path, form in COLUMNS.values():
+        cell = text_of(row.values[path], form)
+        if path in MEASURED and row.values[SHARED] and row.values[path] is not None:
+            cell += "*"
+        if path == "method.lr" and row.values[LR_FROM] not in AS_IS:
+            cell = f"~{cell}"
+        found.append(cell)
+    return found
+
+
+def lines(
+    shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows as text; `beside` are further columns: heading -> row's name -> text."""
+    also = any(row.values["also"] for row in shown)
+    headings = [*COLUMNS, *beside, "seeds", *(["also"] if also else [])]
+    found = []
+    for row in shown:
+        more = [column.get(row.name, "-") for column in beside.values()]
+        own = [row.values["also"]] if also else []
+        found.append([*cells(row), *more, str(row.values["seeds"]), *own])
+    return headings, found
 
 
 def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) -> None:
-    """Print rows and the legend; `beside` are further columns: heading -> row's name -> text."""
-    headings = {h: "left" if form == "s" else "right" for h, (_, form) in COLUMNS.items()}
-    headings |= dict.fromkeys([*beside, "seeds"], "right")
-    also = any(row.values["also"] for row in shown)
-    table = plain(headings | ({"also": "left"} if also else {}))
-    borrowed = False
-    for row in shown:
-        cells = []
-        for path, form in COLUMNS.values():
-            cell = _text(row.values[path], form)
-            if path in MEASURED and row.values[SHARED]:
-                cell += "*"
-            if path == "method.lr" and row.values[LR_FROM] not in AS_IS:
-                cell, borrowed = f"~{cell}", True
-            cells.append(cell)
-        cells += [column.get(row.name, "-") for column in beside.values()]
-        table.add_row(*cells, str(row.values["seeds"]), *([row.values["also"]] if also else []))
+    """Print rows and the legend."""
+    headings, found = lines(shown, beside)
+    right = [heading for heading in headings[NUM_TEXT:] if heading != "also"]
+    table = plain(headings[:NUM_TEXT], right, headings[NUM_TEXT + len(right) :])
+    for line in found:
+        table.add_row(*line)
     print()
     show(table)
     print(LEGEND)
-    if borrowed:
-        print("~: not tuned for just this configuration; results.csv says how it was found.")
+    if any(row.values[LR_FROM] not in AS_IS for row in shown):
+        print(
+            "~: not simply tuned for this row; method.lr_from in results.csv says how it was found."
+        )
     if any(row.values[SHARED] for row in shown):
         print(SHARED_LEGEND)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from harness import results, stats
 from harness.report.evidence import Evidence
@@ -28,15 +29,15 @@ class Curve:
     seconds: NDArray[np.float64]  # (R, P) of optimizer steps so far, evaluation excluded
     nll: NDArray[np.float64]  # (R, P) nats per validation token
 
-    def at(self, axis: str, value: float) -> float | None:
-        """Mean log-perplexity over seeds at `value` of "tokens" or "seconds"; None if not there."""
+    def at(self, axis: str, value: float) -> tuple[float, float | None] | None:
+        """Log-perplexity at `value` of "tokens" or "seconds" as `mean`; None if not there."""
         found = []
         for r, nll in enumerate(self.nll):
             x = self.tokens if axis == "tokens" else self.seconds[r]
             if not x[0] <= value <= x[-1] * (1 + 1e-9):
                 return None
             found.append(float(np.interp(value, x, nll)))
-        return sum(found) / len(found)
+        return mean(found)
 
     def steps_to(self, nll: float) -> list[float | None]:
         """Of every seed, the steps after which validation is first at or under `nll`."""
@@ -53,8 +54,25 @@ class Curve:
         return found
 
 
+def mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over seeds, and half of its 95 % t-interval; None for one seed."""
+    n = len(values)
+    if n == 1:
+        return float(values[0]), None
+    half = special.stdtrit(n - 1, 1 - stats.ALPHA / 2) * np.std(values, ddof=1) / math.sqrt(n)
+    return float(np.mean(values)), float(half)
+
+
+def perplexity(nll: float) -> float:
+    """exp, infinite where it overflows."""
+    return math.exp(nll) if nll < 709 else math.inf
+
+
 def curve(row: Row) -> Curve | None:
-    """The learning curve of a row that trains; None without two validations that all seeds have."""
+    """The learning curve of a row that trains, over the seeds whose metrics.jsonl has one.
+
+    None without two validations that these have in common.
+    """
     steps, seconds, nll = [], [], []
     tokens: dict[int, int] = {}
     for run_dir in row.run_dirs:
@@ -63,12 +81,13 @@ def curve(row: Row) -> Curve | None:
             step = metric["step"]
             if "train/nll" in metric:
                 so_far[step] = so_far.get(step - 1, math.nan) + metric["train/step_seconds"]
-            elif (value := metric.get("eval/validation/nll")) is not None:
+            elif (value := metric.get("eval/validation/nll")) is not None:  # null: diverged
                 validated[step], tokens[step] = value, metric["tokens"]
-        steps.append(set(validated))
-        seconds.append(so_far)
-        nll.append(validated)
-    common = sorted(set.intersection(*steps))
+        if len(validated) > 1:
+            steps.append(set(validated))
+            seconds.append(so_far)
+            nll.append(validated)
+    common = sorted(set.intersection(*steps)) if steps else []
     if len(common) < 2:
         return None
     return Curve(
@@ -82,8 +101,10 @@ def curve(row: Row) -> Curve | None:
 
 def levels(curves: Sequence[Curve], count: int = 3) -> list[float]:
     """Round perplexities between where the curves start and the best end, lowest last."""
-    start = math.exp(min(float(c.nll[:, 0].max()) for c in curves))
-    best = math.exp(min(float(c.nll[:, -1].mean()) for c in curves))
+    start = perplexity(min(float(c.nll[:, 0].max()) for c in curves))
+    best = perplexity(min(float(c.nll[:, -1].mean()) for c in curves))
+    if not best < start < math.inf:
+        return []
     found = {
         digit * 10.0**power
         for power in range(math.floor(math.log10(best)), math.ceil(math.log10(start)) + 1)
@@ -102,14 +123,14 @@ def equal(curves: Sequence[Curve], axis: str) -> list[float]:
     return [float(min(ends)) * share for share in (0.25, 0.5, 1)]
 
 
-def budgets(costs: Sequence[float]) -> list[float]:
-    """Round budgets, 1, 2 or 5 times a power of ten (or of 1024 for bytes), that divide `costs`."""
-    positive = sorted(cost for cost in set(costs) if cost > 0)
-    found = []
-    for cost in positive:
+def budgets(costs: Sequence[float], unit: float = 1) -> list[float]:
+    """Round budgets, 1, 1.5, 2, 3, 5 or 7 times a power of ten units, that divide `costs`."""
+    found = set()
+    for cost in {cost / unit for cost in costs if cost > 0}:
         power = 10.0 ** math.floor(math.log10(cost))
-        found.append(next(d * power for d in (1, 2, 5, 10) if cost <= d * power))
-    return sorted(set(found))
+        digit = next(d for d in (1, 1.5, 2, 3, 5, 7, 10) if cost <= d * power * (1 + 1e-9))
+        found.add(digit * power * unit)
+    return sorted(found)
 
 
 def within(

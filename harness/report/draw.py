@@ -1,0 +1,123 @@
+"""Figures as SVG and PNG by matplotlib, sized for a column of a paper.
+
+python -m harness.report.draw outputs/main_seeds             (into its report/figures)
+python -m harness.report.draw outputs/main_seeds FOLDER
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from harness.report.figures import Figure
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+STYLE: dict[Any, Any] = {
+    "font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "harness",
+    "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
+}  # fmt: skip
+WIDTH = 3.4  # inches, a column
+MARKERS = "osD^vPX*<>hd"
+DASHES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), (0, (1, 3)))
+
+
+def draw(figure: Figure, folder: Path) -> list[Path]:
+    """Write `<key>.svg` and `<key>.png` into `folder`; returns both paths."""
+    plt.rcParams |= STYLE
+    kinds = {"points": _points, "bars": _bars, "heat": _heat}
+    canvas, axes = plt.subplots(figsize=_size(figure))
+    kinds[figure.kind](figure, axes)
+    axes.set_title(figure.title, fontsize=9, loc="left")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{figure.key}.{suffix}" for suffix in ("svg", "png")]
+    for path in paths:
+        more: dict[str, Any] = (
+            {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 200}
+        )
+        canvas.savefig(path, bbox_inches="tight", **more)
+    plt.close(canvas)
+    return paths
+
+
+def _size(figure: Figure) -> tuple[float, float]:
+    if figure.kind == "bars":  # a bar a row, lying
+        return WIDTH, 0.8 + 0.19 * len(figure.series[0].x)
+    return WIDTH, 2.8
+
+
+def _points(figure: Figure, axes: plt.Axes) -> None:
+    many = sum(s.line for s in figure.series) > 1
+    alike: Counter[str] = Counter()  # lines of one colour differ in their dashes
+    for index, s in enumerate(figure.series):
+        style = "--" if s.dash else DASHES[alike[s.color] % len(DASHES)] if s.line else "none"
+        alike[s.color] += s.line and not s.dash
+        marker = "none" if s.band or s.dash else MARKERS[index % len(MARKERS)]
+        looks: dict[str, Any] = {"linestyle": style, "marker": marker, "color": s.color}
+        axes.plot(s.x, s.y, ms=4, lw=1, label=s.name, **looks)
+        if s.low is None or s.high is None:
+            continue
+        if s.band:
+            axes.fill_between(s.x, s.low, s.high, color=s.color, alpha=0.2, lw=0)
+        else:
+            ends = np.abs(np.array([s.low, s.high]) - np.array(s.y))
+            axes.errorbar(
+                s.x, s.y, yerr=ends, fmt="none", ecolor=s.color, elinewidth=0.8, capsize=2
+            )
+    for name, color, value in figure.references:
+        axes.axhline(value, color=color, linestyle=":", lw=1)
+        axes.annotate(
+            name, (1, value), xycoords=("axes fraction", "data"), fontsize=6, color=color,
+            ha="right", va="bottom",
+        )  # fmt: skip
+    axes.set(xlabel=figure.x, ylabel=figure.y)
+    if figure.log_x:
+        axes.set_xscale("log")
+        places = sorted({x for s in figure.series for x in s.x})
+        if len(places) <= 8 and places[-1] < 10_000:  # ranks and scales, as they are
+            axes.set_xticks(places, labels=[f"{x:g}" for x in places])
+            axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    if figure.log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+    if many or len(figure.series) > 1:
+        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _bars(figure: Figure, axes: plt.Axes) -> None:
+    names = figure.series[0].x
+    place, start = np.arange(len(names)), np.zeros(len(names))
+    for s in figure.series:
+        if s.hollow:
+            axes.plot(s.y, place, "|", color=s.color, ms=8, label=s.name)
+            continue
+        values = np.nan_to_num(np.array(s.y, dtype=float))
+        axes.barh(place, values, left=start, color=s.color, height=0.7, label=s.name)
+        start = start + values
+    axes.set_yticks(place, labels=names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=figure.y)
+    if len(figure.series) > 1:
+        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _heat(figure: Figure, axes: plt.Axes) -> None:
+    values = np.array([s.y for s in figure.series], dtype=float)
+    axes.imshow(np.log(values), cmap="viridis_r", aspect="auto")
+    axes.set_xticks(range(values.shape[1]), labels=figure.series[0].x)
+    axes.set_yticks(range(len(values)), labels=[s.name for s in figure.series])
+    axes.grid(visible=False)
+    middle = np.nanmean(np.log(values))
+    for (r, c), value in np.ndenumerate(values):
+        dark = np.log(value) < middle
+        text = "" if np.isnan(value) else f"{value:.1f}"
+        axes.text(c, r, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    axes.set(xlabel=figure.x, ylabel=figure.y)

@@ -1,0 +1,386 @@
+"""What the figures of an experiment show, described once: `draw` makes SVG and PNG of it.
+
+A figure is points, bars or a heat map with labels, references and a sentence for those who cannot
+see it. Colours are those of Okabe and Ito (safe for the colour-blind); a method has the same one in
+every figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness import results, stats
+from harness.report import evidence as ev
+from harness.report import views
+from harness.report.evidence import Evidence
+from harness.report.table import Row
+
+COLORS = {
+    "full": "#D55E00", "lora": "#0072B2", "udv-d": "#009E73", "udv-udv": "#CC79A7",
+    "udv-d-keep": "#56B4E9", "truncate": "#E69F00", "none": "#808080",
+}  # fmt: skip
+OTHERS = ("#8C6BB1", "#A6761D", "#4D9221", "#B2182B", "#35978F", "#C51B7D")  # further methods
+CATEGORIES = {  # of memory, from what stays to what comes and goes
+    "frozen_weights": "#808080", "trainable_weights": "#0072B2", "optimizer_state": "#56B4E9",
+    "gradients": "#E69F00", "activations": "#D55E00",
+}  # fmt: skip
+TEST = "test perplexity per token"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points that belong together: a line, a band, bars or rows of a heat map."""
+
+    name: str
+    color: str
+    x: list[Any]
+    y: list[float]
+    low: list[float] | None = None  # ends of intervals, or of a band
+    high: list[float] | None = None
+    rows: list[str] = field(default_factory=list)  # the table's row of each point
+    line: bool = False
+    band: bool = False  # no marks; the ends, if any, as an area
+    dash: bool = False
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure, whatever draws it."""
+
+    key: str  # file name
+    title: str
+    x: str
+    y: str
+    series: list[Series]
+    kind: str = "points"  # points | bars (stacked, a series a part) | heat (a series a row)
+    log_x: bool = False
+    log_y: bool = False
+    references: list[tuple[str, str, float]] = field(default_factory=list)  # (name, colour, y)
+    alt: str = ""
+
+
+def colors(rows: Iterable[Row]) -> dict[str, str]:
+    """A colour for every method's label."""
+    labels = sorted({row.values["method.label"] for row in rows} - set(COLORS))
+    return COLORS | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(labels)}
+
+
+def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
+    """Every figure that the rows have something to show in."""
+    test = found.get("test")
+    made: list[Figure | None] = []
+    if test is not None:
+        made += [
+            _parameters(rows, test), _rank(rows, test), _alpha(rows, test), *_heat(rows, test),
+        ]  # fmt: skip
+    made += [_memory(rows), _speed(rows), *_curves(rows)]
+    if test is not None:
+        made += [_forgetting(rows, test, on) for text, on in found.items() if text != "test"]
+    return [figure for figure in made if figure is not None]
+
+
+def _trained(rows: Sequence[Row], test: Evidence) -> list[Row]:
+    return [r for r in rows if r.values["parameters.trainable"] and r.name in test.intervals]
+
+
+def _points(
+    name: str, color: str, rows: list[Row], x: list[Any], test: Evidence, **more: Any
+) -> Series:
+    ends = [test.intervals[row.name] for row in rows]
+    y, low, high = (
+        [_drawn(nll) for nll in values]
+        for values in zip(*((i.log_perplexity, i.low, i.high) for i in ends), strict=True)
+    )
+    return Series(name, color, x, y, low, high, [row.name for row in rows], **more)
+
+
+def _drawn(nll: float) -> float:
+    """A perplexity, or NaN where it has no place in a figure."""
+    return math.exp(nll) if nll < 100 else math.nan
+
+
+def _lines(
+    rows: list[Row], key: Callable[[Row], Any], x: Callable[[Row], Any], test: Evidence
+) -> list[Series]:
+    """A line through the rows of every key, by ascending x."""
+    shades = colors(rows)
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    found = []
+    for name, members in groups.items():
+        ordered = sorted(members, key=x)
+        color = shades[ordered[0].values["method.label"]]
+        line = len({x(row) for row in ordered}) > 1
+        found.append(_points(name, color, ordered, [x(r) for r in ordered], test, line=line))
+    return found
+
+
+def _family(row: Row) -> str:
+    return " ".join(filter(None, [row.values["method.label"], row.values["method.targets"]]))
+
+
+def _references(rows: Sequence[Row], test: Evidence) -> list[tuple[str, str, float]]:
+    """Lines for what has no place on the axis: the base, truncation and full fine-tuning."""
+    names = {"none": "base model", "truncate": "truncated", "full": "full fine-tuning"}
+    return [
+        (
+            f"{names[row.values['method.name']]}"
+            + (f", k={row.values['method.rank']}" if row.values["method.rank"] else ""),
+            COLORS[row.values["method.name"]],
+            test.intervals[row.name].perplexity[0],
+        )
+        for row in rows
+        if row.values["method.name"] in names and row.name in test.intervals
+    ]
+
+
+def _parameters(rows: Sequence[Row], test: Evidence) -> Figure | None:
+    trained = _trained(rows, test)
+    if not trained:
+        return None
+    series = _lines(trained, _family, lambda row: row.values["parameters.trainable"], test)
+    dominated = ev.fronts(rows, test).get("trainable parameters", {})
+    front = sorted(
+        (row for row in trained if not dominated.get(row.name, ("?",))),
+        key=lambda row: float(row.values["parameters.trainable"]),
+    )
+    if len(front) > 1:
+        x = [row.values["parameters.trainable"] for row in front]
+        y = [test.intervals[row.name].perplexity[0] for row in front]
+        names = [row.name for row in front]
+        series.append(Series("Pareto front", "#808080", x, y, rows=names, line=True, dash=True))
+    best = test.ordered[0]
+    by_name = {row.name: row for row in rows}
+    alt = (
+        f"{len(trained)} configurations. Lowest: {best}, "
+        f"{test.intervals[best].perplexity[0]:.1f} with "
+        f"{by_name[best].values['parameters.trainable']:,.0f} trainable parameters."
+    )
+    return Figure(
+        "parameters", "Perplexity and trainable parameters", "trainable parameters", TEST, series,
+        log_x=True, log_y=True, alt=alt,
+        references=[r for r in _references(rows, test) if r[0] != "full fine-tuning"],
+    )  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _rank(rows: Sequence[Row], test: Evidence) -> Figure | None:
+    """Against r or k: lines of rows that differ in nothing else that has a column."""
+    ranked = [r for r in _trained(rows, test) if _number(r.values["method.rank"]) is not None]
+
+    def scale(row: Row) -> str:
+        alpha = row.values["method.alpha"]
+        return "" if alpha is None else f" alpha={alpha / float(row.values['method.rank']):g}r"
+
+    def rank(row: Row) -> float:
+        return float(row.values["method.rank"])
+
+    series = [s for s in _lines(ranked, lambda r: _family(r) + scale(r), rank, test) if s.line]
+    if not series:
+        return None
+    return Figure(
+        "rank", "Perplexity and rank", "rank: r of LoRA, k of U D V^T", TEST, series, log_x=True,
+        log_y=True, references=_references(rows, test), alt=_falls(series, "rank"),
+    )  # fmt: skip
+
+
+def _alpha(rows: Sequence[Row], test: Evidence) -> Figure | None:
+    scaled = [r for r in _trained(rows, test) if r.values["method.alpha"] is not None]
+
+    def scale(row: Row) -> float:
+        return float(row.values["method.alpha"]) / float(row.values["method.rank"])
+
+    def key(row: Row) -> str:
+        return f"{_family(row)} r={row.values['method.rank']}"
+
+    series = [s for s in _lines(scaled, key, scale, test) if s.line]
+    if not series:
+        return None
+    return Figure(
+        "alpha", "Perplexity and LoRA's scale", "alpha / r", TEST, series, log_x=True, log_y=True,
+        alt=_falls(series, "alpha / r"),
+    )  # fmt: skip
+
+
+def _falls(series: Sequence[Series], what: str) -> str:
+    said = [
+        f"{s.name}: {s.y[0]:.1f} at {what} {s.x[0]:g}, {s.y[-1]:.1f} at {s.x[-1]:g}" for s in series
+    ]
+    return "; ".join(said) + "."
+
+
+def _heat(rows: Sequence[Row], test: Evidence) -> list[Figure]:
+    """LoRA's perplexity by rank and alpha / r, and by rank and targets, where both vary."""
+    lora = [r for r in _trained(rows, test) if r.values["method.label"] == "lora"]
+    found = []
+    by = {
+        "alpha": (
+            "alpha / r",
+            lambda r: f"{r.values['method.alpha'] / float(r.values['method.rank']):g}",
+        ),
+        "targets": ("targets", lambda r: str(r.values["method.targets"])),
+    }
+    for key, (title, column) in by.items():
+        cells: dict[tuple[str, float], list[Row]] = {}
+        for row in lora:
+            if row.values["method.alpha"] is None:
+                continue
+            cells.setdefault((column(row), float(row.values["method.rank"])), []).append(row)
+        columns = sorted({c for c, _ in cells}, key=lambda c: _number(c) or 0.0)
+        ranks = sorted({r for _, r in cells})
+        if len(columns) < 2 or len(ranks) < 2 or len(cells) < 4:
+            continue
+
+        def value(c: str, rank: float, cells: dict[Any, list[Row]] = cells) -> float:
+            there = cells.get((c, rank), [])
+            return min((test.intervals[r.name].perplexity[0] for r in there), default=math.nan)
+
+        series = [
+            Series(f"{rank:g}", COLORS["lora"], columns, [value(c, rank) for c in columns])
+            for rank in ranks
+        ]
+        least = min(
+            (v, s.name, c) for s in series for c, v in zip(columns, s.y, strict=True) if v == v
+        )
+        found.append(
+            Figure(
+                f"heat-{key}",
+                f"LoRA's perplexity by rank and {title}",
+                title,
+                "rank r",
+                series,
+                kind="heat",
+                alt=f"Lowest: {least[0]:.1f} at rank {least[1]}, {title} {least[2]}.",
+            )
+        )
+    return found
+
+
+def _memory(rows: Sequence[Row]) -> Figure | None:
+    shown = [row for row in rows if results.get(row.records[0], "memory.by_category")]
+    if not shown:
+        return None
+    names = [row.name for row in shown]
+    series = [
+        Series(
+            category.replace("_", " "), color, names,
+            [_mean(row, f"memory.by_category.{category}") / 2**20 for row in shown],
+        )
+        for category, color in CATEGORIES.items()
+    ]  # fmt: skip
+    predicted = [_mean(row, "predicted.peak_bytes") for row in shown]
+    if any(predicted):
+        mib = [value / 2**20 if value else math.nan for value in predicted]
+        series.append(Series("predicted peak", "#000000", names, mib, hollow=True))
+    totals = {row.name: float(row.values["memory.peak_bytes"]) for row in shown}
+    least, most = min(totals, key=totals.__getitem__), max(totals, key=totals.__getitem__)
+    said = [f"{totals[name] / 2**20:,.0f} MiB ({name})" for name in (least, most)]
+    alt = f"From {said[0]} to {said[1]}."
+    return Figure("memory", "Peak memory", "", "MiB of live tensors", series, kind="bars", alt=alt)
+
+
+def _mean(row: Row, path: str) -> float:
+    found = [value for record in row.records if (value := results.get(record, path)) is not None]
+    return sum(found) / len(found) if found else 0.0
+
+
+def _speed(rows: Sequence[Row]) -> Figure | None:
+    path = "speed.tokens_per_second"
+    shown = [row for row in rows if row.values[path]]
+    if not shown:
+        return None
+    names, values = [row.name for row in shown], [float(row.values[path]) for row in shown]
+    fastest = values.index(max(values))
+    alt = f"Fastest: {names[fastest]}, {values[fastest]:,.0f} tokens/s."
+    return Figure(
+        "speed", "Speed of training", "", "tokens per second of optimizer steps",
+        [Series("tokens/s", "#0072B2", names, values)], kind="bars", alt=alt,
+    )  # fmt: skip
+
+
+def _curves(rows: Sequence[Row]) -> list[Figure]:
+    """Validation over tokens and over seconds; seeds as a band."""
+    shades = colors(rows)
+    pairs = [
+        (row, c) for row in rows if row.values["parameters.trainable"] and (c := views.curve(row))
+    ]
+    if not pairs:
+        return []
+    found = []
+    for axis, label in (("tokens", "tokens trained on"), ("seconds", "seconds of optimizer steps")):
+        series = []
+        for row, c in pairs:
+            x = c.tokens.tolist() if axis == "tokens" else c.seconds.mean(0).tolist()
+            ends = [[_drawn(v) for v in f(0)] for f in (c.nll.mean, c.nll.min, c.nll.max)]
+            color = shades[row.values["method.label"]]
+            several = len(c.nll) > 1
+            low, high = (ends[1], ends[2]) if several else (None, None)
+            names = [row.name] * len(x)
+            series.append(Series(row.name, color, x, ends[0], low, high, names, True, True))
+        last = sorted((s.y[-1], s.name) for s in series if s.y[-1] == s.y[-1])
+        said = [f"{value:.1f} ({name})" for value, name in last[:1] + last[-1:]]
+        alt = f"At the end from {' to '.join(said)}." if said else "All have diverged."
+        found.append(
+            Figure(
+                f"curves-{axis}",
+                f"Learning over {axis}",
+                label,
+                "validation perplexity",
+                series,
+                log_y=True,
+                alt=alt,
+            )
+        )
+    return found
+
+
+def _forgetting(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figure | None:
+    """What is learned against what is forgotten, nats per token since the base model."""
+    base = [row.name for row in rows if row.values["method.name"] == "none"]
+    if len(base) != 1 or base[0] not in on.intervals or base[0] not in test.intervals:
+        return None
+    moved, _ = ev.forgetting(rows, on)
+    learned = {
+        name: c
+        for pair in test.comparisons
+        if base[0] in (pair.a, pair.b)
+        for name in (pair.a, pair.b)
+        if name != base[0]
+        for c in [ev.turned(pair, base[0])]
+    }
+    trained = [row for row in _trained(rows, test) if row.name in moved and row.name in learned]
+    if not trained:
+        return None
+    shades = colors(rows)
+    groups: dict[str, list[Row]] = {}
+    for row in trained:
+        groups.setdefault(_family(row), []).append(row)
+    series = []
+    for name, members in groups.items():
+        ordered = sorted(members, key=lambda row: learned[row.name].difference)
+        changes: list[stats.Comparison] = [moved[row.name] for row in ordered]
+        series.append(
+            Series(
+                name, shades[ordered[0].values["method.label"]],
+                [learned[row.name].difference for row in ordered],
+                [c.difference for c in changes], [c.low for c in changes],
+                [c.high for c in changes], [row.name for row in ordered],
+            )
+        )  # fmt: skip
+    most = max(trained, key=lambda row: moved[row.name].difference)
+    alt = f"Most is forgotten by {most.name}: {moved[most.name].difference:.2f} nats per token."
+    return Figure(
+        f"forgetting-{on.text}", f"Learned and forgotten ({on.text})",
+        "learned: nats per token of the test set", "forgotten: nats per token", series, alt=alt,
+    )  # fmt: skip

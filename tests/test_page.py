@@ -1,0 +1,252 @@
+"""The report's page in a real browser: headless Chromium, driven by Selenium."""
+
+import base64
+import json
+import shutil
+import time
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+from test_report import put
+
+from harness.report import evidence, files, page
+from harness.report.__main__ import main
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
+EVIL = "<script>window.evil=1</script>\"'&"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outputs") / "exp"
+    for seed in range(3):
+        put(folder, f"none-s{seed}", method="none", r=1, seed=seed, nll=4.0, also=(2.0, 2.0))
+        put(folder, f"full-s{seed}", method="full", r=100, seed=seed, nll=2.0, also=(2.0, 2.9))
+        for r, nll in ((4, 3.0), (8, 2.7), (16, 2.5)):
+            for alpha in (r, 2 * r):
+                put(
+                    folder, f"lora-r{r}-a{alpha}-s{seed}", r=r, alpha=alpha, seed=seed,
+                    nll=nll - alpha / r / 20, also=(2.0, 2.2), curve=(5.0, nll + 0.5, nll),
+                )  # fmt: skip
+        put(folder, f"evil-s{seed}", method=EVIL, r=3, seed=seed, nll=3.3)
+    put(folder, "dead", r=99, status="failed")
+    record = json.loads((folder / "dead" / "result.json").read_text())
+    record["failure"] = {"class": "oom", "message": f"no room {EVIL}"}
+    (folder / "dead" / "result.json").write_text(json.dumps(record))
+    assert main([str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = Options()
+    options.binary_location = BROWSER
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser, folder):
+    """The page at 1440 pixels in light; fails on a word of the console or a request elsewhere."""
+    size(browser, 1440)
+    scheme(browser, "light")
+    path = folder / "report" / "index.html"
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.get(path.as_uri())
+    wait(lambda: browser.find_elements(By.CSS_SELECTOR, ".figure .main-svg"))
+    yield browser
+    said = [entry["message"] for entry in browser.get_log("browser")]
+    assert not [
+        text for text in said if "index.html" in text
+    ]  # a folder's listing is the browser's
+    asked = [
+        message["params"]["request"]["url"]
+        for entry in browser.get_log("performance")
+        if (message := json.loads(entry["message"])["message"])["method"]
+        == "Network.requestWillBeSent"
+    ]
+    assert not [url for url in asked if not url.startswith(("file://", "data:", "blob:"))]
+
+
+def size(browser, width):
+    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def scheme(browser, name):
+    features = [{"name": "prefers-color-scheme", "value": name}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def wait(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "the page is not what it should be"
+        time.sleep(0.05)
+    return found
+
+
+def column(browser, name):
+    headings = [th.text for th in browser.find_elements(By.CSS_SELECTOR, "#results thead th")]
+    at = [heading.split(" ▲")[0].split(" ▼")[0] for heading in headings].index(name)
+    rows = browser.find_elements(By.CSS_SELECTOR, "#results tbody tr:not([hidden])")
+    return [row.find_elements(By.TAG_NAME, "td")[at].text for row in rows]
+
+
+def heading(browser, name):
+    buttons = browser.find_elements(By.CSS_SELECTOR, "#results thead button")
+    return next(button for button in buttons if button.text.startswith(name))
+
+
+def test_it_answers_the_question_and_shows_every_row(opened):
+    said = opened.find_element(By.CSS_SELECTOR, ".answer").text
+    assert said.startswith("full all k=100 reaches the lowest test perplexity, 7.")
+    assert "significantly lower than every other" in said
+    assert len(column(opened, "method")) == 9
+    assert opened.find_element(By.ID, "count").text == "9 rows"
+    shaded = opened.find_elements(By.CSS_SELECTOR, "tr.tie")
+    assert [row.find_element(By.TAG_NAME, "td").text for row in shaded] == ["full"]
+
+
+def test_it_sorts_by_mouse_and_by_key(opened):
+    heading(opened, "test").click()
+    values = [float(text) for text in column(opened, "test")]
+    assert values == sorted(values) and len(set(values)) == 9
+    heading(opened, "test").send_keys(Keys.ENTER)
+    assert [float(text) for text in column(opened, "test")] == values[::-1]
+    heading(opened, "alpha").click()  # those without one come last
+    assert [a for a in column(opened, "alpha") if a != "-"] == ["4", "8", "8", "16", "16", "32"]
+    assert column(opened, "alpha")[-3:] == ["-"] * 3
+    heading(opened, "method").click()
+    assert column(opened, "method")[1:] == ["full", *["lora"] * 6, "none"]
+
+
+def test_it_filters(opened):
+    Select(opened.find_element(By.CSS_SELECTOR, "[data-filter=method]")).select_by_visible_text(
+        "lora"
+    )
+    assert set(column(opened, "method")) == {"lora"} and len(column(opened, "method")) == 6
+    Select(opened.find_element(By.CSS_SELECTOR, "[data-filter=rank]")).select_by_visible_text("8")
+    assert column(opened, "r, k") == ["8", "8"]
+    opened.find_element(By.ID, "find").send_keys("alpha=16")
+    assert column(opened, "alpha") == ["16"]
+    assert opened.find_element(By.ID, "count").text == "1 of 9 rows"
+
+
+def test_names_are_text_whatever_they_are(opened):
+    assert opened.execute_script("return window.evil") is None
+    assert EVIL in column(opened, "method")
+    assert EVIL in opened.find_element(By.TAG_NAME, "main").text.split("Not finished")[1]
+    labels = opened.execute_script(
+        "return [...document.querySelectorAll('.legendtext, .ytick text')].map(e => e.textContent)"
+    )
+    assert any("<script>" in text for text in labels)
+
+
+def test_a_row_leads_to_its_runs(opened, folder):
+    row = opened.find_elements(By.CSS_SELECTOR, "#results tbody tr")[0]
+    row.find_element(By.TAG_NAME, "summary").click()
+    links = row.find_elements(By.CSS_SELECTOR, "details a")
+    targets = [link.get_attribute("href") for link in links]
+    assert targets == [(folder / f"none-s{seed}").as_uri() + "/" for seed in range(3)]
+    links[1].click()
+    assert opened.current_url == targets[1] and "result.json" in opened.page_source
+
+
+def test_a_legend_hides_and_shows_a_line(opened):
+    figure = opened.find_element(By.ID, "figure-parameters")
+    toggle = figure.find_element(By.CSS_SELECTOR, ".legendtoggle")
+    shown = "return document.getElementById('figure-parameters').data[0].visible"
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure)
+    webdriver.ActionChains(opened).move_to_element(toggle).click().perform()
+    wait(lambda: opened.execute_script(shown) == "legendonly")
+    time.sleep(0.5)  # or it counts as a double click
+    toggle = figure.find_element(By.CSS_SELECTOR, ".legendtoggle")
+    webdriver.ActionChains(opened).move_to_element(toggle).click().perform()
+    wait(lambda: opened.execute_script(shown) is True)
+
+
+def test_every_figure_is_drawn_and_has_words(opened):
+    keys = {
+        "parameters", "rank", "alpha", "heat-alpha", "memory", "speed", "curves-tokens",
+        "curves-seconds", "forgetting-more",
+    }  # fmt: skip
+    drawn = opened.find_elements(By.CSS_SELECTOR, ".figure")
+    assert {figure.get_attribute("data-figure") for figure in drawn} == keys - {"memory"}
+    for figure in drawn:
+        assert figure.find_elements(By.CSS_SELECTOR, ".main-svg")
+        assert len(figure.get_attribute("aria-label")) > 30
+        assert figure.get_attribute("role") == "img" and figure.get_attribute("tabindex") == "0"
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("name", ["light", "dark"])
+def test_it_fits_and_is_readable(opened, width, name):
+    scheme(opened, name)
+    size(opened, width)
+    wait(lambda: opened.execute_script("return innerWidth") == width)
+    assert opened.execute_script("return document.documentElement.scrollWidth") <= width
+    ink, paper = opened.execute_script(
+        "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    )
+    assert contrast(ink, paper) > 7 and (luminance(paper) > 0.5) == (name == "light")
+    tick = opened.find_element(By.CSS_SELECTOR, "#figure-parameters .ytick text")
+    wait(lambda: contrast(tick.value_of_css_property("fill"), paper) > 7)
+    opened.execute_script("document.getElementById('theme').click()")  # and the other way
+    other = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (luminance(other) > 0.5) == (name == "dark")
+
+
+def luminance(color):
+    """Relative luminance of an rgb(…) as WCAG has it."""
+    parts = [float(c) / 255 for c in color[color.index("(") + 1 : -1].split(",")[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_it_prints(opened):
+    pdf = opened.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
+    assert base64.b64decode(pdf).startswith(b"%PDF") and len(pdf) > 20_000
+
+
+def test_figures_and_tables_for_papers_lie_beside_it(folder):
+    report = folder / "report"
+    keys = {path.stem for path in (report / "figures").glob("*.svg")}
+    assert keys == {path.stem for path in (report / "figures").glob("*.png")}
+    assert {"parameters", "rank", "curves-tokens", "forgetting-more"} <= keys
+    lines = (report / "table.md").read_text().splitlines()
+    assert lines[0].startswith("| method | targets | r, k |") and len(lines) == 2 + 9
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    tex = (report / "table.tex").read_text()
+    assert r"\toprule" in tex and r"\& " not in tex.splitlines()[3] and r"\%" in tex
+    assert tex.count(r"\\") == 1 + 9
+
+
+def test_five_hundred_runs_make_a_page_under_6_mb(tmp_path):
+    for r in range(1, 101):
+        for seed in range(5):
+            put(tmp_path, f"r{r}-s{seed}", r=r, seed=seed, nll=4 - r / 50)
+    path = files.write_page(evidence.find(tmp_path))
+    assert path.stat().st_size < 6e6
+
+
+def test_text_cannot_leave_the_data(folder):
+    assert "</script" not in page._embedded({"x": "</script><!--", "y": float("nan")})

@@ -1,0 +1,291 @@
+"""The search of learning rates against parabolas of known vertex, and as a user starts it."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from harness import rates, results
+from harness.config import CONF_DIR, ConfigError, options
+from harness.rates import Rates, Tuned
+
+SETTING = {
+    "model.name": "gpt2_mini", "model.asset": "gpt2_mini", "data.name": "kjv", "data.source": "kjv",
+    "data.validation_share": 0.02, "data.test_share": 0.04, "data.context": 256, "train.steps": 80,
+    "train.batch_tokens": 2048,
+}  # fmt: skip
+
+
+def parabola(vertex, rate):
+    return 3 + 0.2 * math.log(rate / vertex) ** 2
+
+
+@pytest.mark.parametrize("vertex", [1e-5, 7e-4, 1e-2, 0.013, 0.4, 9.0])
+def test_the_grid_grows_until_the_best_is_inside(vertex):
+    grid = {rate: parabola(vertex, rate) for rate in rates.grid_around(1e-2, 5, 2.0)}
+    rounds = 0
+    while further := rates.further(grid, 2.0):
+        assert rates.edge(grid) in ("lowest", "highest")
+        grid |= {rate: parabola(vertex, rate) for rate in further}
+        rounds += 1
+    assert rates.edge(grid) is None and rounds <= 12
+    assert abs(math.log2(rates.best(grid) / vertex)) <= 0.5 + 1e-9
+    assert rates.fitted(grid) == pytest.approx(vertex, rel=1e-3)
+
+
+def test_a_rate_that_diverges_is_worse_than_any_and_bounds_the_grid():
+    grid = {1.0: 4.0, 2.0: 3.0, 4.0: None}
+    assert rates.best(grid) == 2.0 and rates.edge(grid) is None and not rates.further(grid, 2.0)
+    assert rates.fitted(grid) == 2.0  # no parabola through a point that is not there
+    assert rates.further({1.0: None, 2.0: None}, 2.0) == [0.5]
+    assert rates.further({1.0: 3.0, 2.0: math.nan}, 2.0) == [0.5]
+
+
+def test_the_file_is_read_as_it_was_written(tmp_path):
+    tuned = (
+        Tuned("full", None, None, None, {1e-5: 3.5, 2e-5: 3.25, 4e-5: None}),
+        Tuned("udv-d", "all", "full", None, {0.5: 3.0, 1.0: 2.5, 20.0: 2.75}),
+        Tuned("lora", "mlp", "3", 1 / 3, {0.001: 3.0, 0.002: 2.5}, {"dropout": 0.1}, "abc on x"),
+        Tuned("a: b, [c]", "null", "8", None, {0.001: 3.0}),
+    )
+    path = tmp_path / "x.yaml"
+    path.write_text(rates.text(SETTING, tuned))
+    found = rates.read(str(path))
+    assert found == Rates(path, SETTING, tuned)
+    assert "at_edge: highest" in path.read_text()
+
+
+def method(make_run, *overrides):
+    return make_run(*overrides).method
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "rates.yaml"
+    path.write_text(
+        rates.text(
+            SETTING,
+            [
+                Tuned("full", None, None, None, {1e-3: 3.0, 2e-3: 2.0, 4e-3: 3.0}),
+                Tuned("lora", "all", "4", 2.0, {8e-3: 3.0, 16e-3: 2.0, 32e-3: 3.0}),
+                Tuned("lora", "all", "64", 2.0, {2e-3: 3.0, 4e-3: 2.0, 8e-3: 3.0}),
+                Tuned("lora", "all", "4", 4.0, {4e-3: 3.0, 8e-3: 2.0, 16e-3: 3.0}),
+                Tuned("lora", "mlp", "4", 2.0, {8e-3: 3.0, 20e-3: 2.0}),
+                Tuned("udv-d", "all", "64", None, {0.1: 3.0, 0.2: 2.0, 0.4: 3.0}),
+                Tuned("udv-d", "all", "full", None, {0.2: 3.0, 0.3: 2.0, 0.4: 3.0}),
+            ],
+        )
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lr", "said"),
+    [
+        (["method=full"], 2e-3, "tuned"),
+        (["method=full", "targets=mlp"], 2e-3, "tuned"),
+        (["method.r=4"], 16e-3, "tuned"),
+        (["method.r=4", "method.alpha=8"], 16e-3, "tuned"),
+        (["method.r=16"], 8e-3, "interpolated between r=4 and r=64"),  # half-way in log r
+        (["method.r=1"], 16e-3, "as tuned for r=4"),
+        (["method.r=128"], 4e-3, "as tuned for r=64"),
+        (["method.r=4", "method.alpha=4r"], 8e-3, "tuned"),
+        (["method.r=4", "method.alpha=1r"], 16e-3, "tuned at alpha=2r"),
+        (["method.r=4", "targets=qv"], 16e-3, "tuned on targets=all"),
+        (["method.r=4", "targets=mlp"], 20e-3, "tuned, at the highest of its grid"),
+        (["method=udv"], 0.3, "tuned"),
+        (["method=udv", "method.rank=64"], 0.2, "tuned"),
+        (["method=udv", "method.rank=32"], 0.2, "as tuned for k=64"),
+        (["method=udv", "method.rank=0.5"], 0.2, "as tuned for k=64"),
+        (["method=none"], 1e-3, "not used"),
+        (["method=truncate", "method.rank=8"], 1e-3, "not used"),
+        (["method.r=4", "method.dropout=0.1"], 16e-3, "tuned with another method.dropout"),
+        (["method.r=4", "method.use_rslora=true"], 16e-3, "tuned with another method.use_rslora"),
+        (["method=full", "train.steps=100"], 2e-3, "tuned, for train.steps=80"),
+        (["method=full", "train.warmup=0"], 2e-3, "tuned, for train.warmup=the default"),
+        (["method=full", "data.context=64"], 2e-3, "tuned, for data.context=256"),
+        (["method=full", "train.micro_batch=4", "train.threads=1"], 2e-3, "tuned"),
+    ],
+)
+def test_a_rate_and_where_it_is_from(make_run, file, overrides, lr, said):
+    run = make_run("train.lr=tuned", f"train.rates={file}", "train.steps=80", *overrides)
+    assert run.train.lr == pytest.approx(lr)
+    assert run.train.lr_from == said
+    assert results.describe_method(run)["lr_from"] == said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method=pissa"], "has no rate for pissa, but for full, lora, udv-d: give train.lr"),
+        (["method=udv", "method.train=udv"], "no rate for udv-udv"),
+        (["train.rates=gpt2_mimi_kjv"], "did you mean 'gpt2_mini_kjv'"),
+        (["train.rates=null"], "needs train.rates"),
+        (["train.lr=tune"], "train.lr"),
+    ],
+)
+def test_what_has_no_rate_is_refused(make_run, file, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        make_run("train.lr=tuned", f"train.rates={file}", *overrides)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "3", "tuned: 3", "tuned: [{family: x}]", "{", "tuned: [3]"])
+def test_a_damaged_file_is_refused(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="is no file of rates"):
+        rates.read(str(tmp_path / "x.yaml"))
+
+
+def test_other_models_and_texts_are_told(make_run, file, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    mine = ["data=text_files", f"data.path={tmp_path}/a.txt"]
+    said = make_run("train.lr=tuned", f"train.rates={file}", "method=full", *mine).train.lr_from
+    assert "data.name=kjv" in said and "data.path" in said
+    said = make_run("train.lr=tuned", f"train.rates={file}", "method=full", "model=gpt2").train
+    assert "model.name=gpt2_mini" in said.lr_from
+
+
+def test_a_rank_that_is_no_number_takes_what_there_is(make_run, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        rates.text(SETTING, [Tuned("udv-d", "all", "full", None, {0.1: 3.0, 0.2: 2.0})])
+    )
+    run = make_run("train.lr=tuned", f"train.rates={path}", "method=udv", "method.energy=0.9")
+    assert run.train.lr == 0.2 and run.train.lr_from.startswith("as tuned for k=full")
+
+
+def test_the_name_and_the_identity_do_not_tell_how_a_rate_was_found(make_run, file):
+    from harness.config import identity, run_name
+
+    tuned = make_run("method=full", "train.lr=tuned", f"train.rates={file}")
+    given = make_run("method=full", "train.lr=2e-3")
+    assert (run_name(tuned), identity(tuned)) == (run_name(given), identity(given))
+
+
+@pytest.mark.parametrize("name", options("rates"))
+def test_every_best_of_the_files_that_ship_is_inside_its_grid(name):
+    found = rates.read(name)
+    assert not [str(t) for t in found.tuned if rates.edge(t.grid)]
+    assert min(len(t.grid) for t in found.tuned) >= 5
+    loaded = yaml.safe_load((CONF_DIR / "rates" / f"{name}.yaml").read_text())
+    for t, written in zip(found.tuned, loaded["tuned"], strict=True):
+        assert written["lr"] == t.lr
+        assert written["fitted"] == pytest.approx(rates.fitted(t.grid), rel=0.01)
+        assert written["made"] and "-dirty" not in written["made"]
+
+
+SHORT = (
+    "experiment=tune", "train.steps=2", "evaluate.every=2", "data.validation_share=0.003",
+    "data.test_share=0.003", "data.context=64", "train.batch_tokens=512", "train.micro_batch=2",
+    "hydra.sweeper.grids=[{method: full, train.lr: 5e-4}]", "hydra.sweeper.points=3",
+)  # fmt: skip
+
+
+def test_a_search_from_the_command_line(harness, tmp_path):
+    done = harness(*SHORT, "hydra.sweeper.factor=10", "hydra.sweeper.file=mine.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rates.read(str(tmp_path / "mine.yaml"))
+    (full,) = found.tuned
+    assert rates.edge(full.grid) is None and len(full.grid) >= 3
+    assert found.setting["train.steps"] == 2 and found.setting["seed"] == 1000
+    runs = list((tmp_path / "outputs" / "tune").glob("*/result.json"))
+    assert len(runs) == len(full.grid)
+    for path in runs:  # nothing of the test set is there, and what was chosen by is on record
+        record = results.read(path.parent)
+        assert "test" not in record["quality"] and "test" not in record["data"]["num_documents"]
+        assert not (path.parent / "documents-test.parquet").exists()
+        quality = record["quality"]["validation"]
+        nll = quality["nll_nats"] / quality["num_tokens"]
+        below_start = record["quality"]["best_step"] > 0
+        expected = pytest.approx(nll, abs=1e-5) if below_start else None
+        assert full.grid[record["config"]["train"]["lr"]] == expected
+
+    again = harness(*SHORT, "hydra.sweeper.factor=10", "hydra.sweeper.file=mine.yaml")
+    assert again.returncode == 0 and again.stdout.count("already finished") == len(full.grid)
+    assert rates.read(str(tmp_path / "mine.yaml")).tuned == found.tuned
+
+    other = harness(*SHORT, "seed=3", "hydra.sweeper.file=mine.yaml")
+    assert other.returncode == 2 and "another setting (seed 1000 and 3)" in other.stderr
+    test = harness(*SHORT, "evaluate.test=true", "hydra.sweeper.file=mine.yaml")
+    assert test.returncode == 2 and "get no test set" in test.stderr
+
+
+def test_a_search_of_some_keeps_the_rates_of_others_and_diverging_ones_are_none(
+    monkeypatch, tmp_path, make_run
+):
+    """With runs that are made up here: nll by rate, None diverges."""
+    from hydra_plugins import harness_rates
+
+    path = tmp_path / "x.yaml"
+    options = ["evaluate.test=false", f"outputs_dir={tmp_path}", "train.threads=1"]
+    runs = [make_run("method=full", *options), make_run("method=lora", "method.r=4", *options)]
+    curve = {"full": 2e-3, "lora": 1.0}  # where the best is; lora's is far off its grid
+
+    def check(jobs, *_):
+        found = []
+        for overrides in jobs:
+            lr = float(overrides[-1].split("=")[1])
+            found.append(make_run(*options, *overrides[:-1], f"train.lr={lr}"))
+        return jobs, found, 0
+
+    def launched(jobs, now):
+        outcomes = []
+        for run in now:
+            rate, name = run.train.lr, run.method.name
+            status, kind = ("failed", "nan") if rate > 4 * curve[name] else ("finished", "")
+            nll = parabola(curve[name], rate)
+            run.run_dir.mkdir(parents=True, exist_ok=True)
+            quality = {"validation": {"nll_nats": 10 * nll, "num_tokens": 10}, "best_step": 2}
+            results.write(run.run_dir, {"status": status, "quality": quality})
+            outcomes.append(SimpleNamespace(
+                status=status, failure_class=kind, run_dir=run.run_dir, exit_code=int(kind != ""),
+            ))  # fmt: skip
+        return outcomes
+
+    monkeypatch.setattr(harness_rates, "check", check)
+
+    def search(jobs, now):
+        sweeper = harness_rates.RateSweeper(points=3, file=str(path))
+        sweeper.config, sweeper.hydra_context = {}, SimpleNamespace()
+        monkeypatch.setattr(sweeper, "_launch", launched)
+        return sweeper._do(jobs, now, tmp_path)
+
+    search([["method=full"], ["method=lora", "method.r=4"]], runs)
+    full, lora = rates.read(str(path)).tuned
+    assert rates.edge(full.grid) is None and 8e-3 > full.lr > 5e-4
+    assert rates.edge(lora.grid) is None and abs(math.log2(lora.lr)) <= 0.5
+    assert len(lora.grid) > len(full.grid)  # it had to grow
+    curve["full"] = 1e-2
+    search([["method=full"]], runs[:1])
+    again, same = sorted(rates.read(str(path)).tuned, key=lambda t: t.family)
+    assert again.lr > full.lr and same == lora
+    with pytest.raises(ConfigError, match="two grids are for the same configuration, full"):
+        search([["method=full"], ["method=full"]], [runs[0], runs[0]])
+    curve["full"] = 1e-9
+    before = path.read_text()
+    monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])
+    search([["method=full"]], runs[:1])
+    assert path.read_text() == before and harness_rates.launch.OUTCOMES
+
+
+def test_a_rate_that_breaks_is_told_and_nothing_is_written(monkeypatch, tmp_path, make_run):
+    from hydra_plugins import harness_rates
+
+    sweeper = harness_rates.RateSweeper(
+        grids=[{"method": "full"}], points=3, file=str(tmp_path / "x.yaml")
+    )
+    run = make_run("method=full", "evaluate.test=false")
+    made = [replace(run, train=replace(run.train, lr=lr)) for lr in (1e-3, 2e-3, 4e-3)]
+    monkeypatch.setattr(harness_rates, "check", lambda jobs, *_: (jobs, made, 0))
+    sweeper.config, sweeper.hydra_context = {}, SimpleNamespace()
+    died = SimpleNamespace(status="failed", failure_class="oom", run_dir=tmp_path)
+    monkeypatch.setattr(sweeper, "_launch", lambda jobs, runs: [died] * len(jobs))
+    monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])
+    sweeper._do([["method=full"]], [run], tmp_path)
+    assert [died] * 3 == harness_rates.launch.OUTCOMES  # the exit status says so
+    assert not (tmp_path / "x.yaml").exists()
+    with pytest.raises(ConfigError, match="points=2"):
+        harness_rates.RateSweeper(points=2)
