@@ -23,7 +23,7 @@ experiment: setup ## run an experiment and print its table (EXPERIMENT=main, abo
 tune: setup ## search learning rates on validation, write conf/rates (about 40 minutes)
 	$(RUN) -m harness experiment=tune
 
-report: setup ## print an experiment's table again (EXPERIMENT=main)
+report: setup ## tables, figures and the page of an experiment (EXPERIMENT=main)
 	$(RUN) -m harness.report outputs/$(EXPERIMENT)
 
 test: setup ## run the tests (about 8 minutes)
