@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment tune report test test-faults test-launchers test-stats lint bench gpt2_mini clean
+.PHONY: help setup experiment tune report wandb-sync test test-faults test-launchers test-stats lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ tune: setup ## search learning rates on validation, write conf/rates (about 40 m
 
 report: setup ## tables, figures and the page of an experiment (EXPERIMENT=main)
 	$(RUN) -m harness.report outputs/$(EXPERIMENT)
+
+wandb-sync: setup ## upload an experiment's offline W&B runs, each once (EXPERIMENT=main)
+	cd outputs/$(EXPERIMENT) && $(CURDIR)/$(RUN) -m wandb sync --yes
 
 test: setup ## run the tests (about 8 minutes)
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal

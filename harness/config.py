@@ -253,6 +253,7 @@ class RunConfig(RootConfig):
     train: TrainConfig
     evaluate: EvaluateConfig
     launch: LaunchConfig
+    tracker: dict[str, Any]  # conf/tracker: options by the tracker's name
 
     @property
     def run_dir(self) -> Path:
@@ -343,6 +344,7 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     values: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    tracker = values.pop("tracker", None) or {}
     method = values.pop("method", None)
     name = method.get("name") if isinstance(method, dict) else method
     if name not in METHODS:
@@ -360,7 +362,7 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
             sections[key] = replace(sections[key], also=_also(further, sections["data"]))
     from harness.validation import validate  # which needs the schemas above
 
-    run = RunConfig(**vars(_typed(RootConfig, values)), **sections)
+    run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
     validate(run)
     return run
 
@@ -428,6 +430,7 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
 
 _NOT_IDENTITY = (
     "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
+    "tracker",
 )  # fmt: skip
 _NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 

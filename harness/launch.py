@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness import config, lock, progress, results, start
+from harness import config, lock, progress, results, start, tracking
 from harness.config import ConfigError, RunConfig
 
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
@@ -74,7 +74,8 @@ def task(cfg: DictConfig) -> Outcome:
         run = replace(run, launch=replace(run.launch, cores=cores))
         # Ranks have no bar of their own: their output goes to a file.
         viewed = not sweep and run.launch.num_processes > 1 and sys.stdout.isatty()
-        with progress.View([run]) if viewed else nullcontext():
+        followed = nullcontext() if sweep or rank() else tracking.Beside([run], sweep=False)
+        with followed, progress.View([run]) if viewed else nullcontext():
             outcome = launch(run, command_line(arguments), sweep=sweep)
     except ConfigError as error:
         outcome = Outcome(Path(str(cfg.outputs_dir)), "refused", str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from harness.config import (
 )
 from harness.documents import SPLITS, find_files  # needs the standard library only
 
+TRACKERS = {  # Accelerate's names, and the options of conf/tracker
+    "wandb": ("project", "entity", "mode", "adapters", "patience"),
+    "tensorboard": ("patience",),
+    "trackio": ("project", "patience"),
+}
 SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
     "data.source": ("kjv", "text_files", "hub", "docstrings"),
@@ -111,6 +117,7 @@ def validate(run: RunConfig) -> None:
     _require(every is None or every > 0, "train.checkpoint_every", every, "1 or more, or null")
     _require(run.retry >= 0, "retry", run.retry, "0 or more further attempts")
     _validate_launch(run)
+    _validate_tracker(run)
     chunk = train.micro_batch * data.context
     if train.batch_tokens % chunk:
         options = sorted(
@@ -183,6 +190,23 @@ def validate(run: RunConfig) -> None:
             raise ConfigError(
                 f"{key}={name!r}: expected letters, digits, . _ = + -, and first a letter or digit"
             )
+
+
+def _validate_tracker(run: RunConfig) -> None:
+    for name, asked in run.tracker.items():
+        if name not in TRACKERS:
+            raise ConfigError(f"tracker.{name}: {nearest(name, TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"tracker={name} is not installed: pip install -e '.[{name}]'")
+        known = TRACKERS[name]
+        if not isinstance(asked, dict):
+            raise ConfigError(f"tracker.{name}={asked}: expected options: {', '.join(known)}")
+        for key in asked:
+            if key not in known:
+                raise ConfigError(f"tracker.{name}.{key}: {nearest(key, known)}")
+    mode = (run.tracker.get("wandb") or {}).get("mode", "online")
+    if mode not in ("online", "offline"):
+        raise ConfigError(f"tracker.wandb.mode={mode}: {nearest(str(mode), ('online', 'offline'))}")
 
 
 def _validate_launch(run: RunConfig) -> None:

@@ -22,7 +22,7 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config, launch, lock, progress, results
+from harness import config, launch, lock, progress, results, tracking
 from harness.config import ConfigError, RunConfig
 from harness.stop import passed_on
 
@@ -85,7 +85,11 @@ class GridSweeper(BasicSweeper):
         def workers() -> set[int]:
             return {pid for run in runs if (pid := lock.worker_at(run.run_dir))}
 
-        with progress.View(runs), nullcontext() if here else passed_on(workers):
+        with (
+            tracking.Beside(runs, sweep=True),
+            progress.View(runs),
+            nullcontext() if here else passed_on(workers),
+        ):
             while todo:
                 asked = [[*jobs[i], since] for i in todo]
                 try:

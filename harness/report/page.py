@@ -121,7 +121,7 @@ def _notes(rows: Sequence[Row], test: Evidence | None, refused: Sequence[str]) -
                 f"Intervals are 95 %, over {documents} documents and {seeds} seeds; tests are "
                 f"paired and Holm-adjusted over {len(test.comparisons)} comparisons."
             )
-            if said := stats.few_seeds(fewest, len(test.comparisons)):
+            if test.comparisons and (said := stats.few_seeds(fewest, len(test.comparisons))):
                 notes.append(f"{said}.")
     if any(row.values[table.SHARED] for row in rows):
         notes.append("Memory and speed marked * were measured beside other runs: do not compare.")

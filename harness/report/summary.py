@@ -269,7 +269,7 @@ def _print_forgetting(rows: Sequence[Row], on: Evidence) -> None:
 def _save(findings: Findings) -> list[str]:
     """Write the CSVs of all rows; returns their names. What cannot be said now is deleted."""
     found = findings.found
-    files = {"results.csv": table.csv_text(findings.rows, _columns(found))}
+    files = {"results.csv": results_csv(findings)}
     if found:
         files["comparisons.csv"] = _csv(_comparisons(found))
     if curves := _curves(findings.rows):
@@ -284,6 +284,11 @@ def _save(findings: Findings) -> list[str]:
         print(f"not saved: {findings.folder / 'results.csv'}: {error.strerror}", file=sys.stderr)
         return []
     return list(files)
+
+
+def results_csv(findings: Findings) -> str:
+    """The text of results.csv."""
+    return table.csv_text(findings.rows, _columns(findings.found))
 
 
 def _columns(found: dict[str, Evidence]) -> dict[str, dict[str, Any]]:

@@ -46,6 +46,7 @@ SHOWN = {"train.lr", "train.rates", "train.lr_from"} | {
 }
 VARIES = (  # within a configuration
     "seed", "run_name", "outputs_dir", "rerun", "retry", "experiment_name", "launch",
+    "tracker",
 )  # fmt: skip
 NO_OTHER_RUN = ("lr_from", "rates", "on_oom", "checkpoint_every")  # of training, likewise
 SHARED = "environment.runs_beside"

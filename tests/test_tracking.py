@@ -1,0 +1,279 @@
+"""Trackers beside a sweep: what they have seen, read back from their files; what they cannot do."""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_report import put
+
+from harness import results, tracking
+from harness.config import REPOSITORY, ConfigError
+
+wandb = pytest.importorskip("wandb")
+OFFLINE = {"project": "p", "entity": None, "mode": "offline", "adapters": True, "patience": 120}
+
+
+def records(path):
+    """The protobuf records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    ident, magic, _ = struct.unpack("<4sHB", data[:7])
+    assert (ident, magic) == (b":W&B", 0xBEE1)
+    at, parts, found = 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 2**15 - at % 2**15) < 7:  # the rest of a block that no header fits in
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if not kind:
+            at += left
+            continue
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            found.append(record)
+            parts = b""
+    return found
+
+
+def read(folder):
+    """Every offline W&B run of a folder, as one reads it: facts, config, history, summary."""
+    runs = {}
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        run = SimpleNamespace(
+            config={}, history=[], summary={}, metrics={}, artifacts=[], exit=None
+        )
+        for record in records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                run.facts = record.run
+                run.config |= pairs(record.run.config.update)
+            elif kind == "history":
+                run.history.append(pairs(record.history.item))
+            elif kind == "summary":
+                run.summary |= pairs(record.summary.update)
+            elif kind == "metric":
+                name = record.metric.name or record.metric.glob_name
+                run.metrics[name] = record.metric.step_metric
+            elif kind == "artifact":
+                run.artifacts.append(record.artifact)
+            elif kind == "exit":
+                run.exit = record.exit.exit_code
+        runs.setdefault(run.facts.display_name, []).append(run)
+    return runs
+
+
+def pairs(items):
+    found = {}
+    for item in items:
+        name = item.key or "/".join(item.nested_key)
+        found[name] = json.loads(item.value_json)
+    return found
+
+
+def runs_of(folder, tracker):
+    return [
+        SimpleNamespace(run_dir=path.parent, experiment_name="exp", tracker=tracker)
+        for path in sorted(folder.glob("*/result.json"))
+    ]
+
+
+def sweep(folder, number, **fields):
+    for seed in range(number):
+        run_dir = put(folder, f"r8-s{seed}", r=8, seed=seed, nll=3 + seed / 10, **fields)
+        record = json.loads((run_dir / "result.json").read_text()) | {"model": {"name": "mini"}}
+        record["config"]["train"] = {"lr": 0.01, "schedule": "cosine"}
+        results.write(run_dir, record)
+    return folder
+
+
+def test_thirty_runs_are_thirty_runs_and_a_summary(tmp_path, capsys):
+    folder = sweep(tmp_path / "exp", 30)
+    (folder / "r8-s3" / "adapter").mkdir()
+    (folder / "r8-s3" / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
+        pass
+    said = capsys.readouterr().out
+    assert said.startswith("wandb: 30 runs offline in ") and "make wandb-sync" in said
+    found = read(folder)
+    assert {name: len(runs) for name, runs in found.items()} == (
+        {f"r8-s{seed}": 1 for seed in range(30)} | {"exp: summary": 1}
+    )
+    (run,) = found["r8-s3"]
+    assert (run.facts.project, run.facts.run_group, run.facts.job_type) == ("p", "exp", "lora")
+    assert list(run.facts.tags) == ["mini", "kjv"] and run.exit == 0
+    assert run.config["train"] == {"lr": 0.01, "schedule": "cosine"}  # nested, to filter by
+    assert run.config["method"]["targets"] == "all" and run.config["seed"] == 3
+    rows = results.read_metrics(folder / "r8-s3")
+    assert len(run.history) == len(rows)
+    for logged, row in zip(run.history, rows, strict=True):
+        assert row.items() <= logged.items()
+    assert run.metrics == {"train/*": "tokens", "eval/*": "tokens"} | {
+        key: value for key, value in run.metrics.items() if key not in ("train/*", "eval/*")
+    }
+    record = results.read(folder / "r8-s3")
+    assert run.summary["test/perplexity"] == record["quality"]["test"]["perplexity"]
+    assert run.summary["parameters/trainable"] == 8000 and run.summary["status"] == "finished"
+    assert run.summary["memory/peak_gib"] == record["memory"]["peak_bytes"] / 2**30
+    (artifact,) = [a for a in run.artifacts if a.type == "adapter"]
+    assert json.loads(artifact.metadata)["method"]["rank"] == "8"
+    assert not found["r8-s4"][0].artifacts
+    (last,) = found["exp: summary"]
+    assert last.facts.job_type == "summary" and last.facts.run_group == "exp"
+    (logged,) = [row for row in last.history if "results/nrows" in row]
+    assert logged["results/nrows"] == 1
+    assert any(key.startswith("figures/") for key in logged)
+    assert any(a.type == "report" for a in last.artifacts)
+
+    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=False):
+        pass  # the same sweep again: nothing is finished anew, nothing is tracked twice
+    assert sum(map(len, read(folder).values())) == 31
+
+
+def test_several_trackers_follow_a_run_that_is_cut_and_goes_on(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = sweep(tmp_path / "exp", 1)
+    run_dir = folder / "r8-s0"
+    whole, record = results.read_metrics(run_dir), results.read(run_dir)
+
+    def state(rows, status):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        results.write_atomically(run_dir / "metrics.jsonl", text)
+        results.write(run_dir, record | {"status": status})
+
+    asked = {"wandb": OFFLINE, "tensorboard": {"patience": 60}}
+    state(whole[:4], "interrupted")
+    with tracking.Beside(runs_of(folder, asked), sweep=False):
+        pass
+    state(whole[:3], "running")  # gone on from a checkpoint before the cut
+    with tracking.Beside(runs_of(folder, asked), sweep=False):
+        time.sleep(2)
+        state(whole, "finished")
+    first, second = read(folder)["r8-s0"]
+    assert first.facts.run_id == second.facts.run_id and (first.exit, second.exit) == (1, 0)
+    assert [row["step"] for row in first.history + second.history] == [r["step"] for r in whole]
+    events = EventAccumulator(str(folder / "tensorboard" / "r8-s0"))
+    events.Reload()
+    scalars = events.Scalars("train/nll")
+    assert [event.step for event in scalars] == [r["tokens"] for r in whole if "train/nll" in r]
+    assert events.Scalars("test/perplexity")
+
+
+@pytest.mark.parametrize("end", ["throws", "hangs", "dies"])
+def test_a_tracker_that_fails_is_told_of_and_nothing_else(tmp_path, capsys, end, monkeypatch):
+    folder = sweep(tmp_path / "exp", 2)
+    before = {p: p.read_bytes() for p in folder.glob("*/*") if p.is_file()}
+    module = tmp_path / "broken" / "wandb"
+    module.mkdir(parents=True)
+    body = {"throws": "raise RuntimeError('no')", "hangs": "time.sleep(600)", "dies": "os.abort()"}
+    (module / "__init__.py").write_text(f"import os, time\n{body[end]}\n")
+    monkeypatch.setenv("PYTHONPATH", f"{module.parent}{os.pathsep}{REPOSITORY}")
+    began = time.monotonic()
+    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE | {"patience": 5}}), sweep=True):
+        pass
+    assert time.monotonic() - began < 60
+    said = capsys.readouterr().out
+    assert said.startswith("wandb: ") and "results are not touched" in said
+    after = {p: p.read_bytes() for p in folder.glob("*/*") if p.is_file()}
+    assert {p: b for p, b in after.items() if not p.name.startswith(".tracked")} == before
+
+
+def test_without_a_key_the_runs_go_offline_and_the_reason_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    folder = sweep(tmp_path / "exp", 1)
+    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE | {"mode": "online"}}), sweep=False):
+        pass
+    said = capsys.readouterr().out
+    assert "1 runs offline" in said and "could not be reached" in said
+    assert len(read(folder)["r8-s0"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["refuses", "swallows"])
+def test_a_service_that_cannot_be_reached_leaves_runs_offline(tmp_path, capsys, monkeypatch, kind):
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    if kind == "swallows":
+        listener.listen(1)  # accepts, and never answers
+    host = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setenv("WANDB_BASE_URL", host)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    folder = sweep(tmp_path / "exp", 1)
+    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE | {"mode": "online"}}), sweep=False):
+        pass
+    listener.close()
+    said = capsys.readouterr().out
+    assert "1 runs offline" in said and "could not be reached" in said
+    assert len(read(folder)["r8-s0"]) == 1
+
+
+def test_a_tracker_ends_with_its_controller(tmp_path):
+    folder = sweep(tmp_path / "exp", 1)
+    code = (
+        "import os, sys, signal; from types import SimpleNamespace as N; from pathlib import Path\n"
+        "from harness import tracking\n"
+        f"run = N(run_dir=Path({str(folder / 'r8-s0')!r}), experiment_name='e', "
+        "tracker={'tensorboard': {'patience': 5}})\n"
+        "beside = tracking.Beside([run], sweep=False).__enter__()\n"
+        "print(beside._processes['tensorboard'].pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    pid = int(done.stdout)
+    end = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and "Z" not in state_of(pid):
+        assert time.monotonic() < end, "the tracker has outlived its controller"
+        time.sleep(0.2)
+
+
+def state_of(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return "Z"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["tracker=wandbb"], "did you mean 'wandb'"),
+        (["tracker=wandb", "tracker.wandb.mode=of"], "tracker.wandb.mode=of"),
+        (["tracker=wandb", "+tracker.wandb.projet=x"], "did you mean 'project'"),
+        (["+tracker.mlflow={}"], "tracker.mlflow"),
+    ],
+)
+def test_a_mistake_is_named(make_run, overrides, said):
+    from hydra.errors import HydraException
+
+    from harness.config import explain
+
+    with pytest.raises((ConfigError, HydraException)) as error:
+        make_run(*overrides)
+    assert said in explain(error.value)
+
+
+def test_trackers_compose_alone_and_together_and_make_no_other_run(make_run):
+    from harness.config import identity
+
+    plain = make_run()
+    assert plain.tracker == {}
+    both = make_run("tracker=[wandb_offline,tensorboard]")
+    assert set(both.tracker) == {"wandb", "tensorboard"}
+    assert both.tracker["wandb"]["mode"] == "offline"
+    assert make_run("tracker=wandb").tracker["wandb"]["mode"] == "online"
+    assert identity(plain) == identity(both)
