@@ -32,10 +32,10 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     plt.rcParams |= STYLE
     kinds = {"points": _points, "bars": _bars, "heat": _heat}
     canvas, axes = plt.subplots(figsize=_size(figure))
-    kinds[figure.kind](figure, axes)
-    axes.set_title(figure.title, fontsize=9, loc="left")
+    kinds[figure.axes.kind](figure, axes)
+    axes.set_title(figure.axes.title, fontsize=9, loc="left")
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{figure.key}.{suffix}" for suffix in ("svg", "png")]
+    paths = [folder / f"{figure.axes.key}.{suffix}" for suffix in ("svg", "png")]
     for path in paths:
         more: dict[str, Any] = (
             {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 200}
@@ -46,7 +46,7 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
 
 
 def _size(figure: Figure) -> tuple[float, float]:
-    if figure.kind == "bars":  # a bar a row, lying
+    if figure.axes.kind == "bars":  # a bar a row, lying
         return WIDTH, 0.8 + 0.19 * len(figure.series[0].x)
     return WIDTH, 2.8
 
@@ -75,14 +75,14 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
             name, (1, value), xycoords=("axes fraction", "data"), fontsize=6, color=color,
             ha="right", va="bottom",
         )  # fmt: skip
-    axes.set(xlabel=figure.x, ylabel=figure.y)
-    if figure.log_x:
+    axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)
+    if figure.axes.log_x:
         axes.set_xscale("log")
         places = sorted({x for s in figure.series for x in s.x})
         if len(places) <= 8 and places[-1] < 10_000:  # ranks and scales, as they are
             axes.set_xticks(places, labels=[f"{x:g}" for x in places])
             axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    if figure.log_y:
+    if figure.axes.log_y:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
@@ -104,7 +104,7 @@ def _bars(figure: Figure, axes: plt.Axes) -> None:
     axes.set_yticks(place, labels=names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set(xlabel=figure.y)
+    axes.set(xlabel=figure.axes.y)
     if len(figure.series) > 1:
         axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
 
@@ -120,4 +120,4 @@ def _heat(figure: Figure, axes: plt.Axes) -> None:
         dark = np.log(value) < middle
         text = "" if np.isnan(value) else f"{value:.1f}"
         axes.text(c, r, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
-    axes.set(xlabel=figure.x, ylabel=figure.y)
+    axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)

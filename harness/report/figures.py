@@ -48,19 +48,69 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One figure, whatever draws it."""
+class Axes:
+    """What a figure is about, whatever draws it: here, on the page, or in a tracker's dashboard."""
 
     key: str  # file name
     title: str
     x: str
     y: str
-    series: list[Series]
     kind: str = "points"  # points | bars (stacked, a series a part) | heat (a series a row)
     log_x: bool = False
     log_y: bool = False
+    # The trackers' names of what it shows (summary, history or config.…), where they have it.
+    metrics: tuple[str, ...] = ()  # x and y; of bars their parts
+    group: str = ""  # what tells lines apart
+
+
+PARAMETERS = Axes(
+    "parameters", "Perplexity and trainable parameters", "trainable parameters", TEST, log_x=True,
+    log_y=True, metrics=("parameters/trainable", "test/perplexity"),
+)  # fmt: skip
+PEAK = Axes(
+    "perplexity-memory", "Perplexity and peak memory", "peak of live tensors, MiB", TEST,
+    log_y=True, metrics=("memory/peak_gib", "test/perplexity"),
+)  # fmt: skip
+TIME = Axes(
+    "perplexity-time", "Perplexity and training time", "seconds of optimizer steps", TEST,
+    log_y=True, metrics=("speed/train_seconds", "test/perplexity"),
+)  # fmt: skip
+RANK = Axes(
+    "rank", "Perplexity and rank", "rank: r of LoRA, k of U D V^T", TEST, log_x=True, log_y=True,
+    metrics=("config.method.rank", "test/perplexity"), group="config.method.targets",
+)  # fmt: skip
+ALPHA = Axes(
+    "alpha", "Perplexity and LoRA's scale", "alpha / r", TEST, log_x=True, log_y=True,
+    metrics=("config.method.alpha", "test/perplexity"), group="config.method.r",
+)  # fmt: skip
+MEMORY = Axes(
+    "memory", "Peak memory", "", "MiB of live tensors", "bars",
+    metrics=tuple(f"memory/{category}_gib" for category in CATEGORIES),
+)  # fmt: skip
+SPEED = Axes(
+    "speed", "Speed of training", "", "tokens per second of optimizer steps", "bars",
+    metrics=("speed/tokens_per_second",),
+)  # fmt: skip
+TOKENS = Axes(
+    "curves-tokens", "Learning over tokens", "tokens trained on", "validation perplexity",
+    log_y=True, metrics=("tokens", "eval/validation/perplexity"), group="config.method.label",
+)  # fmt: skip
+SECONDS = Axes(
+    "curves-seconds", "Learning over seconds", "seconds of optimizer steps",
+    "validation perplexity", log_y=True,
+)  # fmt: skip
+COSTS = {"trainable parameters": PARAMETERS, "peak memory": PEAK, "training time": TIME}
+TRACKED = (PARAMETERS, PEAK, TIME, RANK, ALPHA, MEMORY, SPEED, TOKENS)  # what trackers can draw
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Axes and what is drawn on them."""
+
+    axes: Axes
+    series: list[Series]
     references: list[tuple[str, str, float]] = field(default_factory=list)  # (name, colour, y)
-    alt: str = ""
+    alt: str = ""  # for those who cannot see it
 
 
 def colors(rows: Iterable[Row]) -> dict[str, str]:
@@ -75,7 +125,8 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
     made: list[Figure | None] = []
     if test is not None:
         made += [
-            _parameters(rows, test), _rank(rows, test), _alpha(rows, test), *_heat(rows, test),
+            *(_cost(rows, test, title) for title in COSTS),
+            _rank(rows, test), _alpha(rows, test), *_heat(rows, test),
         ]  # fmt: skip
     made += [_memory(rows), _speed(rows), *_curves(rows)]
     if test is not None:
@@ -104,9 +155,13 @@ def _drawn(nll: float) -> float:
 
 
 def _lines(
-    rows: list[Row], key: Callable[[Row], Any], x: Callable[[Row], Any], test: Evidence
+    rows: list[Row],
+    key: Callable[[Row], Any],
+    x: Callable[[Row], Any],
+    test: Evidence,
+    joined: bool = True,
 ) -> list[Series]:
-    """A line through the rows of every key, by ascending x."""
+    """The rows of every key by ascending x, joined by a line or not."""
     shades = colors(rows)
     groups: dict[Any, list[Row]] = {}
     for row in rows:
@@ -115,7 +170,7 @@ def _lines(
     for name, members in groups.items():
         ordered = sorted(members, key=x)
         color = shades[ordered[0].values["method.label"]]
-        line = len({x(row) for row in ordered}) > 1
+        line = joined and len({x(row) for row in ordered}) > 1
         found.append(_points(name, color, ordered, [x(r) for r in ordered], test, line=line))
     return found
 
@@ -139,33 +194,33 @@ def _references(rows: Sequence[Row], test: Evidence) -> list[tuple[str, str, flo
     ]
 
 
-def _parameters(rows: Sequence[Row], test: Evidence) -> Figure | None:
-    trained = _trained(rows, test)
+def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
+    """Perplexity against a cost, with the Pareto front among what trains."""
+    costs = ev.costs(_trained(rows, test), title)
+    trained = [row for row in rows if row.name in costs]
     if not trained:
         return None
-    series = _lines(trained, _family, lambda row: row.values["parameters.trainable"], test)
-    dominated = ev.fronts(rows, test).get("trainable parameters", {})
-    front = sorted(
-        (row for row in trained if not dominated.get(row.name, ("?",))),
-        key=lambda row: float(row.values["parameters.trainable"]),
-    )
+    unit = 2**20 if title == "peak memory" else 1
+    axes = COSTS[title]
+
+    def cost(row: Row) -> float:
+        return costs[row.name] / unit
+
+    series = _lines(trained, _family, cost, test, axes is PARAMETERS)
+    dominated = ev.fronts(rows, test).get(title, {})
+    front = sorted((row for row in trained if not dominated.get(row.name, ("?",))), key=cost)
     if len(front) > 1:
-        x = [row.values["parameters.trainable"] for row in front]
-        y = [test.intervals[row.name].perplexity[0] for row in front]
+        y = [_drawn(test.intervals[row.name].log_perplexity) for row in front]
         names = [row.name for row in front]
+        x = [cost(row) for row in front]
         series.append(Series("Pareto front", "#808080", x, y, rows=names, line=True, dash=True))
-    best = test.ordered[0]
-    by_name = {row.name: row for row in rows}
+    best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
     alt = (
-        f"{len(trained)} configurations. Lowest: {best}, "
-        f"{test.intervals[best].perplexity[0]:.1f} with "
-        f"{by_name[best].values['parameters.trainable']:,.0f} trainable parameters."
+        f"{len(trained)} configurations. Lowest: {best.name}, "
+        f"{test.intervals[best.name].perplexity[0]:.1f} at {cost(best):,.4g} {axes.x}."
     )
-    return Figure(
-        "parameters", "Perplexity and trainable parameters", "trainable parameters", TEST, series,
-        log_x=True, log_y=True, alt=alt,
-        references=[r for r in _references(rows, test) if r[0] != "full fine-tuning"],
-    )  # fmt: skip
+    references = [r for r in _references(rows, test) if r[0] != "full fine-tuning"]
+    return Figure(axes, series, references, alt)
 
 
 def _number(value: Any) -> float | None:
@@ -189,10 +244,7 @@ def _rank(rows: Sequence[Row], test: Evidence) -> Figure | None:
     series = [s for s in _lines(ranked, lambda r: _family(r) + scale(r), rank, test) if s.line]
     if not series:
         return None
-    return Figure(
-        "rank", "Perplexity and rank", "rank: r of LoRA, k of U D V^T", TEST, series, log_x=True,
-        log_y=True, references=_references(rows, test), alt=_falls(series, "rank"),
-    )  # fmt: skip
+    return Figure(RANK, series, _references(rows, test), _falls(series, "rank"))
 
 
 def _alpha(rows: Sequence[Row], test: Evidence) -> Figure | None:
@@ -207,10 +259,7 @@ def _alpha(rows: Sequence[Row], test: Evidence) -> Figure | None:
     series = [s for s in _lines(scaled, key, scale, test) if s.line]
     if not series:
         return None
-    return Figure(
-        "alpha", "Perplexity and LoRA's scale", "alpha / r", TEST, series, log_x=True, log_y=True,
-        alt=_falls(series, "alpha / r"),
-    )  # fmt: skip
+    return Figure(ALPHA, series, alt=_falls(series, "alpha / r"))
 
 
 def _falls(series: Sequence[Series], what: str) -> str:
@@ -255,12 +304,8 @@ def _heat(rows: Sequence[Row], test: Evidence) -> list[Figure]:
         )
         found.append(
             Figure(
-                f"heat-{key}",
-                f"LoRA's perplexity by rank and {title}",
-                title,
-                "rank r",
+                Axes(f"heat-{key}", f"LoRA's perplexity by rank and {title}", title, "r", "heat"),
                 series,
-                kind="heat",
                 alt=f"Lowest: {least[0]:.1f} at rank {least[1]}, {title} {least[2]}.",
             )
         )
@@ -287,7 +332,7 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
     least, most = min(totals, key=totals.__getitem__), max(totals, key=totals.__getitem__)
     said = [f"{totals[name] / 2**20:,.0f} MiB ({name})" for name in (least, most)]
     alt = f"From {said[0]} to {said[1]}."
-    return Figure("memory", "Peak memory", "", "MiB of live tensors", series, kind="bars", alt=alt)
+    return Figure(MEMORY, series, alt=alt)
 
 
 def _mean(row: Row, path: str) -> float:
@@ -303,10 +348,7 @@ def _speed(rows: Sequence[Row]) -> Figure | None:
     names, values = [row.name for row in shown], [float(row.values[path]) for row in shown]
     fastest = values.index(max(values))
     alt = f"Fastest: {names[fastest]}, {values[fastest]:,.0f} tokens/s."
-    return Figure(
-        "speed", "Speed of training", "", "tokens per second of optimizer steps",
-        [Series("tokens/s", "#0072B2", names, values)], kind="bars", alt=alt,
-    )  # fmt: skip
+    return Figure(SPEED, [Series("tokens/s", "#0072B2", names, values)], alt=alt)
 
 
 def _curves(rows: Sequence[Row]) -> list[Figure]:
@@ -318,10 +360,10 @@ def _curves(rows: Sequence[Row]) -> list[Figure]:
     if not pairs:
         return []
     found = []
-    for axis, label in (("tokens", "tokens trained on"), ("seconds", "seconds of optimizer steps")):
+    for axes in (TOKENS, SECONDS):
         series = []
         for row, c in pairs:
-            x = c.tokens.tolist() if axis == "tokens" else c.seconds.mean(0).tolist()
+            x = c.tokens.tolist() if axes is TOKENS else c.seconds.mean(0).tolist()
             ends = [[_drawn(v) for v in f(0)] for f in (c.nll.mean, c.nll.min, c.nll.max)]
             color = shades[row.values["method.label"]]
             several = len(c.nll) > 1
@@ -331,17 +373,7 @@ def _curves(rows: Sequence[Row]) -> list[Figure]:
         last = sorted((s.y[-1], s.name) for s in series if s.y[-1] == s.y[-1])
         said = [f"{value:.1f} ({name})" for value, name in last[:1] + last[-1:]]
         alt = f"At the end from {' to '.join(said)}." if said else "All have diverged."
-        found.append(
-            Figure(
-                f"curves-{axis}",
-                f"Learning over {axis}",
-                label,
-                "validation perplexity",
-                series,
-                log_y=True,
-                alt=alt,
-            )
-        )
+        found.append(Figure(axes, series, alt=alt))
     return found
 
 
@@ -380,7 +412,8 @@ def _forgetting(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figure | N
         )  # fmt: skip
     most = max(trained, key=lambda row: moved[row.name].difference)
     alt = f"Most is forgotten by {most.name}: {moved[most.name].difference:.2f} nats per token."
-    return Figure(
+    axes = Axes(
         f"forgetting-{on.text}", f"Learned and forgotten ({on.text})",
-        "learned: nats per token of the test set", "forgotten: nats per token", series, alt=alt,
+        "learned: nats per token of the test set", "forgotten: nats per token",
     )  # fmt: skip
+    return Figure(axes, series, alt=alt)

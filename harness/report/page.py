@@ -39,7 +39,7 @@ def text(findings: ev.Findings, drawn: Sequence[Figure], refresh: int | None = N
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     test = found.get("test")
-    shown = {figure.key: plotly(figure) for figure in drawn}
+    shown = {figure.axes.key: plotly(figure) for figure in drawn}
     return environment.get_template("page.html.j2").render(
         title=folder.name,
         question=question(folder.name),
@@ -48,7 +48,7 @@ def text(findings: ev.Findings, drawn: Sequence[Figure], refresh: int | None = N
         headings=_headings(test),
         rows=[_row(row, test) for row in rows],
         filters=_filters(rows),
-        figures=[{"key": f.key, "title": f.title, "alt": f.alt} for f in drawn],
+        figures=[{"key": f.axes.key, "title": f.axes.title, "alt": f.alt} for f in drawn],
         data=_embedded(shown),
         unfinished=_unfinished(folder),
         provenance=_provenance(rows),
@@ -252,25 +252,25 @@ def _provenance(rows: Sequence[Row]) -> dict[str, list[str]]:
 def plotly(figure: Figure) -> dict[str, Any]:
     """A figure as Plotly's JSON; colours of text and grid are the page's."""
     makers = {"points": _points, "bars": _bars, "heat": _heat}
-    traces = makers[figure.kind](figure)
-    lying = figure.kind == "bars"
-    x: dict[str, Any] = {"title": {"text": html.escape(figure.y if lying else figure.x)}}
+    traces = makers[figure.axes.kind](figure)
+    lying = figure.axes.kind == "bars"
+    x: dict[str, Any] = {"title": {"text": html.escape(figure.axes.y if lying else figure.axes.x)}}
     y: dict[str, Any] = {
-        "title": {"text": html.escape("" if lying else figure.y)},
+        "title": {"text": html.escape("" if lying else figure.axes.y)},
         "automargin": True,
     }
-    if figure.log_x:
+    if figure.axes.log_x:
         x["type"] = "log"
         places = sorted({v for s in figure.series for v in s.x})
         if len(places) <= 8 and places[-1] < 10_000:
             x |= {"tickvals": places, "ticktext": [f"{v:g}" for v in places]}
         else:
             x |= {"dtick": 1, "exponentformat": "power"}
-    if figure.log_y:
+    if figure.axes.log_y:
         y |= {"type": "log", "tickvals": _ticks(figure), "tickformat": ","}
     if lying:
         y |= {"autorange": "reversed"}
-    if figure.kind == "heat":
+    if figure.axes.kind == "heat":
         x["type"] = y["type"] = "category"
     layout: dict[str, Any] = {
         "xaxis": x, "yaxis": y, "barmode": "stack", "hovermode": "closest",
@@ -285,12 +285,12 @@ def plotly(figure: Figure) -> dict[str, Any]:
         "annotations": [
             {
                 "text": html.escape(name), "xref": "paper", "x": 1, "xanchor": "right",
-                "y": math.log10(value) if figure.log_y else value, "yanchor": "bottom",
+                "y": math.log10(value) if figure.axes.log_y else value, "yanchor": "bottom",
                 "showarrow": False, "font": {"color": color, "size": 11},
             }
             for name, color, value in figure.references
         ],
-        "showlegend": len(figure.series) > 1 and figure.kind != "heat",
+        "showlegend": len(figure.series) > 1 and figure.axes.kind != "heat",
     }  # fmt: skip
     return {"data": traces, "layout": layout}
 

@@ -1,0 +1,171 @@
+"""W&B dashboards as code: a workspace and a report of the figures that `report.figures` describes.
+
+    python -m harness.dashboard project=peft-harness entity=me      builds them, or builds them anew
+    python -m harness.dashboard --dry-run project=p entity=e        their specification as JSON
+
+Needs wandb-workspaces (pip install -e '.[dashboard]') and, but for --dry-run, a key and a network.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from harness.config import ConfigError, nearest
+from harness.report.figures import TRACKED, Axes
+
+NAME = "peft-harness"
+KEYS = ("project", "entity", "name")
+PARALLEL = (  # the trackers' names of the parallel coordinates, and whether an axis is logarithmic
+    ("config.method.label", False), ("config.method.r", True), ("config.method.alpha", True),
+    ("config.method.targets", False), ("config.train.lr", True), ("test/perplexity", True),
+)  # fmt: skip
+INTRODUCTION = (
+    "Perplexity, memory and speed of every run. Runs are grouped by experiment; job type is the "
+    "method. Intervals and tests are in the summary run of each sweep."
+)
+
+
+def panels() -> list[Any]:
+    """A panel for every figure that a tracker has the numbers of, and the parallel coordinates."""
+    import wandb_workspaces.reports.v2 as wr
+
+    columns = [
+        wr.ParallelCoordinatesPlotColumn(metric=_metric(name), log=log) for name, log in PARALLEL
+    ]
+    return [
+        *(_panel(axes) for axes in TRACKED),
+        wr.ParallelCoordinatesPlot(title="Methods and settings", columns=columns),
+    ]
+
+
+def _metric(name: str) -> Any:
+    """A name of the trackers as W&B's reports have it."""
+    import wandb_workspaces.reports.v2 as wr
+
+    if name.startswith("config."):
+        return wr.Config(name.removeprefix("config."))
+    return wr.SummaryMetric(name)
+
+
+def _panel(axes: Axes) -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    if axes.kind == "bars":
+        return wr.BarPlot(
+            title=axes.title, metrics=list(axes.metrics), title_x=axes.y,
+            groupby=wr.Config("method.label"), groupby_aggfunc="mean",
+        )  # fmt: skip
+    x, y = axes.metrics
+    if x == "tokens":
+        return wr.LinePlot(
+            title=axes.title, x=x, y=[y], log_y=axes.log_y, title_x=axes.x, title_y=axes.y,
+            groupby=wr.Config(axes.group.removeprefix("config.")), groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+        )  # fmt: skip
+    return wr.ScatterPlot(
+        title=axes.title, x=_metric(x), y=_metric(y), log_x=axes.log_x, log_y=axes.log_y,
+        legend_template="${run:displayName}",
+    )  # fmt: skip
+
+
+def workspace(project: str, entity: str, name: str) -> Any:
+    """The workspace: figures first, runs grouped by nothing, so that every one shows."""
+    import wandb_workspaces.workspaces as ws
+
+    made = panels()
+    sections = [
+        ws.Section(
+            name="Perplexity", panels=[p for p in made if _about(p) == "perplexity"], is_open=True
+        ),
+        ws.Section(
+            name="Memory and speed", panels=[p for p in made if _about(p) == "cost"], is_open=True
+        ),
+    ]
+    return ws.Workspace(entity=entity, project=project, name=name, sections=sections)
+
+
+def _about(panel: Any) -> str:
+    costs = {axes.title for axes in TRACKED if axes.kind == "bars"}
+    return "cost" if panel.title in costs else "perplexity"
+
+
+def report(project: str, entity: str, name: str) -> Any:
+    """The report: the same panels over all finished runs."""
+    import wandb_workspaces.reports.v2 as wr
+
+    runs = wr.Runset(entity="", project="", name="runs")  # the report's own; asks no server
+    grid = wr.PanelGrid(runsets=[runs], panels=panels())
+    blocks = [wr.P(INTRODUCTION), grid]
+    return wr.Report(project=project, entity=entity, title=name, blocks=blocks)
+
+
+def specification(project: str, entity: str, name: str) -> dict[str, Any]:
+    """Both as plain values."""
+    made = {
+        "workspace": workspace(project, entity, name),
+        "report": report(project, entity, name),
+    }
+    return {key: json.loads(value._to_model().model_dump_json()) for key, value in made.items()}
+
+
+def parse(arguments: list[str]) -> tuple[dict[str, str], bool]:
+    """key=value pairs, and whether it is a dry run.
+
+    Raises:
+        ConfigError: an unknown key, or one that is missing.
+    """
+    values = {"name": NAME}
+    for text in arguments:
+        if text == "--dry-run":
+            continue
+        key, equals, value = text.partition("=")
+        if key not in KEYS or not equals or not value:
+            raise ConfigError(f"{text}: expected key=value; {nearest(key, KEYS)}")
+        values[key] = value
+    if missing := [key for key in KEYS if key not in values]:
+        raise ConfigError(f"{missing[0]}=… is missing")
+    return values, "--dry-run" in arguments
+
+
+def save(values: dict[str, str]) -> list[str]:
+    """Build both, or build anew what has the same name; returns their addresses."""
+    import wandb
+
+    made = report(**values)
+    api = wandb.Api()
+    for known in api.reports(f"{values['entity']}/{values['project']}"):
+        if known.display_name == values["name"]:
+            made.id = known.id
+    made.save()
+    space = workspace(**values)
+    space._internal_name = f"nw-{values['name']}-v"  # the same name is the same view
+    return [str(made.url), str(space.save().url)]
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    try:
+        values, dry = parse(arguments)
+        if dry:
+            print(json.dumps(specification(**values), indent=2))
+        else:
+            print("\n".join(save(values)))
+    except ImportError:
+        print(
+            "error: wandb-workspaces is not installed: pip install -e '.[dashboard]'",
+            file=sys.stderr,
+        )
+        return 2
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # no key, no network, no such entity: W&B has a class for each
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
