@@ -97,7 +97,7 @@ def report(project: str, entity: str, name: str) -> Any:
 
     runs = wr.Runset(entity="", project="", name="runs")  # the report's own; asks no server
     grid = wr.PanelGrid(runsets=[runs], panels=panels())
-    blocks = [wr.P(INTRODUCTION), grid]
+    blocks: list[Any] = [wr.P(INTRODUCTION), grid]
     return wr.Report(project=project, entity=entity, title=name, blocks=blocks)
 
 

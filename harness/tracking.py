@@ -128,6 +128,8 @@ class Followed:
     last: dict[str, int] = field(default_factory=dict)  # kind of row -> last step that was logged
     ended: str = ""  # what its end was, told to the tracker
     modified: int = 0  # of result.json
+    inode: int = 0  # of metrics.jsonl
+    offset: int = 0  # of its first byte that was not read
     tracker: Any = None
 
     def load(self) -> None:
@@ -142,12 +144,24 @@ class Followed:
         results.write_atomically(self.marker, json.dumps(known))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of metrics.jsonl that the tracker has not seen."""
-        for row in results.read_metrics(self.run_dir):
-            kind = next((key for key in row if "/" in key), "")
-            if row["step"] > self.last.get(kind, -1):
-                self.last[kind] = row["step"]
-                yield row
+        """Rows of metrics.jsonl that the tracker has not seen; a resumed run has a new file."""
+        try:
+            stream = (self.run_dir / results.METRICS_NAME).open("rb")
+        except FileNotFoundError:
+            return
+        with stream:
+            if (inode := os.fstat(stream.fileno()).st_ino) != self.inode:
+                self.inode, self.offset = inode, 0
+            stream.seek(self.offset)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    return  # it is being written
+                self.offset += len(line)
+                row = json.loads(line)
+                kind = next((key for key in row if "/" in key), "")
+                if row["step"] > self.last.get(kind, -1):
+                    self.last[kind] = row["step"]
+                    yield row
 
 
 class Follower:

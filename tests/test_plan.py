@@ -203,3 +203,11 @@ def test_mistakes_are_answered_in_a_line(capsys, arguments, message):
     assert plan.main(arguments) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_a_plan_is_of_every_seed_of_a_sweep():
+    runs = plan.runs_of(["experiment=main_seeds"])
+    trained = [run for run in runs if run.method.name not in ("none", "truncate")]
+    assert len(runs) == 3 + len(trained) and len(trained) == 3 * 12
+    assert {run.seed for run in trained} == {0, 1, 2}
+    assert {run.train.lr_from for run in trained} == {"tuned"}

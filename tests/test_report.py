@@ -460,3 +460,24 @@ def test_the_readme_recomputes_a_number_of_the_table(tmp_path, capsys, monkeypat
     recomputed, said = map(float, capsys.readouterr().out.split())
     expected = math.exp(np.mean([ratio(folder / f"mlp{seed}") for seed in range(3)]))
     assert recomputed == pytest.approx(expected) and said == pytest.approx(expected)
+
+
+def test_watching_writes_the_page_until_no_run_is_under_way(tmp_path, monkeypatch, capsys):
+    from harness.report import __main__ as command
+
+    put(tmp_path, "one", r=1)
+    page = tmp_path / "report" / "index.html"
+    seen = []
+
+    def is_claimed(run_dir):  # asked after every look; a second run ends between the looks
+        seen.append(page.read_text())
+        if len(seen) == 1:
+            put(tmp_path, "two", r=2)
+        return len(seen) < 2
+
+    monkeypatch.setattr(command.lock, "is_claimed", is_claimed)
+    monkeypatch.setattr(command, "PERIOD_SECONDS", 1)
+    assert main(["--watch", str(tmp_path)]) == 0
+    assert 'http-equiv="refresh"' in seen[0] and "two/" not in seen[0] and "two/" in seen[1]
+    assert 'http-equiv="refresh"' not in page.read_text()  # the last one stands still
+    assert "watching:" in capsys.readouterr().out
