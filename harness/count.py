@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from harness import config, methods, models
+from harness import config, methods, models, naming
 from harness.config import CONF_DIR, ConfigError, RunConfig
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
                 counted = models.count_parameters(model)
                 base = models.count_parameters(adapted([f"model={size}", "method=none"])[1]).total
                 table.add_row(
-                    size, config.label(run.method), f"{counted.total:,}", f"{base:,}",
+                    size, naming.label(run.method), f"{counted.total:,}", f"{base:,}",
                     f"{counted.trainable:,}", f"{counted.trainable_percent:.4f}",
                 )  # fmt: skip
             console.print(table)
@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {config.explain(error)}", file=sys.stderr)
         return 2
-    table = _table(f"{run.model.name}, {config.label(run.method)}", "elements", "trainable")
+    table = _table(f"{run.model.name}, {naming.label(run.method)}", "elements", "trainable")
     for kind, (total, trainable) in by_kind(model).items():
         table.add_row(kind, f"{total:,}", f"{trainable:,}")
     console.print(table)

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness import config, lock, progress, results, start, tracking
+from harness import config, lock, naming, progress, results, start, tracking
 from harness.config import ConfigError, RunConfig
 
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
@@ -162,7 +162,7 @@ def _further_rank(run: RunConfig) -> Outcome:
 def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Outcome:
     run_dir = run.run_dir
     found = results.read(run_dir)
-    same = found is not None and results.get(found, "run.identity") == config.identity(run)
+    same = found is not None and results.get(found, "run.identity") == naming.identity(run)
     since = run.launch.since
     if since and found and same and found["status"] in ("finished", "failed"):
         ended = (run_dir / results.FILE_NAME).stat().st_mtime

@@ -48,7 +48,7 @@ from torch.utils.flop_counter import (
 )
 from transformers import PretrainedConfig
 
-from harness import config, environment, evaluate, memory, methods, models, train
+from harness import config, environment, evaluate, memory, methods, models, naming, train
 from harness.checkpoint import write_atomically
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from harness.loss import NextToken
@@ -268,7 +268,7 @@ def runs_of(arguments: list[str]) -> list[RunConfig]:
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 shown = " ".join(overrides)
                 raise ConfigError(f"[{shown}] {config.explain(error)}") from error
-            runs.setdefault(config.identity(run), run)
+            runs.setdefault(naming.identity(run), run)
         return list(runs.values())
 
 
@@ -305,7 +305,7 @@ def _table(rows: list[list[str]]) -> Table:
 
 
 def _row(run: RunConfig, found: Prediction | None, rate: float, limit: int | None) -> list[str]:
-    name = config.run_name(run)
+    name = naming.run_name(run)
     if found is None:
         return [name, *["-"] * 11, "only a run can tell"]
     main = found.train or found.evaluate
@@ -353,7 +353,7 @@ def main(arguments: list[str]) -> int:
             except ConfigError:
                 raise
             except Exception as error:  # a method that looks at values, which fake tensors lack
-                logging.getLogger(__name__).info("%s: %s", config.run_name(run), error)
+                logging.getLogger(__name__).info("%s: %s", naming.run_name(run), error)
                 found = None
             shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
             if shape not in rates:

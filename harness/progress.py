@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness import config, lock, results
+from harness import lock, naming, results
 from harness.config import RunConfig
 
 ENDED = ("finished", "failed", "interrupted")
@@ -38,7 +38,7 @@ class _Seen:
 
     @property
     def name(self) -> str:
-        return config.run_name(self.run)
+        return naming.run_name(self.run)
 
     def look(self) -> bool:
         """Read what is new; whether the status has changed."""

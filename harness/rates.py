@@ -28,9 +28,9 @@ from harness.config import (
     MethodConfig,
     ModelConfig,
     TrainConfig,
-    label,
     nearest,
 )
+from harness.naming import label
 
 # Peak rate -> validation nll, nats per token; None: it diverged, or was never below its start.
 Grid = Mapping[float, float | None]

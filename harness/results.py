@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness import config
+from harness import config, naming
 from harness.config import RunConfig
 
 SCHEMA_VERSION = 1
@@ -67,10 +67,10 @@ def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
     command = run_dir / "command.txt"
     return {
         "run": {
-            "name": config.run_name(run),
+            "name": naming.run_name(run),
             "experiment": run.experiment_name,
             "seed": run.seed,
-            "identity": config.identity(run),
+            "identity": naming.identity(run),
             "command": command.read_text("utf-8").strip() if command.is_file() else None,
         },
         "config": config.to_dict(run),
@@ -87,13 +87,13 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
     rank = getattr(method, "kept", found["r"])
     return found | {
         "name": method.name,
-        "label": config.label(method),
+        "label": naming.label(method),
         "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
         "alpha": getattr(method, "lora_alpha", None),
         "targets": None if method.name in ("none", "full") else run.targets.name,
         "lr": None if method.name in ("none", "truncate") else run.train.lr,
         "lr_from": run.train.lr_from,
-        "deterministic": config.is_deterministic(run),
+        "deterministic": naming.is_deterministic(run),
     }
 
 

@@ -22,7 +22,7 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config, launch, lock, progress, results, tracking
+from harness import config, launch, lock, naming, progress, results, tracking
 from harness.config import ConfigError, RunConfig
 from harness.stop import passed_on
 
@@ -139,9 +139,9 @@ def check(
             )
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"[{shown}] {config.explain(error)}") from error
-        own = (config.identity(run), overrides, run)
+        own = (naming.identity(run), overrides, run)
         identity, first, _ = kept.setdefault(run.run_dir, own)
-        if identity != config.identity(run):
+        if identity != naming.identity(run):
             raise ConfigError(
                 f"two different runs of this sweep are named {run.run_dir}: "
                 f"[{' '.join(first)}] and [{shown}]"

@@ -12,12 +12,11 @@ from harness.config import (
     LoraMethod,
     explain,
     from_hydra,
-    identity,
     load,
     options,
-    run_name,
     to_dict,
 )
+from harness.naming import identity, run_name
 
 
 @pytest.mark.parametrize(

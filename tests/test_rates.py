@@ -158,7 +158,7 @@ def test_a_rank_that_is_no_number_takes_what_there_is(make_run, tmp_path):
 
 
 def test_the_name_and_the_identity_do_not_tell_how_a_rate_was_found(make_run, file):
-    from harness.config import identity, run_name
+    from harness.naming import identity, run_name
 
     tuned = make_run("method=full", "train.lr=tuned", f"train.rates={file}")
     given = make_run("method=full", "train.lr=2e-3")

@@ -268,7 +268,7 @@ def test_a_mistake_is_named(make_run, overrides, said):
 
 
 def test_trackers_compose_alone_and_together_and_make_no_other_run(make_run):
-    from harness.config import identity
+    from harness.naming import identity
 
     plain = make_run()
     assert plain.tracker == {}

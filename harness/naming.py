@@ -1,0 +1,84 @@
+"""What a run is called, and what makes it another run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+from harness.config import (
+    LoraMethod,
+    MethodConfig,
+    PeftMethod,
+    RunConfig,
+    SvdMethod,
+    UdvMethod,
+    to_dict,
+)
+
+_NOT_IDENTITY = (
+    "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
+    "tracker",
+)  # fmt: skip
+_NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
+
+
+def identity(run: RunConfig) -> str:
+    """SHA-256 of everything in the config that can move the run's numbers."""
+    values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
+    for fields in (values["data"], *values["evaluate"]["also"].values()):
+        del fields["cache_dir"]
+        if fields["source"] == "text_files" and fields["path"]:
+            from harness.documents import files_digest
+
+            fields["files"] = files_digest(fields["path"])  # the same path, another text
+    for key in _NOT_IDENTITY_OF_TRAINING:
+        del values["train"][key]
+    if isinstance(run.method, LoraMethod):
+        values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one
+    if run.method.name in ("none", "full"):
+        del values["targets"]
+    if run.method.name in ("none", "truncate"):
+        del values["train"]
+    if is_deterministic(run):
+        del values["seed"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def is_deterministic(run: RunConfig) -> bool:
+    """Whether the seed moves nothing: a model that neither trains nor is drawn at random."""
+    drawn = run.model.architecture or getattr(run.method, "which", None) == "random"
+    return run.method.name in ("none", "truncate") and not drawn
+
+
+def label(method: MethodConfig) -> str:
+    """What run names and tables call a method."""
+    if method.label:
+        return method.label
+    if isinstance(method, PeftMethod):
+        return method.peft_type.lower()
+    if isinstance(method, UdvMethod):
+        return f"udv-{method.train}" + ("-keep" if method.residual == "keep" else "")
+    return method.name
+
+
+def run_name(run: RunConfig) -> str:
+    """`run_name` as given, or what most sweeps vary, readable, then six digits of the identity.
+
+    The digits keep two runs apart that differ in anything that the readable part leaves out.
+    """
+    if run.run_name:
+        return run.run_name
+    method = run.method
+    parts = [label(method)]
+    if method.name not in ("none", "full"):
+        parts.append(run.targets.name)
+    if isinstance(method, LoraMethod):
+        parts += [f"r{method.r}", f"a{method.lora_alpha:g}"]
+    if isinstance(method, SvdMethod):
+        parts.append(f"k{method.kept}")
+    if method.name not in ("none", "truncate"):
+        parts.append(f"lr{run.train.lr:g}")
+    parts += [] if is_deterministic(run) else [f"s{run.seed}"]
+    parts.append(identity(run)[:6])
+    return "-".join(re.sub(r"[^\w.=+-]", "_", part) for part in parts)
