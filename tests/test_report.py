@@ -235,7 +235,19 @@ def test_how_a_rate_was_found_makes_no_other_row_and_further_texts_do(tmp_path):
     assert [row.values["seeds"] for row in table.rows(tmp_path)] == [2]
     more = {"more": {"source": "kjv"}}
     put(tmp_path, "c", seed=2, train={"lr": 1}, evaluate={"also": more}, also=(2.0, 2.1))
-    assert {row.values["also"] for row in table.rows(tmp_path)} == {"", "evaluate.also=more"}
+    put(tmp_path, "d", seed=3, train={"lr": 1}, evaluate={"also": {}}, launch={"since": 3})
+    assert {row.values["also"] for row in table.rows(tmp_path)} == {
+        "", "evaluate.also=more", "evaluate.also=None",
+    }  # fmt: skip
+
+
+def test_fields_that_only_one_method_has_and_how_runs_were_launched_tell_no_rows_apart(tmp_path):
+    for name, fields in (("a", {"init": True, "r": 1}), ("b", {"which": "top", "r": 2})):
+        run_dir = put(tmp_path, name, r=fields["r"], launch={"since": len(name) + fields["r"]})
+        record = json.loads((run_dir / "result.json").read_text())
+        record["config"]["method"] |= fields
+        results.write(run_dir, record)
+    assert [row.values["also"] for row in table.rows(tmp_path)] == ["", ""]
 
 
 def test_the_csvs_hold_all_rows_and_never_what_is_no_longer_true(tmp_path, capsys):

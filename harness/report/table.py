@@ -163,8 +163,9 @@ def _named(table: list[Row]) -> list[Row]:
 def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
     """Keys that tell rows apart and do not show in a column: a sweep over them must be readable."""
     values: dict[str, set[str]] = {}
-    for key in {key for flat in configs for key in flat}:
-        values[key] = {json.dumps(flat.get(key)) for flat in configs}
+    for flat in configs:
+        for key, value in flat.items():
+            values.setdefault(key, set()).add(json.dumps(value))
     varying = {key for key, found in values.items() if len(found) > 1}
     for group in ("model.", "data."):
         if f"{group}name" in varying:  # stands for everything else in its file
@@ -175,11 +176,13 @@ def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
+        if not prefix and key in VARIES:
+            continue
         if f"{prefix}{key}" == "evaluate.also":
             flat["evaluate.also"] = ",".join(value) or None  # names say enough
         elif isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
-        elif key not in VARIES:
+        else:
             flat[f"{prefix}{key}"] = value
     return flat
 
