@@ -84,7 +84,11 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
             axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     if figure.axes.log_y:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_ylim()
+        steps = (
+            mpl.ticker.MaxNLocator(5) if high < 4 * low else mpl.ticker.LogLocator(subs=(1, 2, 5))
+        )
+        axes.yaxis.set_major_locator(steps)
         axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
     if many or len(figure.series) > 1:
@@ -117,7 +121,7 @@ def _heat(figure: Figure, axes: plt.Axes) -> None:
     axes.grid(visible=False)
     middle = np.nanmean(np.log(values))
     for (r, c), value in np.ndenumerate(values):
-        dark = np.log(value) < middle
+        dark = np.log(value) > middle  # of viridis reversed
         text = "" if np.isnan(value) else f"{value:.1f}"
         axes.text(c, r, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)

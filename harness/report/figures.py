@@ -217,7 +217,7 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
     best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
     alt = (
         f"{len(trained)} configurations. Lowest: {best.name}, "
-        f"{test.intervals[best.name].perplexity[0]:.1f} at {cost(best):,.4g} {axes.x}."
+        f"{test.intervals[best.name].perplexity[0]:.1f} at {cost(best):,.0f} {axes.x}."
     )
     references = [r for r in _references(rows, test) if r[0] != "full fine-tuning"]
     return Figure(axes, series, references, alt)

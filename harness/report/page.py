@@ -296,10 +296,12 @@ def plotly(figure: Figure) -> dict[str, Any]:
 
 
 def _ticks(figure: Figure) -> list[float]:
-    """1, 2 and 5 times powers of ten about the values."""
+    """Multiples of powers of ten about the values: 1, 2 and 5, or finer where they are close."""
     values = [v for s in figure.series for v in s.y if 0 < v < math.inf] or [1.0]
     powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
-    return [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    close = max(values) < 4 * min(values)
+    digits = [d / 2 for d in range(2, 20)] if close else [1, 2, 5]
+    return [digit * 10.0**power for power in powers for digit in digits]
 
 
 def _points(figure: Figure) -> list[dict[str, Any]]:
