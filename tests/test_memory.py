@@ -138,7 +138,7 @@ def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path
         )  # fmt: skip
         model = NextToken(adapt(tiny, run))
         rows = torch.randint(1, 64, (8, 17)).tolist()
-        text = Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False)
+        text = Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False, "")
         lengths = {"tokens": torch.randint(1, 64, (4 * documents, 20)).tolist()}
         held_out = Dataset.from_dict(lengths).with_format("numpy")
 

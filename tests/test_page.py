@@ -181,8 +181,8 @@ def test_a_legend_hides_and_shows_a_line(opened):
 
 def test_every_figure_is_drawn_and_has_words(opened):
     keys = {
-        "parameters", "rank", "alpha", "heat-alpha", "memory", "speed", "curves-tokens",
-        "curves-seconds", "forgetting-more",
+        "parameters", "perplexity-memory", "perplexity-time", "rank", "alpha", "heat-alpha",
+        "memory", "speed", "curves-tokens", "curves-seconds", "forgetting-more",
     }  # fmt: skip
     drawn = opened.find_elements(By.CSS_SELECTOR, ".figure")
     assert {figure.get_attribute("data-figure") for figure in drawn} == keys - {"memory"}

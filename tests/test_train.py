@@ -23,7 +23,7 @@ BLOCKS = 10
 def text():
     torch.manual_seed(1)
     rows = torch.randint(1, 64, (BLOCKS, 17)).tolist()
-    return Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False)
+    return Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False, "")
 
 
 def config(make_run, *overrides):
