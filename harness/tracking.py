@@ -32,10 +32,8 @@ from typing import Any
 from harness import results
 from harness.config import RunConfig
 
-NAMES = ("wandb", "tensorboard", "trackio")
 PERIOD_SECONDS = 1.0
 ENDED = ("finished", "failed", "interrupted")
-log = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------------------- in the controller
@@ -168,7 +166,7 @@ class Follower:
     """Hands what runs write to trackers; `make` starts one for a run."""
 
     def __init__(self, name: str, spec: dict[str, Any], make: Any) -> None:
-        self.folder, self.make = Path(spec["folder"]), make
+        self.make = make
         self.followed = [Followed(Path(d), Path(d) / f".tracked-{name}.json") for d in spec["runs"]]
         for one in self.followed:
             one.load()
@@ -315,15 +313,13 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def online(options: dict[str, Any]) -> str | None:
+def unreachable() -> str | None:
     """Why W&B cannot be reached, or None."""
     import wandb
 
     try:
-        settings = wandb.Settings(login_timeout=10)
         if not (os.environ.get("WANDB_API_KEY") or wandb.Api(timeout=10).api_key):
             return "there is no key (wandb login)"
-        del settings
         wandb.Api(timeout=10).viewer  # noqa: B018 - asks the server
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -348,7 +344,7 @@ def main(name: str) -> int:
     reason = None
     if name == "wandb":
         spec["mode"] = spec["options"]["mode"]
-        if spec["mode"] == "online" and (reason := online(spec["options"])):
+        if spec["mode"] == "online" and (reason := unreachable()):
             spec["mode"] = "offline"
     follower = Follower(name, spec, lambda record, one: Adapter(name, spec, record, one.id))
     last = False

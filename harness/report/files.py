@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import results
 from harness.report import draw, page, summary, table
 from harness.report.evidence import Findings
-from harness.report.figures import figures
+from harness.report.figures import Figure, figures
 
 FOLDER = "report"
 
@@ -34,14 +34,17 @@ def write(findings: Findings) -> Path:
         ("table.tex", latex(headings, lines)),
     ):
         results.write_atomically(folder / name, text)
-    return write_page(findings)
+    return _write_page(findings, drawn)
 
 
 def write_page(findings: Findings, refresh: int | None = None) -> Path:
     """Write the page alone."""
+    return _write_page(findings, figures(findings.rows, findings.found), refresh)
+
+
+def _write_page(findings: Findings, drawn: list[Figure], refresh: int | None = None) -> Path:
     path = findings.folder / FOLDER / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = figures(findings.rows, findings.found)
     results.write_atomically(path, page.text(findings, drawn, refresh))
     return path
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from harness import results
@@ -199,9 +199,11 @@ def text_of(value: Any, form: str) -> str:
 def plain(left: Sequence[str], right: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
     """An empty table: headings of columns to the left, to the right, and to the left again."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for headings, justify in ((left, "left"), (right, "right"), (last, "left")):
+    sides: list[tuple[Sequence[str], JustifyMethod]]
+    sides = [(left, "left"), (right, "right"), (last, "left")]
+    for headings, justify in sides:
         for heading in headings:
-            table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            table.add_column(heading, justify=justify, no_wrap=True)
     return table
 
 
