@@ -66,7 +66,7 @@ class DataConfig:
     """conf/data: which text, how it is split and cut into blocks."""
 
     name: str  # label
-    source: str = ""  # kjv | text_files | hub | docstrings
+    source: str = ""  # kjv | text_files | hub | docstrings | pairs
     # every source
     context: int = 256  # tokens a training block predicts
     validation_share: float = 0.05  # share of the documents
@@ -84,6 +84,14 @@ class DataConfig:
     split_names: dict[str, str] = field(default_factory=dict)  # train/validation/test -> hub split
     # docstrings
     packages: list[str] = field(default_factory=list)  # distribution names, in this order
+    # pairs: `path` (a .txt of lines, or records) or `id`
+    packing: str = "packed"  # packed | padded
+    separator: str = "||"  # between prompt and completion of a line
+    prompt_field: str = "prompt"  # field of records; a list of strings is joined by " | "
+    completion_field: Any = (
+        "completion"  # field of records, or several: the first that is not empty
+    )
+    prompt_style: str = "as_is"  # as_is | e2e: name[X] as `name : X`
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class GenerateConfig:
+    """`generate` of conf/evaluate: how the prompts of the test split are completed."""
+
+    num_beams: int = 10
+    length_penalty: float = 0.8  # beams are ranked by log-likelihood / length^this
+    no_repeat_ngram: int = 4  # no n-gram of a completion twice; 0 = off
+    max_new_tokens: int = 64
+    batch: int = 16  # prompts at a time; memory grows with it and the beams
+    prompts: int | None = None  # the first so many of the test split; null = all
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """conf/evaluate: the sliding window, and how often validation is read."""
 
@@ -215,6 +235,7 @@ class EvaluateConfig:
     test: bool = True  # false: the test set is not even loaded, as in tuning
     # Further texts, whose test split is evaluated before and after adaptation.
     also: dict[str, DataConfig] = field(default_factory=dict)
+    generate: GenerateConfig | None = None  # after test, complete its prompts, and score them
 
 
 @dataclass(frozen=True)
@@ -356,10 +377,18 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
         if key == "train" and section.get("lr") == "tuned":
             section |= _tuned(section, sections)
-        further = section.pop("also", None) if key == "evaluate" else None
+        evaluating = key == "evaluate"
+        further, completing = (
+            (section.pop("also", None), section.pop("generate", None))
+            if evaluating
+            else (None, None)
+        )
         sections[key] = _typed(schema, section, key)
         if further:
             sections[key] = replace(sections[key], also=_also(further, sections["data"]))
+        if completing:
+            asked = _typed(GenerateConfig, completing, "evaluate.generate")
+            sections[key] = replace(sections[key], generate=asked)
     from harness.validation import validate  # which needs the schemas above
 
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)

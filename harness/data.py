@@ -7,12 +7,14 @@ folder appears in it only when it is complete.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +24,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents
+from harness import documents, pairs
 from harness.config import ConfigError, DataConfig
+from harness.loss import IGNORE
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached table changes
@@ -33,7 +36,7 @@ CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached ta
 class Data:
     """The text of one run, as tokens on disk. Splits never share a document."""
 
-    blocks: Dataset  # train: `tokens`, context + 1 ids; block i predicts its last `context`
+    blocks: Dataset  # train: `tokens`, context + 1 ids; or what `pairs.blocks` has
     held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document
     num_documents: dict[str, int]  # by split
     tokenized: bool  # whether anything was tokenised now, rather than found in the cache
@@ -44,6 +47,37 @@ class Data:
         """Training blocks of one epoch."""
         return len(self.blocks)
 
+    def num_predicted(self, indices: list[int]) -> int:
+        """Tokens that the blocks at `indices` predict."""
+        if "num_predicted" in self.blocks.column_names:
+            return int(np.sum(self.blocks[indices]["num_predicted"]))
+        return len(indices) * (len(self.blocks[indices[0]]["tokens"]) - 1)
+
+    def by_length(self, indices: list[int]) -> list[int]:
+        """The same blocks, alike in length beside one another; as they are where all are alike."""
+        if "inputs" not in self.blocks.column_names:
+            return indices
+        lengths = [len(inputs) for inputs in self.blocks[indices]["inputs"]]
+        return [i for _, i in sorted(zip(lengths, indices, strict=True))]
+
+
+class Batch(NamedTuple):
+    """Blocks of a micro-batch, int64."""
+
+    inputs: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T), IGNORE where nothing is predicted
+    positions: torch.Tensor | None  # (B, T), 0 where another sequence begins; None: one a row
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(B, T + 1): of text, the blocks as they were cut."""
+        return torch.cat([self.inputs, self.targets[:, -1:]], dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """On `device`."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), positions)
+
 
 def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, test: bool = True) -> Data:
     """Read, tokenise and pack the documents of `cfg`, or find the result in the cache.
@@ -53,36 +87,48 @@ def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, test: bool =
     Raises:
         ConfigError: no text, or less than one block of it.
     """
-    splits = documents.read(cfg, documents.SPLITS if test else ("train", "validation"))
+    wanted = documents.SPLITS if test else ("train", "validation")
     fingerprint = _tokenizer_fingerprint(tokenizer)
-    tables, fresh = {}, False
-    for name, docs in splits.items():
+    tables, counts, fresh = {}, {}, False
+    read = pairs.read if cfg.source == "pairs" else documents.read
+    for name, docs in read(cfg, wanted).items():
         block = cfg.context if name == "train" else 0
         tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block)
+        counts[name] = len(docs)
         fresh = fresh or new
-    counts = {name: len(docs) for name, docs in splits.items()}
     return Data(tables.pop("train"), tables, counts, fresh, fingerprint[:12])
 
 
 def prepare_test(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The test split alone, as `Data.held_out` has it, of a text that is not trained on."""
-    docs = documents.read(cfg, ("test",))["test"]
+    docs = (pairs.read if cfg.source == "pairs" else documents.read)(cfg, ("test",))["test"]
     return _table(cfg, docs, tokenizer, _tokenizer_fingerprint(tokenizer), 0)[0]
 
 
 def _table(
     cfg: DataConfig,
-    docs: list[documents.Document],
+    docs: list[Any],
     tokenizer: PreTrainedTokenizerBase,
     fingerprint: str,
     block: int,
 ) -> tuple[Dataset, bool]:
     """Blocks of `block` + 1 ids (0: documents as they are), and whether they were made now."""
-    folder = Path(cfg.cache_dir) / "tokens" / _key(docs, fingerprint, str(block))
+    paired = cfg.source == "pairs"
+    if paired:  # what the key is made of
+        texts = [(pair.id, json.dumps([pair.prompt, pair.completions])) for pair in docs]
+        kind = f"pairs {cfg.packing} {cfg.context} {block}"
+    else:
+        texts, kind = docs, str(block)
+    folder = Path(cfg.cache_dir) / "tokens" / _key(texts, fingerprint, kind)
     found = _load(folder)
     fresh = found is None
     if found is None:
-        table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
+        if paired and block:
+            table = pairs.blocks(docs, tokenizer, block, cfg.packing)
+        elif paired:
+            table = pairs.evaluated(docs, tokenizer, cfg.context)
+        else:
+            table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
         _save(Dataset(table), folder)
         found = Dataset.load_from_disk(str(folder))
     return found.with_format("numpy"), fresh
@@ -205,6 +251,21 @@ def block_order(seed: int, step: int, batch: int, num_blocks: int) -> list[int]:
     return [int(_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks]) for p in positions]
 
 
-def batch_of(blocks: Dataset, indices: list[int]) -> torch.Tensor:
-    """The blocks at `indices` as int64 token ids, (B, context + 1)."""
-    return torch.from_numpy(np.stack(blocks[indices]["tokens"]).astype(np.int64))
+def batch_of(blocks: Dataset, indices: list[int]) -> Batch:
+    """The blocks at `indices`, the shorter ones padded at their end to the longest."""
+    rows = blocks[indices]
+    if "tokens" in rows:
+        ids = torch.from_numpy(np.stack(rows["tokens"]).astype(np.int64))
+        return Batch(ids[:, :-1], ids[:, 1:], None)
+    width = max(len(inputs) for inputs in rows["inputs"])
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        filled = torch.full((len(indices), width), value)
+        for row, values in enumerate(rows[name]):
+            filled[row, : len(values)] = torch.from_numpy(values.astype(np.int64))
+        return filled
+
+    # What pads is never looked at by what is predicted: it comes after it.
+    inputs, targets = padded("inputs", 0), padded("targets", IGNORE)
+    several = any((positions[1:] == 0).any() for positions in rows["positions"])
+    return Batch(inputs, targets, padded("positions", 0) if several else None)

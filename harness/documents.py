@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from harness.config import ConfigError, DataConfig, nearest
 
@@ -159,16 +160,25 @@ def _records(file: Path, cfg: DataConfig) -> Iterator[str]:
         column = pq.read_table(file, columns=[cfg.text_field])[cfg.text_field]
         yield from (value or "" for value in column.to_pylist())
         return
+    for row in records(file):
+        if cfg.text_field not in row:
+            raise ConfigError(_no_field(file, cfg.text_field, list(row)))
+        yield row[cfg.text_field] or ""
+
+
+def records(file: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl, .csv or .parquet file, in order."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        yield from pq.read_table(file).to_pylist()
+        return
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the default's 128 KiB
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        rows = csv.DictReader(stream) if file.suffix == ".csv" else _json_lines(file, stream)
-        for row in rows:
-            if cfg.text_field not in row:
-                raise ConfigError(_no_field(file, cfg.text_field, list(row)))
-            yield row[cfg.text_field] or ""
+        yield from csv.DictReader(stream) if file.suffix == ".csv" else _json_lines(file, stream)
 
 
-def _json_lines(file: Path, stream: Iterator[str]) -> Iterator[dict[str, str]]:
+def _json_lines(file: Path, stream: Iterator[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -217,35 +227,42 @@ def text_files(cfg: DataConfig) -> Splits:
 # --------------------------------------------------------------------------- the hub
 
 
-def hub(cfg: DataConfig) -> Splits:
-    """Any text data set of `datasets`, by id and config; a missing split is cut from train."""
+def load_hub(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
+    """Split -> (its name on the hub, its data set); validation and test only where they are."""
     import datasets
 
     from harness import network
 
     try:
         loaded = datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
-    except (OSError, ConnectionError, ValueError) as error:
+    except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         cached = ", ".join(network.cached("datasets")) or "none"
         raise ConfigError(
             f"data.id={cfg.id}: could not be loaded ({reason}). In the local hub cache: {cached}. "
             "Without a network use data=kjv, or data=text_files data.path=… for a local copy"
         ) from error
-    documents: Splits = {}
-    for name in ("train", "validation", "test"):
+    found = {}
+    for name in SPLITS:
         source = cfg.split_names.get(name, name)
-        if source not in loaded:
-            if name in cfg.split_names or name == "train":
-                raise ConfigError(
-                    f"data.split_names.{name}={source}: {cfg.id} has no such split; "
-                    f"{nearest(source, loaded.keys())}"
-                )
-            continue
-        if cfg.text_field not in loaded[source].column_names:
-            names = loaded[source].column_names
+        if source in loaded:
+            found[name] = (source, loaded[source])
+        elif name in cfg.split_names or name == "train":
+            raise ConfigError(
+                f"data.split_names.{name}={source}: {cfg.id} has no such split; "
+                f"{nearest(source, loaded.keys())}"
+            )
+    return found
+
+
+def hub(cfg: DataConfig) -> Splits:
+    """Any text data set of `datasets`, by id and config; a missing split is cut from train."""
+    documents: Splits = {}
+    for name, (source, rows) in load_hub(cfg).items():
+        if cfg.text_field not in rows.column_names:
+            names = rows.column_names
             raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
-        texts = loaded[source][cfg.text_field]
+        texts = rows[cfg.text_field]
         documents[name] = [
             (f"{source}/{i}", text)
             for i, text in enumerate(texts)

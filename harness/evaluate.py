@@ -79,11 +79,16 @@ def document_nll(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Summed nats and number of predicted tokens of every document: (N,) float64 and (N,) int64.
 
-    `prepared` is a `NextToken`. Tokens are read from the data set batch by batch, not held.
+    `prepared` is a `NextToken`. Tokens are read from the data set batch by batch, not held. Of rows
+    that `pairs.evaluated` made, what follows the prompt counts, and `first` stands for `bos`.
     `following` is entered around the first batch, the largest one.
     """
     device = next(prepared.parameters()).device
-    column = documents.with_format("arrow")[:]["tokens"]  # mapped from disk, not read
+    table = documents.with_format("arrow")[:]  # mapped from disk, not read
+    column = table["tokens"]
+    paired = "skipped" in table.column_names
+    skipped = table["skipped"].to_numpy() if paired else np.zeros(len(column), np.int64)
+    before = table["first"].to_numpy() if paired else np.full(len(column), bos)
     # Windows of like length share a batch: no forward pass is spent on padding.
     todo = list(windows(pc.list_value_length(column).to_pylist(), context, stride))
     todo.sort(key=lambda w: w.end - w.start, reverse=True)
@@ -97,12 +102,16 @@ def document_nll(
         width = batch[0].end - batch[0].start
         inputs = torch.full((len(batch), width), bos)
         targets = torch.full((len(batch), width), IGNORE)
+        scored = []
         for row, w in enumerate(batch):
             # Input i is token i - 1 of the document; the one before its first is `bos`.
             ids = column[w.document].values.to_numpy()
             length = w.end - w.start
-            first = length - w.scored
+            first = min(length, max(length - w.scored, int(skipped[w.document]) - w.start))
+            scored.append(length - first)
             start = max(w.start, 1)
+            if not w.start:
+                inputs[row, 0] = int(before[w.document])
             inputs[row, start - w.start : length] = torch.from_numpy(
                 ids[start - 1 : w.end - 1].astype(np.int64)
             )
@@ -114,7 +123,7 @@ def document_nll(
             nats = prepared(inputs.to(device), targets.to(device)).nats
         rows = torch.tensor([w.document for w in batch])
         nll.index_add_(0, rows, nats.double().sum(1).cpu())
-        count.index_add_(0, rows, torch.tensor([w.scored for w in batch]))
+        count.index_add_(0, rows, torch.tensor(scored))
     if accelerator and world > 1:
         nll = accelerator.reduce(nll.to(device), "sum").cpu()
         count = accelerator.reduce(count.to(device), "sum").cpu()

@@ -173,19 +173,22 @@ class NextToken(nn.Module):
             if self._owner:
                 self._check_head()
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> Nll:
+    def forward(
+        self, inputs: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> Nll:
         """Shapes: inputs, targets (B, T) int64, targets[b, t] follows inputs[b, t], or IGNORE.
 
-        Returns the sum to minimise, and the nats as (B, T).
+        With `positions` (B, T) a row is several sequences, each from its own 0 on, which do not
+        see one another. Returns the sum to minimise, and the nats as (B, T).
         """
         if not self._owner:
-            logits = self._logits(inputs)
+            logits = self._logits(inputs, positions)
             found = _module_nll(
                 nn.Identity(), logits.flatten(0, 1), targets.flatten(),
                 self.label_smoothing,
             )  # fmt: skip
             return Nll(found.objective, found.nats.view_as(targets))
-        hidden, head = self._hidden(inputs)
+        hidden, head = self._hidden(inputs, positions)
         plain = type(head) is nn.Linear and head.bias is None and not head._forward_hooks
         flat = hidden.flatten(0, 1)
         if plain:
@@ -194,18 +197,26 @@ class NextToken(nn.Module):
             found = _module_nll(head, flat, targets.flatten(), self.label_smoothing)
         return Nll(found.objective, found.nats.view_as(targets))
 
-    def _hidden(self, inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def _hidden(
+        self, inputs: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any]:
         """What the head would get, (B, T, d), and the head."""
         ((owner, name),) = self._owner
         head = owner._modules[name]
         assert head is not None
         owner._modules[name] = _BYPASS
         try:
-            return self._logits(inputs), head
+            return self._logits(inputs, positions), head
         finally:
             owner._modules[name] = head
 
-    def _logits(self, inputs: torch.Tensor) -> torch.Tensor:
+    def _logits(self, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        if positions is not None:
+            mask = own_sequence(positions)
+            model = self.model
+            return model(
+                input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits
         if self._config is None:
             return self.model(input_ids=inputs, use_cache=False).logits[:, -inputs.shape[1] :]
         before = self._config._attn_implementation
@@ -249,6 +260,14 @@ class NextToken(nn.Module):
             self.model.train(was_training)
         if not torch.equal(out.float(), probe.made[:, -4:].float()):
             self._owner = []
+
+
+def own_sequence(positions: torch.Tensor) -> torch.Tensor:
+    """(B, T) positions -> (B, 1, T, T) bool: what came before, back to the last position 0."""
+    sequence = positions.eq(0).cumsum(1)
+    same = sequence[:, None, :, None] == sequence[:, None, None, :]
+    width = positions.shape[1]
+    return same & torch.ones(width, width, dtype=torch.bool, device=positions.device).tril()
 
 
 class _Probe(nn.Module):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 
 from harness.config import (
+    DataConfig,
+    EvaluateConfig,
     LoraMethod,
     MethodConfig,
     PeftMethod,
@@ -20,15 +23,33 @@ _NOT_IDENTITY = (
     "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
     "tracker",
 )  # fmt: skip
+_LATER = {  # keys that came later: a run that leaves them alone is the run that it was before
+    "data": (
+        "packing",
+        "separator",
+        "prompt_field",
+        "completion_field",
+        "prompt_style",
+    ),
+    "evaluate": ("generate",),
+}
 _NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 
 
 def identity(run: RunConfig) -> str:
     """SHA-256 of everything in the config that can move the run's numbers."""
     values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
-    for fields in (values["data"], *values["evaluate"]["also"].values()):
+    texts = (values["data"], *values["evaluate"]["also"].values())
+    for section, schema, found in [
+        *(("data", DataConfig, fields) for fields in texts),
+        ("evaluate", EvaluateConfig, values["evaluate"]),
+    ]:
+        for field in dataclasses.fields(schema):
+            if field.name in _LATER[section] and found[field.name] == field.default:
+                del found[field.name]
+    for fields in texts:
         del fields["cache_dir"]
-        if fields["source"] == "text_files" and fields["path"]:
+        if fields["source"] in ("text_files", "pairs") and fields["path"]:
             from harness.documents import files_digest
 
             fields["files"] = files_digest(fields["path"])  # the same path, another text

@@ -48,7 +48,7 @@ from torch.utils.flop_counter import (
 )
 from transformers import PretrainedConfig
 
-from harness import config, environment, evaluate, memory, methods, models, naming, train
+from harness import config, data, environment, evaluate, memory, methods, models, naming, train
 from harness.checkpoint import write_atomically
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from harness.loss import NextToken
@@ -140,9 +140,11 @@ def predict(
             optimizer.step()
             optimizer.zero_grad()
             micro, length = run.train.micro_batch, run.data.context
-            blocks = torch.zeros(micro, length + 1, dtype=torch.int64)
+            ids = torch.zeros(micro, length, dtype=torch.int64)
+            packed = run.data.source == "pairs" and run.data.packing == "packed"
+            block = data.Batch(ids, ids, torch.zeros_like(ids) if packed else None)
             # With two micro-batches the second finds gradients there, as all further ones do.
-            batches = [blocks] * min(run.train.batch_tokens // (micro * length), 2)
+            batches = [block] * min(run.train.batch_tokens // (micro * length), 2)
             num_tokens = len(batches) * micro * length
             penalty = methods.penalty(model, run)
             with memory.measured(model, optimizer, on_training), Flops() as flops:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from harness import config, memory
 from harness.config import ConfigError, RunConfig, TrainConfig
-from harness.data import Data, batch_of, block_order
+from harness.data import Batch, Data, batch_of, block_order
 from harness.stop import Stop
 
 logger = logging.getLogger(__name__)
@@ -100,27 +100,26 @@ def blocks_per_rank(run: RunConfig, world: int) -> int:
 
 def accumulate(
     prepared: nn.Module,
-    batches: Iterable[torch.Tensor],
-    num_tokens: int,
+    batches: Iterable[Batch],
+    num_tokens: float,
     accelerator: Accelerator,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Add the gradient of the mean nll over `num_tokens` tokens; returns their summed nats.
 
-    `batches` are micro-batches of blocks (B, T + 1), of which every id but a block's first is
-    predicted. Ranks average their gradients: with a rank's own `num_tokens` the result is the
-    gradient of the mean over all ranks. `penalty` is added to it, and not to what is returned.
+    Ranks average their gradients: with an equal share of all ranks' tokens as `num_tokens` the
+    result is the gradient of the mean over all ranks. `penalty` is added to it, and not to what is
+    returned.
     """
     total = torch.zeros((), device=accelerator.device)
     todo = list(batches)
     if penalty is not None:  # first: the last backward pass is the one that ranks average after
         with accelerator.no_sync(prepared):
             accelerator.backward(penalty())
-    for index, blocks in enumerate(todo):
+    for index, batch in enumerate(todo):
         last = index == len(todo) - 1
         with nullcontext() if last else accelerator.no_sync(prepared):
-            blocks = blocks.to(accelerator.device)
-            found = prepared(blocks[:, :-1], blocks[:, 1:])
+            found = prepared(*batch.to(accelerator.device))
             accelerator.backward(found.objective / num_tokens)
         total += found.nats.sum()
         del found
@@ -148,11 +147,14 @@ def optimizer_step(
     micro_batch: int,
     accelerator: Accelerator,
     penalty: Callable[[], torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Optimizer step `step` (from 0): summed nats of this rank, and the gradient's norm."""
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Optimizer step `step` (from 0): summed nats of this rank, the gradient's norm, and how many
+    tokens all ranks have predicted."""
     world, rank = accelerator.num_processes, accelerator.process_index
     per_rank = blocks_per_rank(run, world)
-    order = block_order(run.seed, step, per_rank * world, data.num_blocks)[rank::world]
+    order = block_order(run.seed, step, per_rank * world, data.num_blocks)
+    num_tokens = data.num_predicted(order)
+    order = data.by_length(order[rank::world])
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, run.train)
     batches = [
@@ -160,13 +162,13 @@ def optimizer_step(
         for first in range(0, per_rank, micro_batch)
     ]
     try:
-        total = accumulate(prepared, batches, per_rank * run.data.context, accelerator, penalty)
+        total = accumulate(prepared, batches, num_tokens / world, accelerator, penalty)
     except Exception as error:
         if out_of_memory(error):  # nothing has moved yet: the step can be taken again
             raise PassOutOfMemoryError(f"{error} (in optimizer step {step + 1})") from error
         raise
     model = accelerator.unwrap_model(prepared)
-    return total, apply(model, optimizer, accelerator, run.train)
+    return total, apply(model, optimizer, accelerator, run.train), num_tokens
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -252,7 +254,7 @@ def train(
             follow = state.step == min(MEMORY_STEP, steps - 1)
             try:
                 with memory.measured(model, optimizer, state.memory) if follow else nullcontext():
-                    total, norm = optimizer_step(
+                    total, norm, num_tokens = optimizer_step(
                         prepared, optimizer, data, run, state.step, state.micro_batch,
                         accelerator, penalty,
                     )  # fmt: skip
@@ -271,18 +273,18 @@ def train(
             asked = torch.full_like(total, float(stop.requested))
             summed = accelerator.reduce(torch.stack([total, asked]), "sum")
             nats, asked_to_stop, grad_norm = torch.cat([summed, norm.reshape(1)]).tolist()
-            mean_nll = nats / cfg.batch_tokens
+            mean_nll = nats / num_tokens
             seconds = time.perf_counter() - start
             if not math.isfinite(mean_nll):
                 raise NonFiniteLossError(
                     f"the loss is {mean_nll} at step {state.step + 1} of {steps}"
                 )
             if state.step >= first + WARM_UP_STEPS and not follow:
-                state.timed_tokens += cfg.batch_tokens
+                state.timed_tokens += num_tokens
                 state.timed_seconds += seconds
             rate = learning_rate(state.step, cfg)
             state.step += 1
-            state.tokens += cfg.batch_tokens
+            state.tokens += num_tokens
             state.train_seconds += seconds
             log(
                 {
@@ -295,7 +297,7 @@ def train(
                 }
             )
             bar.update()
-            bar.set_postfix_str(f"loss {mean_nll:.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {mean_nll:.3f}, {num_tokens / seconds:,.0f} tokens/s")
             if world > 1 and asked_to_stop:  # every rank has read the same sum
                 save()
                 raise KeyboardInterrupt

@@ -10,6 +10,7 @@ from typing import Any
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
+    DataConfig,
     LoraMethod,
     PeftMethod,
     RunConfig,
@@ -26,7 +27,9 @@ TRACKERS = {  # Accelerate's names, and the options of conf/tracker
 }
 SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
-    "data.source": ("kjv", "text_files", "hub", "docstrings"),
+    "data.source": ("kjv", "text_files", "hub", "docstrings", "pairs"),
+    "data.packing": ("packed", "padded"),
+    "data.prompt_style": ("as_is", "e2e"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
     "train.on_oom": ("halve", "fail"),
@@ -83,6 +86,8 @@ def validate(run: RunConfig) -> None:
         find_files(data.path)
     if data.source == "hub" and not data.id:
         raise ConfigError("data=hub needs data.id, the id of a text data set on the hub")
+    if data.source == "pairs":
+        _validate_pairs(data)
 
     positive = ("batch_tokens", "micro_batch", "lr", "eps")
     for key in positive:
@@ -155,6 +160,8 @@ def validate(run: RunConfig) -> None:
             "evaluate.test=false reads no test set, and evaluate.also reads those of "
             f"{', '.join(ev.also)}: leave one of them out"
         )
+    if ev.generate is not None:
+        _validate_generate(run)
     _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
     _require(
         ev.batch_tokens is None or ev.batch_tokens > 0,
@@ -190,6 +197,38 @@ def validate(run: RunConfig) -> None:
             raise ConfigError(
                 f"{key}={name!r}: expected letters, digits, . _ = + -, and first a letter or digit"
             )
+
+
+def _validate_pairs(data: DataConfig) -> None:
+    if bool(data.path) == bool(data.id):
+        raise ConfigError(
+            f"data={data.name} needs one of data.path (a file or folder of pairs) and data.id (a "
+            f"data set on the hub); it has path={data.path} and id={data.id}"
+        )
+    if data.path:
+        find_files(data.path)
+    _require(bool(data.separator), "data.separator", repr(data.separator), "some characters")
+    if unknown := set(data.split_names) - set(SPLITS):
+        name = sorted(unknown)[0]
+        raise ConfigError(f"data.split_names.{name}: {nearest(name, SPLITS)}")
+
+
+def _validate_generate(run: RunConfig) -> None:
+    asked = run.evaluate.generate
+    assert asked is not None
+    if run.data.source != "pairs":
+        raise ConfigError(
+            f"evaluate.generate completes prompts, and data={run.data.name} has none: use a data "
+            "set of pairs (data=e2e_nlg, data=pairs), or evaluate.generate=null"
+        )
+    if not run.evaluate.test:
+        raise ConfigError("evaluate.generate completes the test set, and evaluate.test=false")
+    for key in ("num_beams", "max_new_tokens", "batch"):
+        value = getattr(asked, key)
+        _require(value > 0, f"evaluate.generate.{key}", value, "1 or more")
+    n, most = asked.no_repeat_ngram, asked.prompts
+    _require(n >= 0, "evaluate.generate.no_repeat_ngram", n, "a length, or 0 for off")
+    _require(most is None or most > 0, "evaluate.generate.prompts", most, "1 or more, or null")
 
 
 def _validate_tracker(run: RunConfig) -> None:

@@ -34,12 +34,14 @@ from harness import (
     data,
     environment,
     evaluate,
+    generation,
     lock,
     loss,
     memory,
     methods,
     models,
     network,
+    pairs,
     plan,
     results,
     start,
@@ -209,8 +211,15 @@ def perform(
     result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
+    prompts = []
+    if run.evaluate.generate:
+        prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
+
     set_seed(run.seed)
     base = models.load_model(run, model_config)
+    if prompts and run.evaluate.generate:
+        limit = models.max_context(model_config)
+        generation.check(prompts, tokenizer, run.evaluate.generate, base, limit)
     result["parameters"] = {"base": models.count_parameters(base).total}
     model = methods.adapt(base, run).to(accelerator.device)
     result["method"] |= methods.svd_facts(model)
@@ -289,6 +298,8 @@ def perform(
             table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": count})
             for column in ("num_words", "num_bytes"):
                 table[column] = documents[column]
+            # A prompt with all its completions is what is independent of others.
+            table = table.groupby("id", sort=False, as_index=False).sum()
             path = run_dir / results.documents_name(name, when)
             checkpoint.write_atomically(
                 path, lambda scratch: table.to_parquet(scratch, index=False)
@@ -373,6 +384,13 @@ def perform(
     }
     if run.evaluate.test:  # read here, once, and nowhere else
         result["quality"]["test"] = conclude("test", *measure("test"))
+    if prompts and run.evaluate.generate:
+        process.turn("generate")
+        completed = generation.complete(
+            model, tokenizer, prompts, run.evaluate.generate, accelerator
+        )
+        if accelerator.is_main_process:
+            result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)
 
     result["speed"] = {
         "tokens_per_second": state.tokens_per_second,

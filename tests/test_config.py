@@ -141,6 +141,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             "text_files": ["data.path=README.md"],
             "hub": ["data.id=x/y"],
             "source": None,  # the base of the others
+            "pairs": ["data.id=x/y"],
         },
         "method": {"peft": ["method.peft_type=IA3"]},
         "targets": {},
@@ -153,30 +154,40 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             assert make_run(f"{group}={option}", *extra)
 
 
+@pytest.fixture
+def asked_for(tmp_path):
+    """What experiments want from their user, by their name."""
+    (tmp_path / "test.txt").write_text("a||b\n")
+    return {"e2e_methods": [f"data.path={tmp_path}"]}
+
+
 @pytest.mark.parametrize("name", options("experiment"))
-def test_every_run_of_every_experiment_is_valid_for_its_model(name):
+def test_every_run_of_every_experiment_is_valid_for_its_model(name, asked_for):
     """Every cell of every grid, on the meta device: a typo in a grid would be found by users."""
+    needed = [f"experiment={name}", *asked_for.get(name, [])]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+        cfg = compose("config", needed, return_hydra_config=True)
         grids = cfg.hydra.sweeper.grids or [{}]
         names = []
         for grid in grids:
             keys, values = list(grid), [str(value).split(",") for value in grid.values()]
             for cell in itertools.product(*values):
                 overrides = [f"{k}={v}" for k, v in zip(keys, cell, strict=True)]
-                run = from_hydra(compose("config", [f"experiment={name}", *overrides]))
+                run = models.without_files(from_hydra(compose("config", [*needed, *overrides])))
                 assert methods.check(models.on_meta(run, models.load_config(run.model)), run)
                 names.append(run_name(run))
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_every_experiment_composes_and_states_what_it_asks(name):
+def test_every_experiment_composes_and_states_what_it_asks(name, asked_for):
     header = (CONF_DIR / "experiment" / f"{name}.yaml").read_text().split("defaults:")[0]
     for word in ("Question:", "Command:", "Runtime:", "Expected:"):
         assert word in header
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        assert from_hydra(compose("config", [f"experiment={name}"])).experiment_name == name
+        needed = asked_for.get(name, [])
+        run = from_hydra(compose("config", [f"experiment={name}", *needed]))
+        assert run.experiment_name == name
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_blocks_are_the_joined_documents_cut_up_with_one_shared_id(corpus, token
     stream.append(tokenizer.eos_token_id)
     expected = [stream[i : i + 33] for i in range(0, len(stream) - 32, 32)]
     got = data.batch_of(text.blocks, list(range(text.num_blocks)))
-    assert got.tolist() == expected
+    assert got.ids.tolist() == expected
 
 
 def test_held_out_documents_keep_their_text_and_its_sizes(corpus, tokenizer):
@@ -56,12 +56,12 @@ def test_a_second_run_tokenises_nothing_and_a_change_of_content_does(corpus, tok
 
 
 def test_a_damaged_cache_is_made_again(corpus, tokenizer, tmp_path):
-    before = data.batch_of(data.prepare(corpus, tokenizer).blocks, [0])
+    before = data.batch_of(data.prepare(corpus, tokenizer).blocks, [0]).ids
     for folder in (tmp_path / "cache" / "tokens").iterdir():
         for file in folder.glob("*.arrow"):
             file.write_bytes(b"")
     after = data.prepare(corpus, tokenizer)
-    assert after.tokenized and (data.batch_of(after.blocks, [0]) == before).all()
+    assert after.tokenized and (data.batch_of(after.blocks, [0]).ids == before).all()
 
 
 def test_text_shorter_than_a_block_is_refused(tmp_path, tokenizer):
@@ -86,7 +86,7 @@ def test_a_stored_table_is_memory_mapped(corpus, tokenizer):
     assert data.num_tokens(text.held_out["test"]) == sum(
         len(t) for t in text.held_out["test"]["tokens"]
     )
-    assert data.batch_of(text.blocks, [0]).numpy().dtype == np.int64
+    assert data.batch_of(text.blocks, [0]).inputs.numpy().dtype == np.int64
 
 
 def test_without_the_test_split_nothing_of_it_is_there_or_is_tokenised(

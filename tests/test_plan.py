@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from harness import memory, methods, models, plan, train
+from harness import data, memory, methods, models, plan, train
 from harness.config import ConfigError
 from harness.loss import NextToken
 
@@ -87,12 +87,13 @@ def measured(run, config, accelerate):
         return on_evaluation, on_evaluation
     optimizer = accelerate.prepare_optimizer(train.make_optimizer(model, run.train))
     prepared.train()
-    shape = (run.train.micro_batch, run.data.context + 1)
-    number = run.train.batch_tokens // (shape[0] * run.data.context)
+    shape = (run.train.micro_batch, run.data.context)
+    number = run.train.batch_tokens // (shape[0] * shape[1])
     for _ in range(2):
         report.clear()
         with memory.measured(model, optimizer, report):
-            batches = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
+            ids = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
+            batches = [data.Batch(block, block, None) for block in ids]
             penalty = methods.penalty(model, run)
             train.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
             train.apply(model, optimizer, accelerate, run.train)

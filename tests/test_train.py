@@ -94,7 +94,7 @@ def test_twenty_steps_equal_a_plain_loop_with_transformers_own_loss(
     groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8, foreach=False)
     for step in range(20):
-        ids = batch_of(text.blocks, block_order(run.seed, step, 4, BLOCKS))
+        ids = batch_of(text.blocks, block_order(run.seed, step, 4, BLOCKS)).ids
         loss = model(input_ids=ids, labels=ids).loss  # all four blocks at once: no accumulation
         loss.backward()
         torch.nn.utils.clip_grad_norm_(matrices + vectors, 0.5)
@@ -174,7 +174,7 @@ def test_a_penalty_moves_the_weights_as_in_a_plain_loop_and_not_the_logged_loss(
     with torch.no_grad():
         for name, p in tiny.named_parameters():
             p.copy_(start[name])
-    ids = batch_of(text.blocks, block_order(run.seed, 0, 4, BLOCKS))
+    ids = batch_of(text.blocks, block_order(run.seed, 0, 4, BLOCKS)).ids
     loss = tiny(input_ids=ids, labels=ids).loss
     assert losses_of(rows)[0] == pytest.approx(loss.item(), rel=1e-5)
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=run.train.lr, weight_decay=0.0)
@@ -198,7 +198,7 @@ def test_a_pass_that_does_not_fit_is_taken_in_halves(tiny, make_run, text, tmp_p
 
     def small_machine(prepared, batches, *rest):
         batches = list(batches)
-        if len(batches[0]) > 1:
+        if len(batches[0].inputs) > 1:
             accumulate(prepared, batches[:1], *rest)  # gradients of a part are there already
             raise torch.OutOfMemoryError("out of memory")
         return accumulate(prepared, batches, *rest)

@@ -95,7 +95,6 @@ def measure(shape: str, side: str, method: str, precision: str, steps: int) -> d
 
 def on_harness(run: Any, model_config: Any, blocks: list[Any], dropout: float) -> dict[str, Any]:
     """As `harness.worker` does it."""
-    import torch
     from accelerate import Accelerator
 
     from harness import memory, methods, models, plan, train
@@ -107,12 +106,12 @@ def on_harness(run: Any, model_config: Any, blocks: list[Any], dropout: float) -
     prepared = accelerator.prepare_model(NextToken(model))
     optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
     prepared.train()
-    num_tokens = blocks[0][:, 1:].numel()
+    num_tokens = blocks[0].targets.numel()
     seconds, losses = [], []
     peaks = memory.ProcessPeaks("setup")
     peaks.turn("train")
 
-    def step(batch: torch.Tensor) -> None:
+    def step(batch: Any) -> None:
         start = time.perf_counter()
         total = train.accumulate(prepared, [batch], num_tokens, accelerator)
         train.apply(model, optimizer, accelerator, run.train)
@@ -165,7 +164,7 @@ def on_trainer(run: Any, model_config: Any, blocks: list[Any], dropout: float) -
         model = peft.get_peft_model(model, lora)
     # The model shifts the labels: every id but a block's first is predicted. The first is marked,
     # or the Trainer would count it when it divides by the number of targets.
-    rows = [row for batch in [*blocks, blocks[0]] for row in batch]
+    rows = [row for batch in [*blocks, blocks[0]] for row in batch.ids]
 
     class Rows(Dataset[Any]):
         def __len__(self) -> int:

@@ -1,0 +1,157 @@
+"""Complete the prompts of a task's test split, and score the completions against its references."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from harness import nlg, pairs
+from harness.config import ConfigError, GenerateConfig
+from harness.pairs import Pair
+from harness.results import write_atomically
+
+FILE_NAME = "generations.jsonl"
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The completions of some prompts, in their order."""
+
+    texts: list[str]
+    num_tokens: int  # of the completions, their end-of-text tokens included
+    seconds: float  # wall time of all batches, on the slowest rank
+
+
+def check(
+    todo: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: GenerateConfig,
+    model: nn.Module,
+    limit: int | None,
+) -> None:
+    """Raise ConfigError where a prompt or the model cannot be completed: before training."""
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not bare.can_generate():
+        raise ConfigError(f"evaluate.generate: {type(bare).__name__} cannot generate; set it null")
+    longest = max(len(pairs.prompt_ids(pair, tokenizer)) for pair in todo)
+    if limit is not None and longest + cfg.max_new_tokens > limit:
+        raise ConfigError(
+            f"evaluate.generate.max_new_tokens={cfg.max_new_tokens}: the longest prompt is "
+            f"{longest} tokens and the model has {limit} positions: set it to {limit - longest} or "
+            "less"
+        )
+
+
+@torch.no_grad()
+def complete(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    todo: list[Pair],
+    cfg: GenerateConfig,
+    accelerator: Accelerator,
+) -> Completed:
+    """Beam search for every prompt, `cfg.batch` of like length at a time; ranks share the work."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    prompts = [pairs.prompt_ids(pair, tokenizer) for pair in todo]
+    order = sorted(range(len(todo)), key=lambda i: (-len(prompts[i]), i))[rank::world]
+    was_training = model.training
+    model.eval()
+    found: list[tuple[int, str, int]] = []
+    start = time.perf_counter()
+    for first in range(0, len(order), cfg.batch):
+        part = order[first : first + cfg.batch]
+        rows = _completions(model, tokenizer, [prompts[i] for i in part], cfg, accelerator)
+        for index, ids in zip(part, rows, strict=True):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            found.append((index, text, len(ids)))
+    seconds = time.perf_counter() - start
+    model.train(was_training)
+    if world > 1:
+        found = gather_object(found)
+        seconds = max(gather_object([seconds]))
+    found.sort()
+    return Completed([text for _, text, _ in found], sum(n for _, _, n in found), seconds)
+
+
+def _completions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    cfg: GenerateConfig,
+    accelerator: Accelerator,
+) -> list[list[int]]:
+    """Ids of the best completion of every prompt, up to its end-of-text token and with it."""
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
+    given = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    settings = GenerationConfig(
+        num_beams=cfg.num_beams,
+        length_penalty=cfg.length_penalty,
+        max_new_tokens=cfg.max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    processors = LogitsProcessorList()
+    if cfg.no_repeat_ngram:
+        processors.append(_NoRepeat(cfg.no_repeat_ngram, width))
+    with accelerator.autocast():
+        out = model.generate(
+            input_ids=ids.to(accelerator.device),
+            attention_mask=given.to(accelerator.device),
+            generation_config=settings,
+            logits_processor=processors,
+        )
+    rows = []
+    for row in out[:, width:].tolist():
+        rows.append(row[: row.index(end) + 1] if end in row else row)
+    return rows
+
+
+class _NoRepeat(LogitsProcessor):
+    """No n-gram twice in a completion: what stands in the prompt may be said once more."""
+
+    def __init__(self, size: int, prompt_width: int) -> None:
+        self._inner = NoRepeatNGramLogitsProcessor(size)
+        self._width = prompt_width
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self._inner(input_ids[:, self._width :], scores)
+
+
+def scored(todo: list[Pair], completed: Completed, run_dir: Path) -> dict[str, Any]:
+    """BLEU, NIST, METEOR, ROUGE-L and CIDEr, and why one is missing; writes generations.jsonl."""
+    rows = [
+        {"id": pair.id, "prompt": pair.prompt, "completion": text, "references": pair.completions}
+        for pair, text in zip(todo, completed.texts, strict=True)
+    ]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(run_dir / FILE_NAME, lines)
+    scores = nlg.score(completed.texts, [pair.completions for pair in todo])
+    return {
+        **scores.values,
+        "skipped": scores.skipped,
+        "num_prompts": len(todo),
+        "num_tokens": completed.num_tokens,
+        "seconds": completed.seconds,
+        "tokens_per_second": completed.num_tokens / completed.seconds,
+    }

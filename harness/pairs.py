@@ -1,0 +1,285 @@
+"""Tasks with a prompt and a completion: E2E NLG, WebNLG, DART, and any file of pairs.
+
+A prompt has one completion or several (references), and a sequence is
+
+    prompt <|endoftext|> " " completion <|endoftext|>
+
+of which the completion and its end-of-text token are predicted (Hu et al. 2021, examples/NLG of
+microsoft/LoRA).
+A training block holds one sequence, or with `data.packing=packed` as many as fit in
+`data.context`: each has its own positions and sees itself alone, so that packing changes no loss.
+Of a source that is not split already, no two splits share a prompt.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import logging
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from harness import documents
+from harness.config import ConfigError, DataConfig, nearest
+from harness.loss import IGNORE
+
+log = logging.getLogger(__name__)
+STEMS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation",
+         "test": "test"}  # fmt: skip
+E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and what may follow it."""
+
+    id: str
+    prompt: str
+    completions: list[str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Ids of a prompt with one of its completions, the first `num_prompt` of them given."""
+
+    pair: str  # its id
+    ids: list[int]
+    num_prompt: int
+    completion: str
+
+    @property
+    def length(self) -> int:
+        """Inputs, and so targets."""
+        return len(self.ids) - 1
+
+
+def read(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> dict[str, list[Pair]]:
+    """The pairs of a data config by split; raises ConfigError where one would be empty."""
+    rows = _hub_rows(cfg) if cfg.id else _file_rows(cfg)
+    found = {name: _grouped(name, pairs, cfg) for name, pairs in rows.items()}
+    for missing in [name for name in documents.SPLITS if name not in found]:
+        # By the rule of every other source, of prompts: all completions of one stay together.
+        ids = [(pair.id, pair.prompt) for pair in found["train"]]
+        cut = documents.split(ids, cfg.validation_share, cfg.test_share)[missing]
+        names = {name for name, _ in cut}
+        found[missing] = [pair for pair in found["train"] if pair.id in names]
+        found["train"] = [pair for pair in found["train"] if pair.id not in names]
+    for name in splits:
+        if not found[name]:
+            raise ConfigError(f"data={cfg.name}: the {name} split has no pair")
+    seen = {pair.prompt for name in splits if name != "train" for pair in found[name]}
+    if twice := [pair.prompt for pair in found["train"] if pair.prompt in seen]:
+        log.warning(
+            "data=%s: the source has %d prompts in training and in another split too, the first %r",
+            cfg.name, len(twice), twice[0][:60],
+        )  # fmt: skip
+    return {name: found[name] for name in splits}
+
+
+def _grouped(split: str, rows: list[tuple[str, list[str]]], cfg: DataConfig) -> list[Pair]:
+    """One Pair a prompt, in the order of the source."""
+    by_prompt: dict[str, dict[str, None]] = {}
+    for prompt, completions in rows:
+        known = by_prompt.setdefault(_styled(prompt, cfg).strip(), {})
+        known.update(dict.fromkeys(text.strip() for text in completions if text.strip()))
+    return [
+        Pair(f"{split}/{number}", prompt, list(completions))
+        for number, (prompt, completions) in enumerate(by_prompt.items())
+        if prompt and completions
+    ]
+
+
+def _styled(prompt: str, cfg: DataConfig) -> str:
+    """With `data.prompt_style=e2e` name[X], eatType[Y] as `name : X | Type : Y`."""
+    if cfg.prompt_style != "e2e":
+        return prompt
+    slots = re.findall(r"\s*([^,\[\]]+)\[([^\]]*)\]", prompt)
+    if not slots:
+        return prompt
+    return " | ".join(f"{E2E_NAMES.get(name, name)} : {value}" for name, value in slots)
+
+
+# --------------------------------------------------------------------------- files and the hub
+
+
+def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
+    """Rows by split: of the folder's files that split_names or their own names say, or one file."""
+    files = documents.find_files(cfg.path)
+    if len(files) == 1:
+        return {"train": list(_rows(files[0], cfg))}
+    by_split: dict[str, Path] = {}
+    names = [file.name for file in files]
+    for split, name in cfg.split_names.items():
+        if name not in names:
+            raise ConfigError(f"data.split_names.{split}={name}: {nearest(name, names)}")
+        by_split[split] = files[names.index(name)]
+    if not by_split:
+        by_split = {STEMS[file.stem]: file for file in files if file.stem in STEMS}
+    if "train" not in by_split:
+        raise ConfigError(
+            f"data.path={cfg.path}: no training file among {', '.join(names[:12])}; say which is "
+            "which: '+data.split_names={train: FILE, test: FILE}'"
+        )
+    return {split: list(_rows(file, cfg)) for split, file in by_split.items()}
+
+
+def _rows(file: Path, cfg: DataConfig) -> Iterator[tuple[str, list[str]]]:
+    """(prompt, completions) of a file of `prompt||completion` lines, or of records."""
+    try:
+        if file.suffix == ".txt":
+            for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
+                if not line.strip():
+                    continue
+                prompt, found, completion = line.partition(cfg.separator)
+                if not found:
+                    raise ConfigError(
+                        f"{file}, line {number}: no {cfg.separator!r} between prompt and "
+                        f"completion in {line[:60]!r}; set data.separator"
+                    )
+                yield prompt, [completion]
+            return
+        records = documents.records(file)
+        for number, record in enumerate(records, 1):
+            yield _fields(record, cfg, f"{file}, record {number}")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.path: {file} is not UTF-8 text ({error.reason})") from error
+    except csv.Error as error:
+        raise ConfigError(f"data.path: {file} is not a CSV file ({error})") from error
+
+
+def _fields(record: dict[str, Any], cfg: DataConfig, where: str) -> tuple[str, list[str]]:
+    """Prompt and completions of a record; lists of strings are slots, and references."""
+    asked = cfg.completion_field
+    either = [asked] if isinstance(asked, str) else list(asked)
+    for key, name in [("prompt", cfg.prompt_field), *(("completion", name) for name in either)]:
+        if name not in record:
+            raise ConfigError(
+                f"data.{key}_field={name}: {where} has no such field; {nearest(name, record)}"
+            )
+    slots = record[cfg.prompt_field]
+    if isinstance(slots, list):  # of texts, or of triples
+        slots = " | ".join(" : ".join(s) if isinstance(s, list) else str(s) for s in slots)
+    name = next((name for name in either if record[name]), either[0])
+    completions = record[name] if isinstance(record[name], list) else [record[name]]
+    for text in (slots, *completions):
+        if not isinstance(text, str):
+            raise ConfigError(f"{where}: {text!r} is neither text nor a list of texts")
+    return slots, completions
+
+
+def _hub_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
+    return {
+        name: [_fields(row, cfg, f"{cfg.id} {source}") for row in rows]
+        for name, (source, rows) in documents.load_hub(cfg).items()
+    }
+
+
+# --------------------------------------------------------------------------- to tokens
+
+
+def sequences(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Example]:
+    """Every prompt with each of its completions.
+
+    Raises:
+        ConfigError: one is longer than `context`.
+    """
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    completions = [text for pair in pairs for text in pair.completions]
+    prompts = _encode([pair.prompt for pair in pairs], tokenizer)
+    answers = iter(_encode([f" {text}" for text in completions], tokenizer))
+    found = []
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        given = [*prompt, end]
+        for text in pair.completions:
+            found.append(Example(pair.id, [*given, *next(answers), end], len(given), text))
+    longest = max(found, key=lambda one: one.length)
+    if longest.length > context:
+        raise ConfigError(
+            f"{longest.pair} with its completion is {longest.length} tokens, longer than "
+            f"data.context={context}: set data.context={longest.length} or more"
+        )
+    return found
+
+
+def prompt_ids(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a model is given to complete."""
+    return [*_encode([pair.prompt], tokenizer)[0], tokenizer.eos_token_id]
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def blocks(
+    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: int, packing: str
+) -> pa.Table:
+    """Training blocks: inputs, targets (IGNORE over prompts and padding), positions, num_predicted.
+
+    With `packed` every block is `context` long and no sequence is cut: a sequence goes into the
+    fullest block that has room (best fit), in an order that mixes prompts and depends on nothing
+    but their ids. With `padded` a block is a sequence, as long as it is.
+    """
+    end = tokenizer.eos_token_id
+    found = sequences(pairs, tokenizer, context)
+    order = sorted(
+        range(len(found)),
+        key=lambda i: hashlib.sha256(f"{found[i].pair}#{found[i].completion}".encode()).digest(),
+    )
+    bins: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # (positions left, bin), ascending
+    for one in (found[i] for i in order):
+        at = bisect_left(room, (one.length, -1)) if packing == "packed" else len(room)
+        if at == len(room):
+            bins.append([one])
+            left, index = context - one.length, len(bins) - 1
+        else:
+            left, index = room.pop(at)
+            bins[index].append(one)
+            left -= one.length
+        if left >= 2 and packing == "packed":
+            insort(room, (left, index))
+    columns: dict[str, list[Any]] = {"inputs": [], "targets": [], "positions": []}
+    for members in bins:
+        width = context if packing == "packed" else members[0].length
+        pad = width - sum(one.length for one in members)
+        columns["inputs"].append([*chain(*(one.ids[:-1] for one in members)), *[end] * pad])
+        columns["targets"].append([*chain(*map(_targets, members)), *[IGNORE] * pad])
+        columns["positions"].append([*chain(*(range(one.length) for one in members)), *range(pad)])
+    kind = pa.list_(pa.int32())
+    table = {name: pa.array(values, type=kind) for name, values in columns.items()}
+    predicted = [sum(t != IGNORE for t in targets) for targets in columns["targets"]]
+    return pa.table(table | {"num_predicted": predicted})
+
+
+def _targets(one: Example) -> list[int]:
+    return [IGNORE] * (one.num_prompt - 1) + one.ids[one.num_prompt :]
+
+
+def evaluated(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: int) -> pa.Table:
+    """One row a sequence, as `data` has documents; words and bytes are the completion's.
+
+    `first` is the id before `tokens`, of which the first `skipped` are the prompt's.
+    """
+    found = sequences(pairs, tokenizer, context)
+    return pa.table(
+        {
+            "id": [one.pair for one in found],
+            "first": [one.ids[0] for one in found],
+            "tokens": pa.array([one.ids[1:] for one in found], type=pa.list_(pa.int32())),
+            "skipped": [one.num_prompt - 1 for one in found],
+            "num_words": [len(one.completion.split()) for one in found],
+            "num_bytes": [len(one.completion.encode()) for one in found],
+        }
+    )
