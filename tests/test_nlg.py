@@ -332,8 +332,8 @@ def test_ptb_tokens_are_those_of_pycocoevalcap():
         {i: [{"caption": t} for t in texts] for i, texts in enumerate(REFERENCES)}
     )
     assert nlg._ptb_of_each(REFERENCES) == list(expected.values())
-    found = nlg._ptb(["", "...", "a\u2028b\x0cc\rd\ne\x85f", "£20 Café 日本 \ufffd", "1 1/2", ""])
-    assert found == ["", "", "a b c d e f", "# 20 café 日本 \ufffd", "1\u00a01/2", ""]
+    found = nlg._ptb(["", "...", "a\u2028b\x0cc\rd\ne\x85f", "£20 Café 日本", "1 1/2", ""])
+    assert found == ["", "", "a b c d e f", "# 20 café 日本", "1\u00a01/2", ""]
 
 
 @needs_java
