@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from harness.methods import tying
 from harness.results import BEST, CHECKPOINTS
 from harness.unfuse import fuse_qkv, is_unfused
 
@@ -253,7 +254,7 @@ def export(
             saved.append("adapter")
         if not merged or not hasattr(model, "merge_and_unload"):  # prompts have nothing to merge
             return saved
-        model = model.merge_and_unload()
+        model = tying.merged(model)
     elif not trained:
         return saved
     assert isinstance(model, PreTrainedModel)

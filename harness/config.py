@@ -59,6 +59,10 @@ class ModelConfig:
     frozen_dtype: str = "fp32"  # fp32 | bf16: what weights that do not train are held in
     unfuse_qkv: Any = "auto"  # auto | true | false: GPT-2's c_attn as three matrices
     shape: dict[str, Any] = field(default_factory=dict)  # dimensions, for counts without files
+    package: str | None = None  # an installed package that holds a GGUF file
+    gguf: str | None = None  # name of the GGUF file, in the package or in path
+    remote_code: str | None = None  # id or folder whose own code is to be run: the model's
+    cache_dir: str = ".cache"  # what GGUF files are converted to, by content hash
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,8 @@ class TargetsConfig:
     """conf/targets: a named set of weight matrices."""
 
     name: str  # label
-    modules: list[str] = field(default_factory=list)  # module name suffixes
+    modules: list[str] = field(default_factory=list)  # module name suffixes, in place of roles
+    roles: list[str] = field(default_factory=list)  # of harness.roles, for any architecture
 
 
 @dataclass(frozen=True)
@@ -389,11 +394,12 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         if completing:
             asked = _typed(GenerateConfig, completing, "evaluate.generate")
             sections[key] = replace(sections[key], generate=asked)
-    from harness.validation import validate  # which needs the schemas above
+    from harness.roles import resolved  # which need the schemas above
+    from harness.validation import validate
 
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
     validate(run)
-    return run
+    return resolved(run)
 
 
 def _tuned(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:

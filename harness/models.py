@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -18,12 +17,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
 
-from harness import network
+from harness import gguf, network, roles
 from harness.config import (
     ASSETS_DIR,
-    CONF_DIR,
     ConfigError,
     ModelConfig,
     RunConfig,
@@ -40,10 +39,15 @@ DROPOUT_FIELDS = (
     "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout",
     "activation_dropout",
 )  # fmt: skip
+# The same tanh approximation, as one kernel that keeps one activation instead of many.
+COMPOSED_GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"
+ACTIVATION_FIELDS = ("activation_function", "hidden_act")  # GPT-2's and its relatives', and others'
 
 
 def source_of(cfg: ModelConfig) -> str:
-    """Folder or hub id that the model's files come from."""
+    """Folder or hub id that the model's files come from; a GGUF file is converted first."""
+    if cfg.gguf:
+        return str(gguf.converted(gguf.file_of(cfg), cfg.cache_dir))
     return str(ASSETS_DIR / cfg.asset) if cfg.asset else cfg.path or cfg.id or ""
 
 
@@ -53,6 +57,41 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     Raises:
         ConfigError: the source is not there; says which models are.
     """
+    config = _config_as_saved(cfg)
+    for name in DROPOUT_FIELDS:
+        if isinstance(getattr(config, name, None), float | int):
+            setattr(config, name, cfg.dropout)
+    name = _gelu_field(config)
+    if cfg.gelu == "fused" and name:
+        setattr(config, name, FUSED_GELU)
+    config.use_cache = False
+    return config
+
+
+def facts(cfg: ModelConfig, config: PretrainedConfig) -> dict[str, Any]:
+    """What result.json says of the model that `load_config` made of `cfg`."""
+    saved = _config_as_saved(cfg)
+    name = _gelu_field(saved)
+    activation = None
+    for field in ACTIVATION_FIELDS:
+        activation = getattr(config, field, activation)
+    if name and activation == FUSED_GELU:
+        activation = f"{COMPOSED_GELU} -> {FUSED_GELU} (fused)"
+    return {
+        "type": config.model_type,
+        "source": cfg.asset or cfg.path or cfg.id or cfg.package,
+        "revision": getattr(saved, "_commit_hash", None),  # the commit that was found
+        "activation": activation,
+        "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+    }
+
+
+def _gelu_field(config: PretrainedConfig) -> str | None:
+    """Where a configuration asks for the composed tanh GELU, if it does."""
+    return next((f for f in ACTIVATION_FIELDS if getattr(config, f, None) == COMPOSED_GELU), None)
+
+
+def _config_as_saved(cfg: ModelConfig) -> PretrainedConfig:
     if cfg.architecture:
         fields = dict(cfg.architecture)
         kind = fields.pop("model_type", "gpt2")
@@ -65,16 +104,8 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
             if not hasattr(plain, name):
                 known = [key for key in vars(plain) if not key.startswith("_")]
                 raise ConfigError(f"model.architecture.{name}: {nearest(name, known)}")
-    else:
-        config = _from_source(AutoConfig, cfg, source_of(cfg))
-    for name in DROPOUT_FIELDS:
-        if isinstance(getattr(config, name, None), float | int):
-            setattr(config, name, cfg.dropout)
-    if cfg.gelu == "fused" and getattr(config, "activation_function", None) == "gelu_new":
-        # The same tanh approximation, as one kernel that keeps one activation instead of many.
-        config.activation_function = "gelu_pytorch_tanh"
-    config.use_cache = False
-    return config
+        return config
+    return _from_source(AutoConfig, cfg, source_of(cfg))
 
 
 def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -116,7 +147,7 @@ def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     else:
         options = {"config": config, "dtype": dtype_of(run)}
         model = _from_source(AutoModelForCausalLM, run.model, source_of(run.model), **options)
-    return _unfused(model) if wants_unfused(run) else model
+    return _unfused(model) if wants_unfused(run, config) else model
 
 
 def without_files(run: RunConfig) -> RunConfig:
@@ -124,22 +155,19 @@ def without_files(run: RunConfig) -> RunConfig:
 
     A model that conf/model does not describe, `model.path=…` or another id, stays as it is.
     """
-    model = run.model
-    known = CONF_DIR / "model" / f"{model.name}.yaml"
-    if not model.shape or model.architecture or model.path or not known.is_file():
+    architecture = roles.shape_of(run.model)
+    if not architecture:
         return run
-    if model.id != OmegaConf.select(OmegaConf.load(known), "id"):
-        return run
-    architecture = {"model_type": "gpt2", **model.shape}
-    model = replace(model, asset=None, path=None, id=None, architecture=architecture)
-    return replace(run, model=model)
+    gone = dict.fromkeys(("asset", "id", "package", "gguf"))
+    return replace(run, model=replace(run.model, **gone, architecture=architecture))
 
 
 def on_meta(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     """The same modules without weights, in milliseconds: enough for counts and checks of names."""
+    options = {"dtype": dtype_of(run), "trust_remote_code": bool(run.model.remote_code)}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(run))
-    return _unfused(model) if wants_unfused(run) else model
+        model = AutoModelForCausalLM.from_config(config, **options)
+    return _unfused(model) if wants_unfused(run, config) else model
 
 
 def checkpoint_activations(model: nn.Module, cfg: TrainConfig) -> nn.Module:
@@ -186,12 +214,14 @@ def dtype_of(run: RunConfig) -> torch.dtype:
     return torch.bfloat16 if narrow else torch.float32
 
 
-def wants_unfused(run: RunConfig) -> bool:
+def wants_unfused(run: RunConfig, config: PretrainedConfig) -> bool:
     """Whether q, k and v are to be three matrices: if asked for, or if a target names one alone."""
     if run.model.unfuse_qkv != "auto":
         return bool(run.model.unfuse_qkv)
-    alone = any(name in UNFUSED_TARGETS.values() for name in run.targets.modules)
-    return alone and run.method.name not in ("none", "full")
+    if run.method.name in ("none", "full"):
+        return False
+    named = roles.modules_of(run.targets, config.model_type) or []
+    return any(name in UNFUSED_TARGETS.values() for name in named)
 
 
 def _unfused(model: PreTrainedModel) -> PreTrainedModel:
@@ -204,16 +234,45 @@ def _unfused(model: PreTrainedModel) -> PreTrainedModel:
 def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> Any:
     """`kind.from_pretrained(source)`, with an error that says which models there are instead."""
     revision = {"revision": cfg.revision} if cfg.revision and source == cfg.id else {}
+    trusted = cfg.remote_code is not None and source == cfg.remote_code
+    if trusted:
+        _refuse_code_of_others(source, revision)
     try:
-        return kind.from_pretrained(source, **revision, **options)
+        # Said either way: left open, transformers would ask at the terminal.
+        return kind.from_pretrained(source, trust_remote_code=trusted, **revision, **options)
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model={cfg.name}: {source!r} brings code of its own, which is run only where it "
+                f"is asked for by name: model.remote_code={source}"
+            ) from error
+        at = f" at revision {cfg.revision}" if revision else ""
+        there = ", ".join(network.revisions(source)) if revision else ""
+        other = f"Of it the local hub cache has revision {there}: model.revision=…. " * bool(there)
         shipped = ", ".join(p.name for p in sorted(ASSETS_DIR.iterdir()) if p.is_dir())
         raise ConfigError(
-            f"model={cfg.name}: {source!r} could not be loaded ({reason}). "
+            f"model={cfg.name}: {source!r}{at} could not be loaded ({reason}). {other}"
             f"Models that ship with the harness: {shipped}. In the local hub cache: "
             f"{', '.join(network.cached('models')) or 'none'}. Or give a folder: model.path=…"
         ) from error
+
+
+def _refuse_code_of_others(source: str, revision: dict[str, str]) -> None:
+    """Raise ConfigError where a model's code is that of another repository, which nobody named."""
+    try:
+        found = [
+            PretrainedConfig.get_config_dict(source, **revision)[0],
+            get_tokenizer_config(source, **revision),
+        ]
+    except (OSError, ValueError):
+        return  # no such model, which loading says better
+    for auto_map in (one.get("auto_map") or {} for one in found):
+        if others := set(re.findall(r"([\w./-]+)--", str(auto_map))) - {source}:
+            raise ConfigError(
+                f"model.remote_code={source}: its code is that of {', '.join(sorted(others))}, "
+                "which is not run; give a folder that holds the code: model.path=…"
+            )
 
 
 # --------------------------------------------------------------------------- shape and size

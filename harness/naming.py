@@ -34,6 +34,8 @@ _LATER = {  # keys that came later: a run that leaves them alone is the run that
     "evaluate": ("generate",),
 }
 _NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
+# Left out where not set: runs recorded before there were these fields keep their identities.
+_NEWER = {"model": ("package", "gguf", "remote_code"), "targets": ("roles",)}
 
 
 def identity(run: RunConfig) -> str:
@@ -53,6 +55,11 @@ def identity(run: RunConfig) -> str:
             from harness.documents import files_digest
 
             fields["files"] = files_digest(fields["path"])  # the same path, another text
+    del values["model"]["cache_dir"]
+    for section, keys in _NEWER.items():
+        for key in keys:
+            if not values[section][key]:
+                del values[section][key]
     for key in _NOT_IDENTITY_OF_TRAINING:
         del values["train"][key]
     if isinstance(run.method, LoraMethod):

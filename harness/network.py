@@ -41,3 +41,11 @@ def cached(kind: str) -> list[str]:
 
     folders = sorted(Path(constants.HF_HUB_CACHE).glob(f"{kind}--*"))
     return [folder.name.removeprefix(f"{kind}--").replace("--", "/") for folder in folders]
+
+
+def revisions(model_id: str) -> list[str]:
+    """Revisions of a model in the local hub cache."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{model_id.replace('/', '--')}" / "snapshots"
+    return sorted(path.name for path in folder.glob("*"))

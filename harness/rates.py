@@ -153,7 +153,7 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
     found: dict[str, Any] = {}
     sections = {"model": vars(model), "data": vars(data), "train": train}
     schemas: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    left_out = {"model": ("shape",), "data": ("cache_dir",), "train": NOT_SETTING}
+    left_out = {"model": ("shape", "cache_dir"), "data": ("cache_dir",), "train": NOT_SETTING}
     for section, values in sections.items():
         defaults = _defaults(schemas[section])
         for key, value in values.items():

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from harness import gguf
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -63,8 +64,9 @@ def validate(run: RunConfig) -> None:
         )
 
     model, data, train, ev = run.model, run.data, run.train, run.evaluate
-    sources = [k for k in ("asset", "path", "id", "architecture") if getattr(model, k)]
-    _require(len(sources) == 1, "model", sources, "exactly one of asset, path, id, architecture")
+    kinds = ("asset", "path", "id", "package", "architecture")
+    sources = [key for key in kinds if getattr(model, key)]
+    _require(len(sources) == 1, "model", sources, f"exactly one of {', '.join(kinds)}")
     if model.asset and not (ASSETS_DIR / model.asset).is_dir():
         there = [p.name for p in ASSETS_DIR.glob("*") if p.is_dir()]
         raise ConfigError(
@@ -72,6 +74,16 @@ def validate(run: RunConfig) -> None:
         )
     if model.path and not Path(model.path).is_dir():
         raise ConfigError(f"model.path={model.path!r}: no such folder")
+    if model.package and not model.gguf:
+        raise ConfigError(f"model.package={model.package} needs model.gguf, a file in it")
+    if model.gguf and not model.package:  # a package is looked for where it is needed
+        gguf.file_of(model)
+    if model.remote_code and model.remote_code not in (model.id, model.path):
+        raise ConfigError(
+            f"model.remote_code={model.remote_code} names another model than "
+            f"{model.id or model.path or model.name}: a model's own code is run only where it is "
+            "asked for by that model's id or folder"
+        )
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "a probability in [0, 1)")
 
     _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")

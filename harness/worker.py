@@ -195,6 +195,7 @@ def perform(
 
     # Names and shapes are checked on the meta device, before anything is read or loaded.
     model_config = models.load_config(run.model)
+    result["model"] |= models.facts(run.model, model_config)
     methods.check_context(run, models.max_context(model_config))
     context = run.evaluate.context or run.data.context
     with suppress(methods.NeedsWeightsError):  # then on the real model
@@ -419,7 +420,8 @@ def perform(
         log.exception("no prediction")
         result["predicted"] = None
     if accelerator.is_main_process:
-        alone = models.wants_unfused(run) or run.model.architecture or run.method.name == "truncate"
+        unfused = models.wants_unfused(run, model_config)
+        alone = unfused or run.model.architecture or run.method.name == "truncate"
         merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
         result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
 

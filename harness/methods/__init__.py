@@ -13,6 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
+from harness import roles
 from harness.config import (
     ConfigError,
     LoraMethod,
@@ -22,7 +23,7 @@ from harness.config import (
     UdvMethod,
     nearest,
 )
-from harness.methods import lora_layer, svd, targets, udv
+from harness.methods import lora_layer, svd, targets, tying, udv
 
 
 def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -130,7 +131,10 @@ def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         if "fan_in_fan_out" in names:
             named["fan_in_fan_out"] = matched.conv1d
         if "feedforward_modules" in names:  # IA3 scales these at their input
-            named["feedforward_modules"] = [m for m in matched.suffixes if m.startswith("mlp")]
+            mlp = roles.mlp_of(model.config.model_type)
+            named["feedforward_modules"] = [
+                m for m in matched.suffixes if m in mlp or m.startswith("mlp")
+            ]
     named = {key: value for key, value in named.items() if key not in method.fields}
     return _wrap(model, _peft_config(config_class, named, method.fields))
 
@@ -300,6 +304,8 @@ def _wrap(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
         p.requires_grad for p in adapted.parameters()
     ):
         raise ConfigError(f"{kind} would train nothing: check method.fields")
+    if getattr(config, "ensure_weight_tying", False):
+        tying.check_tied(adapted)
     return adapted
 
 

@@ -1,7 +1,7 @@
 """Target names to weight matrices, checked before PEFT sees them.
 
-A target is a module-name suffix, as PEFT matches them. On a model whose q, k and v are three
-matrices `attn.c_attn` stands for all three.
+A target is a role (`harness.roles`) or a module-name suffix, as PEFT matches them. On a model whose
+q, k and v are three matrices `attn.c_attn` stands for all three.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from harness import roles
 from harness.config import ConfigError, TargetsConfig
 from harness.models import matrices
 from harness.unfuse import UNFUSED_TARGETS, is_unfused
@@ -40,10 +41,18 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
     there = matrices(model)
     layers = {match[1] for name in there if (match := re.search(r"\.(\d+)\.", name))}
     kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in there})
-    if not targets.modules:
+    architecture = getattr(getattr(model, "config", None), "model_type", "")
+    named = roles.modules_of(targets, architecture)
+    if named is None:
+        raise ConfigError(
+            f"targets={targets.name}: which modules are {', '.join(targets.roles)} in a model of "
+            f"type {architecture!r} is not known; name modules, targets.modules=[…], of: "
+            f"{', '.join(kinds)}"
+        )
+    if not named:
         raise ConfigError(f"targets={targets.name} names no modules; there are: {', '.join(kinds)}")
     suffixes: list[str] = []
-    for suffix in targets.modules:
+    for suffix in named:
         split = suffix == "attn.c_attn" and is_unfused(model)
         suffixes += UNFUSED_TARGETS.values() if split else [suffix]
     found: dict[str, tuple[int, int]] = {}
@@ -51,8 +60,7 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
         matches = [name for name in there if name == suffix or name.endswith(f".{suffix}")]
         if not matches:
             hint = " (q, k and v apart need model.unfuse_qkv=true)" if "c_attn." in suffix else ""
-            own = getattr(getattr(model, "config", None), "model_type", "")
-            hint += f" (try targets={own})" if own == "lstm" else ""
+            hint += " (try targets=lstm)" if architecture == "lstm" else ""
             raise ConfigError(
                 f"targets={targets.name}: '{suffix}' matches no matrix of this model{hint}; "
                 f"there are: {', '.join(kinds)}"

