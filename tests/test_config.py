@@ -136,7 +136,11 @@ def test_the_identity_leaves_out_what_moves_no_number(make_run):
 
 def test_every_model_data_method_and_target_file_composes(make_run):
     needs = {
-        "model": {"local": ["model.path=."]},
+        "model": {
+            "local": ["model.path=."],
+            "hub": ["model.id=x/y"],
+            "lstm": ["targets=lstm"],
+        },
         "data": {
             "text_files": ["data.path=README.md"],
             "hub": ["data.id=x/y"],
@@ -144,7 +148,11 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             "pairs": ["data.id=x/y"],
         },
         "method": {"peft": ["method.peft_type=IA3"]},
-        "targets": {},
+        "targets": {
+            "gate": ["model=smollm2_135m"],
+            "lstm": ["model=lstm"],
+            "lstm_core": ["model=lstm"],
+        },
     }
     for group, special in needs.items():
         for option in options(group):

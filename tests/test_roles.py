@@ -21,6 +21,7 @@ LAYERS = {  # where two layers need another field than num_hidden_layers
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "mpt": {"n_layers": 2},
     "xglm": {"num_layers": 2},
+    "nemotron": {"num_hidden_layers": 2, "num_key_value_heads": 8},
     "lstm": {},
 }
 
@@ -94,8 +95,7 @@ def test_modules_by_name_stand_instead_of_roles(make_run):
 
 
 def test_an_unknown_architecture_says_how_to_name_modules(make_run):
-    fields = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "n_embd": 32}
-    model = on_meta("openai-gpt", n_layer=2, **fields)
+    model = on_meta("openai-gpt", n_layer=2, n_embd=32, n_head=2, vocab_size=64)
     run = make_run("model=hub", "model.id=someone/something", "targets=attn")
     assert run.targets.roles == ["qkv", "o"] and not run.targets.modules
     with pytest.raises(ConfigError) as error:
