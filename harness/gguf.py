@@ -10,10 +10,12 @@ import hashlib
 import importlib.util
 import logging
 import shutil
+import struct
 import tempfile
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from harness.config import ConfigError, ModelConfig, nearest
 
@@ -66,15 +68,12 @@ def converted(file: Path, cache_dir: str) -> Path:
     if _is_whole(folder):
         return folder
     log.info("converting %s, once", file)
-    # Here, since the controller asks for the file and must not import torch.
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer  # here: the controller must not import torch
 
     try:
-        options = {"gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        model = _dense(file)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.gguf: {file} could not be read ({reason})") from error
     try:
@@ -92,6 +91,24 @@ def converted(file: Path, cache_dir: str) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _dense(file: Path) -> Any:
+    """The model of a GGUF file as `transformers` makes it, without what marks it as quantized."""
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"gguf_file": file.name}
+    config = AutoConfig.from_pretrained(file.parent, **options)
+    if hasattr(transformers, "GgufConfig"):  # releases that may leave weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    return model
 
 
 @lru_cache

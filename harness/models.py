@@ -80,7 +80,7 @@ def facts(cfg: ModelConfig, config: PretrainedConfig) -> dict[str, Any]:
     return {
         "type": config.model_type,
         "source": cfg.asset or cfg.path or cfg.id or cfg.package,
-        "revision": getattr(saved, "_commit_hash", None),  # the commit that was found
+        "revision": network.commit_of(cfg.id, cfg.revision) if cfg.id else None,
         "activation": activation,
         "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
     }

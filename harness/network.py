@@ -49,3 +49,11 @@ def revisions(model_id: str) -> list[str]:
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{model_id.replace('/', '--')}" / "snapshots"
     return sorted(path.name for path in folder.glob("*"))
+
+
+def commit_of(model_id: str, revision: str | None) -> str | None:
+    """The commit of a hub model that was read last: a branch's name moves."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None

@@ -66,7 +66,11 @@ def validate(run: RunConfig) -> None:
     model, data, train, ev = run.model, run.data, run.train, run.evaluate
     kinds = ("asset", "path", "id", "package", "architecture")
     sources = [key for key in kinds if getattr(model, key)]
-    _require(len(sources) == 1, "model", sources, f"exactly one of {', '.join(kinds)}")
+    if len(sources) != 1:
+        raise ConfigError(
+            f"model={model.name} has {' and '.join(sources) or 'no source'}: expected exactly one "
+            f"of {', '.join(kinds)}" + "; set model.id=…" * (model.name == "hub")
+        )
     if model.asset and not (ASSETS_DIR / model.asset).is_dir():
         there = [p.name for p in ASSETS_DIR.glob("*") if p.is_dir()]
         raise ConfigError(

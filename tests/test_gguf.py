@@ -35,9 +35,9 @@ def write_gguf(path):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(V)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|endoftext|>", *(chr(33 + i) for i in range(V - 3)), "Ġ", "Ċ"])
+    writer.add_token_list(["<|endoftext|>", *(chr(33 + i) for i in range(V - 4)), "AB", "Ġ", "Ċ"])
     writer.add_token_types([3] + [1] * (V - 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["A B"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     tensors = {"token_embd": (V, D), "output": (V, D), "output_norm": (D,)}
