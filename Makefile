@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment tune report wandb-sync test test-faults test-launchers test-stats lint bench gpt2_mini clean
+.PHONY: help setup experiment tune report wandb-sync verify-published test test-faults test-launchers test-stats lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ report: setup ## tables, figures and the page of an experiment (EXPERIMENT=main)
 
 wandb-sync: setup ## upload an experiment's offline W&B runs, each once (EXPERIMENT=main)
 	cd outputs/$(EXPERIMENT) && $(CURDIR)/$(RUN) -m wandb sync --yes
+
+verify-published: setup ## published perplexities of GPT-2 beside ours (ONLY=gpt2, about 30 minutes; weights from the hub)
+	$(RUN) -m harness.verify $(if $(ONLY),--only $(ONLY))
 
 test: setup ## run the tests (about 8 minutes)
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal

@@ -227,14 +227,14 @@ def text_files(cfg: DataConfig) -> Splits:
 # --------------------------------------------------------------------------- the hub
 
 
-def load_hub(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
-    """Split -> (its name on the hub, its data set); validation and test only where they are."""
+def _load_hub(cfg: DataConfig) -> Any:
+    """The data set of a hub id, or of a folder in a form that `datasets` knows, by split."""
     import datasets
 
     from harness import network
 
     try:
-        loaded = datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
+        return datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         cached = ", ".join(network.cached("datasets")) or "none"
@@ -242,6 +242,11 @@ def load_hub(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
             f"data.id={cfg.id}: could not be loaded ({reason}). In the local hub cache: {cached}. "
             "Without a network use data=kjv, or data=text_files data.path=… for a local copy"
         ) from error
+
+
+def hub_splits(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
+    """Split -> (its name on the hub, its data set); validation and test only where they are."""
+    loaded = _load_hub(cfg)
     found = {}
     for name in SPLITS:
         source = cfg.split_names.get(name, name)
@@ -258,7 +263,7 @@ def load_hub(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
 def hub(cfg: DataConfig) -> Splits:
     """Any text data set of `datasets`, by id and config; a missing split is cut from train."""
     documents: Splits = {}
-    for name, (source, rows) in load_hub(cfg).items():
+    for name, (source, rows) in hub_splits(cfg).items():
         if cfg.text_field not in rows.column_names:
             names = rows.column_names
             raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
@@ -277,6 +282,34 @@ def hub(cfg: DataConfig) -> Splits:
         held_out = {name for name, _ in cut[missing]}
         documents["train"] = [doc for doc in documents["train"] if doc[0] not in held_out]
     return documents
+
+
+def raw_rows(cfg: DataConfig, split: str) -> list[str]:
+    """The rows of a split as `datasets` gives WikiText: lines with their ends, or "" where blank.
+
+    Of a hub data set, of a folder of .txt files by split (data=hub data.id=FOLDER), or of the one
+    .txt file of data=text_files, which is then the split.
+
+    Raises:
+        ConfigError: no such split.
+    """
+    if cfg.source == "text_files":
+        lines = find_files(cfg.path)[0].read_text("utf-8-sig").split("\n")
+        rows = [f"{line}\n" for line in lines[:-1]] + [lines[-1]]
+        return [row if row.strip() else "" for row in rows if row]
+    source = cfg.split_names.get(split, split)
+    loaded = _load_hub(cfg)
+    if source not in loaded:
+        raise ConfigError(
+            f"data={cfg.name}: {cfg.id} has no split {source}; {nearest(source, loaded.keys())}"
+        )
+    names = loaded[source].column_names
+    if cfg.text_field not in names:
+        raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
+    rows = [row or "" for row in loaded[source][cfg.text_field]]
+    if Path(str(cfg.id)).is_dir():  # lines of text files come without their ends
+        rows = [f"{row.removesuffix(chr(10))}\n" if row.strip() else "" for row in rows]
+    return rows
 
 
 # --------------------------------------------------------------------------- docstrings

@@ -8,8 +8,7 @@ import json
 import re
 
 from harness.config import (
-    DataConfig,
-    EvaluateConfig,
+    SECTIONS,
     LoraMethod,
     MethodConfig,
     PeftMethod,
@@ -23,32 +22,26 @@ _NOT_IDENTITY = (
     "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
     "tracker",
 )  # fmt: skip
-_LATER = {  # keys that came later: a run that leaves them alone is the run that it was before
-    "data": (
-        "packing",
-        "separator",
-        "prompt_field",
-        "completion_field",
-        "prompt_style",
-    ),
-    "evaluate": ("generate",),
+# Keys that came later: a run that leaves them alone is the run that it was before.
+_LATER = {
+    "model": ("package", "gguf", "remote_code"),
+    "data": ("packing", "separator", "prompt_field", "completion_field", "prompt_style"),
+    "targets": ("roles",),
+    "evaluate": ("generate", "protocol"),
 }
 _NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
-# Left out where not set: runs recorded before there were these fields keep their identities.
-_NEWER = {"model": ("package", "gguf", "remote_code"), "targets": ("roles",)}
 
 
 def identity(run: RunConfig) -> str:
     """SHA-256 of everything in the config that can move the run's numbers."""
     values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
     texts = (values["data"], *values["evaluate"]["also"].values())
-    for section, schema, found in [
-        *(("data", DataConfig, fields) for fields in texts),
-        ("evaluate", EvaluateConfig, values["evaluate"]),
-    ]:
-        for field in dataclasses.fields(schema):
-            if field.name in _LATER[section] and found[field.name] == field.default:
-                del found[field.name]
+    parts = [(section, values[section]) for section in _LATER if section != "data"]
+    for section, found in [*parts, *(("data", fields) for fields in texts)]:
+        defaults = {field.name: field.default for field in dataclasses.fields(SECTIONS[section])}
+        for name in _LATER[section]:
+            if found[name] in (defaults[name], []):
+                del found[name]
     for fields in texts:
         del fields["cache_dir"]
         if fields["source"] in ("text_files", "pairs") and fields["path"]:
@@ -56,10 +49,6 @@ def identity(run: RunConfig) -> str:
 
             fields["files"] = files_digest(fields["path"])  # the same path, another text
     del values["model"]["cache_dir"]
-    for section, keys in _NEWER.items():
-        for key in keys:
-            if not values[section][key]:
-                del values[section][key]
     for key in _NOT_IDENTITY_OF_TRAINING:
         del values["train"][key]
     if isinstance(run.method, LoraMethod):

@@ -178,7 +178,7 @@ def _fields(record: dict[str, Any], cfg: DataConfig, where: str) -> tuple[str, l
 def _hub_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
     return {
         name: [_fields(row, cfg, f"{cfg.id} {source}") for row in rows]
-        for name, (source, rows) in documents.load_hub(cfg).items()
+        for name, (source, rows) in documents.hub_splits(cfg).items()
     }
 
 

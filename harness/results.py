@@ -8,7 +8,8 @@ run.resumed_at (steps), train.{micro_batch, micro_batch_asked}, method.name, par
 parameters.trainable, memory.peak_bytes, memory.by_category (bytes), speed.tokens_per_second,
 speed.train_seconds, quality.step0.validation.perplexity, quality.validation.perplexity,
 quality.test.{nll_nats, num_tokens, perplexity, word_perplexity, bits_per_byte},
-quality.also.NAME.{before, after} with the same, quality.generation.{bleu, nist, meteor, rouge_l,
+quality.also.NAME.{before, after} with the same, quality.test_protocol (`harness.protocols`),
+quality.generation.{bleu, nist, meteor, rouge_l,
 cider, skipped, num_prompts, num_tokens, seconds, tokens_per_second},
 evaluation.{context, stride, tokenizer},
 environment.{commit, versions, hardware, runs_beside}.

@@ -34,6 +34,7 @@ CHOICES = {
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
     "train.on_oom": ("halve", "fail"),
+    "evaluate.protocol": ("documents", "hf_guide", "lm_eval", "gpt2_paper"),
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
@@ -190,6 +191,9 @@ def validate(run: RunConfig) -> None:
     stride = context if ev.stride is None else ev.stride
     _require(1 <= stride <= context, "evaluate.stride", stride, f"1 to the context of {context}")
 
+    if ev.protocol != "documents":
+        _validate_protocol(run, context, stride)
+
     if isinstance(run.method, LoraMethod):
         _require(run.method.r >= 1, "method.r", run.method.r, "a rank of 1 or more")
         _require(0 <= run.method.dropout < 1, "method.dropout", run.method.dropout, "in [0, 1)")
@@ -245,6 +249,32 @@ def _validate_generate(run: RunConfig) -> None:
     n, most = asked.no_repeat_ngram, asked.prompts
     _require(n >= 0, "evaluate.generate.no_repeat_ngram", n, "a length, or 0 for off")
     _require(most is None or most > 0, "evaluate.generate.prompts", most, "1 or more, or null")
+def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:
+    """What a published protocol (`harness.protocols`) needs: the test set's rows as they are."""
+    data, where = run.data, f"evaluate.protocol={run.evaluate.protocol}"
+    if not run.evaluate.test:
+        raise ConfigError(f"{where} reads the test set, and evaluate.test=false: leave one out")
+    if data.source not in ("hub", "text_files"):
+        raise ConfigError(
+            f"{where} with data={data.name}: it is of rows as WikiText has them; expected "
+            "data=wikitext2, data=hub or data=text_files"
+        )
+    if data.document_chars is not None:
+        raise ConfigError(f"{where} reads whole rows: leave out data.document_chars")
+    if run.evaluate.protocol == "lm_eval" and stride != context:
+        raise ConfigError(
+            f"evaluate.stride={stride} with {where}, whose windows do not overlap: leave it out, "
+            f"or set it to the context of {context}"
+        )
+    if data.source == "text_files":
+        files = find_files(data.path)
+        if len(files) != 1 or files[0].suffix != ".txt":
+            raise ConfigError(f"{where}: expected data.path to be one .txt file, the test set")
+        if run.method.name not in ("none", "truncate"):
+            raise ConfigError(
+                f"{where} reads all of {files[0]}, which method={run.method.name} trains on: use "
+                "data=hub data.id=FOLDER, with train.txt, valid.txt and test.txt, or method=none"
+            )
 
 
 def _validate_tracker(run: RunConfig) -> None:

@@ -43,6 +43,7 @@ from harness import (
     network,
     pairs,
     plan,
+    protocols,
     results,
     start,
     train,
@@ -207,6 +208,7 @@ def perform(
         held_out = text.held_out | {
             name: data.prepare_test(cfg, tokenizer) for name, cfg in run.evaluate.also.items()
         }
+        by_protocol = protocols.read(run, tokenizer)
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
     stride = run.evaluate.stride or context
     result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}
@@ -385,6 +387,15 @@ def perform(
     }
     if run.evaluate.test:  # read here, once, and nowhere else
         result["quality"]["test"] = conclude("test", *measure("test"))
+    if by_protocol is not None:
+        with process.phase("evaluate"):
+            result["quality"]["test_protocol"] = protocols.measure(
+                prepared,
+                by_protocol,
+                batch_tokens=batch_tokens,
+                precision=precision,
+                accelerator=accelerator,
+            )
     if prompts and run.evaluate.generate:
         process.turn("generate")
         completed = generation.complete(
