@@ -8,8 +8,8 @@ hf_guide    Hugging Face, "Perplexity of fixed-length models". All rows, empty o
             trg ids, the id that has nothing before it in its window is not predicted: with S = C
             that is C - 1 of C, with S < C all of them but in the first window. perplexity is
             exp(sum of (trg - 1) mean / sum of (trg - 1)) over the windows' mean nats, the guide's
-            own weights, which take one from every window. The guide before 2024 weighted by trg or
-            not at all: 16.45 instead of 16.44, nothing where windows do not overlap.
+            own weights, which take one from every window. Earlier versions of the guide weighted by
+            trg, or not at all, and printed 16.45 where it now has 16.44.
 lm_eval     lm-evaluation-harness, task `wikitext` version 2. Pages as EleutherAI/
             wikitext_document_level has them, each by itself after one prefix token, the text
             detokenised. Windows of C predictions do not overlap but for a page's last one, whose

@@ -117,11 +117,15 @@ def without_weights(model: str) -> str | None:
 
 def measure(rows: list[Published], files: dict[str, str | None]) -> Iterator[Measured]:
     """The rows of one model, each as it is done; its weights are loaded once there is a text."""
+    import datasets
     import torch
+    import transformers
     from accelerate import Accelerator
 
     from harness import environment, evaluate, loss, models, protocols
 
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     torch.set_num_threads(environment.usable_cores())
     predicts = None
@@ -192,6 +196,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokenised", metavar="FILE", help="test set with <unk>, a .txt file")
     asked = parser.parse_args(arguments)
     files = {RAW: asked.raw, TOKENISED: asked.tokenised}
+    try:  # before anything is loaded
+        for row in PUBLISHED:
+            run_of(row, files[row.text])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     network.go_offline_if_unreachable()
     found: list[Measured] = []
     for model in asked.only or MODELS:

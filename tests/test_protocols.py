@@ -25,13 +25,13 @@ LINES = [
     "",
     "= Old Mill Road =",
     "",
-    'Old Mill Road ( also the " Mill Way " ) is a 12 @.@ 5 @-@ mile lane in the north , built in 1893',
-    "for 1 @,@ 200 crowns . The town 's council , led by J. H. Adams , widened it ; it wasn 't closed",
-    ": the players ' wagons went on . It is 40 ° C there in summer !",
+    'Old Mill Road ( also the " Mill Way " ) is a 12 @.@ 5 @-@ mile lane in the north , built in',
+    "1893 for 1 @,@ 200 crowns . The town 's council , led by J. H. Adams , widened it ; it",
+    "wasn 't closed : the players ' wagons went on . It is 40 ° C there in summer !",
     "",
     "= = History = =",
     "",
-    'The lane [ sic ] had " no name " until 1901 . Who paid $ 30 for it ? The U.S. Army did , 5 % .',
+    'The lane [ sic ] had " no name " until 1901 . Who paid $ 30 ? The U.S. Army did , 5 % .',
     "= = = Later years = = =",
     "",
     "A naïve façade – it stands .",
@@ -41,7 +41,7 @@ LINES = [
     "Its one line is here ...",
 ]
 PAGES = "".join(f" {line} \n" if line else " \n" for line in LINES)
-STRIDES = [64, 32, 13, 1]
+STRIDES = [64, 32, 13, 5]
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +90,17 @@ def by_the_guide(model, ids: torch.Tensor, max_length: int, stride: int) -> floa
 
 @pytest.mark.parametrize("stride", STRIDES)
 def test_hf_guide_is_the_guides_loop(model, tokenizer, rows, stride):
-    rows = rows if stride > 1 else rows[:12]
+    rows = {64: rows, 32: rows[:30], 13: rows[:20], 5: rows[:14]}[stride]
     text = protocols.hf_guide(rows, tokenizer, 64, stride)
     ids = tokenizer("\n\n".join(rows), return_tensors="pt")["input_ids"]
-    assert ids.size(1) % 64 and ids.size(1) > 4 * 64
+    assert ids.size(1) % 64 and ids.size(1) > 2 * 64
     found = measured(model, text)
     assert found["perplexity"] == pytest.approx(by_the_guide(model, ids, 64, stride), rel=1e-5)
     # Without overlap a window's first id is not predicted; with it, only the text's first is not.
     dropped = -(-ids.size(1) // 64) if stride == 64 else 1
     assert found["num_tokens"] == ids.size(1) - dropped
     plain = math.exp(found["nll_nats"] / found["num_tokens"])
-    if 1 < stride < 64:  # the guide's weights are not those of the tokens
+    if stride < 64:  # the guide's weights are not those of the tokens
         assert abs(plain / found["perplexity"] - 1) > 3e-5
 
 
@@ -196,7 +196,8 @@ def test_lm_eval_is_lm_evals_own_task(model, tokenizer, rows, wikitext, context)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, max_length=context, batch_size=4)
     exact = run(lm, {"pages": task}, bootstrap_iters=0, log_samples=False)["results"]["pages"]
     text = protocols.lm_eval(rows, tokenizer, context, context)
-    assert min(map(len, text.sequences)) < 64 < context < max(map(len, text.sequences))
+    lengths = [len(sequence) for sequence in text.sequences]
+    assert min(lengths) < context < max(lengths)
     found = measured(model, text)
     for metric in metrics:
         assert found[metric] == pytest.approx(exact[f"{metric},none"], rel=1e-5)
@@ -239,9 +240,9 @@ def test_any_tokens_come_back_or_the_line_is_left_alone():
         assert protocols.retokenise(protocols.detokenise(line)) == line
 
 
-def test_gpt2_paper_divides_by_words_and_lines(model, tokenizer, rows):
+def test_gpt2_paper_divides_by_words_and_lines(model, tokenizer):
     added = [
-        *rows,
+        *rows_of(PAGES),
         " Section 1.5 holds , as 1,000 do . \n",
     ]  # 1.5 and 1,000 are not WikiText's form
     text = protocols.gpt2_paper(added, tokenizer, 64, 32)
@@ -402,13 +403,13 @@ def test_verify_prints_what_is_published_beside_what_is_measured(
         "--only", "gpt2", *both, module="harness.verify"
     )
     assert done.returncode == 1, done.stderr  # the tiny model is not gpt2
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("gpt2 ")]
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("gpt2 ")]
     assert [row[1:4] for row in rows] == [
         ["hf_guide", "1024", "29.94"], ["lm_eval", "1024", "37.37"],
         ["gpt2_paper", "1024", "29.41"],
     ]  # fmt: skip
     for row in rows:
-        assert float(row[4]) - float(row[3]) == pytest.approx(float(row[5]), abs=1e-4)
+        assert float(row[4]) - float(row[3]) == pytest.approx(float(row[5]), abs=2e-4)
     assert rows[0][6:8] == ["DIFFERS", "(0.01)"] and rows[2][6] == "Radford"
     ids = tokenizer("\n\n".join(rows_of(text)), return_tensors="pt")["input_ids"]
     exact = by_the_guide(GPT2LMHeadModel.from_pretrained(snapshot).eval(), ids, 1024, 1024)
