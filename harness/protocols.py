@@ -147,7 +147,8 @@ def pages(rows: list[str]) -> list[str]:
     There an empty row was a space; what comes before the first title is a page if it has text.
     """
     lines = [row.removesuffix("\n") or " " for row in rows] + [""]
-    found, page = [], []
+    found: list[str] = []
+    page: list[str] = []
     for line in lines:
         heading = line.replace("= = =", "===").replace("= =", "==").strip()
         if heading.startswith("= ") and heading.endswith(" ="):
@@ -273,7 +274,8 @@ def _split(chunk: str) -> list[str]:
     """A word with its punctuation as tokens."""
     if chunk.strip("=") == "":
         return list(chunk) or [""]
-    head, tail = [], []
+    head: list[str] = []
+    tail: list[str] = []
     while len(chunk) > 1 and chunk[0] in (*OPENING, '"'):
         head.append(chunk[0])
         chunk = chunk[1:]

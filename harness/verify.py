@@ -150,20 +150,12 @@ def measure(rows: list[Published], files: dict[str, str | None]) -> Iterator[Mea
 def show(found: list[Measured]) -> None:
     """The table, and below it why rows are missing."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in (
-        "model",
-        "protocol",
-        "stride",
-        "published",
-        "measured",
-        "difference",
-        "",
-        "source",
-    ):
-        justify = (
-            "right" if heading in ("stride", "published", "measured", "difference") else "left"
-        )
-        table.add_column(heading, justify=justify, no_wrap=True)
+    for heading in ("model", "protocol"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("stride", "published", "measured", "difference"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("", "source"):
+        table.add_column(heading, no_wrap=True)
     verdicts = {True: "agrees", False: "DIFFERS", None: ""}
     for m in found:
         verdict = verdicts[m.agrees]
