@@ -357,8 +357,8 @@ def options(group: str) -> list[str]:
     return [path.stem for path in (CONF_DIR / group).glob("*.yaml")]
 
 
-def from_hydra(cfg: DictConfig) -> RunConfig:
-    """Resolve, type-check and validate a composed config.
+def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
+    """Resolve, type-check and, unless `validated` is false, validate a composed config.
 
     Raises:
         ConfigError: naming the key, its value and what was expected.
@@ -399,7 +399,8 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
     from harness.validation import validate
 
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
-    validate(run)
+    if validated:
+        validate(run)
     return resolved(run)
 
 
@@ -450,11 +451,14 @@ def _data_file(option: str) -> dict[str, Any]:
     return merged
 
 
-def load(path: Path) -> RunConfig:
-    """The RunConfig that a controller wrote to `path` (config.yaml of a run directory)."""
+def load(path: Path, *, validated: bool = True) -> RunConfig:
+    """The RunConfig that a controller wrote to `path` (config.yaml of a run directory).
+
+    Not `validated`, it may name text and trackers that are no longer there.
+    """
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
-    return from_hydra(loaded)
+    return from_hydra(loaded, validated=validated)
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from harness import launch, results, worker
 from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, RunConfig, from_hydra
 
 
@@ -59,3 +62,36 @@ def harness(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return start
+
+
+# Two steps that help, on three chapters of text.
+SHORT = [
+    "train.steps=2", "evaluate.every=2", "train.warmup=0", "data.validation_share=0.003",
+    "data.test_share=0.003", "data.context=64", "train.batch_tokens=512", "train.micro_batch=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a finished short run by its overrides; each is run once in a session."""
+    folder = tmp_path_factory.mktemp("runs")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["harness.worker"])
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(*overrides: str) -> Path:
+        if overrides not in made:
+            with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+                settings = [*SHORT, *overrides, f"outputs_dir={folder}"]
+                run = from_hydra(compose("config", settings))
+            run.run_dir.mkdir(parents=True)
+            launch.prepare(run, shlex.join(["python", "-m", "harness", *overrides]))
+            process = context.Process(target=worker.main, args=(run.run_dir,))
+            process.start()
+            process.join(120)
+            record = results.read(run.run_dir)
+            assert record is not None and record["status"] == "finished", record
+            made[overrides] = run.run_dir
+        return made[overrides]
+
+    return make
