@@ -252,7 +252,9 @@ def _facts(run: Saved) -> str:
         "versions": ", ".join(f"{k} {v}" for k, v in (where.get("versions") or {}).items()),
     }  # fmt: skip
     shown = [
-        f"| {key} | {value} |" for key, value in rows.items() if value not in (None, "", False)
+        f"| {key} | {value} |"
+        for key, value in rows.items()
+        if value not in (None, "") and value is not False
     ]
     return "\n".join(["| | |", "| --- | --- |", *shown])
 

@@ -98,7 +98,7 @@ def _is_whole(run: Saved, merge: bool) -> bool:
             "method=truncate trains nothing and leaves no adapter: add --merge for the model with "
             "its truncated weights"
         )
-    config = PeftConfig.from_pretrained(run.folder(ADAPTER))
+    config = PeftConfig.from_pretrained(str(run.folder(ADAPTER)))
     if merge:
         if config.is_prompt_learning:
             raise ConfigError(
@@ -162,7 +162,7 @@ def merged(run: Saved) -> tuple[PreTrainedModel, float | None]:
         try:
             model = model.merge_and_unload()
         except UNFIT as error:
-            kind = _kind(PeftConfig.from_pretrained(run.folder(ADAPTER)))
+            kind = _kind(PeftConfig.from_pretrained(str(run.folder(ADAPTER))))
             raise ConfigError(f"--merge: PEFT cannot merge {kind}: {error}") from error
         if is_unfused(model):
             fuse_qkv(model)
@@ -208,7 +208,7 @@ def _restore(run: Saved, model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
 
 def _write_adapter(run: Saved, folder: Path) -> Exported:
     source = run.folder(ADAPTER)
-    config = PeftConfig.from_pretrained(source)
+    config = PeftConfig.from_pretrained(str(source))
     config.base_model_name_or_path = saved.source(run.run)
     config.revision = run.run.model.revision
     joins = joined_lora.is_apart(config)
@@ -257,12 +257,12 @@ def base_options(run: Saved) -> dict[str, Any]:
 @torch.no_grad()
 def probe(model: Any) -> torch.Tensor:
     """Logits (1, T, V) of some fixed tokens, T at most 32."""
-    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     virtual = 0
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         virtual = model.active_peft_config.num_virtual_tokens
-    length = min(PROBE_TOKENS, (models.max_context(config) or PROBE_TOKENS) - virtual)
-    ids = (torch.arange(1, length + 1) * 37 % config.vocab_size)[None]
+    length = min(PROBE_TOKENS, (models.max_context(base.config) or PROBE_TOKENS) - virtual)
+    ids = (torch.arange(1, length + 1) * 37 % base.config.vocab_size)[None]
     logits: torch.Tensor = model(input_ids=ids).logits
     return logits.float()
 

@@ -27,6 +27,7 @@ from accelerate.utils import set_seed
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from harness import methods, models, saved
 from harness.config import ConfigError, explain
@@ -112,9 +113,10 @@ def side_by_side(run: Saved, decoding: Decoding, prompts: Iterator[str], console
     if first is None:
         raise ConfigError("no prompt: give --prompt, or a prompt a line on standard input")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    columns = {f"base: {run.run.model.name}": run.base().to(device)}
+    columns: dict[str, nn.Module] = {f"base: {run.run.model.name}": run.base()}
     if run.run.method.name != "none":
-        columns[f"adapted: {run.name}"] = run.model().to(device)
+        columns[f"adapted: {run.name}"] = run.model()
+    columns = {name: model.to(device) for name, model in columns.items()}
     for prompt in itertools.chain([first], prompts):
         ids, dropped = prompt_tokens(run, prompt, room)
         table = Table(box=rich.box.ROUNDED, expand=True)

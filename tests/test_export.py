@@ -111,7 +111,7 @@ def test_another_process_gets_the_same_logits(exported, reloaded, text, name):
         adapted = model(input_ids=text).logits
         base = run.base()(input_ids=text).logits
         merged = export.merged(run)[0](input_ids=text).logits if name in PLAIN else None
-    assert (adapted - base).abs().max() > 0.05  # or nothing here means anything
+    assert (adapted[:, -64:] - base).abs().max() > 0.05  # or nothing here means anything
     if merged is not None:
         assert torch.equal(reloaded[name], merged)
         torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
@@ -245,7 +245,7 @@ def test_a_base_frozen_in_bf16_is_merged_in_fp32(finished_run, tmp_path, text):
 @pytest.mark.parametrize(
     "more",
     [
-        ("targets.modules=[wte]", "train.lr=0.05"),
+        ("targets.modules=[wte]", "train.lr=0.002"),
         ("+method.fields.modules_to_save=[lm_head]", "train.lr=0.001"),
     ],
 )

@@ -78,8 +78,8 @@ def join(config: peft.LoraConfig, tensors: Tensors) -> tuple[peft.LoraConfig, Te
         joined[f"{at}.lora_B.weight"] = b
     (number,) = {len(found) for found in parts.values()}
     config = copy.deepcopy(config)
-    kept = set(config.target_modules) - set(UNFUSED_TARGETS.values())
-    config.target_modules = kept | {FUSED}
+    kept = set(config.target_modules or ()) - set(UNFUSED_TARGETS.values())
+    config.target_modules = sorted(kept | {FUSED})
     # alpha' / (n r) = alpha / r, and with rsLoRA alpha' / sqrt(n r) = alpha / sqrt(r)
     growth = math.sqrt(number) if config.use_rslora else number
     config.rank_pattern = {FUSED: number * config.r}
