@@ -22,6 +22,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -318,6 +320,9 @@ def unreachable() -> str | None:
     import wandb
 
     try:
+        # Any answer will do. The client itself tries a server that does not answer for a minute.
+        with suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(wandb.setup().settings.base_url, timeout=5).close()
         if not (os.environ.get("WANDB_API_KEY") or wandb.Api(timeout=10).api_key):
             return "there is no key (wandb login)"
         wandb.Api(timeout=10).viewer  # noqa: B018 - asks the server
