@@ -1,44 +1,26 @@
 """Trackers: each follows a sweep's files in a process of its own, and never touches a run.
 
-The controller starts `python -m harness.tracking NAME` for every tracker that is asked for and
-tells it on standard input which runs there are. It reads what the runs write (metrics.jsonl and
-result.json), at idle priority, and hands it to Accelerate's tracker of that name. Whatever becomes
-of it (an error, a hang, a kill), the runs' results are the same and take as long. When the input
-ends the sweep is over: the tracker reads the rest and stops, or is stopped after its patience.
-
-W&B's conventions: group is the experiment, job_type the method, tags are model and data; tokens are
-the step axis; the summary has plain names (test/perplexity, parameters/trainable, memory/peak_gib).
+The controller starts `python -m harness.follow NAME` for every tracker that is asked for and
+tells it on standard input which runs there are. Whatever becomes of it (an error, a hang, a kill),
+the runs' results are the same and take as long. When the input ends the sweep is over: the tracker
+reads the rest and stops, or is stopped after its patience.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import logging
-import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness import results
 from harness.config import RunConfig
-
-PERIOD_SECONDS = 1.0
-ENDED = ("finished", "failed", "interrupted")
-
-
-# ---------------------------------------------------------------------------- in the controller
 
 
 class Beside:
@@ -50,6 +32,7 @@ class Beside:
         self._sweep = sweep
         self._folder = runs[0].run_dir.parent if runs else Path()
         self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._stopped: set[str] = set()
 
     def __enter__(self) -> Beside:
         for name, options in self._asked.items():
@@ -64,9 +47,9 @@ class Beside:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with log_path(self._folder, name).open("w") as stream:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "harness.tracking", name],
+                        [sys.executable, "-m", "harness.follow", name],
                         stdin=subprocess.PIPE, stdout=stream, stderr=stream, text=True,
-                        start_new_session=True, env=_environment(),
+                        start_new_session=True, env=_environment(self._folder),
                     )  # fmt: skip
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(spec) + "\n")
@@ -90,6 +73,7 @@ class Beside:
                 with suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                self._stopped.add(name)
             print(f"{name}: {self._said(name, process.returncode)}", flush=True)
 
     def _said(self, name: str, code: int) -> str:
@@ -98,7 +82,8 @@ class Beside:
         last = [line for line in results.tail(path, 200) if line.startswith("tracked: ")]
         if code == 0 and last:
             return last[-1].removeprefix("tracked: ")
-        what = "did not end in time and was stopped" if code < 0 else f"failed (exit status {code})"
+        how = f"was killed by signal {-code}" if code < 0 else f"failed (exit status {code})"
+        what = "did not end in time and was stopped" if name in self._stopped else how
         return f"{what}; results are not touched (see {path})"
 
 
@@ -107,302 +92,12 @@ def log_path(folder: Path, name: str) -> Path:
     return folder / f"tracker-{name}.log"
 
 
-def _environment() -> dict[str, str]:
+def _environment(folder: Path) -> dict[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     silent = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "GRPC_VERBOSITY": "ERROR"}
+    silent |= {"TF_CPP_MIN_LOG_LEVEL": "3"}
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "FORK_", "TORCHELASTIC_")
     own = {k: v for k, v in os.environ.items() if not k.startswith(ranks)}  # it is no rank
-    return own | threads | silent | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-
-
-# ------------------------------------------------------------------------ in the tracker's process
-
-
-@dataclass
-class Followed:
-    """One run as a tracker knows it; kept beside the run, so that a later sweep goes on with it."""
-
-    run_dir: Path
-    marker: Path
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
-    last: dict[str, int] = field(default_factory=dict)  # kind of row -> last step that was logged
-    ended: str = ""  # what its end was, told to the tracker
-    modified: int = 0  # of result.json
-    inode: int = 0  # of metrics.jsonl
-    offset: int = 0  # of its first byte that was not read
-    tracker: Any = None
-
-    def load(self) -> None:
-        """Take over what an earlier sweep has tracked of this very run."""
-        with suppress(OSError, ValueError, KeyError):
-            known = json.loads(self.marker.read_text("utf-8"))
-            self.id, self.last, self.ended = known["id"], known["last"], known["ended"]
-
-    def save(self) -> None:
-        """Keep what has been tracked."""
-        known = {"id": self.id, "last": self.last, "ended": self.ended}
-        results.write_atomically(self.marker, json.dumps(known))
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of metrics.jsonl that the tracker has not seen; a resumed run has a new file."""
-        try:
-            stream = (self.run_dir / results.METRICS_NAME).open("rb")
-        except FileNotFoundError:
-            return
-        with stream:
-            if (inode := os.fstat(stream.fileno()).st_ino) != self.inode:
-                self.inode, self.offset = inode, 0
-            stream.seek(self.offset)
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    return  # it is being written
-                self.offset += len(line)
-                row = json.loads(line)
-                kind = next((key for key in row if "/" in key), "")
-                if row["step"] > self.last.get(kind, -1):
-                    self.last[kind] = row["step"]
-                    yield row
-
-
-class Follower:
-    """Hands what runs write to trackers; `make` starts one for a run."""
-
-    def __init__(self, name: str, spec: dict[str, Any], make: Any) -> None:
-        self.make = make
-        self.followed = [Followed(Path(d), Path(d) / f".tracked-{name}.json") for d in spec["runs"]]
-        for one in self.followed:
-            one.load()
-
-    def look(self) -> None:
-        """Read what is new of every run."""
-        for one in self.followed:
-            try:
-                self._look(one)
-            except FileNotFoundError:
-                continue  # a run directory that is being cleared
-
-    def _look(self, one: Followed) -> None:
-        path = one.run_dir / results.FILE_NAME
-        modified = path.stat().st_mtime_ns
-        record = results.read(one.run_dir)
-        if record is None:
-            return
-        status = record["status"]
-        if one.ended == "finished" and one.tracker is None:
-            if one.marker.exists():
-                return
-            one.ended, one.last, one.id = "", {}, uuid.uuid4().hex[:8]  # replaced: another run
-        new = modified != one.modified
-        if one.tracker is None:
-            if not new or (one.ended == status and status in ENDED):
-                return
-            one.tracker = self.make(record, one)
-            one.ended = ""
-        for row in one.rows():
-            self._log(one, row)
-        if status in ENDED:
-            self._end(one, record)
-        one.modified = modified
-        if one.run_dir.is_dir():
-            one.save()
-
-    def _log(self, one: Followed, row: dict[str, Any]) -> None:
-        values = {k: v for k, v in row.items() if v is not None}
-        if (nll := values.get("eval/validation/nll")) is not None:
-            values["eval/validation/perplexity"] = math.exp(min(nll, 700))
-        one.tracker.log(values, row["tokens"])
-
-    def _end(self, one: Followed, record: dict[str, Any]) -> None:
-        one.tracker.end(one.run_dir, record)
-        one.ended, one.tracker = record["status"], None
-
-
-class Adapter:
-    """Accelerate's tracker for one run, with the harness's conventions."""
-
-    def __init__(
-        self, name: str, spec: dict[str, Any], record: dict[str, Any], run_id: str
-    ) -> None:
-        from accelerate import PartialState, tracking  # imports torch: here, at idle priority
-
-        PartialState(cpu=True)  # which Accelerate's logging asks for
-        self.name, self.options = name, spec["options"]
-        run = record["run"]["name"]
-        settings = {**record["config"], "method": record["config"]["method"] | record["method"]}
-        if name == "wandb":
-            import wandb
-
-            self.inner = tracking.WandBTracker(
-                self.options["project"], entity=self.options["entity"], mode=spec["mode"],
-                dir=spec["folder"], id=run_id, resume="allow", name=run, group=spec["experiment"],
-                job_type=record["method"]["label"], tags=_tags(record), config=settings,
-                reinit="create_new", save_code=False,
-                settings=wandb.Settings(init_timeout=15, x_disable_stats=True, console="off"),
-            )  # fmt: skip
-        elif name == "tensorboard":
-            folder = Path(spec["folder"]) / "tensorboard"
-            self.inner = tracking.TensorBoardTracker(run, logging_dir=folder)
-        else:
-            self.inner = tracking.TrackioTracker(
-                self.options["project"], name=run, group=spec["experiment"], config=settings
-            )
-        self.inner.start()
-        if name == "wandb":
-            for metrics in ("train/*", "eval/*"):
-                self.inner.tracker.define_metric(metrics, step_metric="tokens")
-        elif name == "tensorboard":
-            self.inner.tracker.add_text("config", f"```json\n{json.dumps(settings, indent=1)}\n```")
-
-    def log(self, values: dict[str, Any], tokens: int) -> None:
-        """One row of metrics."""
-        if self.name == "tensorboard":
-            numbers = {k: v for k, v in values.items() if "/" in k}
-            self.inner.log(numbers, step=tokens)
-        else:
-            self.inner.log(values)
-
-    def end(self, run_dir: Path, record: dict[str, Any]) -> None:
-        """The summary, the adapter, and the end of the run."""
-        values = summary(record)
-        if self.name != "wandb":
-            tokens = results.get(record, "speed.tokens") or 0
-            self.inner.log(values, **({"step": tokens} if self.name == "tensorboard" else {}))
-            self.inner.finish()
-            return
-        run = self.inner.tracker
-        run.summary.update(values | {"status": record["status"]})
-        if self.options["adapters"] and (run_dir / "adapter").is_dir():
-            import wandb
-
-            metadata = {
-                "method": record["method"],
-                "data": record["data"],
-                "model": record["model"],
-            }
-            artifact = wandb.Artifact(f"adapter-{run.id}", "adapter", metadata=metadata | values)
-            artifact.add_dir(str(run_dir / "adapter"))
-            run.log_artifact(artifact)
-        run.finish(exit_code=0 if record["status"] == "finished" else 1)
-
-
-def _tags(record: dict[str, Any]) -> list[str]:
-    return [record["model"]["name"], record["data"]["name"]]
-
-
-def summary(record: dict[str, Any]) -> dict[str, float]:
-    """A result's numbers under plain names."""
-    paths = {
-        "parameters/trainable": "parameters.trainable",
-        "parameters/total": "parameters.total",
-        "parameters/trainable_percent": "parameters.trainable_percent",
-        "speed/tokens_per_second": "speed.tokens_per_second",
-        "speed/train_seconds": "speed.train_seconds",
-        "step0/perplexity": "quality.step0.validation.perplexity",
-        "validation/perplexity": "quality.validation.perplexity",
-        "test/perplexity": "quality.test.perplexity",
-        "test/word_perplexity": "quality.test.word_perplexity",
-        "test/bits_per_byte": "quality.test.bits_per_byte",
-    }
-    found = {name: results.get(record, path) for name, path in paths.items()}
-    for text, quality in (results.get(record, "quality.also") or {}).items():
-        for when, value in quality.items():
-            found[f"{text}/perplexity_{when}"] = value["perplexity"]
-    memory = record.get("memory") or {}
-    categories = memory.get("by_category") or {}
-    sizes = {"memory/peak_gib": memory.get("peak_bytes")}
-    sizes |= {f"memory/{name}_gib": size for name, size in categories.items()}
-    found |= {name: size / 2**30 for name, size in sizes.items() if size is not None}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def unreachable() -> str | None:
-    """Why W&B cannot be reached, or None."""
-    import wandb
-
-    try:
-        # Any answer will do. The client itself tries a server that does not answer for a minute.
-        with suppress(urllib.error.HTTPError):
-            urllib.request.urlopen(wandb.setup().settings.base_url, timeout=5).close()
-        if not (os.environ.get("WANDB_API_KEY") or wandb.Api(timeout=10).api_key):
-            return "there is no key (wandb login)"
-        wandb.Api(timeout=10).viewer  # noqa: B018 - asks the server
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
-
-
-def main(name: str) -> int:
-    """Follow the runs that standard input names until it ends."""
-    os.setpriority(os.PRIO_PROCESS, 0, 19)
-    if hasattr(os, "SCHED_IDLE"):
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    logging.basicConfig(level=logging.INFO)
-    spec = json.loads(sys.stdin.readline())
-    over = threading.Event()
-
-    def listen() -> None:
-        sys.stdin.read()
-        over.set()
-
-    threading.Thread(target=listen, daemon=True).start()
-    reason = None
-    if name == "wandb":
-        spec["mode"] = spec["options"]["mode"]
-        if spec["mode"] == "online" and (reason := unreachable()):
-            spec["mode"] = "offline"
-    follower = Follower(name, spec, lambda record, one: Adapter(name, spec, record, one.id))
-    last = False
-    while True:
-        follower.look()
-        if last:
-            break
-        last = over.wait(PERIOD_SECONDS)
-    if name == "wandb" and spec["sweep"]:
-        summarise(spec)
-    count = sum(bool(one.ended) for one in follower.followed)
-    folder = Path(spec["folder"])
-    if name == "wandb" and spec["mode"] == "offline":
-        why = f" since W&B could not be reached ({reason})" if reason else ""
-        said = f"{count} runs offline in {folder / 'wandb'}{why}; make wandb-sync uploads them"
-    elif name == "tensorboard":
-        said = f"{count} runs; tensorboard --logdir {folder / 'tensorboard'}"
-    else:
-        said = f"{count} runs in project {spec['options']['project']}"
-    print(f"tracked: {said}", flush=True)
-    return 0
-
-
-def summarise(spec: dict[str, Any]) -> None:
-    """One W&B run for the sweep: its table, its figures and its page."""
-    import pandas as pd
-    import wandb
-
-    from harness.report import evidence, files
-    from harness.report import summary as tables
-
-    folder = Path(spec["folder"])
-    findings = evidence.find(folder)
-    if not findings.rows:
-        return
-    page = files.write(findings)
-    run = wandb.init(
-        project=spec["options"]["project"], entity=spec["options"]["entity"], mode=spec["mode"],
-        dir=spec["folder"], name=f"{spec['experiment']}: summary", group=spec["experiment"],
-        job_type="summary", reinit="create_new", save_code=False,
-        settings=wandb.Settings(init_timeout=15, x_disable_stats=True, console="off"),
-    )  # fmt: skip
-    table = pd.read_csv(io.StringIO(tables.results_csv(findings)))
-    pictures = {
-        f"figures/{path.stem}": wandb.Image(str(path))
-        for path in sorted((page.parent / "figures").glob("*.png"))
-    }
-    run.log({"results": wandb.Table(dataframe=table.astype(object)), **pictures})
-    artifact = wandb.Artifact(f"report-{spec['experiment']}", "report")
-    artifact.add_file(str(page))
-    run.log_artifact(artifact)
-    run.finish()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    # Trackio keeps its database in the sweep's folder, and asks no hub whose token this is.
+    local = {"TRACKIO_DIR": str(folder.resolve() / "trackio"), "HF_HUB_OFFLINE": "1"}
+    return local | own | threads | silent

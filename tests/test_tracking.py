@@ -3,10 +3,12 @@
 import json
 import os
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +170,62 @@ def test_several_trackers_follow_a_run_that_is_cut_and_goes_on(tmp_path):
     scalars = events.Scalars("train/nll")
     assert [event.step for event in scalars] == [r["tokens"] for r in whole if "train/nll" in r]
     assert events.Scalars("test/perplexity")
+
+
+WATCH = """
+import socket
+_connect = socket.socket.connect
+def connect(self, address):
+    if self.family != socket.AF_UNIX:
+        open({path!r}, "a").write(f"{{address}}\\n")
+    return _connect(self, address)
+socket.socket.connect = connect
+"""
+
+
+def test_trackio_keeps_its_runs_in_the_sweeps_folder_and_asks_nobody(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    asked, hook = tmp_path / "asked", tmp_path / "hook" / "sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text(WATCH.format(path=str(asked)))
+    monkeypatch.setenv("PYTHONPATH", f"{hook.parent}{os.pathsep}{REPOSITORY}")
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)  # whose it is would be asked of the hub
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = sweep(tmp_path / "exp", 2)
+    whole, record = (f(folder / "r8-s0") for f in (results.read_metrics, results.read))
+    text = "".join(json.dumps(row) + "\n" for row in whole[:4])
+    results.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
+    results.write(folder / "r8-s0", record | {"status": "interrupted"})
+    tracker = {"trackio": {"project": "p", "patience": 120}}
+    with tracking.Beside(runs_of(folder, tracker), sweep=True) as beside:
+        pass
+    said = capsys.readouterr().out
+    assert said.startswith("trackio: 2 runs; TRACKIO_DIR=") and "trackio show --project p" in said
+    with pytest.raises(ProcessLookupError):  # nor has it left a server
+        os.killpg(beside._processes["trackio"].pid, 0)
+    text = "".join(json.dumps(row) + "\n" for row in whole)
+    results.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
+    results.write(folder / "r8-s0", record)
+    with tracking.Beside(runs_of(folder, tracker), sweep=True):
+        pass
+    assert not asked.exists() and not (tmp_path / "home").exists()
+    with closing(sqlite3.connect(folder / "trackio" / "p.db")) as database:
+        rows = database.execute("SELECT run_name, run_id, step, metrics FROM metrics ORDER BY id")
+        logged = [(name, run, step, json.loads(text)) for name, run, step, text in rows]
+        configs = dict(database.execute("SELECT run_name, config FROM configs").fetchall())
+    assert {name for name, *_ in logged} == {"r8-s0", "r8-s1"}
+    assert len({run for _, run, *_ in logged}) == 2  # what was cut has gone on as the same run
+    for name in ("r8-s0", "r8-s1"):
+        mine = [(step, values) for other, _, step, values in logged if other == name]
+        steps = [(step, values) for step, values in mine if "test/perplexity" not in values]
+        expected = results.read_metrics(folder / name)
+        assert [step for step, _ in steps] == [row["tokens"] for row in expected]
+        for (_, values), row in zip(steps, expected, strict=True):
+            assert values.items() >= {k: v for k, v in row.items() if "/" in k}.items()
+        quality = results.read(folder / name)["quality"]
+        assert mine[-1][1]["test/perplexity"] == quality["test"]["perplexity"]
+        config = json.loads(configs[name])
+        assert config["_Group"] == "exp" and config["train"]["lr"] == 0.01
 
 
 @pytest.mark.parametrize("end", ["throws", "hangs", "dies"])
