@@ -1,0 +1,138 @@
+"""`make wandb-sync` against a server that is no more than it needs: everything goes up once."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from test_tracking import OFFLINE, read, runs_of, sweep
+
+from harness import results, tracking
+from harness.config import REPOSITORY
+
+pytest.importorskip("wandb")
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers wandb-core's GraphQL, its stream of history and its uploads, and keeps all of it."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        told = json.loads(body)
+        if self.path == "/graphql":
+            name = re.search(r"(?:query|mutation)\s+(\w+)", told["query"])[1]
+            variables = told.get("variables") or {}
+            self.server.asked.append((name, variables))
+            self.answer({"data": self.graphql(name, variables)})
+        else:  # /files/ENTITY/PROJECT/RUN/file_stream
+            self.server.streamed.append((self.path.split("/")[4], told))
+            self.answer({})
+
+    def do_PUT(self):
+        self.server.uploaded.append(
+            (self.path, self.rfile.read(int(self.headers["Content-Length"])))
+        )
+        self.answer({})
+
+    def graphql(self, name, variables):
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"}}
+        if name == "UpsertBucket":
+            bucket = {
+                "id": variables.get("name"), "name": variables.get("name"), "description": "",
+                "displayName": variables.get("displayName"), "config": "{}", "sweepName": None,
+                "project": project, "historyLineCount": 0,
+            }  # fmt: skip
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if name == "CreateRunFiles":
+            url = f"http://127.0.0.1:{self.server.server_port}/upload"
+            files = [{"name": f, "uploadUrl": f"{url}/{f}"} for f in variables["files"]]
+            return {
+                "createRunFiles": {
+                    "runID": variables["run"], "uploadHeaders": [], "files": files,
+                }
+            }  # fmt: skip
+        if name == "CreateArtifact":
+            sequence = {"id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}}
+            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}
+            return {"createArtifact": {"artifact": artifact}}
+        return {
+            "ServerFeaturesQuery": {"serverInfo": {"features": []}},
+            "RunResumeStatus": {"model": project | {"bucket": None}},
+            "Viewer": {"viewer": {"id": "me", "entity": "me", "username": "me", "flags": "{}"}},
+        }.get(name, {})
+
+    def answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as found:
+        found.asked, found.streamed, found.uploaded = [], [], []
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+def sync(folder, port):
+    """What `make wandb-sync` does."""
+    rule = re.search(
+        r"^wandb-sync:.*\n\tcd .*? && \S+ (.*)", (REPOSITORY / "Makefile").read_text(), re.M
+    )
+    return subprocess.run(
+        [sys.executable, *rule[1].split()], cwd=folder, capture_output=True, text=True, timeout=120,
+        env=os.environ | {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "a" * 40,
+        },
+    )  # fmt: skip
+
+
+def test_every_run_is_uploaded_once(tmp_path):
+    folder = sweep(tmp_path / "exp", 3)
+    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
+        pass
+    offline = read(folder)
+    with server() as there:
+        done = sync(folder, there.server_port)
+        assert done.returncode == 0, done.stderr
+        first = len(there.asked), len(there.streamed), len(there.uploaded)
+        again = sync(folder, there.server_port)
+        assert again.returncode == 0
+        assert "No runs to sync" in again.stderr and "Skipped 4 synced" in again.stderr
+        assert (len(there.asked), len(there.streamed), len(there.uploaded)) == first
+    made = {}
+    for name, variables in there.asked:
+        if name == "UpsertBucket":
+            made.setdefault(variables["name"], {}).update(
+                {key: value for key, value in variables.items() if value is not None}
+            )
+    assert {run["displayName"] for run in made.values()} == set(offline)
+    for run_id, run in made.items():
+        if run["jobType"] == "summary":
+            continue
+        assert (run["groupName"], run["jobType"], run["tags"]) == ("exp", "lora", ["mini", "kjv"])
+        config = json.loads(run["config"])
+        assert config["train"]["value"] == {"lr": 0.01, "schedule": "cosine"}
+        lines = [
+            json.loads(line)
+            for stream_id, told in there.streamed
+            if stream_id == run_id
+            for line in told.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+        ]
+        expected = results.read_metrics(folder / run["displayName"])
+        assert [line["tokens"] for line in lines] == [row["tokens"] for row in expected]
