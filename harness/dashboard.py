@@ -1,8 +1,9 @@
-"""W&B dashboards as code: a workspace and a report of the figures that `report.figures` describes.
+"""W&B dashboards as code: a workspace and a report of the figures that `report.axes` describes.
 
     python -m harness.dashboard project=peft-harness entity=me      builds them, or builds them anew
     python -m harness.dashboard --dry-run project=p entity=e        their specification as JSON
 
+Runs are grouped by method, since W&B lets a group have a colour: the one of the page's figures.
 Needs wandb-workspaces (pip install -e '.[dashboard]') and, but for --dry-run, a key and a network.
 """
 
@@ -10,20 +11,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from harness.config import ConfigError, nearest
-from harness.report.figures import TRACKED, Axes
+from harness.report.axes import COLORS, TRACKED, Axes, color_of
 
 NAME = "peft-harness"
 KEYS = ("project", "entity", "name")
+METHOD = "method.label"  # in a run's config
 PARALLEL = (  # the trackers' names of the parallel coordinates, and whether an axis is logarithmic
     ("config.method.label", False), ("config.method.r", True), ("config.method.alpha", True),
     ("config.method.targets", False), ("config.train.lr", True), ("test/perplexity", True),
 )  # fmt: skip
 INTRODUCTION = (
-    "Perplexity, memory and speed of every run. Runs are grouped by experiment; job type is the "
-    "method. Intervals and tests are in the summary run of each sweep."
+    "Perplexity, memory and speed of every run, by method in the colours of the harness's page. "
+    "Intervals and tests are in the summary run of each sweep."
 )
 
 
@@ -38,6 +41,11 @@ def panels() -> list[Any]:
         *(_panel(axes) for axes in TRACKED),
         wr.ParallelCoordinatesPlot(title="Methods and settings", columns=columns),
     ]
+
+
+def _by_another(axes: Axes) -> bool:
+    """Whether lines of this figure are told apart by something else than the method."""
+    return axes.group not in ("", f"config.{METHOD}")
 
 
 def _metric(name: str) -> Any:
@@ -55,7 +63,7 @@ def _panel(axes: Axes) -> Any:
     if axes.kind == "bars":
         return wr.BarPlot(
             title=axes.title, metrics=list(axes.metrics), title_x=axes.y,
-            groupby=wr.Config("method.label"), groupby_aggfunc="mean",
+            groupby=wr.Config(METHOD), groupby_aggfunc="mean",
         )  # fmt: skip
     x, y = axes.metrics
     if x == "tokens":
@@ -64,14 +72,16 @@ def _panel(axes: Axes) -> Any:
             groupby=wr.Config(axes.group.removeprefix("config.")), groupby_aggfunc="mean",
             groupby_rangefunc="minmax",
         )  # fmt: skip
+    group = axes.group.replace("config.", "config:", 1)
     return wr.ScatterPlot(
         title=axes.title, x=_metric(x), y=_metric(y), log_x=axes.log_x, log_y=axes.log_y,
-        legend_template="${run:displayName}",
+        legend_template=f"${{{group}}} ${{run:displayName}}" if group else "${run:displayName}",
     )  # fmt: skip
 
 
-def workspace(project: str, entity: str, name: str) -> Any:
-    """The workspace: figures first, runs grouped by nothing, so that every one shows."""
+def workspace(project: str, entity: str, name: str, labels: Iterable[str] = COLORS) -> Any:
+    """The workspace; `labels` are the methods that have a colour."""
+    import wandb_workspaces.expr as expr
     import wandb_workspaces.workspaces as ws
 
     made = panels()
@@ -83,7 +93,12 @@ def workspace(project: str, entity: str, name: str) -> Any:
             name="Memory and speed", panels=[p for p in made if _about(p) == "cost"], is_open=True
         ),
     ]
-    return ws.Workspace(entity=entity, project=project, name=name, sections=sections)
+    runs = ws.RunsetSettings(
+        groupby=[expr.Config(METHOD)], group_colors={label: color_of(label) for label in labels}
+    )
+    return ws.Workspace(
+        entity=entity, project=project, name=name, sections=sections, runset_settings=runs
+    )
 
 
 def _about(panel: Any) -> str:
@@ -91,14 +106,37 @@ def _about(panel: Any) -> str:
     return "cost" if panel.title in costs else "perplexity"
 
 
-def report(project: str, entity: str, name: str) -> Any:
-    """The report: the same panels over all finished runs."""
+def report(project: str, entity: str, name: str, labels: Iterable[str] = COLORS) -> Any:
+    """The report: the same panels over all finished runs, those by targets or rank in their own."""
     import wandb_workspaces.reports.v2 as wr
 
-    runs = wr.Runset(entity="", project="", name="runs")  # the report's own; asks no server
-    grid = wr.PanelGrid(runsets=[runs], panels=panels())
-    blocks: list[Any] = [wr.P(INTRODUCTION), grid]
-    return wr.Report(project=project, entity=entity, title=name, blocks=blocks)
+    titles = {axes.title: axes.group for axes in TRACKED if _by_another(axes)}
+    made = panels()
+    colors: dict[Any, Any] = {
+        wr.RunsetGroup("by method", (wr.RunsetGroupKey(wr.Config(METHOD), label),)): color_of(label)
+        for label in labels
+    }
+    grids = [
+        wr.PanelGrid(
+            runsets=[_runset("by method", f"config.{METHOD}")],
+            panels=[panel for panel in made if panel.title not in titles],
+            custom_run_colors=colors,
+        )
+    ]
+    for panel in made:
+        if group := titles.get(panel.title):
+            by = group.removeprefix("config.method.")
+            grids.append(wr.PanelGrid(runsets=[_runset(f"by {by}", group)], panels=[panel]))
+    return wr.Report(
+        project=project, entity=entity, title=name, blocks=[wr.P(INTRODUCTION), *grids]
+    )
+
+
+def _runset(name: str, group: str) -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    # The report's own project, which no server need be asked for.
+    return wr.Runset(entity="", project="", name=name, groupby=[group])
 
 
 def specification(project: str, entity: str, name: str) -> dict[str, Any]:
@@ -133,13 +171,15 @@ def save(values: dict[str, str]) -> list[str]:
     """Build both, or build anew what has the same name; returns their addresses."""
     import wandb
 
-    made = report(**values)
-    api = wandb.Api()
-    for known in api.reports(f"{values['entity']}/{values['project']}"):
+    api, path = wandb.Api(), f"{values['entity']}/{values['project']}"
+    used = {(run.config.get("method") or {}).get("label") for run in api.runs(path)}
+    labels = sorted({*COLORS, *filter(None, used)})
+    made = report(**values, labels=labels)
+    for known in api.reports(path):
         if known.display_name == values["name"]:
             made.id = known.id
     made.save()
-    space = workspace(**values)
+    space = workspace(**values, labels=labels)
     space._internal_name = f"nw-{values['name']}-v"  # the same name is the same view
     return [str(made.url), str(space.save().url)]
 

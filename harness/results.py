@@ -41,6 +41,7 @@ RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
 INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 METRICS_NAME = "metrics.jsonl"
+SWEEP_NAME = "sweep.json"
 log = logging.getLogger(__name__)
 
 
@@ -248,6 +249,19 @@ def read(run_dir: Path) -> dict[str, Any] | None:
         log.warning("%s is not a result of schema version %d", run_dir / FILE_NAME, SCHEMA_VERSION)
         return None
     return result
+
+
+def write_sweep(folder: Path, runs: dict[str, str]) -> None:
+    """Write down which runs a sweep is of, by directory, and why one was refused, or ""."""
+    write_atomically(folder / SWEEP_NAME, json.dumps({"runs": runs}, indent=1) + "\n")
+
+
+def read_sweep(folder: Path) -> dict[str, str]:
+    """The runs of the last sweep into `folder`, as written; {} where there was none."""
+    try:
+        return dict(json.loads((folder / SWEEP_NAME).read_text("utf-8"))["runs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def collect(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -81,6 +81,8 @@ class GridSweeper(BasicSweeper):
         todo = list(range(len(jobs)))
         here = isinstance(self.launcher, BasicLauncher)
         since = f"{launch.SINCE}{time.time()}"
+        folder, names = runs[0].run_dir.parent, [run.run_dir.name for run in runs]
+        results.write_sweep(folder, dict.fromkeys(names, ""))
 
         def workers() -> set[int]:
             return {pid for run in runs if (pid := lock.worker_at(run.run_dir))}
@@ -103,7 +105,11 @@ class GridSweeper(BasicSweeper):
                 before, todo = todo, [i for i in todo if outcomes[i].status == "busy"]
                 if todo == before:  # only other controllers' runs are left
                     time.sleep(BUSY_SECONDS)
-        return [outcomes[index] for index in range(len(jobs))]
+        done = [outcomes[index] for index in range(len(jobs))]
+        told = {n: o.message for n, o in zip(names, done, strict=True) if o.status == "refused"}
+        if told:  # which leaves nothing in their own directories
+            results.write_sweep(folder, dict.fromkeys(names, "") | told)
+        return done
 
 
 def combinations(

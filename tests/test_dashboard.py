@@ -6,8 +6,8 @@ import pytest
 from test_report import put
 
 from harness import dashboard
-from harness.report.figures import CATEGORIES, TRACKED
-from harness.tracking import summary
+from harness.follow import summary
+from harness.report.axes import CATEGORIES, COLORS, TRACKED
 
 pytest.importorskip("wandb_workspaces")
 
@@ -33,6 +33,29 @@ def test_every_figure_that_trackers_can_draw_is_in_both(specification):
         assert titles <= set(texts(specification[part])) | set(
             texts([json.loads(t) for t in texts(specification[part]) if t.startswith("{")])
         )
+
+
+def test_methods_have_the_colours_of_the_figures(specification):
+    """Read back by W&B's own classes: groups of runs by method, and a colour for each."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2 import internal as report_model
+    from wandb_workspaces.workspaces import internal as workspace_model
+
+    view = workspace_model.View.model_validate(specification["workspace"])
+    space = ws.Workspace._from_model(view)
+    assert [group.name for group in space.runset_settings.groupby] == ["method.label"]
+    assert space.runset_settings.group_colors == COLORS
+    model = report_model.ReportViewspec.model_validate(specification["report"])
+    grids = [b for b in wr.Report._from_model(model).blocks if isinstance(b, wr.PanelGrid)]
+    shown = {
+        key.rsplit(":", 1)[1] if isinstance(key, str) else key.keys[0].value: color
+        for key, color in grids[0].custom_run_colors.items()
+    }  # a label with a dash is read back as the key that W&B's page looks up
+    assert shown == COLORS
+    by = [grid.runsets[0].groupby for grid in grids]
+    keys = ("label", "targets", "r")  # as the server has them, nested in the config's value
+    assert by == [[f"config.method.value.{key}"] for key in keys]
 
 
 def test_its_metrics_are_those_that_trackers_log(tmp_path):

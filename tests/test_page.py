@@ -4,8 +4,11 @@ import base64
 import json
 import shutil
 import time
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -149,7 +152,9 @@ def test_it_filters(opened):
 def test_names_are_text_whatever_they_are(opened):
     assert opened.execute_script("return window.evil") is None
     assert EVIL in column(opened, "method")
-    assert EVIL in opened.find_element(By.TAG_NAME, "main").text.split("Not finished")[1]
+    assert (
+        EVIL in opened.find_element(By.TAG_NAME, "main").text.split("Failures and skipped runs")[1]
+    )
     labels = opened.execute_script(
         "return [...document.querySelectorAll('.legendtext, .ytick text')].map(e => e.textContent)"
     )
@@ -164,6 +169,13 @@ def test_a_row_leads_to_its_runs(opened, folder):
     assert targets == [(folder / f"none-s{seed}").as_uri() + "/" for seed in range(3)]
     links[1].click()
     assert opened.current_url == targets[1] and "result.json" in opened.page_source
+
+
+def test_every_link_leads_to_a_file(opened, folder):
+    links = opened.find_elements(By.CSS_SELECTOR, "main a")
+    targets = {link.get_attribute("href").removeprefix("file://") for link in links}
+    dead = {path for path in targets if not Path(unquote(path)).exists()}
+    assert dead == set() and any(path.endswith("parameters.svg") for path in targets)
 
 
 def test_a_legend_hides_and_shows_a_line(opened):
@@ -185,9 +197,12 @@ def test_every_figure_is_drawn_and_has_words(opened):
         "memory", "speed", "curves-tokens", "curves-seconds", "forgetting-more",
     }  # fmt: skip
     drawn = opened.find_elements(By.CSS_SELECTOR, ".figure")
+    shown = [f for f in drawn if f.find_elements(By.CSS_SELECTOR, ".main-svg")]
+    assert 0 < len(shown) < len(drawn)  # those that are in view, or nearly
     assert {figure.get_attribute("data-figure") for figure in drawn} == keys - {"memory"}
     for figure in drawn:
-        assert figure.find_elements(By.CSS_SELECTOR, ".main-svg")
+        opened.execute_script("arguments[0].scrollIntoView()", figure)
+        wait(lambda figure=figure: figure.find_elements(By.CSS_SELECTOR, ".main-svg"))
         assert len(figure.get_attribute("aria-label")) > 30
         assert figure.get_attribute("role") == "img" and figure.get_attribute("tabindex") == "0"
 
@@ -225,6 +240,8 @@ def contrast(one, other):
 def test_it_prints(opened):
     pdf = opened.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
     assert base64.b64decode(pdf).startswith(b"%PDF") and len(pdf) > 20_000
+    figures = opened.find_elements(By.CSS_SELECTOR, ".figure")
+    assert all(figure.find_elements(By.CSS_SELECTOR, ".main-svg") for figure in figures)
 
 
 def test_figures_and_tables_for_papers_lie_beside_it(folder):
@@ -233,10 +250,15 @@ def test_figures_and_tables_for_papers_lie_beside_it(folder):
     assert keys == {path.stem for path in (report / "figures").glob("*.png")}
     assert {"parameters", "rank", "curves-tokens", "forgetting-more"} <= keys
     lines = (report / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| method | targets | r, k |") and len(lines) == 2 + 9
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert lines[0].startswith("| method | targets | r, k |") and len(lines) == 2 + 9 + 2
+    assert all(line.count("|") == lines[0].count("|") for line in lines[:-2])
+    command = f"python -m harness.report {folder}"
+    assert lines[-1] == f"    {command}"
     tex = (report / "table.tex").read_text()
-    assert r"\toprule" in tex and r"\& " not in tex.splitlines()[3] and r"\%" in tex
+    assert r"\toprule" in tex and r"\& " not in tex.splitlines()[4] and r"\%" in tex
+    assert tex.startswith(f"% {command}\n")
+    assert command in (report / "figures" / "parameters.svg").read_text()
+    assert Image.open(report / "figures" / "parameters.png").text["Description"] == command
     assert tex.count(r"\\") == 1 + 9
 
 

@@ -1,6 +1,7 @@
 """Tables and their statistics against numpy, scipy and closed forms, on runs written here."""
 
 import csv
+import html
 import json
 import math
 import re
@@ -10,9 +11,9 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from harness import results
+from harness import lock, results
 from harness.config import REPOSITORY, ConfigError
-from harness.report import evidence, summary, table, views
+from harness.report import evidence, missing, summary, table, views
 from harness.report.__main__ import main
 
 DOCUMENTS = 40
@@ -202,6 +203,63 @@ def test_other_documents_or_a_missing_or_changed_file_are_refused(tmp_path, caps
 
 def one_line(capsys):
     return " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_not_in_the_table_is_told_of_with_its_reason(tmp_path, capsys):
+    put(tmp_path, "fine")
+    put(tmp_path, "left", r=1, status="failed")
+    put(tmp_path, "again", r=2, status="failed")
+    put(tmp_path, "cut", r=3, status="interrupted")
+    put(tmp_path, "new", r=3, status="interrupted")
+    put(tmp_path, "gone", r=4, status="running", train={"steps": 80})
+    at_work = put(tmp_path, "at-work", r=5, status="running")
+    for name, failure in (
+        ("left", {"class": "oom", "message": "no room\nat all"}),
+        ("again", {"class": "killed", "message": "the worker was killed"}),
+    ):
+        results.write(tmp_path / name, results.read(tmp_path / name) | {"failure": failure})
+    (tmp_path / "cut" / "checkpoints" / "6").mkdir(parents=True)
+    put(tmp_path, "broken")
+    (tmp_path / "broken" / "result.json").write_text("{")
+    no_test = results.read(put(tmp_path, "no-test", r=6))
+    del no_test["quality"]["test"]
+    results.write(tmp_path / "no-test", no_test)
+    planned = {"fine": "", "left": "", "other": "holds another", "to-come": ""}
+    results.write_sweep(tmp_path, planned)
+    claim = lock.claim(at_work)
+    found = {run.name: (run.status, str(run)) for run in missing.find(evidence.find(tmp_path))}
+    claim.release()
+    assert found == {
+        "left": ("failed", "oom: no room; a sweep leaves it as it is until retry=1"),
+        "again": ("failed", "killed: the worker was killed; the same command tries it again"),
+        "cut": ("interrupted", "at step 6; the same command goes on with it"),
+        "new": ("interrupted", "at step 6; the same command tries it again"),
+        "gone": (
+            "interrupted", "its process went at step 6 of 80; the same command tries it again",
+        ),
+        "at-work": ("running", "at step 6"),
+        "broken": (
+            "unreadable", "there is no result.json that can be read; rerun=true replaces it",
+        ),
+        "no-test": ("not compared", "it was not evaluated on the test set"),
+        "other": ("refused", "holds another"),
+        "to-come": ("waiting", "the sweep has not come to it; the same command does"),
+    }  # fmt: skip
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    page = (tmp_path / "report" / "index.html").read_text()
+    for name, (status, reason) in found.items():
+        if name != "at-work":  # which nobody is at any more
+            assert f"{status}: {name} ({reason})" in shown and html.escape(reason) in page
+
+
+def test_only_untrained_models_have_neither_fronts_nor_budgets(tmp_path, capsys):
+    put(tmp_path, "none", method="none", r=1, nll=4.0)
+    put(tmp_path, "k8", method="truncate", r=8, nll=4.5)
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Pareto" not in shown and "within a budget" not in shown
+    assert "rank: places" in shown
 
 
 def test_the_same_seed_twice_is_refused(tmp_path):

@@ -45,18 +45,21 @@ def main(arguments: list[str]) -> int:
 
 
 def watch(folder: Path) -> None:
-    """Write the page again whenever a result has changed, until no run is under way."""
+    """Write the page again whenever a run has come further, until no run is under way."""
     before, said = None, False
     while True:
-        state = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{results.FILE_NAME}")}
+        began = time.monotonic()
+        names = (results.FILE_NAME, results.METRICS_NAME)
+        paths = [path for name in names for path in folder.glob(f"*/{name}")]
+        state = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
         if state != before:
             path = files.write_page(evidence.find(folder), refresh=PERIOD_SECONDS)
             if not said:
                 print(f"watching: {path} (Ctrl-C ends it)", flush=True)
             before, said = state, True
-        if not any(lock.is_claimed(path.parent) for path in state):
+        if not any(lock.is_claimed(run_dir) for run_dir in {path.parent for path in state}):
             return
-        time.sleep(PERIOD_SECONDS)
+        time.sleep(max(PERIOD_SECONDS, 4 * (time.monotonic() - began)))  # the runs need the cores
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Figures as SVG and PNG by matplotlib, sized for a column of a paper.
-
-python -m harness.report.draw outputs/main_seeds             (into its report/figures)
-python -m harness.report.draw outputs/main_seeds FOLDER
-"""
+"""Figures as SVG and PNG by matplotlib, sized for a column of a paper: `files` writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from harness.report.figures import Figure
+from harness.report.figures import Figure, labels
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,8 +23,11 @@ MARKERS = "osD^vPX*<>hd"
 DASHES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), (0, (1, 3)))
 
 
-def draw(figure: Figure, folder: Path) -> list[Path]:
-    """Write `<key>.svg` and `<key>.png` into `folder`; returns both paths."""
+def draw(figure: Figure, folder: Path, command: str) -> list[Path]:
+    """Write `<key>.svg` and `<key>.png` into `folder`; returns both paths.
+
+    `command`, by which they are made again, stands in their metadata.
+    """
     plt.rcParams |= STYLE
     kinds = {"points": _points, "bars": _bars, "heat": _heat}
     canvas, axes = plt.subplots(figsize=_size(figure))
@@ -38,7 +37,9 @@ def draw(figure: Figure, folder: Path) -> list[Path]:
     paths = [folder / f"{figure.axes.key}.{suffix}" for suffix in ("svg", "png")]
     for path in paths:
         more: dict[str, Any] = (
-            {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 200}
+            {"metadata": {"Date": None, "Description": command}}
+            if path.suffix == ".svg"
+            else {"metadata": {"Description": command}, "dpi": 200}
         )
         canvas.savefig(path, bbox_inches="tight", **more)
     plt.close(canvas)
@@ -69,11 +70,13 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
             axes.errorbar(
                 s.x, s.y, yerr=ends, fmt="none", ecolor=s.color, elinewidth=0.8, capsize=2
             )
-    for name, color, value in figure.references:
+    for _, color, value in figure.references:
         axes.axhline(value, color=color, linestyle=":", lw=1)
+    for label in labels(figure):
         axes.annotate(
-            name, (1, value), xycoords=("axes fraction", "data"), fontsize=6, color=color,
-            ha="right", va="bottom",
+            label.text, (0 if label.left else 1, label.y), (3 if label.left else -3, 0),
+            xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=6,
+            ha="left" if label.left else "right", va="bottom" if label.above else "top",
         )  # fmt: skip
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)
     if figure.axes.log_x:

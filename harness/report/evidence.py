@@ -22,6 +22,7 @@ from harness.report.table import Row
 from harness.report.table import rows as table_rows
 
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
+MANY = 4  # names in a sentence or a cell
 # Of Pareto fronts and budgets -> path in result.json. Memory and time are of training steps: what
 # does not train has a place among parameters only.
 COSTS = {
@@ -48,6 +49,14 @@ class Evidence:
         return min(counts, default=0), max(counts, default=0)
 
     @property
+    def sample(self) -> str:
+        """What intervals are over: "48 documents and 3 seeds"."""
+        fewest, most = self.num_seeds
+        seeds = f" and {fewest} to {most} seeds" if fewest < most else f" and {most} seeds"
+        documents = next(iter(self.intervals.values())).num_documents
+        return f"{documents} documents" + (seeds if most > 1 else "")
+
+    @property
     def alone(self) -> list[str]:
         """Configurations with one seed, of those that a seed moves."""
         return [e.name for e in self.evaluations if not e.deterministic and len(e.seeds) == 1]
@@ -63,6 +72,45 @@ class Evidence:
         ordered = self.ordered
         pairs = zip(ordered[1:], ordered, strict=False)
         return [turned(made[frozenset((worse, better))], worse) for worse, better in pairs]
+
+
+def scope(test: Evidence) -> list[str]:
+    """What the intervals and tests cover, and what they do not, in sentences."""
+    fewest, most = test.num_seeds
+    said = [
+        f"95 %: interval of test perplexity over {test.sample}; untrained models: over documents "
+        "only."
+    ]
+    if test.alone:
+        whose = "" if most == 1 else f" of {some(test.alone)}"
+        said.append(
+            f"ONE SEED{whose}: intervals and ranks are over documents alone; another seed may move "
+            "every row that trains, and close pairs are not told apart by one."
+        )
+    if fewest < most:
+        said.append(
+            "Not all rows have the same seeds: two are compared over the seeds that both have."
+        )
+    if len(test.intervals) == 1:
+        return said
+    if test.ranks:
+        said.append(
+            f"rank: places a configuration may have, by {len(test.comparisons)} paired tests at "
+            "5 % (Holm)."
+        )
+    else:
+        said.append(
+            f"more than {EVERY_PAIR} rows: each is compared with the best, the next and the base."
+        )
+    if fewest > 1 and (few := stats.few_seeds(fewest, len(test.comparisons))):
+        said.append(f"{few}.")
+    return said
+
+
+def some(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+    return ", ".join(names[:MANY]) + more
 
 
 def turned(c: stats.Comparison, first: str) -> stats.Comparison:

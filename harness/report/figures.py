@@ -1,33 +1,36 @@
-"""What the figures of an experiment show, described once: `draw` makes SVG and PNG of it.
+"""What the figures of an experiment show: `draw` makes SVG and PNG of it, `page` Plotly's JSON.
 
-A figure is points, bars or a heat map with labels, references and a sentence for those who cannot
-see it. Colours are those of Okabe and Ito (safe for the colour-blind); a method has the same one in
-every figure.
+A figure is points, bars or a heat map on `axes`, with labels, references and a sentence for those
+who cannot see it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness import results, stats
 from harness.report import evidence as ev
 from harness.report import views
+from harness.report.axes import (
+    ALPHA,
+    CATEGORIES,
+    COSTS,
+    MEMORY,
+    PARAMETERS,
+    RANK,
+    SECONDS,
+    SPEED,
+    TOKENS,
+    Axes,
+    color_of,
+)
 from harness.report.evidence import Evidence
 from harness.report.table import Row
 
-COLORS = {
-    "full": "#D55E00", "lora": "#0072B2", "udv-d": "#009E73", "udv-udv": "#CC79A7",
-    "udv-d-keep": "#56B4E9", "truncate": "#E69F00", "none": "#808080",
-}  # fmt: skip
-OTHERS = ("#8C6BB1", "#A6761D", "#4D9221", "#B2182B", "#35978F", "#C51B7D")  # further methods
-CATEGORIES = {  # of memory, from what stays to what comes and goes
-    "frozen_weights": "#808080", "trainable_weights": "#0072B2", "optimizer_state": "#56B4E9",
-    "gradients": "#E69F00", "activations": "#D55E00",
-}  # fmt: skip
-TEST = "test perplexity per token"
+REFERENCES = {"none": "base model", "truncate": "truncated", "full": "full fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -48,62 +51,6 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Axes:
-    """What a figure is about, whatever draws it: here, on the page, or in a tracker's dashboard."""
-
-    key: str  # file name
-    title: str
-    x: str
-    y: str
-    kind: str = "points"  # points | bars (stacked, a series a part) | heat (a series a row)
-    log_x: bool = False
-    log_y: bool = False
-    # The trackers' names of what it shows (summary, history or config.…), where they have it.
-    metrics: tuple[str, ...] = ()  # x and y; of bars their parts
-    group: str = ""  # what tells lines apart
-
-
-PARAMETERS = Axes(
-    "parameters", "Perplexity and trainable parameters", "trainable parameters", TEST, log_x=True,
-    log_y=True, metrics=("parameters/trainable", "test/perplexity"),
-)  # fmt: skip
-PEAK = Axes(
-    "perplexity-memory", "Perplexity and peak memory", "peak of live tensors, MiB", TEST,
-    log_y=True, metrics=("memory/peak_gib", "test/perplexity"),
-)  # fmt: skip
-TIME = Axes(
-    "perplexity-time", "Perplexity and training time", "seconds of optimizer steps", TEST,
-    log_y=True, metrics=("speed/train_seconds", "test/perplexity"),
-)  # fmt: skip
-RANK = Axes(
-    "rank", "Perplexity and rank", "rank: r of LoRA, k of U D V^T", TEST, log_x=True, log_y=True,
-    metrics=("config.method.rank", "test/perplexity"), group="config.method.targets",
-)  # fmt: skip
-ALPHA = Axes(
-    "alpha", "Perplexity and LoRA's scale", "alpha / r", TEST, log_x=True, log_y=True,
-    metrics=("config.method.alpha", "test/perplexity"), group="config.method.r",
-)  # fmt: skip
-MEMORY = Axes(
-    "memory", "Peak memory", "", "MiB of live tensors", "bars",
-    metrics=tuple(f"memory/{category}_gib" for category in CATEGORIES),
-)  # fmt: skip
-SPEED = Axes(
-    "speed", "Speed of training", "", "tokens per second of optimizer steps", "bars",
-    metrics=("speed/tokens_per_second",),
-)  # fmt: skip
-TOKENS = Axes(
-    "curves-tokens", "Learning over tokens", "tokens trained on", "validation perplexity",
-    log_y=True, metrics=("tokens", "eval/validation/perplexity"), group="config.method.label",
-)  # fmt: skip
-SECONDS = Axes(
-    "curves-seconds", "Learning over seconds", "seconds of optimizer steps",
-    "validation perplexity", log_y=True,
-)  # fmt: skip
-COSTS = {"trainable parameters": PARAMETERS, "peak memory": PEAK, "training time": TIME}
-TRACKED = (PARAMETERS, PEAK, TIME, RANK, ALPHA, MEMORY, SPEED, TOKENS)  # what trackers can draw
-
-
-@dataclass(frozen=True)
 class Figure:
     """Axes and what is drawn on them."""
 
@@ -113,10 +60,37 @@ class Figure:
     alt: str = ""  # for those who cannot see it
 
 
-def colors(rows: Iterable[Row]) -> dict[str, str]:
-    """A colour for every method's label."""
-    labels = sorted({row.values["method.label"] for row in rows} - set(COLORS))
-    return COLORS | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(labels)}
+@dataclass(frozen=True)
+class Label:
+    """Where a reference line has its name."""
+
+    text: str
+    y: float
+    left: bool = False  # at the left end of the line, or else at the right one
+    above: bool = True  # the line, or else below it
+
+
+def labels(figure: Figure) -> list[Label]:
+    """The names of the reference lines, lowest first, so that close lines do not share room.
+
+    Full fine-tuning's is at the left: at the right, where it is dear, there are points.
+    """
+    scale = math.log if figure.axes.log_y else float
+    drawn = [v for s in figure.series for v in s.y if v == v] + [r[2] for r in figure.references]
+    places = [scale(v) for v in drawn if v > 0]
+    room = 0.07 * (max(places) - min(places)) if places else 0.0
+    found: list[Label] = []
+    for text, _, y in sorted(figure.references, key=lambda r: r[2]):
+        left = text.startswith(REFERENCES["full"])
+        close = [
+            i
+            for i, other in enumerate(found)
+            if other.left == left and scale(y) - scale(other.y) < room
+        ]
+        if len(close) == 1:
+            found[close[0]] = replace(found[close[0]], above=False)
+        found.append(Label(text, y, left != (len(close) > 1)))
+    return found
 
 
 def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
@@ -162,14 +136,13 @@ def _lines(
     joined: bool = True,
 ) -> list[Series]:
     """The rows of every key by ascending x, joined by a line or not."""
-    shades = colors(rows)
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     found = []
     for name, members in groups.items():
         ordered = sorted(members, key=x)
-        color = shades[ordered[0].values["method.label"]]
+        color = color_of(ordered[0].values["method.label"])
         line = joined and len({x(row) for row in ordered}) > 1
         found.append(_points(name, color, ordered, [x(r) for r in ordered], test, line=line))
     return found
@@ -181,16 +154,15 @@ def _family(row: Row) -> str:
 
 def _references(rows: Sequence[Row], test: Evidence) -> list[tuple[str, str, float]]:
     """Lines for what has no place on the axis: the base, truncation and full fine-tuning."""
-    names = {"none": "base model", "truncate": "truncated", "full": "full fine-tuning"}
     return [
         (
-            f"{names[row.values['method.name']]}"
+            f"{REFERENCES[row.values['method.name']]}"
             + (f", k={row.values['method.rank']}" if row.values["method.rank"] else ""),
-            COLORS[row.values["method.name"]],
+            color_of(row.values["method.name"]),
             test.intervals[row.name].perplexity[0],
         )
         for row in rows
-        if row.values["method.name"] in names and row.name in test.intervals
+        if row.values["method.name"] in REFERENCES and row.name in test.intervals
     ]
 
 
@@ -219,8 +191,7 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
         f"{len(trained)} configurations. Lowest: {best.name}, "
         f"{test.intervals[best.name].perplexity[0]:.1f} at {cost(best):,.0f} {axes.x}."
     )
-    references = [r for r in _references(rows, test) if r[0] != "full fine-tuning"]
-    return Figure(axes, series, references, alt)
+    return Figure(axes, series, _references(rows, test), alt)
 
 
 def _number(value: Any) -> float | None:
@@ -296,7 +267,7 @@ def _heat(rows: Sequence[Row], test: Evidence) -> list[Figure]:
             return min((test.intervals[r.name].perplexity[0] for r in there), default=math.nan)
 
         series = [
-            Series(f"{rank:g}", COLORS["lora"], columns, [value(c, rank) for c in columns])
+            Series(f"{rank:g}", color_of("lora"), columns, [value(c, rank) for c in columns])
             for rank in ranks
         ]
         least = min(
@@ -353,7 +324,6 @@ def _speed(rows: Sequence[Row]) -> Figure | None:
 
 def _curves(rows: Sequence[Row]) -> list[Figure]:
     """Validation over tokens and over seconds; seeds as a band."""
-    shades = colors(rows)
     pairs = [
         (row, c) for row in rows if row.values["parameters.trainable"] and (c := views.curve(row))
     ]
@@ -365,7 +335,7 @@ def _curves(rows: Sequence[Row]) -> list[Figure]:
         for row, c in pairs:
             x = c.tokens.tolist() if axes is TOKENS else c.seconds.mean(0).tolist()
             ends = [[_drawn(v) for v in f(0)] for f in (c.nll.mean, c.nll.min, c.nll.max)]
-            color = shades[row.values["method.label"]]
+            color = color_of(row.values["method.label"])
             several = len(c.nll) > 1
             low, high = (ends[1], ends[2]) if several else (None, None)
             names = [row.name] * len(x)
@@ -394,7 +364,6 @@ def _forgetting(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figure | N
     trained = [row for row in _trained(rows, test) if row.name in moved and row.name in learned]
     if not trained:
         return None
-    shades = colors(rows)
     groups: dict[str, list[Row]] = {}
     for row in trained:
         groups.setdefault(_family(row), []).append(row)
@@ -404,7 +373,7 @@ def _forgetting(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figure | N
         changes: list[stats.Comparison] = [moved[row.name] for row in ordered]
         series.append(
             Series(
-                name, shades[ordered[0].values["method.label"]],
+                name, color_of(ordered[0].values["method.label"]),
                 [learned[row.name].difference for row in ordered],
                 [c.difference for c in changes], [c.low for c in changes],
                 [c.high for c in changes], [row.name for row in ordered],

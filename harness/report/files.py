@@ -5,6 +5,7 @@ report/index.html, report/figures/*.{svg,png}, report/table.{md,tex}; results.cs
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from harness.report.figures import Figure, figures
 FOLDER = "report"
 
 
+def command(folder: Path) -> str:
+    """What makes all of this again."""
+    return f"python -m harness.report {shlex.quote(str(folder))}"
+
+
 def write(findings: Findings) -> Path:
     """Write everything; returns the page's path."""
     folder = findings.folder / FOLDER
@@ -25,13 +31,13 @@ def write(findings: Findings) -> Path:
     scratch.mkdir(parents=True)
     drawn = figures(findings.rows, findings.found)
     for figure in drawn:
-        draw.draw(figure, scratch)
+        draw.draw(figure, scratch, command(findings.folder))
     shutil.rmtree(folder / "figures", ignore_errors=True)  # a figure that is no more is not there
     scratch.rename(folder / "figures")
     headings, lines = table.lines(findings.rows, summary.beside(findings.found.get("test")))
     for name, text in (
-        ("table.md", markdown(headings, lines)),
-        ("table.tex", latex(headings, lines)),
+        ("table.md", f"{markdown(headings, lines)}\n    {command(findings.folder)}\n"),
+        ("table.tex", f"% {command(findings.folder)}\n{latex(headings, lines)}"),
     ):
         results.write_atomically(folder / name, text)
     return _write_page(findings, drawn)
@@ -45,7 +51,7 @@ def write_page(findings: Findings, refresh: int | None = None) -> Path:
 def _write_page(findings: Findings, drawn: list[Figure], refresh: int | None = None) -> Path:
     path = findings.folder / FOLDER / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write_atomically(path, page.text(findings, drawn, refresh))
+    results.write_atomically(path, page.text(findings, drawn, command(findings.folder), refresh))
     return path
 
 

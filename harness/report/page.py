@@ -10,7 +10,6 @@ import html
 import json
 import math
 import re
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,20 +18,26 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from harness import results, stats
+from harness import results
 from harness.config import CONF_DIR
 from harness.report import evidence as ev
-from harness.report import table
+from harness.report import missing, table
 from harness.report.evidence import Evidence
-from harness.report.figures import Figure, Series
+from harness.report.figures import Figure, Series, labels
+from harness.report.summary import ends
 from harness.report.table import Row
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
-def text(findings: ev.Findings, drawn: Sequence[Figure], refresh: int | None = None) -> str:
-    """The page; with `refresh` it loads itself again every so many seconds."""
+def text(
+    findings: ev.Findings, drawn: Sequence[Figure], command: str, refresh: int | None = None
+) -> str:
+    """The page, which `command` makes; with `refresh` it loads itself again every so many seconds.
+
+    While it does, there are no files of figures and tables beside it.
+    """
     folder, rows, found = findings.folder, findings.rows, findings.found
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
@@ -48,11 +53,20 @@ def text(findings: ev.Findings, drawn: Sequence[Figure], refresh: int | None = N
         headings=_headings(test),
         rows=[_row(row, test) for row in rows],
         filters=_filters(rows),
-        figures=[{"key": f.axes.key, "title": f.axes.title, "alt": f.alt} for f in drawn],
+        figures=[
+            {
+                "key": f.axes.key,
+                "title": f.axes.title,
+                "alt": f.alt,
+                "height": shown[f.axes.key]["layout"]["height"],
+            }
+            for f in drawn
+        ],
         data=_embedded(shown),
-        unfinished=_unfinished(folder),
+        comparisons=bool(found),
+        missing=missing.find(findings),
         provenance=_provenance(rows),
-        command=f"python -m harness.report {shlex.quote(str(folder))}",
+        command=command,
         plotly=get_plotlyjs() if drawn else "",
         refresh=refresh,
     )
@@ -75,7 +89,10 @@ def question(experiment: str) -> str | None:
     except OSError:
         return None
     match = re.search(r"# Question:(.*?)# Command:", header, re.DOTALL)
-    return " ".join(match[1].replace("#", " ").split()) if match else None
+    if match is None:
+        return None
+    asked = " ".join(match[1].replace("#", " ").split())
+    return asked[:1].upper() + asked[1:]
 
 
 def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
@@ -108,21 +125,7 @@ def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
 def _notes(rows: Sequence[Row], test: Evidence | None, refused: Sequence[str]) -> list[str]:
     notes = [f"No intervals, ranks or comparisons {reason}." for reason in refused]
     if test is not None:
-        documents = next(iter(test.intervals.values())).num_documents
-        fewest, most = test.num_seeds
-        if fewest == 1:
-            notes.append(
-                f"One seed: intervals and ranks are over {documents} documents alone; another seed "
-                "may move every row that trains."
-            )
-        elif most:
-            seeds = f"{fewest} to {most}" if fewest < most else f"{most}"
-            notes.append(
-                f"Intervals are 95 %, over {documents} documents and {seeds} seeds; tests are "
-                f"paired and Holm-adjusted over {len(test.comparisons)} comparisons."
-            )
-            if test.comparisons and (said := stats.few_seeds(fewest, len(test.comparisons))):
-                notes.append(f"{said}.")
+        notes += ev.scope(test)
     if any(row.values[table.SHARED] for row in rows):
         notes.append("Memory and speed marked * were measured beside other runs: do not compare.")
     return notes
@@ -150,10 +153,8 @@ def _row(row: Row, test: Evidence | None) -> dict[str, Any]:
         cells.append({"shown": shown, "key": "" if key is None else key, "form": form})
     if test is not None:
         interval = test.intervals.get(row.name)
-        low, high = interval.perplexity[1:] if interval else (math.nan, math.nan)
-        cells.append(
-            {"shown": f"{low:.1f}–{high:.1f}" if interval else "-", "key": low, "form": ""}
-        )
+        shown, low = (ends(interval), interval.perplexity[1]) if interval else ("-", math.nan)
+        cells.append({"shown": shown.replace("-", "–"), "key": low, "form": ""})
         rank = test.ranks.get(row.name, "-")
         cells.append({"shown": rank, "key": rank.split("-")[0], "form": ""})
     cells.append({"shown": str(row.values["seeds"]), "key": row.values["seeds"], "form": ""})
@@ -190,24 +191,6 @@ def _filters(rows: Sequence[Row]) -> dict[str, list[str]]:
         values = {str(row.values[f"method.{path}"] or "-") for row in rows}
         if len(values) > 1:
             found[name] = sorted(values, key=lambda v: (_order(v) if v != "-" else -1, v))
-    return found
-
-
-def _unfinished(folder: Path) -> list[dict[str, str]]:
-    found = []
-    for run_dir, record in results.collect(folder):
-        if record["status"] != "finished":
-            failure = record.get("failure") or {}
-            said = (failure.get("message") or "").splitlines()
-            reason = f"{failure['class']}: {said[0] if said else ''}" if failure else ""
-            found.append(
-                {
-                    "name": run_dir.name,
-                    "href": f"../{run_dir.name}/log.txt",
-                    "status": record["status"],
-                    "reason": reason,
-                }
-            )
     return found
 
 
@@ -284,11 +267,13 @@ def plotly(figure: Figure) -> dict[str, Any]:
         ],
         "annotations": [
             {
-                "text": html.escape(name), "xref": "paper", "x": 1, "xanchor": "right",
-                "y": math.log10(value) if figure.axes.log_y else value, "yanchor": "bottom",
-                "showarrow": False, "font": {"color": color, "size": 11},
+                "text": html.escape(label.text), "xref": "paper", "x": 0 if label.left else 1,
+                "xanchor": "left" if label.left else "right",
+                "y": math.log10(label.y) if figure.axes.log_y else label.y,
+                "yanchor": "bottom" if label.above else "top", "showarrow": False,
+                "font": {"size": 11},
             }
-            for name, color, value in figure.references
+            for label in labels(figure)
         ],
         "showlegend": len(figure.series) > 1 and figure.axes.kind != "heat",
     }  # fmt: skip
@@ -297,7 +282,8 @@ def plotly(figure: Figure) -> dict[str, Any]:
 
 def _ticks(figure: Figure) -> list[float]:
     """Multiples of powers of ten about the values: 1, 2 and 5, or finer where they are close."""
-    values = [v for s in figure.series for v in s.y if 0 < v < math.inf] or [1.0]
+    shown = [v for s in figure.series for v in s.y] + [y for _, _, y in figure.references]
+    values = [v for v in shown if 0 < v < math.inf] or [1.0]
     powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
     close = max(values) < 4 * min(values)
     digits = [d / 2 for d in range(2, 20)] if close else [1, 2, 5]

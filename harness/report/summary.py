@@ -14,12 +14,11 @@ from typing import Any
 
 from harness import results, stats
 from harness.report import evidence as ev
-from harness.report import table, views
+from harness.report import missing, table, views
 from harness.report.evidence import Evidence, Findings
 from harness.report.table import Row
 
 NOT_APART = 6  # pairs named on the terminal; all are in comparisons.csv
-MANY = 4  # names in a cell
 UNITS = {"peak memory": 2**20}  # MiB
 CSVS = ("results.csv", "comparisons.csv", "curves.csv")
 
@@ -48,14 +47,10 @@ def tell(findings: Findings, run_dirs: Sequence[Path] | None = None, *, full: bo
             _print_more(rows, found)
     else:
         print(f"\n{folder}: no finished run")
-    for run_dir, result in results.collect(folder):
-        if result["status"] != "finished" and (run_dirs is None or run_dir in run_dirs):
-            failure = result.get("failure") or {}
-            said = (failure.get("message") or "").splitlines()
-            print(
-                f"{result['status']}: {run_dir.name} ({failure.get('class')}): "
-                f"{said[0] if said else ''} (log: {run_dir / 'log.txt'})"
-            )
+    for run in missing.find(findings):
+        if run_dirs is None or folder / run.name in run_dirs:
+            log = f" (log: {folder / run.name / 'log.txt'})" if run.log else ""
+            print(f"{run.status}: {run.name} ({run}){log}")
     if saved:
         print(f"saved in {folder}: {', '.join(saved)}; one directory per run beside them")
     more = "again" if full else "as a page, with comparisons, equal budgets and learning curves"
@@ -80,51 +75,30 @@ def ends(i: stats.Interval) -> str:
 
 def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
     """What the intervals cover, which pairs are not told apart, and who is on which front."""
-    documents = next(iter(test.intervals.values())).num_documents
-    fewest, most = test.num_seeds
-    seeds = f"{fewest} to {most}" if fewest < most else f"{most}"
-    over = f"{documents} documents" + (f" and {seeds} seeds" if most > 1 else "")
-    print(f"95 %: interval of test perplexity over {over}; untrained models: over documents only.")
-    if alone := test.alone:
-        whose = "" if most == 1 else f" of {_some(alone)}"
-        print(
-            f"ONE SEED{whose}: intervals and ranks are over documents alone; another seed may\n"
-            "move every row that trains, and close pairs are not told apart by one."
-        )
-    if fewest < most:
-        print("Not all rows have the same seeds: two are compared over the seeds that both have.")
+    for sentence in ev.scope(test):
+        print(textwrap.fill(sentence, 100))
     if len(test.intervals) == 1:
         return
-    m = len(test.comparisons)
-    if test.ranks:
-        print(f"rank: places a configuration may have, by {m} paired tests at 5 % (Holm).")
-    else:
-        print(
-            f"more than {ev.EVERY_PAIR} rows: each is compared with the best, the next and the base"
-        )
-    if fewest > 1 and (said := stats.few_seeds(fewest, m)):
-        print(textwrap.fill(f"{said}.", 100))
     apart = [c for c in test.comparisons if c.better is None]
     named = "; ".join(f"{c.a} and {c.b}" for c in apart[:NOT_APART])
     more = f"; and {len(apart) - NOT_APART} more pairs" if len(apart) > NOT_APART else ""
     print(f"not told apart: {named + more if apart else 'none, every pair differs significantly'}")
     if not test.ranks:
         return
-    print("Pareto fronts (off them: something that costs no more is significantly better):")
+    lines = []
     for title, dominated in ev.fronts(rows, test).items():
         on = [name for name in test.ordered if not dominated.get(name, ("",))]
-        print(f"  {title}{_mark(rows, title)}: {', '.join(on)}")
+        if any(ev.costs(rows, title).values()):  # or nothing costs anything
+            lines.append(f"  {title}{_mark(rows, title)}: {', '.join(on)}")
+    if lines:
+        print("Pareto fronts (off them: something that costs no more is significantly better):")
+        print("\n".join(lines))
 
 
 def _mark(rows: Sequence[Row], title: str) -> str:
     """A star where sharing the machine can have moved the numbers."""
     shared = any(row.values[table.SHARED] for row in rows)
     return "*" if shared and title != "trainable parameters" else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
-    return ", ".join(names[:MANY]) + more
 
 
 # ------------------------------------------------------------------------------- the full report
@@ -172,7 +146,7 @@ def _print_budgets(rows: Sequence[Row], test: Evidence) -> None:
             last = (best, ties) = found
             i = test.intervals[best]
             cells = [_cost(title, budget), title + mark, best, f"{i.perplexity[0]:.2f}", ends(i)]
-            shown.add_row(*cells, _some(ties) or "-")
+            shown.add_row(*cells, ev.some(ties) or "-")
         pairs = views.matched(costs, test.comparisons)
         for c in pairs[:NOT_APART]:
             better = f"{c.better} is better" if c.better else "not told apart"
@@ -181,8 +155,9 @@ def _print_budgets(rows: Sequence[Row], test: Evidence) -> None:
             )
         if len(pairs) > NOT_APART:
             matched.append(f"  {title}{mark}: and {len(pairs) - NOT_APART} more pairs")
-    print("\nThe best within a budget")
-    table.show(shown)
+    if shown.row_count:
+        print("\nThe best within a budget")
+        table.show(shown)
     if matched:
         print("Pairs of equal cost (within 5 %):", *matched, sep="\n")
 

@@ -1,0 +1,94 @@
+"""Runs of a folder that its table, or the table's statistics, are without, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import lock, results
+from harness.report.evidence import Findings
+
+AGAIN = "the same command tries it again"
+NOT_LEFT = (None, "config", "killed")  # failures that a sweep does not leave until `retry`
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A run that has no place in the table, or in its statistics."""
+
+    name: str  # of its directory
+    status: str  # failed | interrupted | running | waiting | refused | unreadable | not compared
+    reason: str
+    next: str = ""  # what becomes of it
+    log: bool = False  # whether it has one
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (self.reason, self.next)))
+
+
+def find(findings: Findings) -> list[Missing]:
+    """Every such run: those that have begun, by name, and then those of the last sweep only."""
+    folder, planned = findings.folder, results.read_sweep(findings.folder)
+    names = ("config.yaml", results.FILE_NAME)
+    run_dirs = {path.parent for name in names for path in folder.glob(f"*/{name}")}
+    found = [
+        one
+        for run_dir in sorted(run_dirs)
+        if not planned.get(run_dir.name) and (one := _begun(run_dir)) is not None
+    ]
+    return found + list(_not_compared(findings)) + list(_not_begun(run_dirs, planned, folder))
+
+
+def _begun(run_dir: Path) -> Missing | None:
+    """What became of a run that has a configuration in its directory; None if it is finished."""
+    name, log = run_dir.name, (run_dir / "log.txt").exists()
+    record = results.read(run_dir)
+    if record is None:
+        reason = "there is no result.json that can be read"
+        return Missing(name, "unreadable", reason, "rerun=true replaces it", log)
+    status = str(record["status"])
+    if status == "finished":
+        return None
+    if status == "running":
+        step, steps = _step(run_dir), results.get(record, "config.train.steps")
+        at = f"at step {step}" + (f" of {steps}" if steps else "")
+        if lock.is_claimed(run_dir):
+            return Missing(name, "running", at, log=log)
+        return Missing(name, "interrupted", f"its process went {at}", _goes_on(run_dir), log)
+    if status == "interrupted":
+        return Missing(name, status, f"at step {_step(run_dir)}", _goes_on(run_dir), log)
+    failure: dict[str, Any] = record.get("failure") or {}
+    said = (failure.get("message") or "").splitlines()
+    kind = failure.get("class")
+    reason = ": ".join(filter(None, (kind, said[0] if said else "")))
+    left = "a sweep leaves it as it is until retry=1"
+    return Missing(name, status, reason, AGAIN if kind in NOT_LEFT else left, log)
+
+
+def _step(run_dir: Path) -> int:
+    return int(results.last_metrics(run_dir).get("step", 0))
+
+
+def _goes_on(run_dir: Path) -> str:
+    return "the same command goes on with it" if results.can_go_on(run_dir) else AGAIN
+
+
+def _not_compared(findings: Findings) -> Iterator[Missing]:
+    """Finished runs without a number that the others have."""
+    if (test := findings.found.get("test")) is not None:
+        for row in findings.rows:
+            if row.name not in test.intervals:
+                for run_dir in row.run_dirs:
+                    reason = "it was not evaluated on the test set"
+                    yield Missing(run_dir.name, "not compared", reason, log=True)
+
+
+def _not_begun(begun: set[Path], planned: dict[str, str], folder: Path) -> Iterator[Missing]:
+    """Runs that the last sweep has refused, or has not come to."""
+    for name, refused in planned.items():
+        if refused:
+            yield Missing(name, "refused", refused)
+        elif folder / name not in begun:
+            yield Missing(name, "waiting", "the sweep has not come to it", "the same command does")
