@@ -9,8 +9,8 @@ bleu     Corpus BLEU-4, case-insensitive, on mteval-v13a's tokens: n-grams clipp
          over references, the reference length closest to the candidate's (of two, the shorter), 0
          matches floored at 1e-15. That is sacrebleu -lc -tok 13a -s floor -sv 1e-15. e2e-metrics'
          pymteval gives the same where every candidate has three tokens; of a shorter one it counts
-         -1 or -2 n-grams and calls an empty one a token: sacrebleu and mteval-v13a.pl count 0. (On
-         E2E's test set that is 0.01 BLEU if one candidate in a hundred is empty, 0.4 of one in ten.)
+         -1 or -2 n-grams and calls an empty one a token: sacrebleu and mteval-v13a.pl count 0 (on
+         E2E's test set, 0.01 BLEU less if one candidate in a hundred is empty, 0.4 if one in ten).
 nist     NIST-5 (Doddington, HLT 2002) on the same tokens: information weights from all references
          of the corpus, n-grams clipped as for BLEU, brevity against the mean reference length.
          pymteval gives the same where every candidate has four tokens. (nltk takes n-grams and
@@ -280,7 +280,7 @@ def _java(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         try:
             process = subprocess.Popen(
-                [java, "-Dfile.encoding=UTF-8", *arguments],
+                [java, "-Dfile.encoding=UTF-8", "-XX:-UsePerfData", *arguments],  # no /tmp/hsperfdata
                 cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
