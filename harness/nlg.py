@@ -280,7 +280,7 @@ def _java(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as complaints:
         try:
             process = subprocess.Popen(
-                [java, "-Dfile.encoding=UTF-8", "-XX:-UsePerfData", *arguments],  # no /tmp/hsperfdata
+                [java, "-Dfile.encoding=UTF-8", "-XX:-UsePerfData", *arguments],  # no hsperfdata
                 cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
