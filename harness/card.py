@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from harness import models, saved
+from harness import saved
 from harness.config import RunConfig
 from harness.results import get
 from harness.saved import Saved
@@ -147,7 +147,7 @@ def notes(run: Saved, exported: Exported) -> list[str]:
             "zeros between the parts: the same function, for use; training that went on from it "
             f"would move the zeros. On a few fixed tokens it gives {exported.logits}."
         )
-    if exported.whole and models.wants_unfused(run.run):
+    if exported.whole and run.unfused:
         found.append("q, k and v were three matrices in the run; they are one `c_attn` again.")
     if exported.peft_type == "UDV" and not getattr(method, "store_factors", False):
         found.append(

@@ -227,7 +227,7 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
     plain = AutoModelForCausalLM.from_pretrained(saved.source(run.run), **options)
     again = PeftModel.from_pretrained(plain, str(folder)).eval()
     # q, k and v apart are rounded as one where kernels depend on the number of columns.
-    share = ROUNDING if joins or models.wants_unfused(run.run) else 0.0
+    share = ROUNDING if joins or run.unfused else 0.0
     moved = _compare(probe(again), logits, "the adapter, loaded onto the published base,", share)
     return Exported(
         whole=False,

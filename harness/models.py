@@ -61,9 +61,9 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     for name in DROPOUT_FIELDS:
         if isinstance(getattr(config, name, None), float | int):
             setattr(config, name, cfg.dropout)
-    name = _gelu_field(config)
-    if cfg.gelu == "fused" and name:
-        setattr(config, name, FUSED_GELU)
+    gelu = _gelu_field(config)
+    if cfg.gelu == "fused" and gelu:
+        setattr(config, gelu, FUSED_GELU)
     config.use_cache = False
     return config
 
@@ -158,7 +158,7 @@ def without_files(run: RunConfig) -> RunConfig:
     architecture = roles.shape_of(run.model)
     if not architecture:
         return run
-    gone = dict.fromkeys(("asset", "id", "package", "gguf"))
+    gone: dict[str, Any] = dict.fromkeys(("asset", "id", "package", "gguf"))
     return replace(run, model=replace(run.model, **gone, architecture=architecture))
 
 
@@ -258,7 +258,7 @@ def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> An
         ) from error
 
 
-def _refuse_code_of_others(source: str, revision: dict[str, str]) -> None:
+def _refuse_code_of_others(source: str, revision: dict[str, Any]) -> None:
     """Raise ConfigError where a model's code is that of another repository, which nobody named."""
     try:
         found = [

@@ -44,6 +44,11 @@ class Saved:
         """Whether the run left an adapter, rather than a whole model or nothing."""
         return self.run.method.name not in ("none", "full", "truncate")
 
+    @property
+    def unfused(self) -> bool:
+        """Whether q, k and v were three matrices in the run."""
+        return models.wants_unfused(self.run, models.load_config(self.run.model))
+
     def folder(self, name: str) -> Path:
         """The folder `adapter/` or `model/` of the run.
 

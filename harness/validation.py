@@ -249,6 +249,8 @@ def _validate_generate(run: RunConfig) -> None:
     n, most = asked.no_repeat_ngram, asked.prompts
     _require(n >= 0, "evaluate.generate.no_repeat_ngram", n, "a length, or 0 for off")
     _require(most is None or most > 0, "evaluate.generate.prompts", most, "1 or more, or null")
+
+
 def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:
     """What a published protocol (`harness.protocols`) needs: the test set's rows as they are."""
     data, where = run.data, f"evaluate.protocol={run.evaluate.protocol}"
