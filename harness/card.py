@@ -260,4 +260,4 @@ def _facts(run: Saved) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if value < 10 else f"{value:.2f}"
+    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.2f}"
