@@ -196,10 +196,15 @@ def main(arguments: list[str]) -> int:
         return 2
     network.go_offline_if_unreachable()
     found: list[Measured] = []
-    for model in asked.only or MODELS:
+    models = list(dict.fromkeys(asked.only or MODELS))
+    missing = {model: hub_id for model in models if (hub_id := without_weights(model))}
+    reason = (
+        f"no weights of {', '.join(missing.values())} in the local hub cache, and the hub is out "
+        "of reach"
+    )
+    for model in models:
         rows = [row for row in PUBLISHED if row.model == model]
-        if hub_id := without_weights(model):
-            reason = f"no weights of {hub_id} in the local hub cache, and the hub is out of reach"
+        if model in missing:
             found += [Measured(row, reason=reason) for row in rows]
         else:
             found += measure(rows, files)
