@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ def text(
         question=question(folder.name),
         answer=answer(rows, test),
         notes=_notes(rows, test, findings.refused),
-        headings=_headings(test),
-        rows=[_row(row, test) for row in rows],
+        headings=_headings(rows, test),
+        rows=[_row(row, table.columns(rows), test) for row in rows],
         filters=_filters(rows),
         figures=[
             {
@@ -134,9 +134,10 @@ def _notes(rows: Sequence[Row], test: Evidence | None, refused: Sequence[str]) -
 # ------------------------------------------------------------------------------------ the table
 
 
-def _headings(test: Evidence | None) -> list[dict[str, str]]:
+def _headings(rows: Sequence[Row], test: Evidence | None) -> list[dict[str, str]]:
     kinds = {
-        heading: "text" if form == "s" else "number" for heading, (_, form) in table.COLUMNS.items()
+        heading: "text" if form == "s" else "number"
+        for heading, (_, form) in table.columns(rows).items()
     }
     kinds["r, k"] = "number"
     if test is not None:
@@ -145,9 +146,11 @@ def _headings(test: Evidence | None) -> list[dict[str, str]]:
     return [{"name": name, "kind": kind} for name, kind in kinds.items()]
 
 
-def _row(row: Row, test: Evidence | None) -> dict[str, Any]:
+def _row(row: Row, columns: Mapping[str, tuple[str, str]], test: Evidence | None) -> dict[str, Any]:
     cells = []
-    for (heading, (path, form)), shown in zip(table.COLUMNS.items(), table.cells(row), strict=True):
+    for (heading, (path, form)), shown in zip(
+        columns.items(), table.cells(row, columns), strict=True
+    ):
         value = row.values[path]
         key = _order(value) if heading == "r, k" else value
         cells.append({"shown": shown, "key": "" if key is None else key, "form": form})

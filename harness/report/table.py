@@ -39,6 +39,13 @@ COLUMNS = {
     "val": ("quality.validation.perplexity", ".2f"),
     "test": ("quality.test.perplexity", ".2f"),
 }
+SCORED = {  # where completions were generated (`harness.nlg`)
+    "BLEU": ("quality.generation.bleu", ".2f"),
+    "NIST": ("quality.generation.nist", ".2f"),
+    "METEOR": ("quality.generation.meteor", ".2f"),
+    "ROUGE-L": ("quality.generation.rouge_l", ".2f"),
+    "CIDEr": ("quality.generation.cider", ".2f"),
+}
 NUM_TEXT = 3  # the first columns, which are text
 SHOWN = {"train.lr", "train.rates", "train.lr_from"} | {
     f"method.{key}"
@@ -104,7 +111,7 @@ def rows(folder: Path) -> list[Row]:
 
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
-    for path in [path for path, _ in COLUMNS.values()] + list(CSV_ONLY):
+    for path in [path for path, _ in (COLUMNS | SCORED).values()] + list(CSV_ONLY):
         found = [results.get(result, path) for result in records]
         numbers = [v for v in found if isinstance(v, int | float)]
         if path == SHARED:  # the worst of the runs
@@ -214,10 +221,20 @@ def show(table: Table) -> None:
     Console(width=max(console.width, own), markup=False).print(table)
 
 
-def cells(row: Row) -> list[str]:
-    """The row's text under each of COLUMNS, marked where it needs a word."""
+def columns(shown: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """COLUMNS, and of SCORED those that a row has."""
+    scored = {
+        heading: (path, form)
+        for heading, (path, form) in SCORED.items()
+        if any(row.values[path] is not None for row in shown)
+    }
+    return COLUMNS | scored
+
+
+def cells(row: Row, columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """The row's text under each of the columns, marked where it needs a word."""
     found = []
-    for path, form in COLUMNS.values():
+    for path, form in columns.values():
         cell = text_of(row.values[path], form)
         if path in MEASURED and row.values[SHARED] and row.values[path] is not None:
             cell += "*"
@@ -232,12 +249,13 @@ def lines(
 ) -> tuple[list[str], list[list[str]]]:
     """Headings and rows as text; `beside` are further columns: heading -> row's name -> text."""
     also = any(row.values["also"] for row in shown)
-    headings = [*COLUMNS, *beside, "seeds", *(["also"] if also else [])]
+    own_columns = columns(shown)
+    headings = [*own_columns, *beside, "seeds", *(["also"] if also else [])]
     found = []
     for row in shown:
         more = [column.get(row.name, "-") for column in beside.values()]
         own = [row.values["also"]] if also else []
-        found.append([*cells(row), *more, str(row.values["seeds"]), *own])
+        found.append([*cells(row, own_columns), *more, str(row.values["seeds"]), *own])
     return headings, found
 
 
@@ -251,6 +269,8 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
     print()
     show(table)
     print(LEGEND)
+    if "BLEU" in headings:
+        print("BLEU to CIDEr: of the test set's prompts, completed by that model (harness/nlg.py).")
     if any(row.values[LR_FROM] not in AS_IS for row in shown):
         print(
             "~: not simply tuned for this row; method.lr_from in results.csv says how it was found."
@@ -261,7 +281,7 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
 
 def csv_text(table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]) -> str:
     """One line per configuration, columns named by their path in result.json, with its runs."""
-    names = [name for name, _ in COLUMNS.values()] + [*CSV_ONLY, "seeds", "also"]
+    names = [path for path, _ in columns(table).values()] + [*CSV_ONLY, "seeds", "also"]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(["name", *names, *beside, "runs"])
