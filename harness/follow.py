@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import results
+from harness import nlg, results
 
 PERIOD_SECONDS = 1.0
 ENDED = ("finished", "failed", "interrupted")
@@ -218,7 +218,7 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
         "test/perplexity": "quality.test.perplexity",
         "test/word_perplexity": "quality.test.word_perplexity",
         "test/bits_per_byte": "quality.test.bits_per_byte",
-    }
+    } | {f"test/{name}": f"quality.generation.{name}" for name in nlg.METRICS}
     found = {name: results.get(record, path) for name, path in paths.items()}
     for text, quality in (results.get(record, "quality.also") or {}).items():
         for when, value in quality.items():

@@ -48,6 +48,8 @@ CONFIGURATIONS = [
     [*TINY, "method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4"],
     [*TINY, "method=mica", "method.r=4"],
     [*TINY, "method=truncate", "method.rank=8"],
+    [*TINY, "method=lora", "data=e2e_nlg", "data.context=32"],
+    [*TINY, "method=lora", "data=e2e_nlg", "data.context=32", "data.packing=padded"],
     [*MINI, "method=none"],
     [*MINI, "method=lora", "targets=attn", "train.micro_batch=4"],
     [*MINI, "method=full"],
@@ -93,7 +95,9 @@ def measured(run, config, accelerate):
         report.clear()
         with memory.measured(model, optimizer, report):
             ids = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
-            batches = [data.Batch(block, block, None) for block in ids]
+            packed = run.data.source == "pairs" and run.data.packing == "packed"
+            positions = torch.arange(shape[1]).expand(shape) if packed else None
+            batches = [data.Batch(block, block, positions) for block in ids]
             penalty = methods.penalty(model, run)
             train.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
             train.apply(model, optimizer, accelerate, run.train)
