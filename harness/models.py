@@ -61,9 +61,9 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     for name in DROPOUT_FIELDS:
         if isinstance(getattr(config, name, None), float | int):
             setattr(config, name, cfg.dropout)
-    gelu = _gelu_field(config)
-    if cfg.gelu == "fused" and gelu:
-        setattr(config, gelu, FUSED_GELU)
+    composed = _gelu_field(config)
+    if cfg.gelu == "fused" and composed:
+        setattr(config, composed, FUSED_GELU)
     config.use_cache = False
     return config
 
@@ -233,7 +233,9 @@ def _unfused(model: PreTrainedModel) -> PreTrainedModel:
 
 def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> Any:
     """`kind.from_pretrained(source)`, with an error that says which models there are instead."""
-    revision = {"revision": cfg.revision} if cfg.revision and source == cfg.id else {}
+    revision: dict[str, Any] = {}
+    if cfg.revision and source == cfg.id:
+        revision["revision"] = cfg.revision
     trusted = cfg.remote_code is not None and source == cfg.remote_code
     if trusted:
         _refuse_code_of_others(source, revision)

@@ -35,8 +35,6 @@ ROLES = {
     "mlp_out": "last matrix of the MLP",
     "embeddings": "token embeddings",
     "head": "output head",
-    "input": "input matrix of a recurrent layer",
-    "recurrent": "recurrent matrix of a recurrent layer",
 }
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -98,10 +96,7 @@ SUFFIXES: dict[str, dict[str, str]] = {
         ),
         _LLAMA,
     ),
-    "lstm": {
-        "embeddings": "embedding", "input": "lstm.input", "recurrent": "lstm.recurrent",
-        "head": "head",
-    },
+    "lstm": {"embeddings": "embedding", "head": "head"},
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ METHODS = {
     "full": ["method=full"],
     "lora": ["method=lora", "method.r=4"],
     "udv": ["method=udv", "method.train=udv", "method.rank=8"],
-    "head": ["method=lora", "method.r=4", "targets=lstm_ends"],
+    "head": ["method=lora", "method.r=4", "targets=ends"],
     "saved_head": ["method=lora", "method.r=4", "+method.fields.modules_to_save=[lm_head]"],
 }
 IDS = torch.arange(42).reshape(2, 21) % 39  # with id 1, which OPT pads with

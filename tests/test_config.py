@@ -148,11 +148,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             "pairs": ["data.id=x/y"],
         },
         "method": {"peft": ["method.peft_type=IA3"]},
-        "targets": {
-            "gate": ["model=smollm2_135m"],
-            "lstm": ["model=lstm"],
-            "lstm_core": ["model=lstm"],
-        },
+        "targets": {"gate": ["model=smollm2_135m"]},
     }
     for group, special in needs.items():
         for option in options(group):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM
+from transformers.activations import ACT2FN
 
 from harness import environment, models
 from harness.config import ConfigError, TrainConfig
@@ -56,6 +57,46 @@ def test_the_fused_gelu_is_the_saved_one(make_run):
         with torch.no_grad():
             logits.append(models.load_model(run, config).eval()(ids).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_shipped_models_logits_are_those_of_the_composed_gelu(make_run, tokenizer):
+    ids = torch.tensor([tokenizer("Return the sum of all values in the given list.")["input_ids"]])
+    run, logits = make_run("method=none"), []
+    for gelu in (models.FUSED_GELU, models.COMPOSED_GELU):
+        config = models.load_config(run.model)
+        config.activation_function = gelu
+        with torch.no_grad():
+            logits.append(models.load_model(run, config).eval()(ids).logits)
+    assert not torch.equal(*logits)  # another kernel, another rounding
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "activation"),
+    [
+        ([], "gelu_pytorch_tanh"),  # as it was saved
+        (["model=gpt2_mini_init"], "gelu_new -> gelu_pytorch_tanh (fused)"),
+        (["model=gpt2_mini_init", "model.gelu=as_saved"], "gelu_new"),
+        (["model=lstm", "targets=lstm"], None),
+    ],
+)
+def test_an_exchanged_gelu_is_recorded(make_run, overrides, activation):
+    run = make_run(*overrides)
+    assert models.facts(run.model, models.load_config(run.model))["activation"] == activation
+
+
+def test_both_gelus_are_one_function():
+    x = torch.linspace(-12, 12, 10_001, dtype=torch.float64)
+    fused, composed = ACT2FN[models.FUSED_GELU](x), ACT2FN[models.COMPOSED_GELU](x)
+    torch.testing.assert_close(fused, composed, rtol=1e-12, atol=1e-14)
+
+
+def test_what_another_architecture_calls_its_gelu_is_exchanged_too(make_run):
+    fields = "{model_type: phi, hidden_act: gelu_new, hidden_size: 32, num_attention_heads: 2}"
+    run = make_run("model.asset=null", f"+model.architecture={fields}", "method=none")
+    config = models.load_config(run.model)
+    assert config.hidden_act == "gelu_pytorch_tanh"
+    assert models.facts(run.model, config)["type"] == "phi"
 
 
 def test_logits_that_change_after_the_head_are_known_without_values():

@@ -103,7 +103,7 @@ def test_lora_is_the_base_at_the_start_and_not_after_a_step(tiny, make_run):
         (["targets.modules=[attn.c_atn]"], r"'attn\.c_atn' matches no matrix.*attn\.c_attn"),
         (["targets.modules=[c_proj]"], r"several matrices of a layer.*attn\.c_proj, mlp\.c_proj"),
         (["targets.modules=[h.0.attn.c_attn]"], r"1 of 2 layers \(not in 1\)"),
-        (["targets.modules=[]"], r"names no modules"),
+        (["targets.roles=[]"], r"names no modules"),
         (["+method.fields.use_dorra=true"], r"did you mean 'use_dora'"),
         (["+method.fields.r=3"], r"method\.fields\.r: set it by its own key"),
         (["method.init=gausian"], r"."),

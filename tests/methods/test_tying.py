@@ -40,7 +40,7 @@ SAVE = "+method.fields.modules_to_save="
 CASES = {  # overrides -> trainable parameters
     "embeddings": ([*LORA, "targets=embeddings"], lambda kind: ENDS),
     "head": ([*LORA, "targets=head"], lambda kind: ENDS),
-    "ends": ([*LORA, "targets=lstm_ends"], lambda kind: 2 * ENDS),
+    "ends": ([*LORA, "targets=ends"], lambda kind: 2 * ENDS),
     "save_first": ([*LORA, SAVE + "[FIRST]"], lambda kind: BODY[kind] + V * D),
     "save_head": ([*LORA, SAVE + "[lm_head]"], lambda kind: BODY[kind] + V * D),
     "save_both": ([*LORA, SAVE + "[FIRST,lm_head]"], lambda kind: BODY[kind] + 2 * V * D),
@@ -48,7 +48,7 @@ CASES = {  # overrides -> trainable parameters
         [*LORA, SAVE + "[lm_head]", "+method.fields.ensure_weight_tying=true"],
         lambda kind: BODY[kind] + V * D,  # one weight
     ),
-    "udv": (["method=udv", "method.rank=4", "targets=lstm_ends"], lambda kind: 8),
+    "udv": (["method=udv", "method.rank=4", "targets=ends"], lambda kind: 8),
     "udv_keep": (
         ["method=udv", "method.rank=4", "method.residual=keep", "targets=embeddings"],
         lambda kind: 4,
@@ -140,7 +140,7 @@ def test_pefts_own_merge_moves_the_tied_head_too(base, make_run):
             [SAVE + "[wte]"],
             r"nothing that trains is tied here.*modules_to_save=\[lm_head\]",
         ),
-        ("tied", ["targets=lstm_ends"], "two parameters over one memory"),
+        ("tied", ["targets=ends"], "two parameters over one memory"),
         ("tied", ["targets=embeddings"], "two parameters over one memory"),
     ],
     indirect=["base"],
