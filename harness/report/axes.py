@@ -68,7 +68,7 @@ MEMORY = Axes(
     metrics=tuple(f"memory/{category}_gib" for category in CATEGORIES),
 )  # fmt: skip
 SPEED = Axes(
-    "speed", "Speed of training", "", "tokens per second of optimizer steps", "bars",
+    "speed", "Speed of training", "", "tokens/s of optimizer steps", "bars",
     metrics=("speed/tokens_per_second",),
 )  # fmt: skip
 TOKENS = Axes(

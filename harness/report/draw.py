@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ def draw(figure: Figure, folder: Path, command: str) -> list[Path]:
     """
     plt.rcParams |= STYLE
     kinds = {"points": _points, "bars": _bars, "heat": _heat}
-    canvas, axes = plt.subplots(figsize=_size(figure))
+    columns, rows = _legend(figure)
+    width, height = _size(figure)
+    canvas, axes = plt.subplots(figsize=(width, height + 0.13 * rows), layout="constrained")
     kinds[figure.axes.kind](figure, axes)
-    axes.set_title(figure.axes.title, fontsize=9, loc="left")
+    axes.set_title(figure.axes.title, fontsize=8, loc="left")
+    if rows:
+        canvas.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=6)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{figure.axes.key}.{suffix}" for suffix in ("svg", "png")]
     for path in paths:
@@ -41,26 +46,37 @@ def draw(figure: Figure, folder: Path, command: str) -> list[Path]:
             if path.suffix == ".svg"
             else {"metadata": {"Description": command}, "dpi": 200}
         )
-        canvas.savefig(path, bbox_inches="tight", **more)
+        canvas.savefig(path, **more)
     plt.close(canvas)
     return paths
 
 
 def _size(figure: Figure) -> tuple[float, float]:
-    if figure.axes.kind == "bars":  # a bar a row, lying
-        return WIDTH, 0.8 + 0.19 * len(figure.series[0].x)
-    return WIDTH, 2.8
+    if figure.axes.kind == "bars":  # a bar a row, lying; long names have more than a column
+        longest = max(map(len, figure.series[0].x))
+        return WIDTH + 0.06 * max(0, longest - 28), 0.8 + 0.15 * len(figure.series[0].x)
+    return WIDTH, 2.6
+
+
+def _legend(figure: Figure) -> tuple[int, int]:
+    """Columns and rows of the legend, under the axes; 0 where one series needs none."""
+    if figure.axes.kind == "heat" or len(figure.series) == 1:
+        return 0, 0
+    inches = 0.35 + 0.05 * max(len(s.name) for s in figure.series)
+    columns = max(1, int(WIDTH / inches))
+    return columns, math.ceil(len(figure.series) / columns)
 
 
 def _points(figure: Figure, axes: plt.Axes) -> None:
-    many = sum(s.line for s in figure.series) > 1
     alike: Counter[str] = Counter()  # lines of one colour differ in their dashes
     for index, s in enumerate(figure.series):
         style = "--" if s.dash else DASHES[alike[s.color] % len(DASHES)] if s.line else "none"
         alike[s.color] += s.line and not s.dash
-        marker = "none" if s.band or s.dash else MARKERS[index % len(MARKERS)]
+        marker = "none" if s.dash else MARKERS[index % len(MARKERS)]
         looks: dict[str, Any] = {"linestyle": style, "marker": marker, "color": s.color}
-        axes.plot(s.x, s.y, ms=4, lw=1, label=s.name, **looks)
+        if s.band:
+            looks |= {"markevery": max(1, len(s.x) // 8), "ms": 2.5}
+        axes.plot(s.x, s.y, **{"ms": 4, "lw": 1, "label": s.name} | looks)
         if s.low is None or s.high is None:
             continue
         if s.band:
@@ -94,8 +110,6 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
         axes.yaxis.set_major_locator(steps)
         axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
-    if many or len(figure.series) > 1:
-        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _bars(figure: Figure, axes: plt.Axes) -> None:
@@ -108,23 +122,21 @@ def _bars(figure: Figure, axes: plt.Axes) -> None:
         values = np.nan_to_num(np.array(s.y, dtype=float))
         axes.barh(place, values, left=start, color=s.color, height=0.7, label=s.name)
         start = start + values
-    axes.set_yticks(place, labels=names)
+    axes.set_yticks(place, labels=names, fontsize=6)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(xlabel=figure.axes.y)
-    if len(figure.series) > 1:
-        axes.legend(frameon=False, fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def _heat(figure: Figure, axes: plt.Axes) -> None:
     values = np.array([s.y for s in figure.series], dtype=float)
-    axes.imshow(np.log(values), cmap="viridis_r", aspect="auto")
+    shades = mpl.colors.LinearSegmentedColormap.from_list("heat", ["#6baed6", "#f3f8fd"])
+    axes.imshow(np.log(values), cmap=shades, aspect="auto")
     axes.set_xticks(range(values.shape[1]), labels=figure.series[0].x)
     axes.set_yticks(range(len(values)), labels=[s.name for s in figure.series])
     axes.grid(visible=False)
-    middle = np.nanmean(np.log(values))
     for (r, c), value in np.ndenumerate(values):
-        dark = np.log(value) > middle  # of viridis reversed
         text = "" if np.isnan(value) else f"{value:.1f}"
-        axes.text(c, r, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
+        axes.text(c, r, text, ha="center", va="center", fontsize=7)
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)

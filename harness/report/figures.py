@@ -30,6 +30,7 @@ from harness.report.axes import (
 from harness.report.evidence import Evidence
 from harness.report.table import Row
 
+WORDS = 4  # lines that a caption tells of
 REFERENCES = {"none": "base model", "truncate": "truncated", "full": "full fine-tuning"}
 
 
@@ -235,9 +236,11 @@ def _alpha(rows: Sequence[Row], test: Evidence) -> Figure | None:
 
 def _falls(series: Sequence[Series], what: str) -> str:
     said = [
-        f"{s.name}: {s.y[0]:.1f} at {what} {s.x[0]:g}, {s.y[-1]:.1f} at {s.x[-1]:g}" for s in series
+        f"{s.name}: {s.y[0]:.1f} at {what} {s.x[0]:g}, {s.y[-1]:.1f} at {s.x[-1]:g}"
+        for s in sorted(series, key=lambda s: s.y[-1])[:WORDS]
     ]
-    return "; ".join(said) + "."
+    more = f"; and {len(series) - WORDS} lines above" if len(series) > WORDS else ""
+    return f"{'; '.join(said)}{more}."
 
 
 def _heat(rows: Sequence[Row], test: Evidence) -> list[Figure]:
@@ -257,7 +260,7 @@ def _heat(rows: Sequence[Row], test: Evidence) -> list[Figure]:
             if row.values["method.alpha"] is None:
                 continue
             cells.setdefault((column(row), float(row.values["method.rank"])), []).append(row)
-        columns = sorted({c for c, _ in cells}, key=lambda c: _number(c) or 0.0)
+        columns = sorted({c for c, _ in cells}, key=lambda c: (_number(c) or 0.0, c))
         ranks = sorted({r for _, r in cells})
         if len(columns) < 2 or len(ranks) < 2 or len(cells) < 4:
             continue
@@ -319,7 +322,15 @@ def _speed(rows: Sequence[Row]) -> Figure | None:
     names, values = [row.name for row in shown], [float(row.values[path]) for row in shown]
     fastest = values.index(max(values))
     alt = f"Fastest: {names[fastest]}, {values[fastest]:,.0f} tokens/s."
-    return Figure(SPEED, [Series("tokens/s", "#0072B2", names, values)], alt=alt)
+    labels = [row.values["method.label"] for row in shown]
+    series = [
+        Series(
+            label, color_of(label), names,
+            [v if own == label else math.nan for v, own in zip(values, labels, strict=True)],
+        )
+        for label in dict.fromkeys(labels)
+    ]  # fmt: skip
+    return Figure(SPEED, series, alt=alt)
 
 
 def _curves(rows: Sequence[Row]) -> list[Figure]:

@@ -5,6 +5,7 @@ report/index.html, report/figures/*.{svg,png}, report/table.{md,tex}; results.cs
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -84,4 +85,7 @@ def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _tex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    return "".join(special.get(character, character) for character in text)
+    if text == "-":
+        return "--"
+    plain = "".join(special.get(character, character) for character in text)
+    return re.sub(r"(?<=\d)-(?=\d)", "--", plain)  # from … to

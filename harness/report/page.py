@@ -28,7 +28,9 @@ from harness.report.summary import ends
 from harness.report.table import Row
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+DASHES = ("solid", "dash", "dot", "dashdot")
+MANY = 20  # entries of a legend that want room
+HEAT = [[0, "#6baed6"], [1, "#f3f8fd"]]  # black is legible on all of it
 
 
 def text(
@@ -74,8 +76,19 @@ def text(
 
 def _embedded(values: Any) -> str:
     """JSON that can stand in a script element whatever text is in it."""
-    plain = json.dumps(results.finite(values), separators=(",", ":"))
+    plain = json.dumps(_short(values), separators=(",", ":"))
     return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _short(value: Any) -> Any:
+    """Numbers in nine digits, which is more than a screen has; what is not finite as None."""
+    if isinstance(value, dict):
+        return {key: _short(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
 
 
 # ----------------------------------------------------------------------------------- in words
@@ -239,7 +252,7 @@ def plotly(figure: Figure) -> dict[str, Any]:
     """A figure as Plotly's JSON; colours of text and grid are the page's."""
     makers = {"points": _points, "bars": _bars, "heat": _heat}
     traces = makers[figure.axes.kind](figure)
-    lying = figure.axes.kind == "bars"
+    lying, many = figure.axes.kind == "bars", len(figure.series) > MANY
     x: dict[str, Any] = {"title": {"text": html.escape(figure.axes.y if lying else figure.axes.x)}}
     y: dict[str, Any] = {
         "title": {"text": html.escape("" if lying else figure.axes.y)},
@@ -252,15 +265,18 @@ def plotly(figure: Figure) -> dict[str, Any]:
             x |= {"tickvals": places, "ticktext": [f"{v:g}" for v in places]}
         else:
             x |= {"dtick": 1, "exponentformat": "power"}
+    else:
+        x["separatethousands"] = True
     if figure.axes.log_y:
         y |= {"type": "log", "tickvals": _ticks(figure), "tickformat": ","}
     if lying:
-        y |= {"autorange": "reversed"}
+        y["range"] = [len(figure.series[0].x) - 0.4, -0.6]
     if figure.axes.kind == "heat":
-        x["type"] = y["type"] = "category"
+        x |= {"type": "category", "showgrid": False}
+        y |= {"type": "category", "showgrid": False}
     layout: dict[str, Any] = {
         "xaxis": x, "yaxis": y, "barmode": "stack", "hovermode": "closest",
-        "height": 150 + 24 * len(figure.series[0].x) if lying else 440,
+        "height": 150 + 24 * len(figure.series[0].x) if lying else 440 + 120 * many,
         "shapes": [
             {
                 "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value,
@@ -288,8 +304,10 @@ def _ticks(figure: Figure) -> list[float]:
     shown = [v for s in figure.series for v in s.y] + [y for _, _, y in figure.references]
     values = [v for v in shown if 0 < v < math.inf] or [1.0]
     powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
-    close = max(values) < 4 * min(values)
-    digits = [d / 2 for d in range(2, 20)] if close else [1, 2, 5]
+    ratio = max(values) / min(values)
+    digits = [1.0, 2.0, 5.0]
+    if ratio < 4:
+        digits = [d / 5 for d in range(5, 50)] if ratio < 1.5 else [d / 2 for d in range(2, 20)]
     return [digit * 10.0**power for power in powers for digit in digits]
 
 
@@ -299,13 +317,15 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
     for index, s in enumerate(figure.series):
         dash = "dash" if s.dash else DASHES[alike[s.color] % len(DASHES)]
         alike[s.color] += s.line and not s.dash
-        plain = s.band or s.dash
         trace: dict[str, Any] = {
             "type": "scatter", "name": html.escape(s.name), "x": s.x, "y": s.y,
-            "mode": "lines" if plain else "lines+markers" if s.line else "markers",
+            "mode": "lines" if s.dash else "lines+markers" if s.line else "markers",
             "line": {"color": s.color, "dash": dash, "width": 1.5},
-            "marker": {"color": s.color, "size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)]},
-            "text": [html.escape(name) for name in s.rows],
+            "marker": {
+                "color": s.color, "symbol": SYMBOLS[index % len(SYMBOLS)],
+                **({"size": 5, "maxdisplayed": 8} if s.band else {"size": 9}),
+            },
+            "text": _one([html.escape(name) for name in s.rows]),
             "hovertemplate": "%{text}<br>%{x:,} → %{y:.2f}<extra></extra>",
             "legendgroup": str(index),
         }  # fmt: skip
@@ -319,6 +339,11 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
             traces.append(_band(s, index))
         traces.append(trace)
     return traces
+
+
+def _one(texts: list[str]) -> str | list[str]:
+    """The texts of points, once if all are the same."""
+    return texts[0] if len(set(texts)) == 1 else texts
 
 
 def _band(s: Series, index: int) -> dict[str, Any]:
@@ -364,6 +389,7 @@ def _heat(figure: Figure) -> list[dict[str, Any]]:
             "z": [[math.log(v) if v == v else None for v in row] for row in values],
             "text": [[f"{v:.1f}" if v == v else "" for v in row] for row in values],
             "texttemplate": "%{text}", "hovertemplate": "%{x}, r=%{y}: %{text}<extra></extra>",
-            "colorscale": "Viridis", "reversescale": True, "showscale": False,
+            "colorscale": HEAT, "showscale": False, "textfont": {"color": "#111111"},
+            "xgap": 2, "ygap": 2,
         }
     ]  # fmt: skip
