@@ -73,10 +73,10 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
         style = "--" if s.dash else DASHES[alike[s.color] % len(DASHES)] if s.line else "none"
         alike[s.color] += s.line and not s.dash
         marker = "none" if s.dash else MARKERS[index % len(MARKERS)]
-        looks: dict[str, Any] = {"linestyle": style, "marker": marker, "color": s.color}
+        looks: dict[str, Any] = {"linestyle": style, "marker": marker, "color": s.color, "ms": 4}
         if s.band:
             looks |= {"markevery": max(1, len(s.x) // 8), "ms": 2.5}
-        axes.plot(s.x, s.y, **{"ms": 4, "lw": 1, "label": s.name} | looks)
+        axes.plot(s.x, s.y, lw=1, label=s.name, **looks)
         if s.low is None or s.high is None:
             continue
         if s.band:
