@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from harness import documents, evaluate, protocols, results
-from harness.config import ASSETS_DIR, REPOSITORY, ConfigError, DataConfig
+from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, ConfigError, DataConfig
 from harness.loss import NextToken
 from harness.naming import identity, run_name
 
@@ -379,14 +380,15 @@ def hub_cache(tmp_path, monkeypatch):
 
     def fill() -> Path:
         root = tmp_path / "hf" / "hub" / "models--openai-community--gpt2"
-        snapshot = root / "snapshots" / ("0" * 40)
+        pinned = OmegaConf.load(CONF_DIR / "model" / "gpt2.yaml").revision
+        snapshot = root / "snapshots" / pinned
         shutil.copytree(ASSETS_DIR / "gpt2_mini", snapshot)
         torch.manual_seed(0)
         size = {"vocab_size": 4096, "n_positions": 1024, "n_embd": 8, "n_layer": 1, "n_head": 1}
         special = {"bos_token_id": 0, "eos_token_id": 0}
         GPT2LMHeadModel(GPT2Config(**size, **special)).save_pretrained(snapshot)
         (root / "refs").mkdir()
-        (root / "refs" / "main").write_text("0" * 40)
+        (root / "refs" / "main").write_text(pinned)
         return snapshot
 
     return fill
