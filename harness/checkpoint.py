@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from harness import shard
 from harness.methods import tying
 from harness.results import BEST, CHECKPOINTS
 from harness.unfuse import fuse_qkv, is_unfused
@@ -42,10 +43,24 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_trained(model: nn.Module, path: Path) -> None:
-    """Write what trains to `path` (safetensors), whole or not at all."""
-    tensors = {name: t.cpu().contiguous() for name, t in trained_state(model).items()}
-    write_atomically(path, lambda scratch: save_file(tensors, scratch))
+def save_trained(model: nn.Module, path: Path, *, write: bool = True) -> None:
+    """Write what trains to `path` (safetensors), whole or not at all.
+
+    Ranks that divide the model must all call it, and one of them with `write`.
+    """
+    tensors = _gathered(trained_state(model), keep=write)
+    if write:
+        write_atomically(path, lambda scratch: save_file(tensors, scratch))
+
+
+def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, one after the other made whole by all ranks; nothing if not `keep`."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = shard.whole(tensor.detach())
+        if keep:
+            found[name] = full.cpu().contiguous()
+    return found
 
 
 def load_trained(model: nn.Module, path: Path) -> None:
@@ -54,7 +69,7 @@ def load_trained(model: nn.Module, path: Path) -> None:
     if saved.keys() != present.keys():
         raise ValueError(f"{path} holds other tensors than the model trains")
     for name, tensor in saved.items():
-        present[name].copy_(tensor)
+        present[name].copy_(shard.as_divided(tensor, present[name]))
 
 
 # ------------------------------------------------------------------------------ to go on from
@@ -88,12 +103,12 @@ def restore(
         if not parameter.requires_grad:
             continue
         with torch.no_grad():
-            parameter.copy_(tensors[f"model/{name}"])
+            parameter.copy_(shard.as_divided(tensors[f"model/{name}"], parameter))
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
             field, _, owner = rest.partition("/")
             if kind == "optimizer" and owner == name:
-                optimizer.state[parameter][field] = value.to(parameter.device, copy=True)
+                optimizer.state[parameter][field] = shard.as_divided(value, parameter)
 
 
 def _generators() -> dict[str, torch.Tensor]:
@@ -149,10 +164,10 @@ def save(
     accelerator.wait_for_everyone()
     rank = accelerator.process_index
     save_file(_generators(), scratch / f"generators-{rank}.safetensors")
+    plain = _gathered(tensors, keep=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     save_file(plain, scratch / "state.safetensors")
     (scratch / "facts.json").write_text(json.dumps(facts), "utf-8")
     _link_or_copy(best, scratch / BEST)  # which is replaced, never written into

@@ -253,6 +253,11 @@ class LaunchConfig:
     cores: int | None = None  # of a run; null = what Hydra's launcher leaves it, or all
     since: float | None = None  # seconds since 1970, set by a sweep: when it began
 
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks divide one copy of the model among them (`harness.shard`)."""
+        return self.accelerate == "fsdp"
+
 
 @dataclass(frozen=True)
 class RootConfig:

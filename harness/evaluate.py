@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,10 @@ def document_nll(
     prepared.eval()
     batches = list(_batches(todo, batch_tokens))
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    for index, batch in enumerate(batches[rank::world]):
+    mine = batches[rank::world]
+    if len(mine) < -(-len(batches) // world):  # ranks that share a model run it together
+        mine.append([replace(w, scored=0) for w in batches[-1]])
+    for index, batch in enumerate(mine):
         width = batch[0].end - batch[0].start
         inputs = torch.full((len(batch), width), bos)
         targets = torch.full((len(batch), width), IGNORE)

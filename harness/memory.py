@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from harness import shard
 
 CATEGORIES = ("frozen_weights", "trainable_weights", "gradients", "optimizer_state", "activations")
 
@@ -37,18 +40,21 @@ class LiveTensors(TorchDispatchMode):
     `category_peaks` is the most of each category, whenever that was (gradients are complete only
     when most activations are gone). Storages that
     exist beforehand are passed in: parameters, buffers, gradients and optimizer state. All that an
-    operation makes is an activation (or a temporary) until it becomes a parameter's gradient.
+    operation makes is an activation (or a temporary) until it becomes a parameter's gradient. Of a
+    divided model (`harness.shard`) this rank's part counts; what is gathered is a temporary.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         super().__init__()
         self._category: dict[int, str] = {}  # id of a live storage object -> category
+        self._size: dict[int, int] = {}  # and its bytes
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._live: Counter[str] = Counter()
         self.peak = 0
         self.by_category: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         self.category_peaks: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
         parameters = list(model.parameters())
+        self._divided = any(isinstance(p, DTensor) for p in parameters)
         known: dict[str, list[torch.Tensor]] = {
             "trainable_weights": [p for p in parameters if p.requires_grad],
             "frozen_weights": [*(p for p in parameters if not p.requires_grad), *model.buffers()],
@@ -66,29 +72,37 @@ class LiveTensors(TorchDispatchMode):
         self._note_peak()
 
     def _follow(self, tensor: torch.Tensor, category: str) -> None:
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._alive or storage.nbytes() == 0:
+        storage = shard.local(tensor).untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive or (size == 0 and not self._divided):
             return
-        size = storage.nbytes()
         self._category[key] = category
+        self._size[key] = size
         self._live[category] += size
 
         def freed(_: Any) -> None:
-            self._live[self._category.pop(key)] -= size
+            self._live[self._category.pop(key)] -= self._size.pop(key)
             del self._alive[key]
 
         self._alive[key] = weakref.ref(storage, freed)
 
     def _now_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        storage = parameter.grad.untyped_storage()
+        storage = shard.local(parameter.grad).untyped_storage()
         before = self._category.get(id(storage))
         if before == "activations":
             self._live[before] -= storage.nbytes()
             self._live["gradients"] += storage.nbytes()
             self._category[id(storage)] = "gradients"
             self._note_peak()
+
+    def _resized(self) -> None:
+        """Note what FSDP has done to the storages of gathered weights, which it keeps and empties."""
+        for key, alive in list(self._alive.items()):
+            storage = alive()
+            if storage is not None and storage.nbytes() != self._size[key]:
+                self._live[self._category[key]] += storage.nbytes() - self._size[key]
+                self._size[key] = storage.nbytes()
 
     def _note_peak(self) -> None:
         for name in CATEGORIES:
@@ -102,9 +116,12 @@ class LiveTensors(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        # Gathered weights come back into storages that were there before, empty.
+        for leaf in tree_leaves((args, kwargs, result) if self._divided else result):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, "activations")
+        if self._divided:
+            self._resized()
         self._note_peak()
         return result
 
@@ -133,7 +150,9 @@ def measured(
         categories = dict(fixed.by_category)
         if torch.is_grad_enabled():
             categories["gradients"] = sum(
-                p.numel() * p.element_size() for p in model.parameters() if p.requires_grad
+                shard.local(p).numel() * p.element_size()
+                for p in model.parameters()
+                if p.requires_grad
             )
         rest = peak - sum(n for name, n in categories.items() if name != "activations")
         categories["activations"] = max(0, rest)

@@ -196,16 +196,22 @@ def compile_blocks(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: an architecture that names no blocks.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = base._no_split_modules or ()
-    blocks = [module for module in base.modules() if type(module).__name__ in names]
-    if not blocks:
+    found = blocks(model)
+    if not found:
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         raise ConfigError(
             f"train.compile=true: {type(base).__name__} names no blocks to compile; set it to false"
         )
-    for block in blocks:
+    for block in found:
         block.compile()
     return model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, or nothing where the architecture names none."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = base._no_split_modules or ()
+    return [module for module in base.modules() if type(module).__name__ in names]
 
 
 def dtype_of(run: RunConfig) -> torch.dtype:

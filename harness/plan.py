@@ -109,9 +109,10 @@ def predict(
 
     `accelerator` gives the device and the precision. An LSTM's kernel has a workspace that its fake
     counterpart does not show: its peak is predicted up to a sixth too low. None for what only the
-    weights can tell: a rank by energy, and methods that read the weights to be built.
+    weights can tell: a rank by energy, and methods that read the weights to be built; and where
+    ranks divide the model among them, which no fake tensor does.
     """
-    if getattr(run.method, "energy", None) is not None:
+    if getattr(run.method, "energy", None) is not None or run.launch.sharded:
         return None
     try:
         model = methods.check(models.on_meta(run, model_config), run)
@@ -181,6 +182,7 @@ def recorded(
     values["trains"] = bool(run.train.steps)
     values["context"] = run.data.context
     values["on"] = [str(accelerator.device), accelerator.num_processes, environment.versions()]
+    values["sharded"] = run.launch.sharded
     digest = hashlib.sha256(repr(values).encode())
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())

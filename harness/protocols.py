@@ -321,7 +321,9 @@ def window_nll(
     nll = torch.zeros(len(order), dtype=torch.float64)
     was_training = prepared.training
     prepared.eval()
-    for batch in batches[rank::world]:
+    for first in range(0, len(batches), world):  # ranks that share a model run it together
+        index = first + rank
+        batch = batches[min(index, len(batches) - 1)]
         inputs = torch.zeros(len(batch), _width(text.windows[batch[0]]), dtype=torch.int64)
         targets = torch.full_like(inputs, IGNORE)
         for row, index in enumerate(batch):
@@ -332,7 +334,8 @@ def window_nll(
             targets[row, length - w.scored : length] = ids[length - w.scored + 1 :]
         with torch.compiler.set_stance("force_eager"):  # widths differ
             nats = prepared(inputs.to(device), targets.to(device)).nats
-        nll[batch] = nats.double().sum(1).cpu()
+        if index < len(batches):  # or else another rank's, for company
+            nll[batch] = nats.double().sum(1).cpu()
     if accelerator and world > 1:
         nll = accelerator.reduce(nll.to(device), "sum").cpu()
     prepared.train(was_training)

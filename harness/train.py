@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from harness import config, memory
+from harness import config, memory, shard
 from harness.config import ConfigError, RunConfig, TrainConfig
 from harness.data import Batch, Data, batch_of, block_order
 from harness.stop import Stop
@@ -133,6 +133,7 @@ def apply(
     trainable = [p for p in model.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trainable, cfg.clip or math.inf)
     assert norm is not None
+    norm = shard.whole(norm)
     optimizer.step()
     optimizer.zero_grad()
     return norm

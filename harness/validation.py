@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,8 @@ def _validate_launch(run: RunConfig) -> None:
             f"launch.accelerate=single_gpu starts one process, and launch.num_processes={ranks} "
             "asks for more: set launch.accelerate=ddp"
         )
+    if launch.sharded:
+        _validate_sharded(run)
     blocks = run.train.batch_tokens // run.data.context
     step = run.train.micro_batch * ranks
     if ranks > 1 and blocks % step:
@@ -320,3 +323,27 @@ def _validate_launch(run: RunConfig) -> None:
             f"among launch.num_processes={ranks} of train.micro_batch={run.train.micro_batch}: "
             + (f"try train.micro_batch={fits[-1]}" if fits else f"make them a multiple of {ranks}")
         )
+
+
+def _validate_sharded(run: RunConfig) -> None:
+    """What ranks that divide a model among them cannot do."""
+    by_hand = os.environ.get("WORLD_SIZE", "1") != "1"  # we are a rank of an accelerate launch
+    if run.launch.num_processes == 1 and not by_hand:
+        raise ConfigError(
+            "launch.accelerate=fsdp divides a model among ranks, and launch.num_processes=1 is one: "
+            "set launch.num_processes to 2 or more"
+        )
+    refused = {
+        "train.compile=true": (run.train.compile, "train.compile=false"),
+        "evaluate.generate": (run.evaluate.generate, "evaluate.generate=null"),
+        "method.orthogonality": (
+            getattr(run.method, "orthogonality", 0),
+            "method.orthogonality=0",
+        ),
+    }
+    for asked, (there, instead) in refused.items():
+        if there:
+            raise ConfigError(
+                f"launch.accelerate=fsdp: {asked} needs the whole model on every rank; set "
+                f"{instead}, or launch.accelerate=ddp"
+            )

@@ -45,6 +45,7 @@ from harness import (
     plan,
     protocols,
     results,
+    shard,
     start,
     train,
 )
@@ -192,7 +193,10 @@ def perform(
     )
     cores = run.launch.cores or environment.usable_cores()
     torch.set_num_threads(run.train.threads or max(1, cores // accelerator.num_processes))
-    result["environment"] = environment.describe() | {"processes": accelerator.num_processes}
+    result["environment"] = environment.describe() | {
+        "processes": accelerator.num_processes,
+        "sharded": run.launch.sharded,
+    }
 
     # Names and shapes are checked on the meta device, before anything is read or loaded.
     model_config = models.load_config(run.model)
@@ -224,7 +228,9 @@ def perform(
         limit = models.max_context(model_config)
         generation.check(prompts, tokenizer, run.evaluate.generate, base, limit)
     result["parameters"] = {"base": models.count_parameters(base).total}
-    model = methods.adapt(base, run).to(accelerator.device)
+    model = methods.adapt(base, run)
+    if not run.launch.sharded:  # or else the device need not hold all of it
+        model = model.to(accelerator.device)
     result["method"] |= methods.svd_facts(model)
     counted = models.count_parameters(model)
     result["parameters"] |= {
@@ -243,7 +249,11 @@ def perform(
     # Prepared once, so that every method is evaluated at the same precision, at every step.
     with accelerator.autocast():
         bare = loss.NextToken(model, run.train.label_smoothing)
-    prepared = accelerator.prepare_model(bare, evaluation_mode=counted.trainable == 0)
+    if run.launch.sharded:
+        prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
+        prepared = shard.shard(prepared, accelerator)
+    else:
+        prepared = accelerator.prepare_model(bare, evaluation_mode=counted.trainable == 0)
     optimizer = None
     if counted.trainable:
         optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
@@ -330,8 +340,8 @@ def perform(
     def keep() -> None:
         nonlocal best
         best = newest
-        if accelerator.is_main_process and optimizer is not None:
-            checkpoint.save_trained(model, best_path)
+        if optimizer is not None and (accelerator.is_main_process or run.launch.sharded):
+            checkpoint.save_trained(model, best_path, write=accelerator.is_main_process)
 
     def save() -> None:
         assert optimizer is not None
@@ -430,6 +440,8 @@ def perform(
     except Exception:  # a model that looks at values, which fake tensors do not have
         log.exception("no prediction")
         result["predicted"] = None
+    if run.launch.sharded:
+        shard.gather(model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         unfused = models.wants_unfused(run, model_config)
         alone = unfused or run.model.architecture or run.method.name == "truncate"
