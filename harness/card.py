@@ -68,7 +68,8 @@ def card(run: Saved, exported: Exported) -> str:
 def base_name(run: RunConfig) -> str | None:
     """Hub id, name of the shipped model or of the folder; None for random weights."""
     model = run.model
-    return model.id or model.asset or (Path(model.path).name if model.path else None)
+    folder = Path(model.path).name if model.path else None
+    return model.id or model.asset or model.package or folder
 
 
 def front_matter(run: Saved, exported: Exported) -> str:

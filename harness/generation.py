@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,17 @@ class Completed:
 
 
 def check(
-    todo: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    cfg: GenerateConfig,
     model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    todo: list[Pair],
+    cfg: GenerateConfig,
+    accelerator: Accelerator,
     limit: int | None,
 ) -> None:
-    """Raise ConfigError where a prompt or the model cannot be completed: before training."""
-    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not bare.can_generate():
-        raise ConfigError(f"evaluate.generate: {type(bare).__name__} cannot generate; set it null")
+    """Raise ConfigError where a prompt or the model cannot be completed: before training.
+
+    `limit` is the positions that the model has for tokens.
+    """
     longest = max(len(pairs.prompt_ids(pair, tokenizer)) for pair in todo)
     if limit is not None and longest + cfg.max_new_tokens > limit:
         raise ConfigError(
@@ -56,6 +57,13 @@ def check(
             f"{longest} tokens and the model has {limit} positions: set it to {limit - longest} or "
             "less"
         )
+    try:
+        complete(model, tokenizer, todo[:2], replace(cfg, max_new_tokens=2), accelerator)
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        kind = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        raise ConfigError(
+            f"evaluate.generate: {kind} cannot complete prompts ({error}); set it to null"
+        ) from error
 
 
 @torch.no_grad()
@@ -114,7 +122,8 @@ def _completions(
     processors = LogitsProcessorList()
     if cfg.no_repeat_ngram:
         processors.append(_NoRepeat(cfg.no_repeat_ngram, width))
-    with accelerator.autocast():
+    # Widths differ from batch to batch: compiled blocks would be compiled again for each.
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         out = model.generate(
             input_ids=ids.to(accelerator.device),
             attention_mask=given.to(accelerator.device),

@@ -197,6 +197,29 @@ class NextToken(nn.Module):
             found = _module_nll(head, flat, targets.flatten(), self.label_smoothing)
         return Nll(found.objective, found.nats.view_as(targets))
 
+    @torch.no_grad()
+    def packs(self) -> bool:
+        """Whether sequences of one row stay apart: tried on two short ones, together and alone.
+
+        Only where attention is SDPA's causal one: a mask that keeps sequences apart replaces the
+        model's own, and other kernels read it otherwise. States that run on, as an LSTM's, fail.
+        """
+        if self._config is None:
+            return False
+        was_training, device = self.model.training, next(self.model.parameters()).device
+        ids = torch.arange(12, device=device)[None] % self._config.vocab_size
+        positions = torch.tensor([[*range(5), *range(6)]], device=device)
+        near = 0.1 if torch.is_autocast_enabled(device.type) else 1e-3
+        try:
+            self.model.eval()
+            both = self(ids[:, :-1], ids[:, 1:], positions).nats
+            alone = [self(ids[:, a:b], ids[:, a + 1 : b + 1]).nats for a, b in ((0, 5), (5, 11))]
+            return torch.allclose(both, torch.cat(alone, 1), rtol=0, atol=near)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        finally:
+            self.model.train(was_training)
+
     def _hidden(
         self, inputs: torch.Tensor, positions: torch.Tensor | None
     ) -> tuple[torch.Tensor, Any]:

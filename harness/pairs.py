@@ -86,12 +86,12 @@ def read(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> dict[str,
 
 def _grouped(split: str, rows: list[tuple[str, list[str]]], cfg: DataConfig) -> list[Pair]:
     """One Pair a prompt, in the order of the source."""
-    by_prompt: dict[str, dict[str, None]] = {}
-    for prompt, completions in rows:
-        known = by_prompt.setdefault(_styled(prompt, cfg).strip(), {})
-        known.update(dict.fromkeys(text.strip() for text in completions if text.strip()))
+    by_prompt: dict[str, list[str]] = {}
+    for prompt, completions in rows:  # one that comes twice counts twice, as published
+        known = by_prompt.setdefault(_styled(prompt, cfg).strip(), [])
+        known += [text.strip() for text in completions if text.strip()]
     return [
-        Pair(f"{split}/{number}", prompt, list(completions))
+        Pair(f"{split}/{number}", prompt, completions)
         for number, (prompt, completions) in enumerate(by_prompt.items())
         if prompt and completions
     ]
@@ -113,7 +113,7 @@ def _styled(prompt: str, cfg: DataConfig) -> str:
 def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
     """Rows by split: of the folder's files that split_names or their own names say, or one file."""
     files = documents.find_files(cfg.path)
-    if len(files) == 1:
+    if len(files) == 1 and not cfg.split_names:
         return {"train": list(_rows(files[0], cfg))}
     by_split: dict[str, Path] = {}
     names = [file.name for file in files]

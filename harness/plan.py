@@ -180,7 +180,7 @@ def recorded(
         fields = vars(getattr(run, section))
         values[section] = {k: v for k, v in fields.items() if k not in names}
     values["trains"] = bool(run.train.steps)
-    values["context"] = run.data.context
+    values["blocks"] = [run.data.context, run.data.source == "pairs" and run.data.packing]
     values["on"] = [str(accelerator.device), accelerator.num_processes, environment.versions()]
     values["sharded"] = run.launch.sharded
     digest = hashlib.sha256(repr(values).encode())
@@ -315,6 +315,7 @@ def _row(run: RunConfig, found: Prediction | None, rate: float, limit: int | Non
     main = found.train or found.evaluate
     parts = dict(main["by_category"])
     seconds = found.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
+    padded = run.data.source == "pairs" and run.data.packing == "padded"
     over = limit is not None and found.peak_bytes > limit
     sizes = [*(parts[category] for category in memory.CATEGORIES), main["peak_bytes"]]
     sizes.append(found.evaluate["peak_bytes"])
@@ -324,8 +325,9 @@ def _row(run: RunConfig, found: Prediction | None, rate: float, limit: int | Non
         f"{found.parameters.trainable:,}",
         *(f"{size / 2**20:,.0f}" for size in sizes),
         f"{(found.train_flops_per_token or found.evaluate_flops_per_token) / 1e6:,.1f}",
-        f"{seconds:,.0f} s" if found.train else "-",
-        "does not fit" if over else "",
+        # A padded block is as long as its sequence: sizes are then a bound, and time is unknown.
+        "-" if not found.train or padded else f"{seconds:,.0f} s",
+        ("may not fit" if padded else "does not fit") if over else "",
     ]
 
 

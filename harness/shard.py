@@ -51,7 +51,7 @@ def shard(prepared: nn.Module, accelerator: Accelerator) -> nn.Module:
 def _check(prepared: nn.Module, blocks: list[nn.Module]) -> None:
     inside = [id(p) for block in blocks for p in block.parameters()]
     owners = Counter(inside)
-    for name, holder in prepared.named_modules():
+    for holder in prepared.modules():
         if not any(holder is part for block in blocks for part in block.modules()):
             owners.update({id(p) for p in holder.parameters(recurse=False)} & set(inside))
     for name, parameter in prepared.named_parameters():

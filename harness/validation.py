@@ -105,7 +105,7 @@ def validate(run: RunConfig) -> None:
     if data.source == "hub" and not data.id:
         raise ConfigError("data=hub needs data.id, the id of a text data set on the hub")
     if data.source == "pairs":
-        _validate_pairs(data)
+        _validate_pairs(data, "data")
 
     positive = ("batch_tokens", "micro_batch", "lr", "eps")
     for key in positive:
@@ -157,6 +157,8 @@ def validate(run: RunConfig) -> None:
 
     for name, text in ev.also.items():
         where = f"evaluate.also.{name}"
+        if text.source == "pairs":
+            _validate_pairs(text, where)
         if not re.fullmatch(r"\w+", name) or name in SPLITS:
             raise ConfigError(f"{where}: expected letters, digits, _, and no split's name")
         own = ("source", "path", "id", "config_name", "packages")
@@ -220,18 +222,22 @@ def validate(run: RunConfig) -> None:
             )
 
 
-def _validate_pairs(data: DataConfig) -> None:
+def _validate_pairs(data: DataConfig, where: str) -> None:
     if bool(data.path) == bool(data.id):
         raise ConfigError(
-            f"data={data.name} needs one of data.path (a file or folder of pairs) and data.id (a "
-            f"data set on the hub); it has path={data.path} and id={data.id}"
+            f"{where}: {data.name} needs one of {where}.path (a file or folder of pairs) and "
+            f"{where}.id (a data set on the hub); it has path={data.path} and id={data.id}"
         )
     if data.path:
         find_files(data.path)
-    _require(bool(data.separator), "data.separator", repr(data.separator), "some characters")
+    for key in ("packing", "prompt_style"):
+        if (value := getattr(data, key)) not in CHOICES[f"data.{key}"]:
+            there = map(str, CHOICES[f"data.{key}"])
+            raise ConfigError(f"{where}.{key}={value}: {nearest(value, there)}")
+    _require(bool(data.separator), f"{where}.separator", repr(data.separator), "some characters")
     if unknown := set(data.split_names) - set(SPLITS):
         name = sorted(unknown)[0]
-        raise ConfigError(f"data.split_names.{name}: {nearest(name, SPLITS)}")
+        raise ConfigError(f"{where}.split_names.{name}: {nearest(name, SPLITS)}")
 
 
 def _validate_generate(run: RunConfig) -> None:
@@ -330,8 +336,8 @@ def _validate_sharded(run: RunConfig) -> None:
     by_hand = os.environ.get("WORLD_SIZE", "1") != "1"  # we are a rank of an accelerate launch
     if run.launch.num_processes == 1 and not by_hand:
         raise ConfigError(
-            "launch.accelerate=fsdp divides a model among ranks, and launch.num_processes=1 is one: "
-            "set launch.num_processes to 2 or more"
+            "launch.accelerate=fsdp divides a model among ranks, and launch.num_processes=1 is one"
+            ": set launch.num_processes to 2 or more"
         )
     refused = {
         "train.compile=true": (run.train.compile, "train.compile=false"),

@@ -110,8 +110,9 @@ def without_weights(model: str) -> str | None:
 
     if not constants.is_offline_mode():
         return None
-    hub_id = str(OmegaConf.load(CONF_DIR / "model" / f"{model}.yaml").id)
-    found = (try_to_load_from_cache(hub_id, name) for name in WEIGHTS)
+    known = OmegaConf.load(CONF_DIR / "model" / f"{model}.yaml")
+    hub_id, revision = str(known.id), known.revision
+    found = (try_to_load_from_cache(hub_id, name, revision=revision) for name in WEIGHTS)
     return None if any(isinstance(path, str) for path in found) else hub_id
 
 

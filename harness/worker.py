@@ -218,15 +218,8 @@ def perform(
     result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
-    prompts = []
-    if run.evaluate.generate:
-        prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
-
     set_seed(run.seed)
     base = models.load_model(run, model_config)
-    if prompts and run.evaluate.generate:
-        limit = models.max_context(model_config)
-        generation.check(prompts, tokenizer, run.evaluate.generate, base, limit)
     result["parameters"] = {"base": models.count_parameters(base).total}
     model = methods.adapt(base, run)
     if not run.launch.sharded:  # or else the device need not hold all of it
@@ -249,6 +242,17 @@ def perform(
     # Prepared once, so that every method is evaluated at the same precision, at every step.
     with accelerator.autocast():
         bare = loss.NextToken(model, run.train.label_smoothing)
+        if run.data.source == "pairs" and run.data.packing == "packed" and not bare.packs():
+            raise ConfigError(
+                f"data.packing=packed: {run.model.name} with method={run.method.name} cannot keep "
+                "the sequences of a block apart; set data.packing=padded"
+            )
+    prompts = []
+    if run.evaluate.generate:
+        prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
+        limit = models.max_context(model_config)
+        room = None if limit is None else limit - methods.num_virtual_tokens(run)
+        generation.check(model, tokenizer, prompts, run.evaluate.generate, accelerator, room)
     if run.launch.sharded:
         prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         prepared = shard.shard(prepared, accelerator)
@@ -434,7 +438,8 @@ def perform(
     try:
         predicted = plan.recorded(run, model_config, accelerator)
         result["predicted"] = predicted
-        if predicted and state.tokens_per_second:
+        # Of pairs tokens are those of completions, and FLOPs those of every position.
+        if predicted and state.tokens_per_second and run.data.source != "pairs":
             flops = predicted["train_flops_per_token"] * state.tokens_per_second
             result["speed"]["gflops_per_second"] = flops / 1e9
     except Exception:  # a model that looks at values, which fake tensors do not have

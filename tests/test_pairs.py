@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import data, evaluate, generation, nlg, pairs, results, train
+from harness import data, evaluate, generation, models, nlg, pairs, results, train
 from harness.config import ASSETS_DIR, ConfigError, DataConfig, GenerateConfig
 from harness.loss import IGNORE, NextToken
 from harness.methods import adapt
@@ -67,7 +67,7 @@ def test_a_folder_has_its_splits_and_a_missing_one_is_cut_from_training(cfg, tmp
     fields["split_names"] = {"train": "valid.jsonl", "test": "test.jsonl"}
     found = pairs.read(DataConfig(**fields))
     assert [len(found[name]) for name in ("train", "validation", "test")] == [7, 2, 3]
-    assert found["test"][0].completions == [LINES[27][1]]  # neither twice nor empty
+    assert found["test"][0].completions == [LINES[27][1]] * 2  # as often as it comes; none empty
     fields["split_names"] = {"train": "valid.json"}
     with pytest.raises(ConfigError, match=r"did you mean 'valid\.jsonl'"):
         pairs.read(DataConfig(**fields))
@@ -243,8 +243,44 @@ def test_no_ngram_comes_twice_in_a_completion_but_once_more_than_in_the_prompt(
 
 def test_a_prompt_that_leaves_no_room_is_refused(cfg, tokenizer, mini):
     todo = pairs.read(cfg)["test"]
+    accelerator = Accelerator(cpu=True)
+    generation.check(mini, tokenizer, todo, GenerateConfig(max_new_tokens=99), accelerator, 256)
     with pytest.raises(ConfigError, match=r"set it to \d+ or less"):
-        generation.check(todo, tokenizer, GenerateConfig(max_new_tokens=250), mini, 256)
+        generation.check(mini, tokenizer, todo, GenerateConfig(), accelerator, 70)
+
+
+def test_a_model_that_cannot_generate_is_refused_before_training(cfg, tokenizer, make_run):
+    run = make_run("model=lstm", "targets=lstm", "method=full")
+    lstm = models.load_model(run, models.load_config(run.model))
+    todo = pairs.read(cfg)["test"]
+    with pytest.raises(ConfigError, match="LSTMForCausalLM cannot complete prompts"):
+        generation.check(lstm, tokenizer, todo, GenerateConfig(), Accelerator(cpu=True), None)
+    assert not NextToken(lstm).packs()
+
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
+LLAMA = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}
+OPT = SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32}
+GPT = {"n_layer": 2, "n_embd": 32, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "packs"),
+    [
+        ("gpt2", GPT, True),
+        ("opt", OPT, True),
+        ("llama", LLAMA, True),
+        ("gptj", GPT | {"rotary_dim": 8}, False),
+        ("mistral", LLAMA | {"sliding_window": 4}, False),
+    ],
+)
+def test_models_whose_sequences_would_see_one_another_are_told(kind, fields, packs):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=64, initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        **fields,
+    )  # fmt: skip
+    assert NextToken(AutoModelForCausalLM.from_config(config).eval()).packs() == packs
 
 
 @pytest.mark.parametrize(

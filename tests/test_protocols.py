@@ -387,8 +387,6 @@ def hub_cache(tmp_path, monkeypatch):
         size = {"vocab_size": 4096, "n_positions": 1024, "n_embd": 8, "n_layer": 1, "n_head": 1}
         special = {"bos_token_id": 0, "eos_token_id": 0}
         GPT2LMHeadModel(GPT2Config(**size, **special)).save_pretrained(snapshot)
-        (root / "refs").mkdir()
-        (root / "refs" / "main").write_text(pinned)
         return snapshot
 
     return fill

@@ -271,6 +271,10 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
     print(LEGEND)
     if "BLEU" in headings:
         print("BLEU to CIDEr: of the test set's prompts, completed by that model (harness/nlg.py).")
+    records = [record for row in shown for record in row.records]
+    missing = [results.get(record, "quality.generation.skipped") or {} for record in records]
+    for name, why in {name: why for found in missing for name, why in found.items()}.items():
+        print(f"without {name}: {why}")
     if any(row.values[LR_FROM] not in AS_IS for row in shown):
         print(
             "~: not simply tuned for this row; method.lr_from in results.csv says how it was found."
