@@ -155,7 +155,7 @@ def notes(run: Saved, exported: Exported) -> list[str]:
             "The factors that did not train are not in the file: they are decomposed from the "
             "base's weights on loading, which must therefore be the same."
         )
-    if not exported.whole and (model.asset or model.path):
+    if not exported.whole and (model.asset or model.path or model.package):
         found.append(
             f"The base, `{base_name(run.run)}`, is a folder and on no hub: put its place on your "
             "machine into the code above. `--merge` exports a model that stands by itself."

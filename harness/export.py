@@ -53,6 +53,11 @@ def export(run_dir: Path, out: Path, *, merge: bool) -> Exported:
     """
     _check_free(out)
     run = saved.load(run_dir)
+    if own := run.run.model.remote_code:
+        raise ConfigError(
+            f"the base of {run_dir} brings code of its own ({own}), which an exported folder would "
+            "have to bring along: load the run's own adapter/ or model/ beside that code"
+        )
     whole = _is_whole(run, merge)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
