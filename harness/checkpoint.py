@@ -54,7 +54,7 @@ def save_trained(model: nn.Module, path: Path, *, write: bool = True) -> None:
 
 
 def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU, one after the other made whole by all ranks; none if not `keep`."""
+    """The tensors on the CPU, made whole one by one by all ranks; nothing if not `keep`."""
     found = {}
     for name, tensor in tensors.items():
         full = shard.whole(tensor.detach())

@@ -97,7 +97,7 @@ class LiveTensors(TorchDispatchMode):
             self._note_peak()
 
     def _resized(self) -> None:
-        """Note what FSDP has done to the storages of gathered weights, which it empties."""
+        """Note what FSDP does to storages of gathered weights, which it keeps and empties."""
         for key, alive in list(self._alive.items()):
             storage = alive()
             if storage is not None and storage.nbytes() != self._size[key]:

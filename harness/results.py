@@ -12,7 +12,7 @@ quality.also.NAME.{before, after} with the same, quality.test_protocol (`harness
 quality.generation.{bleu, nist, meteor, rouge_l,
 cider, skipped, num_prompts, num_tokens, seconds, tokens_per_second},
 evaluation.{context, stride, tokenizer},
-environment.{commit, versions, hardware, runs_beside}.
+environment.{commit, versions, hardware, runs_beside, sharded}.
 """
 
 from __future__ import annotations

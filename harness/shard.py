@@ -51,8 +51,9 @@ def shard(prepared: nn.Module, accelerator: Accelerator) -> nn.Module:
 def _check(prepared: nn.Module, blocks: list[nn.Module]) -> None:
     inside = [id(p) for block in blocks for p in block.parameters()]
     owners = Counter(inside)
+    parts = {id(part) for block in blocks for part in block.modules()}
     for holder in prepared.modules():
-        if not any(holder is part for block in blocks for part in block.modules()):
+        if id(holder) not in parts:
             owners.update({id(p) for p in holder.parameters(recurse=False)} & set(inside))
     for name, parameter in prepared.named_parameters():
         short = name.removeprefix("model.")

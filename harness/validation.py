@@ -336,20 +336,23 @@ def _validate_sharded(run: RunConfig) -> None:
     by_hand = os.environ.get("WORLD_SIZE", "1") != "1"  # we are a rank of an accelerate launch
     if run.launch.num_processes == 1 and not by_hand:
         raise ConfigError(
-            "launch.accelerate=fsdp divides a model among ranks, and launch.num_processes=1 is one"
-            ": set launch.num_processes to 2 or more"
+            "launch.accelerate=fsdp divides a model, and launch.num_processes=1 is one rank: "
+            "set launch.num_processes to 2 or more"
         )
+    whole = "reads weights outside of a forward pass, where a rank has a part of them"
     refused = {
-        "train.compile=true": (run.train.compile, "train.compile=false"),
-        "evaluate.generate": (run.evaluate.generate, "evaluate.generate=null"),
-        "method.orthogonality": (
-            getattr(run.method, "orthogonality", 0),
-            "method.orthogonality=0",
+        "train.compile=true": (run.train.compile, "is untried on a divided model", "false"),
+        "evaluate.generate": (
+            run.evaluate.generate,
+            "runs ranks apart that must run alike",
+            "null",
         ),
+        "method.orthogonality": (getattr(run.method, "orthogonality", 0), whole, "0"),
     }
-    for asked, (there, instead) in refused.items():
+    for asked, (there, why, instead) in refused.items():
         if there:
+            key = asked.partition("=")[0]
             raise ConfigError(
-                f"launch.accelerate=fsdp: {asked} needs the whole model on every rank; set "
-                f"{instead}, or launch.accelerate=ddp"
+                f"launch.accelerate=fsdp: {asked} {why}; set {key}={instead}, or "
+                "launch.accelerate=ddp"
             )
