@@ -322,8 +322,8 @@ def window_nll(
     was_training = prepared.training
     prepared.eval()
     for first in range(0, len(batches), world):  # ranks that share a model run it together
-        index = first + rank
-        batch = batches[min(index, len(batches) - 1)]
+        mine = first + rank < len(batches)  # or else another rank's, for company
+        batch = batches[min(first + rank, len(batches) - 1)]
         inputs = torch.zeros(len(batch), _width(text.windows[batch[0]]), dtype=torch.int64)
         targets = torch.full_like(inputs, IGNORE)
         for row, index in enumerate(batch):
@@ -334,7 +334,7 @@ def window_nll(
             targets[row, length - w.scored : length] = ids[length - w.scored + 1 :]
         with torch.compiler.set_stance("force_eager"):  # widths differ
             nats = prepared(inputs.to(device), targets.to(device)).nats
-        if index < len(batches):  # or else another rank's, for company
+        if mine:
             nll[batch] = nats.double().sum(1).cpu()
     if accelerator and world > 1:
         nll = accelerator.reduce(nll.to(device), "sum").cpu()
