@@ -326,6 +326,7 @@ def test_a_task_as_a_user_starts_it(harness, lines_file, tmp_path):
     assert result["speed"]["tokens"] < 2 * 384  # completions only
 
 
+@pytest.mark.slow
 def test_a_published_recipe_runs_at_the_scale_of_a_cpu(harness, lines_file, tmp_path):
     folder = tmp_path / "e2e"
     folder.mkdir()

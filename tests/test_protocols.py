@@ -338,6 +338,7 @@ def test_rows_of_a_file(tmp_path):
     assert documents.raw_rows(cfg, "test") == rows_of(PAGES)
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_protocol_beside_its_test_set(
     harness, tmp_path, monkeypatch, model, tokenizer
 ):

@@ -1,6 +1,6 @@
 """What a tracker costs a sweep whose W&B service cannot be reached, and whether results stay.
 
-    python experiments/bench/trackers/bench.py --rounds 3      # about 25 minutes, nothing beside it
+    python experiments/bench/trackers/bench.py --rounds 2      # about 20 minutes, nothing beside it
 
 The same sweep without a tracker, with W&B at a port that refuses, and with W&B at a port that takes
 connections and never answers, in turn. Writes results.csv beside this file: seconds of the
@@ -65,7 +65,7 @@ def documents(folder: Path) -> dict[str, bytes]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     rounds = parser.parse_args().rounds
     refusing, swallowing = socket.socket(), socket.socket()
     for listener in (refusing, swallowing):
