@@ -131,7 +131,9 @@ def accelerate(run: RunConfig, claim: lock.Claim) -> tuple[Any, Callable[[], int
     with (run.run_dir / "launch.txt").open("w") as stream:
         process = subprocess.Popen(
             command,
-            env=_environment(sharded=run.launch.sharded) | dict(os.environ) | {"PYTHONPATH": _python_path()},
+            env=_environment(sharded=run.launch.sharded)
+            | dict(os.environ)
+            | {"PYTHONPATH": _python_path()},
             stdout=stream,
             stderr=subprocess.STDOUT,
             pass_fds=(claim.descriptor,),
