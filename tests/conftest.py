@@ -19,6 +19,14 @@ from harness import launch, results, worker
 from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, RunConfig, from_hydra
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that want a finished run of every kind are slow: it takes nine to make them."""
+    for item in items:
+        if "finished_run" in item.fixturenames:
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def tiny() -> GPT2LMHeadModel:
     """Two layers, width 32, 64 tokens, context 32; random weights large enough to matter."""

@@ -52,6 +52,7 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_of_gpt2_by_its_id_without_a_network(cache, harness, tmp_path):
     done = harness("model=gpt2", "run_name=mine", "targets=qv", *SMALL)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -102,6 +102,7 @@ def sync(folder, port):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_run_is_uploaded_once(tmp_path):
     folder = sweep(tmp_path / "exp", 3)
     with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
