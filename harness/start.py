@@ -32,9 +32,9 @@ ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296"
     ":glibc.malloc.trim_threshold=4294967296"
 }
-# Ranks that divide a model gather and free blocks all the time, and kept memory fills with holes: for
-# LoRA of 40 M parameters in two, a rank's peak on a CPU is 1.5 GiB, and 0.8 GiB where large blocks go
-# back, at twice the time. By hand, it is for whoever launches to set this.
+# Ranks that divide a model gather and free blocks all the time, and kept memory fills with holes:
+# for LoRA of 40 M parameters in two, a rank's peak on a CPU is 1.5 GiB, and 0.8 GiB where large
+# blocks go back, at twice the time. By hand, it is for whoever launches to set this.
 SHARDED_ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}
 # A thread of OpenMP that waits for the others spins, which is cheap as long as every thread has a
 # core: two runs on the cores of one take not twice but eleven times as long. With a short spin they
