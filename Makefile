@@ -32,10 +32,10 @@ wandb-sync: setup ## upload an experiment's offline W&B runs, each once (EXPERIM
 verify-published: setup ## published perplexities of GPT-2 beside ours (ONLY=gpt2, about 30 minutes; weights from the hub)
 	$(RUN) -m harness.verify $(if $(ONLY),--only $(ONLY))
 
-test: setup ## run the tests (about 8 minutes)
+test: setup ## run the tests (about 10 minutes)
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal
 
-test-faults: setup ## kills, damaged files and ranks at many moments (about 10 minutes)
+test-faults: setup ## kills, damage, ranks and all that takes long (about 20 minutes)
 	$(RUN) -m pytest -m "faults or slow"
 
 test-launchers: setup ## sweeps by joblib, Ray and submitit (about 8 minutes with their installation)
