@@ -92,9 +92,7 @@ class DataConfig:
     packing: str = "packed"  # packed | padded
     separator: str = "||"  # between prompt and completion of a line
     prompt_field: str = "prompt"  # field of records; a list of strings is joined by " | "
-    completion_field: Any = (
-        "completion"  # field of records, or several: the first that is not empty
-    )
+    completion_field: Any = "completion"  # field of records; of several the first not empty
     prompt_style: str = "as_is"  # as_is | e2e: name[X] as `name : X`
 
 
@@ -388,12 +386,8 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
         if key == "train" and section.get("lr") == "tuned":
             section |= _tuned(section, sections)
-        evaluating = key == "evaluate"
-        further, completing = (
-            (section.pop("also", None), section.pop("generate", None))
-            if evaluating
-            else (None, None)
-        )
+        further = section.pop("also", None) if key == "evaluate" else None
+        completing = section.pop("generate", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
         if further:
             sections[key] = replace(sections[key], also=_also(further, sections["data"]))
