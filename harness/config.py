@@ -75,6 +75,7 @@ class DataConfig:
     context: int = 256  # tokens a training block predicts
     validation_share: float = 0.05  # share of the documents
     test_share: float = 0.05  # share of the documents
+    train_share: float = 1.0  # share of the training documents that is used
     document_chars: int | None = None  # a document's first characters; null = all of it
     cache_dir: str = ".cache"  # tokenised blocks, by content hash
     # text_files

@@ -33,12 +33,24 @@ SPLITS = ("train", "validation", "test")
 def read(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Splits:
     """The documents of a data config by split; raises ConfigError when one would be empty."""
     found = SOURCES[cfg.source](cfg)
+    kept = share_of([key for key, _ in found["train"]], cfg.train_share)
+    found["train"] = [doc for doc in found["train"] if doc[0] in kept]
     most = cfg.document_chars
     asked = {name: [(key, text[:most]) for key, text in found[name]] for name in splits}
     for name, documents in asked.items():
         if not any(text.strip() for _, text in documents):
             raise ConfigError(f"data={cfg.name}: the {name} split has no text")
     return asked
+
+
+def share_of(ids: Sequence[str], share: float) -> set[str]:
+    """The first of `ids` by their SHA-256, at least one: smaller shares are within larger ones."""
+    ranked = sorted(ids, key=_place)
+    return set(ranked[: max(1, round(share * len(ranked)))])
+
+
+def _place(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
 
 
 def split(documents: list[Document], validation_share: float, test_share: float) -> Splits:
@@ -54,7 +66,7 @@ def split(documents: list[Document], validation_share: float, test_share: float)
             f"{len(documents)} document(s) cannot be split into train, validation and test: give "
             "at least 3 files or records, or set data.document_separator to split a .txt file"
         )
-    ranked = sorted(documents, key=lambda doc: hashlib.sha256(doc[0].encode()).digest())
+    ranked = sorted(documents, key=lambda doc: _place(doc[0]))
     num_test = max(1, round(test_share * len(ranked)))
     num_validation = max(1, round(validation_share * len(ranked)))
     test, validation = ranked[:num_test], ranked[num_test : num_test + num_validation]

@@ -25,10 +25,12 @@ _NOT_IDENTITY = (
 # Keys that came later: a run that leaves them alone is the run that it was before.
 _LATER = {
     "model": ("package", "gguf", "remote_code"),
-    "data": ("packing", "separator", "prompt_field", "completion_field", "prompt_style"),
+    "data": (
+        "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
+    ),
     "targets": ("roles",),
     "evaluate": ("generate", "protocol"),
-}
+}  # fmt: skip
 _NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 
 

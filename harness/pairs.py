@@ -72,6 +72,8 @@ def read(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> dict[str,
         names = {name for name, _ in cut}
         found[missing] = [pair for pair in found["train"] if pair.id in names]
         found["train"] = [pair for pair in found["train"] if pair.id not in names]
+    kept = documents.share_of([pair.id for pair in found["train"]], cfg.train_share)
+    found["train"] = [pair for pair in found["train"] if pair.id in kept]
     for name in splits:
         if not found[name]:
             raise ConfigError(f"data={cfg.name}: the {name} split has no pair")

@@ -100,6 +100,8 @@ def validate(run: RunConfig) -> None:
         _require(
             0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)"
         )
+    share = data.train_share
+    _require(0 < share <= 1, "data.train_share", share, "a share in (0, 1]")
     if data.source == "text_files":
         find_files(data.path)
     if data.source == "hub" and not data.id:

@@ -48,6 +48,7 @@ def test_alpha_that_is_neither_is_refused_by_name(alpha):
         (["train.clip=0"], r"train\.clip=0"),
         (["data.context=1"], r"data\.context=1"),
         (["data.test_share=0.6"], r"data\.test_share=0\.6"),
+        (["data.train_share=0"], r"data\.train_share=0.*share in \(0, 1\]"),
         (["evaluate.stride=300"], r"evaluate\.stride=300: expected 1 to the context of 256"),
         (["method.r=0"], r"method\.r=0"),
         (["method.dropout=1"], r"method\.dropout=1"),

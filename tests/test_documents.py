@@ -40,6 +40,19 @@ def test_the_split_depends_on_the_ids_alone():
         documents.split(docs[:2], 0.1, 0.1)
 
 
+def test_a_smaller_share_of_the_training_text_is_within_a_larger_and_moves_nothing_else(kjv):
+    def train(share):
+        cfg = DataConfig("kjv", "kjv", validation_share=0.02, test_share=0.04, train_share=share)
+        found = documents.read(cfg)
+        assert (found["validation"], found["test"]) == (kjv["validation"], kjv["test"])
+        return found["train"]
+
+    hundredth, tenth = train(0.01), train(0.1)
+    assert (len(hundredth), len(tenth), len(train(1e-6))) == (11, 112, 1)
+    assert [doc for doc in kjv["train"] if doc in tenth] == tenth  # the source's order
+    assert [doc for doc in tenth if doc in hundredth] == hundredth
+
+
 def files(path, **options):
     return documents.read(DataConfig("mine", "text_files", path=str(path), **options))
 

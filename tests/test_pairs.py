@@ -1,6 +1,7 @@
 """Prompts and completions: reading, packing, the loss of completions only, and generation."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -53,6 +54,13 @@ def test_every_reference_of_a_prompt_stays_in_one_split(cfg):
     assert len(set.union(*prompts.values())) == 12
     got = {(p.prompt, text) for split in found.values() for p in split for text in p.completions}
     assert got == set(LINES)
+
+
+def test_a_share_of_the_training_prompts_keeps_all_completions_of_each(cfg):
+    whole, half = (pairs.read(replace(cfg, train_share=share)) for share in (1, 0.5))
+    assert len(half["train"]) == 4
+    assert [pair for pair in whole["train"] if pair in half["train"]] == half["train"]
+    assert (half["validation"], half["test"]) == (whole["validation"], whole["test"])
 
 
 def test_a_folder_has_its_splits_and_a_missing_one_is_cut_from_training(cfg, tmp_path):

@@ -1,0 +1,211 @@
+"""What a claim is made of: the runs, a statement about them with its test, a figure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from harness import compose, plan, results, stats
+from harness.config import ConfigError, nearest
+from harness.report import evidence, views
+from harness.report.axes import Axes, color_of
+from harness.report.figures import Figure, Series
+from harness.report.table import Row
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished configurations of a folder, found by what they are."""
+
+    folder: Path
+    rows: list[Row]
+
+    def one(
+        self, label: str, rank: Any = None, targets: str = "all", *, steps: int = 80,
+        share: float = 1.0, micro_batch: int = 8,
+    ) -> Row:  # fmt: skip
+        """The row of a method; raises ConfigError where it has not been run."""
+        asked = {
+            "method.label": label, "method.rank": None if rank is None else str(rank),
+            "method.targets": None if label in ("full", "none") else targets,
+        }  # fmt: skip
+        for row in self.rows:
+            config = row.records[0]["config"]
+            same = all(row.values[path] == value for path, value in asked.items())
+            trained = config["train"]["steps"], config["train"]["micro_batch"]
+            is_same_training = trained == (steps, micro_batch) or not row.values["method.lr"]
+            if same and is_same_training and config["data"].get("train_share", 1.0) == share:
+                return row
+        wanted = f"{label} {targets} {rank or ''} steps={steps} train_share={share}"
+        names = [row.name for row in self.rows]
+        raise ConfigError(f"{self.folder} has no finished {wanted}; {nearest(wanted, names)}")
+
+
+def step_seconds(row: Row) -> list[float]:
+    """Median seconds of an optimizer step after the first three, a number a seed."""
+    return [
+        statistics.median(
+            metric["train/step_seconds"]
+            for metric in results.read_metrics(run_dir)
+            if metric["step"] > 3 and "train/step_seconds" in metric
+        )
+        for run_dir in row.run_dirs
+    ]
+
+
+def curve(row: Row) -> views.Curve:
+    """Validation as the row learns, whose seconds are steps times the median step."""
+    found = views.curve(row)
+    assert found is not None, row.name
+    seconds = np.outer(step_seconds(row), found.steps)
+    return views.Curve(found.name, found.steps, found.tokens, seconds, found.nll)
+
+
+def perplexity(row: Row) -> float:
+    """Test perplexity per token: exp of the mean log-perplexity over seeds."""
+    return float(row.values["quality.test.perplexity"])
+
+
+# ------------------------------------------------------------------------------- the statements
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A part of a claim, and what the runs say of it."""
+
+    text: str
+    numbers: str
+    favours: bool  # whether the estimate is on the statement's side
+    p: float | None  # two-sided; None: exact numbers
+    rows: tuple[str, ...]  # of results.csv
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One of the seven; the first statement is the claim itself."""
+
+    title: str
+    statements: list[Statement]
+    figures: list[Figure]
+    remarks: list[str] = field(default_factory=list)
+
+    def verdicts(self) -> list[str]:
+        """holds | does not hold | cannot be told, of every statement."""
+        adjusted = iter(stats.holm([s.p for s in self.statements if s.p is not None]).tolist())
+        found = []
+        for s in self.statements:
+            told = s.p is None or next(adjusted) < stats.ALPHA
+            found.append(
+                "cannot be told" if not told else "holds" if s.favours else "does not hold"
+            )
+        return found
+
+
+def better(text: str, a: Row, b: Row, on: str = "test") -> Statement:
+    """Whether `a` has the lower log-perplexity."""
+    c = stats.compare(evidence.evaluation(a, on), evidence.evaluation(b, on))
+    values = f"{perplexity(a):.1f} against {perplexity(b):.1f}: " if on == "test" else ""
+    numbers = f"{values}{c.difference:+.3f} nats per token ({c.low:+.3f} to {c.high:+.3f})"
+    return Statement(text, numbers, c.difference < 0, c.p, (a.name, b.name))
+
+
+def smaller(
+    text: str, what: str, a: Row, b: Row, values: Sequence[tuple[float | None, float | None]]
+) -> Statement:
+    """Whether `a`'s of the paired (a, b) values, one pair a seed, is the smaller one in ratio.
+
+    A t-test of the log-ratio. Where a seed of `a` has no value it cannot be told.
+    """
+    rows = (a.name, b.name)
+    logs = [math.log(x / y) for x, y in values if x is not None and y is not None]
+    if len(logs) < len(values) or len(logs) < 2:
+        numbers = f"{what}: {len(values) - len(logs)} of {len(values)} seeds do not get there"
+        return Statement(text, numbers, False, 1.0, rows)
+    mean, half = views.mean(logs)
+    assert half is not None
+    error = np.std(logs, ddof=1) / math.sqrt(len(logs))
+    p = 2 * special.stdtr(len(logs) - 1, -abs(mean) / error) if error else float(mean == 0)
+    means = [
+        statistics.fmean(v for v in side if v is not None) for side in zip(*values, strict=True)
+    ]
+    ends = " to ".join(f"{math.exp(mean + sign * half):.2f}" for sign in (-1, 1))
+    numbers = f"{what}: {means[0]:.3g} against {means[1]:.3g}, ratio {math.exp(mean):.2f} ({ends})"
+    return Statement(text, numbers, mean < 0, float(p), rows)
+
+
+def by_seed(a: Row, b: Row, value: Callable[[Row], Sequence[Any]]) -> list[tuple[Any, Any]]:
+    """(a's value, b's value) of every seed that both have."""
+    one, other = (
+        dict(zip([r["config"]["seed"] for r in row.records], value(row), strict=True))
+        for row in (a, b)
+    )
+    return [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
+
+
+def exact(text: str, numbers: str, holds: bool, *of: Row) -> Statement:
+    """A statement about numbers without a variance."""
+    return Statement(text, numbers, holds, None, tuple(row.name for row in of))
+
+
+# ------------------------------------------------------------------------------------- figures
+
+
+def points(
+    name: str, label: str, x: Sequence[float], y: Sequence[float],
+    ends: Sequence[tuple[float, float]] | None = None, *, line: bool = True, band: bool = False,
+) -> Series:  # fmt: skip
+    """A line or points in the method's colour."""
+    low, high = [list(side) for side in zip(*ends, strict=True)] if ends else (None, None)
+    return Series(name, color_of(label), list(x), list(y), low, high, line=line, band=band)
+
+
+def tested(
+    name: str, members: Sequence[Row], x: Callable[[Row], float], *, line: bool = True
+) -> Series:
+    """Test perplexity with its interval, by `x`."""
+    found = stats.intervals([evidence.evaluation(row, "test") for row in members])
+    label = members[0].values["method.label"]
+    values = [i.perplexity for i in found]
+    ends = [(v[1], v[2]) for v in values]
+    return points(name, label, [x(row) for row in members], [v[0] for v in values], ends, line=line)
+
+
+def learning(key: str, title: str, x: str, members: dict[str, Row], axis: str) -> Figure:
+    """Validation perplexity by steps or seconds, seeds as a band."""
+    series = []
+    for name, row in members.items():
+        c = curve(row)
+        along = c.steps.tolist() if axis == "steps" else c.seconds.mean(0).tolist()
+        ends = list(zip(np.exp(c.nll.min(0)).tolist(), np.exp(c.nll.max(0)).tolist(), strict=True))
+        label = row.values["method.label"]
+        series.append(points(name, label, along, np.exp(c.nll.mean(0)).tolist(), ends, band=True))
+    return Figure(Axes(key, title, x, "validation perplexity", log_y=True), series)
+
+
+# -------------------------------------------------------------------------------- what is planned
+
+
+def peaks(*overrides: str, micro_batch: int, tokens: int | None = None) -> dict[str, float]:
+    """MiB of live tensors of a training step by category, and `peak`, on fake tensors.
+
+    `peak` covers evaluation, too, a block at a time.
+    """
+    batch = tokens or micro_batch * 256
+    (run,) = compose(
+        *overrides, f"train.micro_batch={micro_batch}", f"train.batch_tokens={batch}",
+        "evaluate.batch_tokens=256",
+    )  # fmt: skip
+    found = plan(run)
+    assert found is not None
+    return {k: v / MIB for k, v in found.train["by_category"].items()} | {
+        "peak": found.peak_bytes / MIB
+    }

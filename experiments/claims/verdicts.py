@@ -1,0 +1,152 @@
+"""Seven claims for low-rank adaptation, a verdict for each, from runs of claims and claims_lstm.
+
+    python experiments/claims/verdicts.py outputs/claims outputs/claims_lstm
+
+Writes README.md, figures, results.csv, lstm.csv and runs.csv beside this file. A claim is a few
+statements. One about numbers that are exact (counts, live tensors) holds or does not. Any other is
+tested over seeds, and documents where it is of perplexity; Holm's adjustment is over all tests of
+its claim. Without significance at 5 % it cannot be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from seven import CLAIMS, LEVELS, lstm
+from statements import Claim, Runs, curve, step_seconds
+
+from harness.config import ConfigError
+from harness.report import evidence, summary
+from harness.report.draw import draw
+from harness.report.table import rows
+
+HERE = Path(__file__).resolve().parent
+COMMAND = "make claims"
+QUESTION = (
+    "The idea that this project grew from claims seven things. Do they hold, on gpt2_mini (4.27 M "
+    "parameters) and the King James text, each method at a rate of its own, three seeds?"
+)
+METHOD = (
+    "Each claim is a few statements, of which this table shows the first. `Holds` and `does not "
+    "hold` are exact, or significant at 5 % after Holm's adjustment over the tests of that claim; "
+    "anything else cannot be told, which does not say that there is no difference. Intervals are "
+    "95 %, not adjusted. Perplexity is per token of the test chapters; its differences are tested "
+    "seed by seed and document by document, ratios of steps and seconds seed by seed (t-test of "
+    "the log-ratio). Rows are those of [results.csv](results.csv), which names their runs; "
+    "[runs.csv](runs.csv) has every run's own numbers."
+)
+BRIEF = (
+    "The same in brief, three seeds, rates of [lstm_lora](../lstm_lora/README.md); rows of "
+    "[lstm.csv](lstm.csv)."
+)
+
+
+def table(claim: Claim, verdicts: Sequence[str]) -> list[str]:
+    """A claim's statements as Markdown."""
+    lines = ["| statement | verdict | in figures | rows |", "| --- | --- | --- | --- |"]
+    for s, verdict in zip(claim.statements, verdicts, strict=True):
+        lines.append(f"| {s.text} | {verdict} | {s.numbers} | {'; '.join(s.rows) or '-'} |")
+    return lines
+
+
+def page(claims: Sequence[Claim], brief: Claim, made: str) -> str:
+    """README.md."""
+    verdicts = [claim.verdicts() for claim in claims]
+    lines = [
+        "# Seven claims for low-rank adaptation, put to the test", "", *wrapped(QUESTION), "",
+        f"    {COMMAND}", "",
+        "| | claim | verdict | in figures |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for number, (claim, found) in enumerate(zip(claims, verdicts, strict=True), 1):
+        lines.append(
+            f"| {number} | {claim.title} | **{found[0]}** | {claim.statements[0].numbers} |"
+        )
+    lines += ["", *wrapped(METHOD)]
+    for number, (claim, found) in enumerate(zip(claims, verdicts, strict=True), 1):
+        lines += ["", f"## {number}. {claim.title}", "", *table(claim, found), ""]
+        lines += [f"![{f.axes.title}]({f.axes.key}.png)" for f in claim.figures]
+        lines += [line for remark in claim.remarks for line in ("", *wrapped(remark))]
+    lines += ["", f"## {brief.title}", "", *wrapped(BRIEF), ""]
+    lines += [*table(brief, brief.verdicts()), "", made, ""]
+    return "\n".join(lines)
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of a paragraph."""
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def provenance(*folders: Runs) -> str:
+    """Commit, hardware and rates of the runs."""
+    records = [record for runs in folders for row in runs.rows for record in row.records]
+    commits = sorted({record["environment"]["commit"][:7] for record in records})
+    hardware = sorted({record["environment"]["hardware"]["cpu"] for record in records})
+    minutes = sum(record["wall_seconds"] for record in records) / 60
+    borrowed = sorted({
+        f"{row.name} ({record['method']['lr_from']})"
+        for runs in folders for row in runs.rows for record in row.records
+        if record["method"]["lr_from"] not in ("set", "tuned", "not used")
+    })  # fmt: skip
+    return (
+        f"- {len(records)} runs, {minutes:.0f} minutes, commit {', '.join(commits)}, "
+        f"{', '.join(hardware)}.\n"
+        f"- Rates that were not tuned for just this: {'; '.join(borrowed) or 'none'}."
+    )
+
+
+def runs_csv(folders: Iterable[Runs]) -> None:
+    """Every run's own numbers."""
+    with (HERE / "runs.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        reached = [f"steps_to_{level}" for level in LEVELS]
+        own = ["test_perplexity", "peak_bytes", "median_step_seconds", *reached]
+        writer.writerow(["experiment", "row", "run", "seed", *own])
+        for runs in folders:
+            for row in runs.rows:
+                trains = bool(row.values["method.lr"])
+                seconds = step_seconds(row) if trains else [None] * len(row.run_dirs)
+                reached = [curve(row).steps_to(math.log(level)) if trains else [None] * len(seconds)
+                           for level in LEVELS]  # fmt: skip
+                for i, (run_dir, record) in enumerate(zip(row.run_dirs, row.records, strict=True)):
+                    writer.writerow([
+                        runs.folder.name, row.name, run_dir.name, record["config"]["seed"],
+                        record["quality"]["test"]["perplexity"], record["memory"]["peak_bytes"],
+                        seconds[i], *(steps[i] for steps in reached),
+                    ])  # fmt: skip
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("claims", type=Path, help="outputs/claims")
+    parser.add_argument("claims_lstm", type=Path, help="outputs/claims_lstm")
+    asked = parser.parse_args()
+    try:
+        runs, other = (Runs(folder, rows(folder)) for folder in (asked.claims, asked.claims_lstm))
+        claims, brief = [claim(runs) for claim in CLAIMS], lstm(other)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for claim in claims:
+        for figure in claim.figures:
+            draw(figure, HERE, COMMAND)
+    for folder, name in ((asked.claims, "results.csv"), (asked.claims_lstm, "lstm.csv")):
+        (HERE / name).write_text(summary.results_csv(evidence.find(folder)), "utf-8")
+    runs_csv((runs, other))
+    (HERE / "README.md").write_text(page(claims, brief, provenance(runs, other)), "utf-8")
+    for number, claim in enumerate([*claims, brief], 1):
+        print(f"\n{number}. {claim.title}")
+        for s, verdict in zip(claim.statements, claim.verdicts(), strict=True):
+            print(f"   {verdict}: {s.text}: {s.numbers}")
+    print(f"\nwritten: {HERE / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
