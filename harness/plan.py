@@ -1,284 +1,30 @@
-"""What a run will need, before it runs: parameters, memory by category, FLOPs and time.
+"""What runs will need, before they run: parameters, memory by category, FLOPs and time.
 
     python -m harness.plan experiment=main
     python -m harness.plan model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
     python -m harness.plan experiment=main plan.limit=8GiB      # marks what will not fit
 
-No weights are loaded, no text is tokenised, and no network is needed: the training step itself runs
-on fake tensors, which have shapes and no contents, and its live tensors are followed as in a real
-run. Time is FLOPs over the rate of this machine's matrix products, measured for two seconds, and so
-a lower bound: training only, without evaluation and set-up. Exit status 2 for a mistake in the
-configuration, 1 if a run is over the limit.
+`harness.predict` predicts; neither weights nor text nor a network are needed. Time is FLOPs over
+the rate of this machine's matrix products, measured for two seconds, and so a lower bound: training
+only, without evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run is
+over the limit. Nothing imports this: in Python `harness.plan` is a function (`harness.api`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
-import statistics
 import sys
-import time
 import warnings
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import rich.box
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import (
-    flop_registry,
-    register_flop_formula,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
-from transformers import PretrainedConfig
 
-from harness import config, data, environment, evaluate, memory, methods, models, naming, train
-from harness.checkpoint import write_atomically
-from harness.config import CONF_DIR, ConfigError, RunConfig
-from harness.loss import NextToken
+from harness import environment, memory, naming
+from harness.api import compose
+from harness.config import ConfigError, RunConfig
+from harness.predict import Prediction, gemm_rate, predict, setting
 from harness.report.table import show as show_table
-from hydra_plugins.harness_grids import combinations
-
-aten = torch.ops.aten
-
-
-# Formulas that torch lacks, on shapes; of attention the masked half counts too.
-@register_flop_formula(aten.addmm_)
-def _in_place_product(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return int(2 * a[0] * a[1] * b[1])
-
-
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
-def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a run will need; bytes, and FLOPs a token (a multiply-add is two)."""
-
-    parameters: models.Parameters
-    train: dict[str, Any]  # as memory.measured reports it; empty where nothing trains
-    evaluate: dict[str, Any]
-    train_flops_per_token: float
-    evaluate_flops_per_token: float
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes of live tensors, in training or evaluation."""
-        peaks = [phase["peak_bytes"] for phase in (self.train, self.evaluate) if phase]
-        return int(max(peaks))
-
-    def as_record(self) -> dict[str, Any]:
-        """For result.json, beside what was measured."""
-        main = self.train or self.evaluate
-        return {
-            "peak_bytes": main["peak_bytes"],
-            "by_category": main["by_category"],
-            "evaluate_peak_bytes": self.evaluate["peak_bytes"],
-            "train_flops_per_token": self.train_flops_per_token,
-            "evaluate_flops_per_token": self.evaluate_flops_per_token,
-        }
-
-
-def predict(
-    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
-) -> Prediction | None:
-    """Run one training step and one evaluation batch of `run` on fake tensors, and follow them.
-
-    `accelerator` gives the device and the precision. An LSTM's kernel has a workspace that its fake
-    counterpart does not show: its peak is predicted up to a sixth too low. None for what only the
-    weights can tell: a rank by energy, and methods that read the weights to be built; and where
-    ranks divide the model among them, which no fake tensor does.
-    """
-    if getattr(run.method, "energy", None) is not None or run.launch.sharded:
-        return None
-    try:
-        model = methods.check(models.on_meta(run, model_config), run)
-    except methods.NeedsWeightsError:
-        return None
-    models.checkpoint_activations(model, run.train)
-    bare = NextToken(model, run.train.label_smoothing)
-    on_training: dict[str, Any] = {}
-    on_evaluation: dict[str, Any] = {}
-    context = run.evaluate.context or run.data.context
-    tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
-    prepared_before = len(accelerator._models)
-    evaluate_flops = train_flops = 0.0
-    # PEFT keeps the ids of its prompts outside of parameters and buffers: these stay real.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _as_fake(bare, accelerator.device)
-        prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
-        del accelerator._models[prepared_before:]
-        optimizer = None
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if run.train.steps and trainable:
-            prepared.train()
-            optimizer = train.make_optimizer(model, run.train)
-            for parameter in trainable:  # a step that makes the optimizer's state
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            optimizer.zero_grad()
-            micro, length = run.train.micro_batch, run.data.context
-            ids = torch.zeros(micro, length, dtype=torch.int64)
-            packed = run.data.source == "pairs" and run.data.packing == "packed"
-            block = data.Batch(ids, ids, torch.zeros_like(ids) if packed else None)
-            # With two micro-batches the second finds gradients there, as all further ones do.
-            batches = [block] * min(run.train.batch_tokens // (micro * length), 2)
-            num_tokens = len(batches) * micro * length
-            penalty = methods.penalty(model, run)
-            with memory.measured(model, optimizer, on_training), Flops() as flops:
-                train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
-                train.apply(model, optimizer, accelerator, run.train)
-            train_flops = flops.total / num_tokens
-        prepared.eval()  # after training has begun: the optimizer's state is there
-        ids = torch.zeros(max(1, tokens // context), context, dtype=torch.int64)
-        ids = ids.to(accelerator.device)
-        with torch.no_grad(), memory.measured(model, optimizer, on_evaluation), Flops() as flops:
-            prepared(ids, ids)
-        evaluate_flops = flops.total / ids.numel()
-    counted = models.count_parameters(model)
-    return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
-
-
-# What moves no byte: rates, seeds, the text itself. Sweeps over these ask for one prediction.
-_NO_MATTER = {
-    "train": ("lr", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps", "weight_decay",
-              "steps", "threads", "on_oom", "checkpoint_every"),
-    "evaluate": ("stride", "every"),
-    "method": ("label",),
-}  # fmt: skip
-
-
-def recorded(
-    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
-) -> dict[str, Any] | None:
-    """`predict` as result.json records it, from data.cache_dir if this code has made it before."""
-    values: dict[str, Any] = {k: v for k, v in vars(run).items() if k in ("model", "targets")}
-    for section, names in _NO_MATTER.items():
-        fields = vars(getattr(run, section))
-        values[section] = {k: v for k, v in fields.items() if k not in names}
-    values["trains"] = bool(run.train.steps)
-    values["blocks"] = [run.data.context, run.data.source == "pairs" and run.data.packing]
-    values["on"] = [str(accelerator.device), accelerator.num_processes, environment.versions()]
-    values["sharded"] = run.launch.sharded
-    digest = hashlib.sha256(repr(values).encode())
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    path = Path(run.data.cache_dir) / "predictions" / f"{digest.hexdigest()[:32]}.json"
-    with suppress(OSError, ValueError):
-        return dict(json.loads(path.read_text("utf-8")))
-    found = predict(run, model_config, accelerator)
-    if found is None:
-        return None
-    with suppress(OSError):  # a disk without room costs the next run half a second
-        write_atomically(
-            path, lambda scratch: Path(scratch).write_text(json.dumps(found.as_record()))
-        )
-    return found.as_record()
-
-
-class Flops(TorchDispatchMode):
-    """Counts FLOPs by torch's formulas. FlopCounterMode does, too, and keeps tensors alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def _as_fake(model: nn.Module, device: torch.device) -> None:
-    """Put a model of the meta device on a fake `device`, tied parameters tied, in place."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty_strided(
-                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                    )
-                    if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = fake
-                store[name] = made[id(tensor)]
-
-
-def gemm_rate(run: RunConfig, width: int, precision: str, seconds: float = 2.0) -> float:
-    """FLOPs a second of this machine's matrix products, in the shape of the run's MLP: a median."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    tokens = run.train.micro_batch * run.data.context
-    x = torch.randn(tokens, width, dtype=dtype, device=device)
-    w = torch.randn(width, 4 * width, dtype=dtype, device=device)
-    rates: list[float] = []
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(rates) < 3:
-        start = time.perf_counter()
-        torch.mm(x, w)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        rates.append(2 * tokens * w.numel() / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
-
-
-def runs_of(arguments: list[str]) -> list[RunConfig]:
-    """Every run that `python -m harness` would make of these arguments, each validated.
-
-    Raises:
-        ConfigError: naming the overrides of the run that is wrong.
-    """
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
-        plain = [text for text in arguments if not _is_sweep(text)]
-        master = compose("config", plain, return_hydra_config=True)
-        grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
-        seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
-        params = [f"{key}={value}" for key, value in seeds.items()]
-        loader = GlobalHydra.instance().config_loader()
-        runs: dict[str, RunConfig] = {}
-        for overrides in combinations(grids, params, arguments, loader):
-            try:
-                run = config.from_hydra(compose("config", overrides))
-            except (ConfigError, HydraException, OmegaConfBaseException) as error:
-                shown = " ".join(overrides)
-                raise ConfigError(f"[{shown}] {config.explain(error)}") from error
-            runs.setdefault(naming.identity(run), run)
-        return list(runs.values())
-
-
-def _is_sweep(text: str) -> bool:
-    """Whether an override has several values, as the override grammar sees it."""
-    return bool(OverridesParser.create().parse_override(text).is_sweep_override())
 
 
 def parse_bytes(text: str) -> int:
@@ -345,15 +91,10 @@ def main(arguments: list[str]) -> int:
         if unknown:
             raise ConfigError(f"{unknown[0].partition('=')[0]}: did you mean 'plan.limit'?")
         limit = parse_bytes(own[-1].partition("=")[2]) if own else None
-        runs = runs_of([text for text in arguments if text not in own])
+        runs = compose(*(text for text in arguments if text not in own))
         for run in runs:
-            run = models.without_files(run)
-            model_config = models.load_config(run.model)
-            methods.check_context(run, models.max_context(model_config))
-            torch.set_num_threads(run.train.threads or environment.usable_cores())
+            run, model_config, accelerator = setting(run)
             precision = environment.precision_of(run)
-            AcceleratorState._reset_state(reset_partial_state=True)
-            accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
             try:
                 found = predict(run, model_config, accelerator)
             except ConfigError:
@@ -366,8 +107,8 @@ def main(arguments: list[str]) -> int:
                 rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
             fits &= found is None or limit is None or found.peak_bytes <= limit
             rows.append(_row(run, found, rates[shape], limit))
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {config.explain(error)}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     show_table(_table(rows))
     print(

@@ -20,6 +20,7 @@ from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from harness import config, lock
@@ -95,9 +96,10 @@ def _start(process: ForkServerProcess) -> None:
     """Fork from the server, which is started the first time.
 
     A Ctrl-C is for the controller and the workers: the server is deaf to it from its first import
-    on, and a worker hears it when it is ready to (`Stop.listen`).
+    on, and a worker hears it when it is ready to (`Stop.listen`). The caller's script, which
+    multiprocessing would run again in every worker, is hidden from it.
     """
-    before = dict(os.environ)
+    before, script = dict(os.environ), sys.modules["__main__"]
     os.environ.update(_environment())
     try:
         resource_tracker.ensure_running()  # first, since it unblocks the signal
@@ -106,8 +108,10 @@ def _start(process: ForkServerProcess) -> None:
             forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        sys.modules["__main__"] = ModuleType("__main__")
         process.start()
     finally:
+        sys.modules["__main__"] = script
         os.environ.clear()
         os.environ.update(before)
 

@@ -42,7 +42,7 @@ from harness import (
     models,
     network,
     pairs,
-    plan,
+    predict,
     protocols,
     results,
     shard,
@@ -436,7 +436,7 @@ def perform(
     }
     # After the peaks are read: it is quick, but it takes memory of its own.
     try:
-        predicted = plan.recorded(run, model_config, accelerator)
+        predicted = predict.recorded(run, model_config, accelerator)
         result["predicted"] = predicted
         # Of pairs tokens are those of completions, and FLOPs those of every position.
         if predicted and state.tokens_per_second and run.data.source != "pairs":

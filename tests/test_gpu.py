@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from harness import data, memory, methods, models, plan, train
+from harness import data, memory, methods, models, predict, train
 from harness.loss import NextToken
 
 pytestmark = [
@@ -42,7 +42,7 @@ def trained(run):
                 total = train.accumulate(prepared, [batch], num_tokens, accelerator)
                 train.apply(model, optimizer, accelerator, run.train)
         losses.append(total.item() / num_tokens)
-    return losses, report["peak_bytes"], allocated, plan.predict(run, config, accelerator)
+    return losses, report["peak_bytes"], allocated, predict.predict(run, config, accelerator)
 
 
 @pytest.fixture(scope="module")

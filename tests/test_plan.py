@@ -1,14 +1,19 @@
 """What is predicted from fake tensors against what a real step of the same run takes."""
 
+import runpy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from harness import data, memory, methods, models, plan, train
+from harness import compose, data, memory, methods, models, predict, train
 from harness.config import ConfigError
 from harness.loss import NextToken
 
+# The command; imported, it would stand in the way of the function `harness.plan`.
+plan = SimpleNamespace(**runpy.run_module("harness.plan"))
 TINY = [
     "model=gpt2_mini_init", "model.architecture.n_embd=64", "model.architecture.n_layer=3",
     "model.architecture.vocab_size=1000", "model.architecture.n_positions=64",
@@ -79,7 +84,7 @@ def measured(run, config, accelerate):
 
     def evaluate(optimizer):
         context = run.evaluate.context or run.data.context
-        tokens = run.evaluate.batch_tokens or plan.evaluate.batch_tokens(config)
+        tokens = run.evaluate.batch_tokens or predict.evaluate.batch_tokens(config)
         ids = torch.randint(0, config.vocab_size, (max(1, tokens // context), context))
         with torch.no_grad(), memory.measured(model, optimizer, on_evaluation):
             prepared.eval()(ids, ids)
@@ -109,7 +114,7 @@ def measured(run, config, accelerate):
 def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
     run = make_run(*overrides)
     config = models.load_config(run.model)
-    found = plan.predict(run, config, accelerator(run))
+    found = predict.predict(run, config, accelerator(run))
     expected, evaluated = measured(run, config, accelerator(run))
     assert found.evaluate["peak_bytes"] == pytest.approx(evaluated["peak_bytes"], rel=0.05)
     main = found.train or found.evaluate
@@ -121,7 +126,7 @@ def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
 def test_an_lstm_is_predicted_without_the_workspace_of_its_kernel(make_run):
     run = make_run(*MINI, "model=lstm", "method=full")
     config = models.load_config(run.model)
-    found = plan.predict(run, config, accelerator(run))
+    found = predict.predict(run, config, accelerator(run))
     peak = measured(run, config, accelerator(run))[0]["peak_bytes"]
     assert 0.8 * peak < found.train["peak_bytes"] < peak
 
@@ -130,7 +135,7 @@ def test_flops_are_the_closed_form(make_run):
     # 2 FLOPs a weight and token forward, 4 backward where it trains, 2 where only its input's
     # gradient is needed; attention 4 T d forward (scores, then values) and 2.5 times that backward.
     full, lora = (
-        plan.predict(run, models.load_config(run.model), accelerator(run))
+        predict.predict(run, models.load_config(run.model), accelerator(run))
         for run in (make_run(*TINY, f"method={name}") for name in ("full", "none"))
     )
     d, layers, vocabulary, context = 64, 3, 1000, 32
@@ -148,7 +153,7 @@ def test_flops_of_lora_are_the_closed_form(make_run):
     # which the first c_attn needs none: nothing before it trains. A and B cost 6 each.
     r, d, layers, vocabulary, context = 8, 64, 3, 1000, 32
     run = make_run(*TINY, "method=lora", f"method.r={r}", "targets=c_attn")
-    found = plan.predict(run, models.load_config(run.model), accelerator(run))
+    found = predict.predict(run, models.load_config(run.model), accelerator(run))
     matrices = 12 * d * d * layers + d * vocabulary
     adapter = r * (d + 3 * d) * layers
     attention = 3.5 * 4 * context * d * layers
@@ -165,7 +170,7 @@ def test_what_looks_at_values_leaves_the_rest_of_the_table(capsys):
 
 def test_only_the_weights_can_tell_a_rank_by_energy(make_run):
     run = make_run(*TINY, "method=udv", "method.energy=0.9")
-    assert plan.predict(run, models.load_config(run.model), accelerator(run)) is None
+    assert predict.predict(run, models.load_config(run.model), accelerator(run)) is None
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def test_mistakes_are_answered_in_a_line(capsys, arguments, message):
 
 
 def test_a_plan_is_of_every_seed_of_a_sweep():
-    runs = plan.runs_of(["experiment=main_seeds"])
+    runs = compose("experiment=main_seeds")
     trained = [run for run in runs if run.method.name not in ("none", "truncate")]
     assert len(runs) == 3 + len(trained) and len(trained) == 3 * 12
     assert {run.seed for run in trained} == {0, 1, 2}

@@ -38,7 +38,7 @@ FAMILY = ("targets=all", "method=lora")
 def parameters(runs: Runs) -> Claim:
     """1. Fewer parameters, and how many fewer at equal perplexity."""
     full, low = runs.one("full"), {r: runs.one("lora", r) for r in (1, 8, 64)}
-    long = {r: runs.one("lora", r, steps=240) for r in (8, 64)}
+    long = runs.one("lora", 64, steps=240)
     count = {row.name: float(row.values["parameters.trainable"]) for row in [full, *low.values()]}
     fewer = {r: count[full.name] / count[row.name] for r, row in low.items()}
     of_full = f"of {count[full.name]:,.0f}"
@@ -51,10 +51,7 @@ def parameters(runs: Runs) -> Claim:
         better("at equal steps (80), LoRA r=64 gets below full fine-tuning", low[64], full),
         better(
             f"in three times its steps, LoRA r=64 does ({fewer[64]:.1f} times fewer parameters)",
-            long[64], full,
-        ),
-        better(
-            f"in three times its steps, LoRA r=8 does ({fewer[8]:.0f} times fewer)", long[8], full
+            long, full,
         ),
         better(
             "in a quarter of its steps, full fine-tuning gets below LoRA r=64",
@@ -66,11 +63,16 @@ def parameters(runs: Runs) -> Claim:
         return float(row.values["parameters.trainable"])
 
     series = []
-    for steps, ranks in {20: (8, 64), 80: (1, 8, 64), 240: (8, 64)}.items():
+    for steps, ranks in {20: (64,), 80: (1, 8, 64), 240: (64,)}.items():
         members = [runs.one("lora", r, steps=steps) for r in ranks]
         series.append(tested(f"lora, {steps} steps", members, trainable))
         members = [runs.one("full", steps=steps)]
         series.append(tested(f"full, {steps} steps", members, trainable, line=False))
+    sooner = []
+    for r, row in low.items():
+        end = float(curve(row).nll.min(1).mean())
+        steps_taken = [step for step in curve(full).steps_to(end) if step is not None]
+        sooner.append(f"{statistics.fmean(steps_taken):.0f} (r={r}, {math.exp(end):.1f})")
     axes = Axes(
         "1-parameters", "1. Perplexity and trainable parameters", "trainable parameters",
         "test perplexity", log_x=True, log_y=True,
@@ -78,6 +80,8 @@ def parameters(runs: Runs) -> Claim:
     return Claim(
         "Low-rank adaptation trains far fewer parameters than full fine-tuning", statements,
         [Figure(axes, series)],
+        [f"Equal perplexity the other way round: to where LoRA ends after 80 steps, full "
+         f"fine-tuning takes {', '.join(sooner)} steps."],
     )  # fmt: skip
 
 
@@ -167,8 +171,8 @@ def memory(runs: Runs) -> Claim:
                 stacked,
             ),
         ],
-        [f"Predicted peaks are of `harness.plan`: of the {len(errors)} runs that train here, the "
-         f"measured peak is off by {max(errors):.1%} at most."],
+        [f"Predicted peaks are those of `python -m harness.plan`: of the {len(errors)} runs that "
+         f"train here, the measured peak is off by {max(errors):.1%} at most."],
     )  # fmt: skip
 
 
@@ -320,7 +324,7 @@ def scarcity(runs: Runs) -> Claim:
         ),
     ]  # fmt: skip
     series = {}
-    for label, rank in (("full", None), ("lora", 8), ("lora", 64)):
+    for label, rank in (("full", None), ("lora", 64)):
         members = [runs.one(label, rank, steps=steps) for steps in (20, 80, 240)]
         seconds = {r.name: statistics.fmean(step_seconds(r)) * s
                    for r, s in zip(members, (20, 80, 240), strict=True)}  # fmt: skip

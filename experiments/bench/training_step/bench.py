@@ -73,7 +73,7 @@ def measure(shape: str, side: str, method: str, precision: str, steps: int) -> d
     from accelerate.utils import set_seed
     from hydra import compose, initialize_config_dir
 
-    from harness import config, data, environment, models, plan
+    from harness import config, data, environment, models, predict
 
     torch.set_num_threads(environment.usable_cores())
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
@@ -86,7 +86,7 @@ def measure(shape: str, side: str, method: str, precision: str, steps: int) -> d
         )
         for step in range(steps)
     ]
-    rate = plan.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
+    rate = predict.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
     set_seed(0)
     go = on_harness if side == "harness" else on_trainer
     found = go(run, model_config, blocks, dropout=0.1 if side == "trainer" else 0.0)
@@ -97,7 +97,7 @@ def on_harness(run: Any, model_config: Any, blocks: list[Any], dropout: float) -
     """As `harness.worker` does it."""
     from accelerate import Accelerator
 
-    from harness import memory, methods, models, plan, train
+    from harness import memory, methods, models, predict, train
     from harness.loss import NextToken
 
     bf16 = run.train.precision == "bf16"
@@ -124,7 +124,7 @@ def on_harness(run: Any, model_config: Any, blocks: list[Any], dropout: float) -
     live: dict[str, Any] = {}
     with memory.measured(model, optimizer, live):
         step(blocks[0])
-    flops = plan.predict(run, model_config, accelerator)
+    flops = predict.predict(run, model_config, accelerator)
     return {
         "seconds": seconds[:-1],
         "losses": losses[:-1],

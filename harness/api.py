@@ -1,0 +1,130 @@
+"""The harness from Python, for notebooks: `from harness import compose, plan, run, collect`."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+import pandas as pd
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness import config, launch, naming, results, tracking
+from harness.config import CONF_DIR, ConfigError, RunConfig
+from hydra_plugins.harness_grids import combinations
+
+if TYPE_CHECKING:
+    from harness.predict import Prediction
+
+COMMAND = "harness.run() of Python; config.yaml has all of it"
+
+
+class RunFailedError(RuntimeError):
+    """A run that did not finish: class and message of the failure, and the path of its log."""
+
+
+def compose(*overrides: str) -> list[RunConfig]:
+    """Every run that `python -m harness` would make of these arguments, each validated.
+
+    One, or those of a sweep: `compose("method=lora", "method.r=1,8")`, or of an experiment.
+
+    Raises:
+        ConfigError: naming the overrides of the run that is wrong.
+    """
+    try:
+        return _compose(list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(config.explain(error)) from error
+
+
+def _compose(overrides: list[str]) -> list[RunConfig]:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
+        plain = [text for text in overrides if not _is_sweep(text)]
+        master = hydra.compose("config", plain, return_hydra_config=True)
+        grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
+        seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
+        params = [f"{key}={value}" for key, value in seeds.items()]
+        loader = GlobalHydra.instance().config_loader()
+        runs: dict[str, RunConfig] = {}
+        for own in combinations(grids, params, overrides, loader):
+            try:
+                run = config.from_hydra(hydra.compose("config", own))
+            except (ConfigError, HydraException, OmegaConfBaseException) as error:
+                shown = " ".join(own)
+                raise ConfigError(f"[{shown}] {config.explain(error)}") from error
+            runs.setdefault(naming.identity(run), run)
+        return list(runs.values())
+
+
+def plan(run: RunConfig) -> Prediction | None:
+    """Parameters, memory by category and FLOPs of `run`, before it runs; needs no weights.
+
+    None where only a run can tell (`harness.predict.predict`).
+
+    Raises:
+        ConfigError: a target that is not there, a rank that is too large, too long a context.
+    """
+    from harness import predict  # which needs torch
+
+    with _quiet():
+        return predict.predict(*predict.setting(run))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What libraries have to say of a model that is never used."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def run(run: RunConfig) -> dict[str, Any]:
+    """Do a run in a process of its own, as the command line does; returns its result.json.
+
+    What is finished is not done again, and what was cut goes on.
+
+    Raises:
+        ConfigError: its directory cannot be written, or holds another configuration's run.
+        RunFailedError: it did not finish.
+    """
+    with tracking.Beside([run], sweep=False):
+        outcome = launch.launch(run, COMMAND)
+    record = results.read(outcome.run_dir)
+    if outcome.exit_code or record is None:
+        raise RunFailedError(outcome.summary())
+    return record
+
+
+def collect(folder: str | Path) -> pd.DataFrame:
+    """A row a configuration with a finished run in `folder`: the columns of its results.csv.
+
+    Raises:
+        ConfigError: there is no such folder, or no finished run in it.
+    """
+    from harness.report import evidence, summary
+
+    found = evidence.find(Path(folder))
+    if not found.rows:
+        raise ConfigError(f"{folder}: no finished run; outputs/<experiment_name> has an experiment")
+    return pd.read_csv(io.StringIO(summary.results_csv(found)))
+
+
+def _is_sweep(text: str) -> bool:
+    """Whether an override has several values, as the override grammar sees it."""
+    return bool(OverridesParser.create().parse_override(text).is_sweep_override())

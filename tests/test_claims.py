@@ -1,0 +1,177 @@
+"""The claims' verdicts on runs written here, whose truth is known; scipy; Holm by hand."""
+
+import csv
+import math
+import re
+import sys
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from harness import compose, results
+from harness.config import REPOSITORY, ConfigError
+
+sys.path.insert(0, str(REPOSITORY / "experiments" / "claims"))
+import seven
+import statements
+import verdicts
+
+DOCUMENTS, TOKENS = 30, 100
+FULL = 3.0  # nats per token after 80 steps
+
+
+def truth(run, better):
+    """Nats per token: LoRA's gap to full fine-tuning falls with its rank, unless it is `better`."""
+    if run.method.name == "none":
+        return 5.0
+    if run.method.name == "truncate":
+        return 6.0
+    shorter = 0.5 * math.log(80 / run.train.steps)
+    if run.method.name == "full":
+        return FULL + shorter
+    if run.method.name == "lora":
+        gap = 0.6 / math.sqrt(run.method.r)
+        return FULL + shorter + (-gap if better else gap)
+    return FULL + 1.0
+
+
+def write(folder, run, *, better=False, slower=1.5):
+    """A finished run, its documents and its learning curve: LoRA's steps are `slower`."""
+    run_dir = folder / results.naming.run_name(run)
+    run_dir.mkdir(parents=True)
+    draw = np.random.default_rng(zlib.crc32(run_dir.name.encode()))
+    fixed = results.naming.is_deterministic(run)
+    nll = truth(run, better) + (0 if fixed else 0.01 * draw.normal())
+    ids = [f"doc{i}" for i in range(DOCUMENTS)]
+    nats = (nll + np.random.default_rng(0).normal(0, 0.1, DOCUMENTS)) * TOKENS
+    frame = pd.DataFrame({"id": ids, "nll_nats": nats, "num_tokens": TOKENS})
+    quality = {
+        "nll_nats": float(nats.sum()), "num_tokens": DOCUMENTS * TOKENS,
+        "perplexity": math.exp(nats.sum() / DOCUMENTS / TOKENS),
+    }  # fmt: skip
+    frame.to_parquet(run_dir / "documents-test.parquet", index=False)
+    also = {}
+    for name in run.evaluate.also:  # nobody forgets anything
+        same = frame.assign(nll_nats=np.random.default_rng(1).normal(2, 0.1, DOCUMENTS) * TOKENS)
+        for file in (f"documents-{name}.parquet", f"documents-{name}-before.parquet"):
+            same.to_parquet(run_dir / file, index=False)
+        told = {"nll_nats": float(same.nll_nats.sum()), "num_tokens": DOCUMENTS * TOKENS}
+        also[name] = {"before": told, "after": told}
+    lora = run.method.name == "lora"
+    weights = {"frozen_weights": 100 if lora else 0, "trainable_weights": 1 if lora else 100}
+    state = {"gradients": weights["trainable_weights"], "optimizer_state": 2}
+    parts = weights | state | {"activations": 60}
+    trainable = {"full": 10_000, "lora": 64 * getattr(run.method, "r", 0)}.get(run.method.name, 256)
+    record = {
+        "status": "finished", "wall_seconds": 1.0,
+        "parameters": {"trainable": trainable, "total": 20_000, "trainable_percent": 1.0},
+        "memory": {"peak_bytes": sum(parts.values()) * 2**20, "by_category": {
+            name: size * 2**20 for name, size in parts.items()}},
+        "predicted": {"peak_bytes": sum(parts.values()) * 2**20},
+        "quality": {"test": quality, "validation": quality, "also": also},
+        "evaluation": {"context": 256, "stride": 256, "tokenizer": "abc"},
+        "environment": {"commit": "abcdef012345", "hardware": {"cpu": "a CPU"}, "runs_beside": 0},
+    }  # fmt: skip
+    results.write(run_dir, results.describe(run, run_dir) | record)
+    if not run.train.steps or fixed:
+        return
+    with results.Metrics(run_dir, 0, -1) as metrics:
+        for step in range(run.train.steps + 1):
+            if step:
+                seconds = (slower if lora else 1.0) * (1 + 0.001 * draw.normal())
+                metrics.log({"step": step, "train/nll": 3.0, "train/step_seconds": seconds})
+            if step % 10 == 0:  # from 5.3 nats to a third of that, at half of the speed with LoRA
+                value = 5.3 - 2.0 * min(1.0, step / (80 if lora else 40)) + 0.01 * draw.normal()
+                metrics.log({"step": step, "tokens": 2048 * step, "eval/validation/nll": value})
+
+
+@pytest.fixture(scope="module")
+def configured():
+    return {name: compose(f"experiment={name}") for name in ("claims", "claims_lstm")}
+
+
+def judge(tmp_path, monkeypatch, configured, capsys, **what):
+    """README.md's statements -> verdict, of written runs."""
+    for name, found in configured.items():
+        for run in found:
+            write(tmp_path / name, run, **what)
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(verdicts, "HERE", out)
+    share = {"peak": 100.0} | dict.fromkeys(seven.CATEGORIES, 20.0)
+    monkeypatch.setattr(seven, "peaks", lambda *o, **k: share)
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "claims"), str(tmp_path / "claims_lstm")])
+    assert verdicts.main() == 0, capsys.readouterr().err
+    page = (out / "README.md").read_text()
+    return out, dict(re.findall(r"^\| ([^|]+) \| ([a-z ]+) \| [^|]+ \| [^|]+ \|$", page, re.M))
+
+
+@pytest.mark.slow
+def test_the_verdicts_are_the_truth_of_the_runs(tmp_path, monkeypatch, configured, capsys):
+    out, found = judge(tmp_path, monkeypatch, configured, capsys)
+    assert found["LoRA of every matrix trains far fewer parameters"] == "holds"
+    assert found["at equal steps (80), LoRA r=64 gets below full fine-tuning"] == "does not hold"
+    assert found["a step of LoRA r=8 is shorter"] == "does not hold"
+    assert found["LoRA r=8 needs fewer steps to validation perplexity 100"] == "does not hold"
+    assert found["with all of the text, full fine-tuning is better than LoRA r=1"] == "holds"
+    assert found["training D alone adapts the model (full rank, 4,096 parameters)"] == "holds"
+    # No difference at all: nothing is forgotten by anyone.
+    assert found["LoRA r=8 forgets less (all of the text)"] == "cannot be told"
+    named = [path.name for path in out.glob("*.png")]
+    assert {name[0] for name in named} == set("1234567")
+    page = (out / "README.md").read_text()
+    assert all(f"]({name})" in page for name in named) and page.count("\n## ") == 8
+    rows = list(csv.DictReader((out / "runs.csv").open()))
+    assert len(rows) == sum(map(len, configured.values()))
+
+
+@pytest.mark.slow
+def test_the_opposite_truth_turns_them(tmp_path, monkeypatch, configured, capsys):
+    _, found = judge(tmp_path, monkeypatch, configured, capsys, better=True, slower=0.5)
+    assert found["at equal steps (80), LoRA r=64 gets below full fine-tuning"] == "holds"
+    assert found["a step of LoRA r=8 is shorter"] == "holds"
+    assert (
+        found["with all of the text, full fine-tuning is better than LoRA r=1"] == "does not hold"
+    )
+
+
+def row(name):
+    return SimpleNamespace(name=name)
+
+
+def test_ratios_are_tested_as_scipy_does():
+    pairs = [(1.1, 2.0), (1.3, 2.1), (1.0, 2.3)]
+    found = statements.smaller("", "seconds", row("a"), row("b"), pairs)
+    logs = np.log([a / b for a, b in pairs])
+    test = scipy_stats.ttest_1samp(logs, 0)
+    assert found.p == pytest.approx(test.pvalue) and found.favours
+    low, high = np.exp(test.confidence_interval())
+    assert f"ratio {np.exp(logs.mean()):.2f} ({low:.2f} to {high:.2f})" in found.numbers
+
+
+def test_a_seed_that_does_not_get_there_leaves_it_untold():
+    found = statements.smaller("", "steps", row("a"), row("b"), [(1, 2), (None, 2), (1, 2)])
+    assert "1 of 3 seeds do not get there" in found.numbers
+    assert statements.Claim("", [found], []).verdicts() == ["cannot be told"]
+
+
+def test_tests_of_a_claim_share_its_level():
+    def one(p, favours=True):
+        return statements.Statement("", "", favours, p, ())
+
+    alone = statements.Claim("", [one(0.03)], [])
+    both = statements.Claim("", [one(0.03), one(0.03), one(None, False)], [])
+    assert alone.verdicts() == ["holds"]
+    assert both.verdicts() == ["cannot be told", "cannot be told", "does not hold"]
+    assert statements.Claim("", [one(0.001, False), one(0.04)], []).verdicts() == [
+        "does not hold", "holds",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="has no finished lora all 8 steps=80"):
+        statements.Runs(tmp_path, []).one("lora", 8)
