@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 
 from harness import results
-from harness.config import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, from_hydra
+from harness.config import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, from_hydra, options
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
 PAGES = [
@@ -314,6 +314,9 @@ def test_the_notebook_lists_every_record():
     for page in (REPOSITORY / "experiments").rglob("README.md"):
         name = page.parent.relative_to(REPOSITORY / "experiments").as_posix()
         assert name == "." or f"({name}/README.md)" in index, name
+    for page in PAGES:
+        named = set(re.findall(r"`[^`\n]*\bexperiment=(\w+)", page.read_text("utf-8")))
+        assert named <= set(options("experiment"))
 
 
 def test_the_citation_is_of_this_version():
