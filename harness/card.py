@@ -139,7 +139,7 @@ def notes(run: Saved, exported: Exported) -> list[str]:
     found = []
     if method.name == "truncate":
         found.append("The weights are dense, as large as the base's: rank-k products, multiplied.")
-    elif exported.whole and method.name != "full":
+    elif exported.whole and run.has_adapter:
         found.append(f"The adapter is merged; on a few fixed tokens it gives {exported.logits}.")
     elif exported.joined_rank:
         found.append(

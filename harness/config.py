@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -101,13 +101,26 @@ class DataConfig:
 class MethodConfig:
     """conf/method: how the model is adapted; the methods with fields of their own extend it."""
 
+    trains: ClassVar[bool] = True  # or else the seed and the learning rate move nothing
+    takes_targets: ClassVar[bool] = False  # whether conf/targets says what it adapts
+    leaves_adapter: ClassVar[bool] = False  # PEFT's, in adapter/; or else what trained is in model/
+
     name: str  # one of METHODS
     label: str | None = None  # what tables and run names call it; null = name
 
 
 @dataclass(frozen=True)
+class NoMethod(MethodConfig):
+    """The base model, evaluated."""
+
+    trains = False
+
+
+@dataclass(frozen=True)
 class LoraMethod(MethodConfig):
     """LoRA; the names are PEFT's without their prefix."""
+
+    takes_targets = leaves_adapter = True
 
     r: int = 8  # rank
     alpha: Any = "2r"  # number, or a multiple of r: "2r", "0.5r"
@@ -140,6 +153,8 @@ class LoraMethod(MethodConfig):
 class PeftMethod(MethodConfig):
     """Any other PEFT method."""
 
+    takes_targets = leaves_adapter = True
+
     peft_type: str = "???"  # any PeftType by name: IA3, LOHA, VERA, PROMPT_TUNING …
     fields: dict[str, Any] = field(default_factory=dict)  # that method's own config fields
 
@@ -147,6 +162,9 @@ class PeftMethod(MethodConfig):
 @dataclass(frozen=True)
 class SvdMethod(MethodConfig):
     """W ~= U diag(D) V^T of rank k: which triplets of the weight's SVD are kept."""
+
+    trains = False
+    takes_targets = True
 
     rank: Any = None  # k: a number, a fraction of min(m, n) such as 0.25, or "full" (the default)
     energy: float | None = None  # instead: the smallest k with this share of the squared D
@@ -164,6 +182,8 @@ class SvdMethod(MethodConfig):
 class UdvMethod(SvdMethod):
     """The same factors, and what of them trains."""
 
+    trains = leaves_adapter = True
+
     train: str = "d"  # d | u | v | udv
     residual: str = "drop"  # drop | keep: W - U D V^T, frozen beside the trained part
     orthogonality: float = 0.0  # weight of the penalty on U and V when they train
@@ -171,7 +191,7 @@ class UdvMethod(SvdMethod):
 
 
 METHODS: dict[str, type[MethodConfig]] = {
-    "none": MethodConfig,
+    "none": NoMethod,
     "full": MethodConfig,
     "lora": LoraMethod,
     "udv": UdvMethod,

@@ -186,6 +186,9 @@ def save(values: dict[str, str]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     try:
         values, dry = parse(arguments)
         if dry:

@@ -88,15 +88,15 @@ def _check_free(out: Path) -> None:
 
 def _is_whole(run: Saved, merge: bool) -> bool:
     """Whether a whole model is to be written, and not an adapter; refuses what cannot be."""
-    name = run.run.method.name
-    if name == "none":
+    method = run.run.method
+    if method.name == "none":
         raise ConfigError(
             f"{run.name} trained nothing (method=none): what there is to take away is its base, "
             f"{models.source_of(run.run.model) or 'with random weights'}"
         )
-    if name == "full":
+    if method.trains and not run.has_adapter:
         return True
-    if name == "truncate":
+    if method.name == "truncate":
         if merge:
             return True
         raise ConfigError(

@@ -224,7 +224,7 @@ def wants_unfused(run: RunConfig, config: PretrainedConfig) -> bool:
     """Whether q, k and v are to be three matrices: if asked for, or if a target names one alone."""
     if run.model.unfuse_qkv != "auto":
         return bool(run.model.unfuse_qkv)
-    if run.method.name in ("none", "full"):
+    if not run.method.takes_targets:
         return False
     named = roles.modules_of(run.targets, config.model_type) or []
     return any(name in UNFUSED_TARGETS.values() for name in named)

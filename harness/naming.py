@@ -55,9 +55,9 @@ def identity(run: RunConfig) -> str:
         del values["train"][key]
     if isinstance(run.method, LoraMethod):
         values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one
-    if run.method.name in ("none", "full"):
+    if not run.method.takes_targets:
         del values["targets"]
-    if run.method.name in ("none", "truncate"):
+    if not run.method.trains:
         del values["train"]
     if is_deterministic(run):
         del values["seed"]
@@ -67,7 +67,7 @@ def identity(run: RunConfig) -> str:
 def is_deterministic(run: RunConfig) -> bool:
     """Whether the seed moves nothing: a model that neither trains nor is drawn at random."""
     drawn = run.model.architecture or getattr(run.method, "which", None) == "random"
-    return run.method.name in ("none", "truncate") and not drawn
+    return not run.method.trains and not drawn
 
 
 def label(method: MethodConfig) -> str:
@@ -90,13 +90,13 @@ def run_name(run: RunConfig) -> str:
         return run.run_name
     method = run.method
     parts = [label(method)]
-    if method.name not in ("none", "full"):
+    if method.takes_targets:
         parts.append(run.targets.name)
     if isinstance(method, LoraMethod):
         parts += [f"r{method.r}", f"a{method.lora_alpha:g}"]
     if isinstance(method, SvdMethod):
         parts.append(f"k{method.kept}")
-    if method.name not in ("none", "truncate"):
+    if method.trains:
         parts.append(f"lr{run.train.lr:g}")
     parts += [] if is_deterministic(run) else [f"s{run.seed}"]
     parts.append(identity(run)[:6])

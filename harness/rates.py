@@ -34,7 +34,6 @@ from harness.naming import label
 
 # Peak rate -> validation nll, nats per token; None: it diverged, or was never below its start.
 Grid = Mapping[float, float | None]
-NOT_TRAINED = ("none", "truncate")
 # What moves no best rate: that itself, and how the same steps are computed.
 NOT_SETTING = (
     "lr", "rates", "lr_from", "threads", "on_oom", "checkpoint_every", "micro_batch", "compile",
@@ -187,8 +186,8 @@ def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> 
         variant.pop("train", None)  # which the label says
     scale = method.lora_alpha / method.r if isinstance(method, LoraMethod) else None
     rank = str(method.r) if isinstance(method, LoraMethod) else getattr(method, "kept", None)
-    alone = method.name == "full"
-    return Tuned(label(method), None if alone else targets, rank, scale, grid, variant, made)
+    targeted = targets if method.takes_targets else None
+    return Tuned(label(method), targeted, rank, scale, grid, variant, made)
 
 
 # ------------------------------------------------------------------------------------ the file
@@ -259,7 +258,7 @@ def resolve(
     Raises:
         ConfigError: no such file, or nothing tuned for a method of this kind.
     """
-    if method.name in NOT_TRAINED:
+    if not method.trains:
         return 1e-3, "not used"
     if name is None:
         raise ConfigError("train.lr=tuned needs train.rates, a file of conf/rates")

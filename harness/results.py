@@ -94,8 +94,8 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
         "label": naming.label(method),
         "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
         "alpha": getattr(method, "lora_alpha", None),
-        "targets": None if method.name in ("none", "full") else run.targets.name,
-        "lr": None if method.name in ("none", "truncate") else run.train.lr,
+        "targets": run.targets.name if method.takes_targets else None,
+        "lr": run.train.lr if method.trains else None,
         "lr_from": run.train.lr_from,
         "deterministic": naming.is_deterministic(run),
     }

@@ -149,7 +149,7 @@ def resolved(run: RunConfig) -> RunConfig:
     A model of the hub that conf/model does not describe keeps its roles until it is loaded.
     """
     kind = model_type(run.model)
-    if kind is None or run.method.name in ("none", "full"):  # which take no targets
+    if kind is None or not run.method.takes_targets:
         return run
     modules = modules_of(run.targets, kind)
     if modules is None:

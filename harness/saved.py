@@ -42,7 +42,7 @@ class Saved:
     @property
     def has_adapter(self) -> bool:
         """Whether the run left an adapter, rather than a whole model or nothing."""
-        return self.run.method.name not in ("none", "full", "truncate")
+        return self.run.method.leaves_adapter
 
     @property
     def unfused(self) -> bool:
@@ -76,7 +76,7 @@ class Saved:
         Adapters are PEFT's own layers here, which agree to rounding with the fused ones of
         training (`harness.methods.lora_layer`) and bit for bit with what PEFT loads elsewhere.
         """
-        if self.run.method.name == "full":
+        if self.run.method.trains and not self.has_adapter:
             whole = AutoModelForCausalLM.from_pretrained(self.folder(MODEL))
             return _with_cache(whole).eval()
         base = self.base()

@@ -20,7 +20,7 @@ from harness.config import (
     nearest,
     options,
 )
-from harness.documents import SPLITS, find_files  # needs the standard library only
+from harness.documents import SOURCES, SPLITS, find_files  # needs the standard library only
 
 TRACKERS = {  # Accelerate's names, and the options of conf/tracker
     "wandb": ("project", "entity", "mode", "adapters", "patience"),
@@ -29,7 +29,7 @@ TRACKERS = {  # Accelerate's names, and the options of conf/tracker
 }
 SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
-    "data.source": ("kjv", "text_files", "hub", "docstrings", "pairs"),
+    "data.source": (*SOURCES, "pairs"),
     "data.packing": ("packed", "padded"),
     "data.prompt_style": ("as_is", "e2e"),
     "train.schedule": ("cosine", "linear", "constant"),
@@ -281,7 +281,7 @@ def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:
         files = find_files(data.path)
         if len(files) != 1 or files[0].suffix != ".txt":
             raise ConfigError(f"{where}: expected data.path to be one .txt file, the test set")
-        if run.method.name not in ("none", "truncate"):
+        if run.method.trains:
             raise ConfigError(
                 f"{where} reads all of {files[0]}, which method={run.method.name} trains on: use "
                 "data=hub data.id=FOLDER, with train.txt, valid.txt and test.txt, or method=none"

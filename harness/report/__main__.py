@@ -19,6 +19,9 @@ PERIOD_SECONDS = 10
 
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status: 2 for no such folder, and runs not to compare."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     watched = "--watch" in arguments
     folders = [Path(a) for a in arguments if a != "--watch"]
     if len(folders) != 1 or str(folders[0]).startswith("-"):

@@ -1,0 +1,326 @@
+"""What README.md and its like say is done here: commands, diffs, links, the map, the table."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SHORT
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from safetensors.torch import load_file
+
+from harness import results
+from harness.config import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, from_hydra, options
+
+README = (REPOSITORY / "README.md").read_text("utf-8")
+PAGES = [
+    REPOSITORY / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conf/README.md")
+] + sorted((REPOSITORY / "experiments").rglob("README.md"))  # fmt: skip
+
+
+def section(heading: str) -> str:
+    """README's text from a heading to the next one of its kind."""
+    return re.split(r"^## ", README[README.index(f"\n## {heading}\n") + 4 :], flags=re.M)[0]
+
+
+def commands(text: str) -> list[tuple[list[str], str]]:
+    """(words, comment) of every command in the indented code of a page."""
+    found = []
+    blocks = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    for line in blocks.replace("\\\n", " ").splitlines():
+        if line.startswith(("python -m ", "accelerate launch ", "make ")):
+            code, _, comment = line.partition(" #")
+            found.append((shlex.split(code), comment))
+    return found
+
+
+def shown(module: str) -> list[list[str]]:
+    """What README's "How to add" passes to `module`, after its diffs."""
+    lines = [words for words, _ in commands(section("How to add"))]
+    return [words[3:] for words in lines if words[:3] == ["python", "-m", module]]
+
+
+def asked(module: str) -> list[tuple[list[str], str]]:
+    """What the pages pass to `module` as the project is, each once with its comment."""
+    found: dict[str, tuple[list[str], str]] = {}
+    for words, comment in (c for page in PAGES for c in commands(page.read_text("utf-8"))):
+        for index in (i for i, word in enumerate(words) if word == "-m"):
+            if words[index + 1] == module and (words[0], index) != ("python", 0):
+                found.setdefault(shlex.join(words[index + 2 :]), (words[index + 2 :], comment))
+                break
+    return [line for line in found.values() if line[0] not in shown(module)]
+
+
+# --------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def at_hand(tmp_path, monkeypatch):
+    """The files that the pages' commands want from their reader."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("notes", "e2e", "my_model"):
+        Path(folder).mkdir()
+    for name in ("train", "valid", "test"):
+        Path("e2e", f"{name}.txt").write_text("name[A]||A is a place.\n")
+    Path("notes", "one.txt").write_text("some text")
+    Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+
+
+def runs(overrides: list[str]) -> tuple[list[list[str]], int]:
+    """The first and the last run of a sweep, and how many runs it has."""
+    for launcher in [o.partition("=")[2] for o in overrides if o.startswith("hydra/launcher=")]:
+        extra = LAUNCHERS[launcher]
+        if importlib.util.find_spec(f"hydra_plugins.hydra_{extra}_launcher") is None:
+            # Not installed, and its keys are Hydra's: `make test-launchers` tries them.
+            overrides = [
+                o for o in overrides if "hydra/launcher" not in o and "hydra.launch" not in o
+            ]
+    first, last, number = [], [], 1
+    for override in OverridesParser.create().parse_overrides(overrides):
+        ends = [override.input_line] * 2
+        if override.is_sweep_override():
+            swept = list(override.sweep_string_iterator())
+            number *= len(swept)
+            ends = [f"{override.get_key_element()}={value}" for value in (swept[0], swept[-1])]
+        first.append(str(ends[0]))
+        last.append(str(ends[1]))
+    return [first, last] if number > 1 else [first], number
+
+
+@pytest.mark.parametrize(
+    ("arguments", "comment"),
+    asked("harness"),
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_run_that_the_pages_show_is_valid(arguments, comment, at_hand):
+    flags = [word for word in arguments if word in ("-m", "--cfg", "job")]
+    found, number = runs([word for word in arguments if word not in flags])
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        for overrides in found:
+            assert from_hydra(compose("config", overrides))
+    assert number == 1 or "-m" in flags
+    if stated := re.search(r"(\d+) runs", comment):
+        assert number == int(stated[1])
+
+
+MODULES = sorted(
+    {word for page in PAGES for words, _ in commands(page.read_text("utf-8")) for word in words[2:3]
+     if words[0] == "python" and word.startswith("harness.")}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_further_command_explains_itself_and_knows_the_flags_shown(name, at_hand, capsys):
+    path = name + ".__main__" * (REPOSITORY / name.replace(".", "/")).is_dir()
+    main = importlib.import_module(path).main
+    try:
+        status = main(["--help"])
+    except SystemExit as end:  # argparse's way
+        status = end.code
+    finally:
+        logging.disable(logging.NOTSET)
+    said = capsys.readouterr().out
+    assert status == 0 and name in said
+    for arguments, _ in asked(name):
+        for flag in (word for word in arguments if word.startswith("--")):
+            assert flag in said, flag
+        if name in ("harness.count", "harness.plan"):  # which take a run's overrides
+            own = [o for o in arguments if not o.startswith(("--", "plan."))]
+            with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+                assert all(from_hydra(compose("config", o)) for o in runs(own)[0])
+
+
+def test_every_make_target_that_the_pages_name_is_there():
+    targets = set(re.findall(r"^([a-z0-9_-]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    text = "".join(page.read_text("utf-8") for page in PAGES)
+    named = set(re.findall(r"(?:^    |`)make ([a-z0-9_-]+)", text, re.M))
+    assert {"experiment", "test"} <= named <= targets
+
+
+# ---------------------------------------------------------------------------------- how to add
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """A copy of the project after all of README's diffs."""
+    copy = tmp_path_factory.mktemp("project")
+    left_out = (".*", "__pycache__", "outputs", "dist", "build", "*.egg-info")
+    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
+    diffs = re.findall(r"^```diff\n(.*?)^```$", README, re.M | re.S)
+    assert len(diffs) == 4  # a method, a model, a data set, an experiment
+    for diff in diffs:  # outside of a repository git applies to the folder that it is in
+        applied = subprocess.run(
+            ["git", "apply", "--verbose", "-"],
+            input=diff,
+            cwd=copy,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(copy.parent)},
+            capture_output=True,
+            text=True,
+        )
+        assert applied.returncode == 0, applied.stderr
+    return copy
+
+
+def python(copy: Path, folder: Path, *arguments: str) -> str:
+    """The output of a Python command in `folder` with the copy's sources."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# GPT-2's biases per block of width d are 3d + d + 4d + d and the norms' d + d, then a norm's d:
+# 4 x 11 x 256 + 256. LoRA of r=8 on a block's c_attn and c_proj: 8 x (256 + 768) + 8 x (256 + 256).
+BIASES, ATTENTION = 11_520, 4 * 8 * (1024 + 512)
+
+CHECK = """
+import json, sys
+from hydra import compose, initialize_config_dir
+from harness import documents, methods, models
+from harness.config import CONF_DIR, from_hydra
+found = {}
+with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    for line in json.loads(sys.argv[1]):
+        run = from_hydra(compose("config", line))
+        base = models.on_meta(run, models.load_config(run.model))
+        trainable = models.count_parameters(methods.check(base, run)).trainable
+        texts = documents.read(run.data) if "data" in line[0] else {}
+        found[line[0]] = [trainable, sum(map(len, texts.values()))]
+print(json.dumps(found))
+"""
+
+
+def test_what_readme_adds_is_there_and_lints(changed, tmp_path):
+    found = json.loads(python(changed, tmp_path, "-c", CHECK, json.dumps(shown("harness"))))
+    assert found["method=bias"][0] == BIASES
+    assert found["model=gpt1_mini"][0] == ATTENTION
+    with (CONF_DIR / "data" / "docstrings.yaml").open() as stream:
+        assert found["data=descriptions"][1] == len(yaml.safe_load(stream)["packages"])
+    assert "experiment=biases" in found
+    python(changed, changed, "-m", "ruff", "check", ".")
+    python(changed, changed, "-m", "ruff", "format", "--check", ".")
+
+
+@pytest.mark.slow
+def test_how_to_add_followed_to_the_letter(changed, tmp_path):
+    said = {}
+    for words, _ in commands(section("How to add")):
+        short = SHORT if words[2] == "harness" else []
+        said[" ".join(words[2:])] = python(changed, tmp_path, *words[1:], *short)
+    assert re.search(rf"trainable +{BIASES:,} ", said["harness.count method=bias"])
+    records = {}
+    for run_dir, record in results.collect(tmp_path / "outputs" / "scratch"):
+        assert record["status"] == "finished"
+        records[record["method"]["name"], record["model"]["name"], record["data"]["name"]] = (
+            run_dir, record,
+        )  # fmt: skip
+    run_dir, bias = records["bias", "gpt2_mini", "kjv"]
+    assert bias["parameters"]["trainable"] == BIASES and bias["saved"] == ["model"]
+    before = load_file(ASSETS_DIR / "gpt2_mini" / "model.safetensors")
+    after = load_file(run_dir / "model" / "model.safetensors")
+    before = {key.removeprefix("transformer."): value for key, value in before.items()}
+    moved = {
+        key for key, value in after.items()
+        if not value.equal(before[key.removeprefix("transformer.")])
+    }  # fmt: skip
+    assert moved and all(key.endswith(".bias") for key in moved)
+    python(changed, tmp_path, "-m", "harness.export", str(run_dir), "exported")
+    _, gpt1 = records["lora", "gpt1_mini", "kjv"]
+    assert gpt1["model"]["type"] == "openai-gpt" and gpt1["parameters"]["trainable"] == ATTENTION
+    assert ("lora", "gpt2_mini", "descriptions") in records
+    rows = [record for _, record in results.collect(tmp_path / "outputs" / "biases")]
+    assert len(rows) == 7 and {row["status"] for row in rows} == {"finished"}
+    assert (tmp_path / "outputs" / "biases" / "report" / "index.html").is_file()
+
+
+# ------------------------------------------------------------------------- links, map, records
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_link_leads_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text("utf-8")):
+        if "://" in target:
+            continue
+        path = (page.parent / target) if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.M)
+            slugs = [re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings]
+            assert anchor in slugs
+
+
+def test_the_map_names_every_module_and_nothing_else():
+    listed = section("Files")
+    sources = [p for p in (REPOSITORY / "harness").rglob("*.py") if p.name != "__init__.py"]
+    templates = list((REPOSITORY / "harness").rglob("*.j2"))
+    there = {p.name for p in [*sources, *templates]} - {"language_model_nll.py"}  # in metrics/
+    named = set(re.findall(r"\b(\w+(?:\.html)?\.(?:py|j2))\b", listed)) - {"__init__.py"}
+    assert there - named == set(), "not in README's map"
+    assert named - there == set(), "in README's map, and not in harness/"
+    for folder in re.findall(r"^ +(\w+)/ ", listed, re.M):
+        assert any((REPOSITORY / up / folder).is_dir() for up in ("", "harness")), folder
+
+
+def test_conf_readme_names_every_method_and_model():
+    text = (CONF_DIR / "README.md").read_text("utf-8")
+    for group in ("method", "model", "targets"):
+        for option in (path.stem for path in (CONF_DIR / group).glob("*.yaml")):
+            if not option.startswith("lstm_") and option != "ends":  # of the recorded LSTM
+                assert re.search(rf"`(?:\w+=)?{option}\b", text), f"{group}={option}"
+
+
+def test_the_table_is_the_recorded_one():
+    def rows(text: str) -> list[list[str]]:
+        lines = re.findall(r"^\| (?:none|full|lora|udv-\w+|truncate) \|.*$", text, re.M)
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    folder = REPOSITORY / "experiments" / "main_seeds"
+    table = rows(README[: README.index("\n## ")])
+    assert table == [row[:11] for row in rows((folder / "README.md").read_text("utf-8"))]
+    with (folder / "results.csv").open() as stream:
+        recorded = {
+            (
+                int(float(row["parameters.trainable"])),
+                f"{float(row['quality.test.perplexity']):.2f}",
+            )
+            for row in csv.DictReader(stream)
+        }
+    found = {(int(row[5].replace(",", "")), row[8]) for row in table}
+    assert len(table) == 15 and found == recorded
+
+
+def test_the_notebook_lists_every_record():
+    index = (REPOSITORY / "experiments" / "README.md").read_text("utf-8")
+    for page in (REPOSITORY / "experiments").rglob("README.md"):
+        name = page.parent.relative_to(REPOSITORY / "experiments").as_posix()
+        assert name == "." or f"({name}/README.md)" in index, name
+    for page in PAGES:
+        named = set(re.findall(r"`[^`\n]*\bexperiment=(\w+)", page.read_text("utf-8")))
+        assert named <= set(options("experiment"))
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text("utf-8"))
+    version = re.search(r'^version = "(.*)"', (REPOSITORY / "pyproject.toml").read_text(), re.M)[1]
+    assert cited["version"] == version and cited["cff-version"] == "1.2.0"
+    assert {"title", "message", "authors", "license", "abstract", "type"} <= cited.keys()
