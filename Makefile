@@ -4,10 +4,10 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment tune report wandb-sync verify-published test test-faults test-launchers test-stats lint bench gpt2_mini clean
+.PHONY: help setup experiment claims tune report wandb-sync verify-published test test-faults test-launchers test-stats lint bench gpt2_mini clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/installed ## create .venv and install the project with the pinned constraints
 
@@ -19,6 +19,11 @@ setup: .venv/installed ## create .venv and install the project with the pinned c
 
 experiment: setup ## run an experiment and print its table (EXPERIMENT=main, about 12 minutes)
 	$(RUN) -m harness experiment=$(EXPERIMENT)
+
+claims: setup ## put seven claims for low-rank adaptation to the test (about an hour; goes on after a stop)
+	$(RUN) -m harness experiment=claims
+	$(RUN) -m harness experiment=claims_lstm
+	$(RUN) experiments/claims/verdicts.py outputs/claims outputs/claims_lstm
 
 tune: setup ## search learning rates on validation, write conf/rates (about 40 minutes)
 	$(RUN) -m harness experiment=tune
