@@ -10,6 +10,7 @@ the step axis; the summary has plain names (test/perplexity, parameters/trainabl
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -267,6 +268,8 @@ def main(name: str) -> int:
         spec["mode"] = spec["options"]["mode"]
         if spec["mode"] == "online" and (reason := unreachable()):
             spec["mode"] = "offline"
+        if spec["sweep"]:  # loaded while the runs leave a core idle, and not when all wait for it
+            importlib.import_module("harness.report.files")
     follower = Follower(name, spec, lambda record, one: Adapter(name, spec, record, one))
     last = False
     while True:

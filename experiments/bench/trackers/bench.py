@@ -1,6 +1,6 @@
 """What a tracker costs a sweep whose W&B service cannot be reached, and whether results stay.
 
-    python experiments/bench/trackers/bench.py      # about 12 minutes, nothing beside it
+    python experiments/bench/trackers/bench.py      # about 25 minutes, nothing beside it
 
 The same sweep without a tracker, with W&B at a port that refuses, and with W&B at a port that takes
 connections and never answers, in turn. Writes results.csv beside this file: seconds of the
