@@ -31,6 +31,7 @@ from harness.loss import IGNORE
 
 ACTIVATION_BYTES = 64 * 2**20  # that a batch of evaluation may take, where its size is not given
 METRIC_DIR = Path(__file__).resolve().parent / "metrics" / "language_model_nll"
+Nats = tuple[NDArray[np.float64], NDArray[np.int64]]  # summed, and predicted tokens, by document
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def document_nll(
     batch_tokens: int,
     accelerator: Accelerator | None = None,
     following: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+) -> Nats:
     """Summed nats and number of predicted tokens of every document: (N,) float64 and (N,) int64.
 
     `prepared` is a `NextToken`. Tokens are read from the data set batch by batch, not held. Of rows
