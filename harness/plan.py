@@ -48,11 +48,21 @@ from torch.utils.flop_counter import (
 )
 from transformers import PretrainedConfig
 
-from harness import config, data, environment, evaluate, memory, methods, models, naming, train
-from harness.checkpoint import write_atomically
+from harness import (
+    composition,
+    data,
+    environment,
+    evaluate,
+    memory,
+    methods,
+    models,
+    naming,
+    train,
+)
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from harness.loss import NextToken
 from harness.report.table import show as show_table
+from harness.results import write_atomically
 from hydra_plugins.harness_grids import combinations
 
 aten = torch.ops.aten
@@ -193,9 +203,8 @@ def recorded(
     if found is None:
         return None
     with suppress(OSError):  # a disk without room costs the next run half a second
-        write_atomically(
-            path, lambda scratch: Path(scratch).write_text(json.dumps(found.as_record()))
-        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(found.as_record()))
     return found.as_record()
 
 
@@ -268,10 +277,10 @@ def runs_of(arguments: list[str]) -> list[RunConfig]:
         runs: dict[str, RunConfig] = {}
         for overrides in combinations(grids, params, arguments, loader):
             try:
-                run = config.from_hydra(compose("config", overrides))
+                run = composition.from_hydra(compose("config", overrides))
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 shown = " ".join(overrides)
-                raise ConfigError(f"[{shown}] {config.explain(error)}") from error
+                raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
             runs.setdefault(naming.identity(run), run)
         return list(runs.values())
 
@@ -367,7 +376,7 @@ def main(arguments: list[str]) -> int:
             fits &= found is None or limit is None or found.peak_bytes <= limit
             rows.append(_row(run, found, rates[shape], limit))
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {config.explain(error)}", file=sys.stderr)
+        print(f"error: {composition.explain(error)}", file=sys.stderr)
         return 2
     show_table(_table(rows))
     print(

@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 
 from harness import (
     checkpoint,
-    config,
+    composition,
     data,
     environment,
     evaluate,
@@ -85,7 +85,7 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
                 if rank == 0:
                     results.keep_reserve(run_dir)
                     so_far = SoFar(time.time(), lock.beside())
-                run = run or config.load(run_dir / "config.yaml")
+                run = run or composition.load(run_dir / "config.yaml")
                 result |= results.describe(run, run_dir)
                 perform(run, run_dir, result, stop, so_far or SoFar(time.time()), quiet=quiet)
         finally:
