@@ -12,7 +12,7 @@ import pandas as pd
 from datasets import Dataset
 from torch import nn
 
-from harness import checkpoint, evaluate, memory, results
+from harness import evaluate, memory, results
 from harness.evaluate import Nats
 from harness.standing import Standing
 
@@ -76,9 +76,7 @@ class HeldOut:
             # A prompt with all its completions is what is independent of others.
             table = table.groupby("id", sort=False, as_index=False).sum()
             path = self.standing.run_dir / results.documents_name(name, when)
-            checkpoint.write_atomically(
-                path, lambda scratch: table.to_parquet(scratch, index=False)
-            )
+            results.write_atomically(path, lambda scratch: table.to_parquet(scratch, index=False))
         return evaluate.quality(nll, num_tokens, documents)
 
     def read_further(self, when: str) -> None:
