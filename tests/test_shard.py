@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_evaluate import documents
+from test_evaluate import Rank, documents
 from test_ranks import SAME, metrics, ranks_of, start
 from transformers import AutoModelForCausalLM
 
@@ -128,18 +128,6 @@ def test_by_hand_and_with_blocks_run_again_in_mixed_precision(harness, tmp_path)
             # Other blocks share a product, whose gradients are rounded to bf16.
             rel = 2e-2 if key == "train/grad_norm" else 1e-3
             assert b[key] == pytest.approx(value, rel=rel), key
-
-
-class Rank:
-    """Of two ranks one, as the evaluation sees it."""
-
-    num_processes = 2
-
-    def __init__(self, index):
-        self.process_index = index
-
-    def reduce(self, values, _):
-        return values
 
 
 @pytest.mark.parametrize("lengths", [[30], [30, 31, 32], [9, 30, 31, 32, 5, 28]])
