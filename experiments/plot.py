@@ -17,11 +17,8 @@ import pandas as pd
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-# One colour a method, blind-safe (Okabe and Ito), the same in every figure.
-COLORS = {
-    "full": "#000000", "none": "#7f7f7f", "lora": "#0072B2", "udv-d": "#D55E00",
-    "udv-d-keep": "#CC79A7", "udv-udv": "#009E73", "truncate": "#E69F00",
-}  # fmt: skip
+from harness.report.axes import COLORS
+
 TEST, STEP0 = "quality.test.perplexity", "quality.step0.validation.perplexity"
 VALIDATION, TRAINABLE = "quality.validation.perplexity", "parameters.trainable"
 

@@ -22,7 +22,7 @@ import hydra  # noqa: E402 - after the signal's handler, which holds during impo
 from hydra.errors import HydraException  # noqa: E402 - as above
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402 - as above
 
-from harness import config, launch  # noqa: E402 - as above
+from harness import composition, launch  # noqa: E402 - as above
 from harness.config import CONF_DIR, ConfigError  # noqa: E402 - as above
 
 
@@ -38,7 +38,7 @@ def main() -> int:
             launch.task
         )()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {config.explain(error)}", file=sys.stderr)
+        print(f"error: {composition.explain(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise

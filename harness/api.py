@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config, launch, naming, results, tracking
+from harness import composition, launch, naming, results, tracking
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from hydra_plugins.harness_grids import combinations
 
@@ -44,7 +44,7 @@ def compose(*overrides: str) -> list[RunConfig]:
     try:
         return _compose(list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(config.explain(error)) from error
+        raise ConfigError(composition.explain(error)) from error
 
 
 def _compose(overrides: list[str]) -> list[RunConfig]:
@@ -59,10 +59,10 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
         runs: dict[str, RunConfig] = {}
         for own in combinations(grids, params, overrides, loader):
             try:
-                run = config.from_hydra(hydra.compose("config", own))
+                run = composition.from_hydra(hydra.compose("config", own))
             except (ConfigError, HydraException, OmegaConfBaseException) as error:
                 shown = " ".join(own)
-                raise ConfigError(f"[{shown}] {config.explain(error)}") from error
+                raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
             runs.setdefault(naming.identity(run), run)
         return list(runs.values())
 

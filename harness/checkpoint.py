@@ -15,8 +15,6 @@ import logging
 import os
 import random
 import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness import shard
 from harness.methods import tying
-from harness.results import BEST, CHECKPOINTS
+from harness.results import BEST, CHECKPOINTS, write_atomically
 from harness.unfuse import fuse_qkv, is_unfused
 
 KEPT = 2
@@ -234,22 +232,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ to take away
-
-
-def write_atomically(path: Path, write: Callable[[str], object]) -> None:
-    """Let `write` fill a scratch file beside `path`, flush it to disk and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        write(scratch)
-        with open(scratch, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
 
 
 def export(

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from harness import config, methods, models, naming
+from harness import composition, methods, models, naming
 from harness.config import CONF_DIR, ConfigError, RunConfig
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
@@ -35,7 +35,7 @@ def adapted(overrides: list[str]) -> tuple[RunConfig, nn.Module]:
         ConfigError: a rank by energy, which only the weights can tell, or what `adapt` refuses.
     """
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        run = config.from_hydra(compose("config", overrides))
+        run = composition.from_hydra(compose("config", overrides))
     if getattr(run.method, "energy", None) is not None:
         raise ConfigError("method.energy: a count needs a rank, which only the weights can tell")
     base = models.on_meta(run, models.load_config(models.without_files(run).model))
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
             return 0
         run, model = adapted(overrides)
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {config.explain(error)}", file=sys.stderr)
+        print(f"error: {composition.explain(error)}", file=sys.stderr)
         return 2
     table = _table(f"{run.model.name}, {naming.label(run.method)}", "elements", "trainable")
     for kind, (total, trainable) in by_kind(model).items():

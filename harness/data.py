@@ -50,15 +50,19 @@ class Data:
     def num_predicted(self, indices: list[int]) -> int:
         """Tokens that the blocks at `indices` predict."""
         if "num_predicted" in self.blocks.column_names:
-            return int(np.sum(self.blocks[indices]["num_predicted"]))
+            return int(pc.sum(self._column("num_predicted", indices)).as_py())
         return len(indices) * (len(self.blocks[indices[0]]["tokens"]) - 1)
 
     def by_length(self, indices: list[int]) -> list[int]:
         """The same blocks, alike in length beside one another; as they are where all are alike."""
         if "inputs" not in self.blocks.column_names:
             return indices
-        lengths = [len(inputs) for inputs in self.blocks[indices]["inputs"]]
+        lengths = pc.list_value_length(self._column("inputs", indices)).to_pylist()
         return [i for _, i in sorted(zip(lengths, indices, strict=True))]
+
+    def _column(self, name: str, indices: list[int]) -> pa.ChunkedArray:
+        """One column of the blocks at `indices`, without reading the others."""
+        return self.blocks.data.column(name).take(indices)
 
 
 class Batch(NamedTuple):

@@ -31,6 +31,7 @@ from harness.loss import IGNORE
 
 ACTIVATION_BYTES = 64 * 2**20  # that a batch of evaluation may take, where its size is not given
 METRIC_DIR = Path(__file__).resolve().parent / "metrics" / "language_model_nll"
+Nats = tuple[NDArray[np.float64], NDArray[np.int64]]  # summed, and predicted tokens, by document
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ def batch_tokens(config: PretrainedConfig) -> int:
     return max(1, ACTIVATION_BYTES // (4 * (6 * width + 2 * inner)))
 
 
-@torch.no_grad()
 def document_nll(
     prepared: nn.Module,
     documents: Dataset,
@@ -76,71 +76,97 @@ def document_nll(
     batch_tokens: int,
     accelerator: Accelerator | None = None,
     following: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+) -> Nats:
     """Summed nats and number of predicted tokens of every document: (N,) float64 and (N,) int64.
 
-    `prepared` is a `NextToken`. Tokens are read from the data set batch by batch, not held. Of rows
-    that `pairs.evaluated` made, what follows the prompt counts, and `first` stands for `bos`.
-    `following` is entered around the first batch, the largest one.
+    Tokens are read from the data set batch by batch, not held. Of rows that `pairs.evaluated` made,
+    what follows the prompt counts, and `first` stands for `bos`. The rest is as in `window_nll`.
     """
-    device = next(prepared.parameters()).device
     table = documents.with_format("arrow")[:]  # mapped from disk, not read
     column = table["tokens"]
     paired = "skipped" in table.column_names
     skipped = table["skipped"].to_numpy() if paired else np.zeros(len(column), np.int64)
     before = table["first"].to_numpy() if paired else np.full(len(column), bos)
-    # Windows of like length share a batch: no forward pass is spent on padding.
-    todo = list(windows(pc.list_value_length(column).to_pylist(), context, stride))
-    todo.sort(key=lambda w: w.end - w.start, reverse=True)
-    nll = torch.zeros(len(column), dtype=torch.float64)
-    count = torch.zeros(len(column), dtype=torch.int64)
+
+    def ids(w: Window) -> NDArray[np.int64]:
+        # Input i is token i - 1 of the document; the one before its first is `bos`.
+        own = column[w.document].values.to_numpy()[max(0, w.start - 1) : w.end].astype(np.int64)
+        return own if w.start else np.concatenate([before[w.document : w.document + 1], own])
+
+    todo = [
+        replace(w, scored=min(w.scored, max(0, w.end - int(skipped[w.document]))))
+        for w in windows(pc.list_value_length(column).to_pylist(), context, stride)
+    ]
+    nats = window_nll(
+        prepared,
+        todo,
+        ids,
+        batch_tokens=batch_tokens,
+        accelerator=accelerator,
+        following=following,
+    )
+    owners = np.array([w.document for w in todo], np.int64)
+    nll, count = np.zeros(len(column)), np.zeros(len(column), np.int64)
+    np.add.at(nll, owners, nats)
+    np.add.at(count, owners, [w.scored for w in todo])
+    return nll, count
+
+
+@torch.no_grad()
+def window_nll(
+    prepared: nn.Module,
+    todo: list[Window],
+    ids: Callable[[Window], NDArray[np.int64]],
+    *,
+    batch_tokens: int,
+    accelerator: Accelerator | None = None,
+    following: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> NDArray[np.float64]:
+    """Summed nats of what every window scores, (W,) float64; ranks share the work.
+
+    `prepared` is a `NextToken`. `ids` gives a window's inputs and one id more, the last target.
+    `following` is entered around the first batch, the largest one.
+    """
+    device = next(prepared.parameters()).device
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    batches = list(_batches(todo, batch_tokens))
+    nll = torch.zeros(len(todo), dtype=torch.float64)
     was_training = prepared.training
     prepared.eval()
-    batches = list(_batches(todo, batch_tokens))
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    mine = batches[rank::world]
-    if len(mine) < -(-len(batches) // world):  # ranks that share a model run it together
-        mine.append([replace(w, scored=0) for w in batches[-1]])
-    for index, batch in enumerate(mine):
-        width = batch[0].end - batch[0].start
-        inputs = torch.full((len(batch), width), bos)
-        targets = torch.full((len(batch), width), IGNORE)
-        scored = []
-        for row, w in enumerate(batch):
-            # Input i is token i - 1 of the document; the one before its first is `bos`.
-            ids = column[w.document].values.to_numpy()
-            length = w.end - w.start
-            first = min(length, max(length - w.scored, int(skipped[w.document]) - w.start))
-            scored.append(length - first)
-            start = max(w.start, 1)
-            if not w.start:
-                inputs[row, 0] = int(before[w.document])
-            inputs[row, start - w.start : length] = torch.from_numpy(
-                ids[start - 1 : w.end - 1].astype(np.int64)
-            )
-            targets[row, first:length] = torch.from_numpy(
-                ids[w.start + first : w.end].astype(np.int64)
-            )
+    for first in range(0, len(batches), world):  # ranks that share a model run it together
+        mine = first + rank < len(batches)  # or else another rank's, for company
+        batch = batches[min(first + rank, len(batches) - 1)]
+        inputs = torch.zeros(len(batch), _width(todo[batch[0]]), dtype=torch.int64)
+        targets = torch.full_like(inputs, IGNORE)
+        for row, w in enumerate(todo[index] for index in batch):
+            read, length = torch.from_numpy(ids(w)), _width(w)
+            inputs[row, :length] = read[:-1]
+            targets[row, length - w.scored : length] = read[length - w.scored + 1 :]
         # Widths differ from batch to batch: compiled blocks would be compiled again for each.
-        with torch.compiler.set_stance("force_eager"), following() if index == 0 else nullcontext():
+        with torch.compiler.set_stance("force_eager"), nullcontext() if first else following():
             nats = prepared(inputs.to(device), targets.to(device)).nats
-        rows = torch.tensor([w.document for w in batch])
-        nll.index_add_(0, rows, nats.double().sum(1).cpu())
-        count.index_add_(0, rows, torch.tensor(scored))
+        if mine:
+            nll[batch] = nats.double().sum(1).cpu()
     if accelerator and world > 1:
         nll = accelerator.reduce(nll.to(device), "sum").cpu()
-        count = accelerator.reduce(count.to(device), "sum").cpu()
     prepared.train(was_training)
-    return nll.numpy(), count.numpy()
+    return nll.numpy()
 
 
-def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Consecutive windows whose padded size stays within `batch_tokens` (one window at least)."""
+def _width(window: Window) -> int:
+    return window.end - window.start
+
+
+def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of windows whose padded size stays within `batch_tokens` (one window at least).
+
+    Windows of like length share a batch: little of a forward pass is spent on padding.
+    """
+    order = sorted(range(len(todo)), key=lambda index: -_width(todo[index]))
     start = 0
-    while start < len(todo):
-        width = todo[start].end - todo[start].start
-        size = max(1, batch_tokens // width)
-        yield todo[start : start + size]
+    while start < len(order):
+        size = max(1, batch_tokens // _width(todo[order[start]]))
+        yield order[start : start + size]
         start += size
 
 

@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from harness import models, saved
 from harness.card import Exported, card
-from harness.config import ConfigError, explain
+from harness.composition import explain
+from harness.config import ConfigError
 from harness.methods import UNFIT, joined_lora
 from harness.saved import ADAPTER, Saved
 from harness.unfuse import fuse_qkv, is_unfused

@@ -30,7 +30,8 @@ from rich.text import Text
 from torch import nn
 
 from harness import methods, models, saved
-from harness.config import ConfigError, explain
+from harness.composition import explain
+from harness.config import ConfigError
 from harness.saved import Saved
 
 TOP_K = 50  # tokens to sample from, transformers' own default

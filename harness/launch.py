@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness import config, lock, naming, progress, results, start, tracking
+from harness import composition, config, lock, naming, progress, results, start, tracking
 from harness.config import ConfigError, RunConfig
 
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
@@ -69,7 +69,7 @@ def task(cfg: DictConfig) -> Outcome:
         arguments = [*own, "hydra.mode=RUN"]
     try:
         _go_to(hydra_config.runtime.cwd)
-        run = config.from_hydra(cfg)
+        run = composition.from_hydra(cfg)
         cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
         run = replace(run, launch=replace(run.launch, cores=cores))
         # Ranks have no bar of their own: their output goes to a file.

@@ -31,9 +31,9 @@ from torch.utils.flop_counter import (
 from transformers import PretrainedConfig
 
 from harness import data, environment, evaluate, memory, methods, models, train
-from harness.checkpoint import write_atomically
 from harness.config import RunConfig
 from harness.loss import NextToken
+from harness.results import write_atomically
 
 aten = torch.ops.aten
 
@@ -188,9 +188,7 @@ def recorded(
     if found is None:
         return None
     with suppress(OSError):  # a disk without room costs the next run half a second
-        write_atomically(
-            path, lambda scratch: Path(scratch).write_text(json.dumps(found.as_record()))
-        )
+        write_atomically(path, json.dumps(found.as_record()))
     return found.as_record()
 
 

@@ -34,7 +34,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
@@ -43,7 +42,6 @@ from transformers import PreTrainedTokenizerBase
 from harness import documents, evaluate
 from harness.config import ConfigError, RunConfig
 from harness.evaluate import Window
-from harness.loss import IGNORE
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,10 @@ class Text:
     windows: list[Window]  # inputs [start, end) of a sequence; targets are one further on
     weights: NDArray[np.float64] | None  # of the windows' means; None: of every token alike
     facts: dict[str, Any]  # name, headline, joiner, bos, context, stride, num_words, num_bytes
+
+    def ids(self, w: Window) -> NDArray[np.int64]:
+        """The inputs of a window and one id more, its last target."""
+        return self.sequences[w.document][w.start : w.end + 1]
 
 
 def read(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text | None:
@@ -304,48 +306,6 @@ PROTOCOLS = {"hf_guide": hf_guide, "gpt2_paper": gpt2_paper, "lm_eval": lm_eval}
 # --------------------------------------------------------------------------- nats and what they are
 
 
-@torch.no_grad()
-def window_nll(
-    prepared: nn.Module,
-    text: Text,
-    batch_tokens: int,
-    accelerator: Accelerator | None = None,
-) -> NDArray[np.float64]:
-    """Summed nats of what every window scores, (W,); `prepared` is a `NextToken`."""
-    device = next(prepared.parameters()).device
-    # Windows of like length share a batch: little of a forward pass is spent on padding.
-    order = sorted(range(len(text.windows)), key=lambda i: -_width(text.windows[i]))
-    size = max(1, batch_tokens // _width(text.windows[order[0]]))
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    nll = torch.zeros(len(order), dtype=torch.float64)
-    was_training = prepared.training
-    prepared.eval()
-    for first in range(0, len(batches), world):  # ranks that share a model run it together
-        mine = first + rank < len(batches)  # or else another rank's, for company
-        batch = batches[min(first + rank, len(batches) - 1)]
-        inputs = torch.zeros(len(batch), _width(text.windows[batch[0]]), dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORE)
-        for row, index in enumerate(batch):
-            w = text.windows[index]
-            ids = torch.from_numpy(text.sequences[w.document][w.start : w.end + 1])
-            length = _width(w)
-            inputs[row, :length] = ids[:-1]
-            targets[row, length - w.scored : length] = ids[length - w.scored + 1 :]
-        with torch.compiler.set_stance("force_eager"):  # widths differ
-            nats = prepared(inputs.to(device), targets.to(device)).nats
-        if mine:
-            nll[batch] = nats.double().sum(1).cpu()
-    if accelerator and world > 1:
-        nll = accelerator.reduce(nll.to(device), "sum").cpu()
-    prepared.train(was_training)
-    return nll.numpy()
-
-
-def _width(window: Window) -> int:
-    return window.end - window.start
-
-
 def measure(
     prepared: nn.Module,
     text: Text,
@@ -358,7 +318,9 @@ def measure(
 
     `headline` names the figure that the protocol's source prints.
     """
-    nll = window_nll(prepared, text, batch_tokens, accelerator)
+    nll = evaluate.window_nll(
+        prepared, text.windows, text.ids, batch_tokens=batch_tokens, accelerator=accelerator
+    )
     count = np.array([w.scored for w in text.windows])
     total, num_tokens = float(nll.sum()), int(count.sum())
     mean = total / num_tokens

@@ -24,7 +24,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,19 @@ def write(run_dir: Path, result: dict[str, Any]) -> None:
     write_atomically(run_dir / FILE_NAME, text + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text beside `path`, flush it to the disk and rename it to `path`."""
+def write_atomically(path: Path, content: str | Callable[[str], object]) -> None:
+    """Write a text, or what `content` puts into the file it is given the name of, to `path`.
+
+    It is written beside `path`, flushed to the disk and renamed.
+    """
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
+        if isinstance(content, str):
+            Path(scratch).write_text(content, "utf-8", newline="")
+        else:
+            content(scratch)
+        with open(scratch, "rb") as stream:
             os.fsync(stream.fileno())
         os.chmod(scratch, 0o644)
         os.replace(scratch, path)

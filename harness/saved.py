@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from harness import config, methods, models, network, results
+from harness import composition, methods, models, network, results
 from harness.config import ASSETS_DIR, ConfigError, RunConfig, nearest
 from harness.methods.svd import CACHE_ENV
 
@@ -97,7 +97,7 @@ def load(run_dir: Path) -> Saved:
     if not path.is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml, which says what the base was")
     started = _started(run_dir, record)
-    run = _with_folders(config.load(path, validated=False), started)
+    run = _with_folders(composition.load(path, validated=False), started)
     transformers.utils.logging.disable_progress_bar()
     if run.model.id or run.model.tokenizer:
         network.go_offline_if_unreachable()

@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from harness import config, network
+from harness import composition, network
 from harness.config import CONF_DIR, ConfigError, RunConfig
 
 CONTEXT = 1024
@@ -79,7 +79,7 @@ def run_of(row: Published, file: str | None) -> RunConfig:
         quoted = file.replace("\\", "\\\\").replace("'", "\\'")
         overrides += ["data=text_files", f"data.path='{quoted}'"]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return config.from_hydra(compose("config", overrides))
+        return composition.from_hydra(compose("config", overrides))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ goes on), 2 a mistake in the configuration, 1 any other failure.
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import gc
 import logging
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pandas as pd
 import torch
 import transformers
 from accelerate import Accelerator
@@ -30,7 +27,7 @@ from accelerate.utils import set_seed
 
 from harness import (
     checkpoint,
-    config,
+    composition,
     data,
     environment,
     evaluate,
@@ -50,7 +47,9 @@ from harness import (
     train,
 )
 from harness.config import ConfigError, RunConfig
+from harness.held_out import HeldOut
 from harness.methods.svd import CACHE_ENV
+from harness.standing import SoFar, Standing
 from harness.stop import Stop
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
@@ -86,7 +85,7 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
                 if rank == 0:
                     results.keep_reserve(run_dir)
                     so_far = SoFar(time.time(), lock.beside())
-                run = run or config.load(run_dir / "config.yaml")
+                run = run or composition.load(run_dir / "config.yaml")
                 result |= results.describe(run, run_dir)
                 perform(run, run_dir, result, stop, so_far or SoFar(time.time()), quiet=quiet)
         finally:
@@ -123,31 +122,6 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     if code == 0:  # and not before: until then the run goes on from its last checkpoint
         results.clear(run_dir)
     return code
-
-
-@dataclasses.dataclass
-class SoFar:
-    """What a run has had of the machine; a checkpoint keeps it for the run that goes on."""
-
-    started: float  # seconds since 1970
-    beside: lock.Beside | None = None
-    wall_seconds: float = 0.0  # of the parts before this one, up to their checkpoints
-    runs_beside: int = 0  # in those parts, at most
-
-    def go_on(self, facts: dict[str, Any]) -> None:
-        """Take over what `facts` said of the parts before."""
-        self.wall_seconds, self.runs_beside = facts["wall_seconds"], facts["runs_beside"] or 0
-
-    def facts(self) -> dict[str, Any]:
-        """Of all parts together; runs beside are None where they are not counted."""
-        most = max(self.runs_beside, self.beside.most()) if self.beside else None
-        seconds = self.wall_seconds + time.time() - self.started
-        return {"wall_seconds": seconds, "runs_beside": most}
-
-    def end(self) -> None:
-        """No longer count as a run that is under way."""
-        if self.beside:
-            self.beside.end()
 
 
 def failure_class(error: Exception) -> str:
@@ -201,23 +175,26 @@ def perform(
     # Names and shapes are checked on the meta device, before anything is read or loaded.
     model_config = models.load_config(run.model)
     result["model"] |= models.facts(run.model, model_config)
-    methods.check_context(run, models.max_context(model_config))
-    context = run.evaluate.context or run.data.context
+    most = models.max_context(model_config)
+    methods.check_context(run, most)
     with suppress(methods.NeedsWeightsError):  # then on the real model
         methods.check(models.on_meta(run, model_config), run)
 
+    # ----------------------------------------------------------------------- data
     tokenizer = models.load_tokenizer(run.model, model_config)
     with accelerator.main_process_first():
         text = data.prepare(run.data, tokenizer, test=run.evaluate.test)
-        held_out = text.held_out | {
+        further = {
             name: data.prepare_test(cfg, tokenizer) for name, cfg in run.evaluate.also.items()
         }
         by_protocol = protocols.read(run, tokenizer)
-    result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
+    context = run.evaluate.context or run.data.context
     stride = run.evaluate.stride or context
+    result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
     result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
+    # ----------------------------------------------------------------------- model and method
     set_seed(run.seed)
     base = models.load_model(run, model_config)
     result["parameters"] = {"base": models.count_parameters(base).total}
@@ -250,8 +227,7 @@ def perform(
     prompts = []
     if run.evaluate.generate:
         prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
-        limit = models.max_context(model_config)
-        room = None if limit is None else limit - methods.num_virtual_tokens(run)
+        room = None if most is None else most - methods.num_virtual_tokens(run)
         generation.check(model, tokenizer, prompts, run.evaluate.generate, accelerator, room)
     if run.launch.sharded:
         prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
@@ -261,114 +237,25 @@ def perform(
     optimizer = None
     if counted.trainable:
         optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
-    batch_tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
 
-    # Where the run stands, and what it has found out on the way: a checkpoint holds all of it.
-    # Halved by the controller after a kill for memory.
-    halved = results.get(results.read(run_dir) or {}, "run.micro_batch")
-    state = train.State(micro_batch=halved or run.train.micro_batch)
-    at_evaluation: dict[str, Any] = {}  # memory
-    newest = best = (np.zeros(0), np.zeros(0, np.int64))  # nats and tokens of validation documents
-    best_path = run_dir / results.BEST
-    found = checkpoint.latest(run_dir)
-    if found is not None and optimizer is not None:
-        check_ranks(run, found.facts["processes"], accelerator.num_processes)
-        so_far.go_on(found.facts["so_far"])
-        state = train.State(**found.facts["state"])
-        state.micro_batch = min(halved or state.micro_batch, state.micro_batch)
-        state.resumed_at.append(state.step)
-        at_evaluation = found.facts["at_evaluation"]
-        result["quality"] = {"step0": found.facts["step0"], "also": found.facts["also"]}
-        process.go_on(found.facts["process"])
-        best = (found.tensors["best/nll"].numpy(), found.tensors["best/num_tokens"].numpy())
-        checkpoint.restore(model, optimizer, found.tensors)
-        checkpoint.restore_generators(found, accelerator.process_index)
-        if accelerator.is_main_process:
-            checkpoint.take_best(found, best_path)
-        log.info("goes on after step %d", state.step)
-    del found
-    metrics = results.Metrics(
-        run_dir, state.step, state.validated, write=accelerator.is_main_process
+    # ----------------------------------------------------------------------- train
+    standing = Standing(run, run_dir, model, optimizer, accelerator, process, so_far)
+    state = standing.state
+    result["quality"] = standing.quality
+    held_out = HeldOut(
+        text.held_out | further,
+        list(further),
+        prepared,
+        standing,
+        context=context,
+        stride=stride,
+        bos=tokenizer.eos_token_id,
+        batch_tokens=run.evaluate.batch_tokens or evaluate.batch_tokens(model_config),
     )
-
-    def measure(name: str, **following: Any) -> tuple[Any, Any]:
-        """Nats and predicted tokens of every document of a split, or of a further text."""
-        start = time.perf_counter()
-        with process.phase("evaluate"):
-            found = evaluate.document_nll(
-                prepared,
-                held_out[name],
-                context=context,
-                stride=stride,
-                bos=tokenizer.eos_token_id,
-                batch_tokens=batch_tokens,
-                accelerator=accelerator,
-                **following,
-            )
-        state.evaluate_seconds += time.perf_counter() - start
-        return found
-
-    def conclude(name: str, nll: Any, count: Any, when: str = "after") -> dict[str, Any]:
-        """Quality on a text, and its table of nats per document in RUN_DIR."""
-        documents = held_out[name]
-        if accelerator.is_main_process:
-            table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": count})
-            for column in ("num_words", "num_bytes"):
-                table[column] = documents[column]
-            # A prompt with all its completions is what is independent of others.
-            table = table.groupby("id", sort=False, as_index=False).sum()
-            path = run_dir / results.documents_name(name, when)
-            checkpoint.write_atomically(
-                path, lambda scratch: table.to_parquet(scratch, index=False)
-            )
-        return evaluate.quality(nll, count, documents)
-
-    def also(when: str) -> None:
-        """Quality on the further texts, before or after adaptation."""
-        for name in run.evaluate.also:
-            found = conclude(name, *measure(name), when)
-            result["quality"]["also"].setdefault(name, {})[when] = found
-            nll = found["nll_nats"] / found["num_tokens"]
-            metrics.log({"step": state.step, "tokens": state.tokens, f"eval/{name}/nll": nll})
-
-    def validate() -> float:
-        nonlocal newest
-        # Followed before the first step, and again when the optimizer's state is there.
-        following = {"following": lambda: memory.measured(model, optimizer, at_evaluation)}
-        newest = measure("validation", **(following if state.validated <= 0 else {}))
-        if state.step == 0:
-            quality = evaluate.quality(*newest, held_out["validation"])
-            result["quality"]["step0"] = {"validation": quality}
-        return float(newest[0].sum() / newest[1].sum())
-
-    def keep() -> None:
-        nonlocal best
-        best = newest
-        if optimizer is not None and (accelerator.is_main_process or run.launch.sharded):
-            checkpoint.save_trained(model, best_path, write=accelerator.is_main_process)
-
-    def save() -> None:
-        assert optimizer is not None
-        metrics.sync()
-        process.turn("train")  # so that the peak so far is in by_phase
-        tensors = checkpoint.state_tensors(model, optimizer)
-        tensors["best/nll"], tensors["best/num_tokens"] = map(torch.from_numpy, best)
-        facts = {
-            "state": dataclasses.asdict(state),
-            "at_evaluation": at_evaluation,
-            "step0": result["quality"]["step0"],
-            "also": result["quality"]["also"],
-            "process": process.by_phase,
-            "processes": accelerator.num_processes,
-            "so_far": so_far.facts(),
-        }
-        checkpoint.save(run_dir, tensors, facts, best_path, accelerator)
-
     setup_seconds = time.perf_counter() - began
-    with metrics:
+    with standing.metrics:
         if state.validated < 0:
-            result["quality"] = {"also": {}}
-            also("before")
+            held_out.read_further("before")
         process.turn("train")
         train.train(
             prepared,
@@ -377,36 +264,35 @@ def perform(
             accelerator,
             optimizer,
             state,
-            validate=validate,
-            keep=keep,
-            save=save,
-            log=metrics.log,
+            validate=held_out.validate,
+            keep=standing.keep,
+            save=standing.save,
+            log=standing.metrics.log,
             stop=stop,
             penalty=methods.penalty(model, run),
             quiet=quiet,
         )
-        # From here on with the weights that validation chose.
-        accelerator.wait_for_everyone()
-        if optimizer is not None:
-            checkpoint.load_trained(model, best_path)
-        also("after")
+        standing.take_best()  # from here on with the weights that validation chose
+        held_out.read_further("after")
     result["run"]["resumed_at"] = state.resumed_at
     result["train"] = {
         "micro_batch_asked": run.train.micro_batch,
         "micro_batch": state.micro_batch,
     }
+
+    # ----------------------------------------------------------------------- evaluate
     result["quality"] |= {
         "best_step": state.best_step,
-        "validation": conclude("validation", *best),
+        "validation": held_out.conclude("validation", standing.best),
     }
     if run.evaluate.test:  # read here, once, and nowhere else
-        result["quality"]["test"] = conclude("test", *measure("test"))
+        result["quality"]["test"] = held_out.conclude("test", held_out.nats("test"))
     if by_protocol is not None:
         with process.phase("evaluate"):
             result["quality"]["test_protocol"] = protocols.measure(
                 prepared,
                 by_protocol,
-                batch_tokens=batch_tokens,
+                batch_tokens=held_out.batch_tokens,
                 precision=precision,
                 accelerator=accelerator,
             )
@@ -418,6 +304,7 @@ def perform(
         if accelerator.is_main_process:
             result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)
 
+    # ----------------------------------------------------------------------- what it took
     result["speed"] = {
         "tokens_per_second": state.tokens_per_second,
         "train_seconds": state.train_seconds,
@@ -426,11 +313,10 @@ def perform(
         "steps": state.step,
         "tokens": state.tokens,
     }
-
     process.turn("export")
-    result["memory"] = (state.memory or at_evaluation) | {
+    result["memory"] = (state.memory or standing.at_evaluation) | {
         "phase": "train" if state.memory else "evaluate",
-        "evaluate": at_evaluation,
+        "evaluate": standing.at_evaluation,
         "process_peak_bytes": process.peak_bytes,
         "process_peak_by_phase": process.by_phase,
     }
@@ -452,15 +338,6 @@ def perform(
         alone = unfused or run.model.architecture or run.method.name == "truncate"
         merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
         result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
-
-
-def check_ranks(run: RunConfig, before: int, now: int) -> None:
-    """Raise ConfigError where a run cannot go on with another number of processes."""
-    if now != before and (run.model.dropout or getattr(run.method, "dropout", 0)):
-        raise ConfigError(
-            f"the run was cut with launch.num_processes={before}, whose draws of dropout {now} "
-            f"cannot go on with: set launch.num_processes={before}, or rerun=true to begin again"
-        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from hydra.types import HydraContext
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import config, launch, lock, naming, progress, results, tracking
+from harness import composition, launch, lock, naming, progress, results, tracking
 from harness.config import ConfigError, RunConfig
 from harness.stop import passed_on
 
@@ -140,11 +140,11 @@ def check(
     for overrides in jobs:
         shown = " ".join(overrides)
         try:
-            run = config.from_hydra(
+            run = composition.from_hydra(
                 context.config_loader.load_sweep_config(master, list(overrides))
             )
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(f"[{shown}] {config.explain(error)}") from error
+            raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
         own = (naming.identity(run), overrides, run)
         identity, first, _ = kept.setdefault(run.run_dir, own)
         if identity != naming.identity(run):

@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from harness import launch, results, worker
-from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, RunConfig, from_hydra
+from harness.composition import from_hydra
+from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, RunConfig
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,7 +10,8 @@ import pytest
 import harness
 from harness import collect, compose, plan, results, run
 from harness.api import RunFailedError
-from harness.config import REPOSITORY, ConfigError, load
+from harness.composition import load
+from harness.config import REPOSITORY, ConfigError
 
 
 def test_importing_the_package_loads_neither_torch_nor_pandas():

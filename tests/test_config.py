@@ -6,16 +6,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from harness import methods, models
-from harness.config import (
-    CONF_DIR,
-    ConfigError,
-    LoraMethod,
-    explain,
-    from_hydra,
-    load,
-    options,
-    to_dict,
-)
+from harness.composition import explain, from_hydra, load
+from harness.config import CONF_DIR, ConfigError, LoraMethod, options, to_dict
 from harness.naming import identity, run_name
 
 

@@ -50,7 +50,8 @@ def in_both():
     """Of LoRA r=8 on every matrix of GPT-2's shape, 4 x 512 tokens: by precision."""
     from hydra import compose, initialize_config_dir
 
-    from harness.config import CONF_DIR, from_hydra
+    from harness.composition import from_hydra
+    from harness.config import CONF_DIR
 
     found = {}
     for precision in ("fp32", "bf16"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
+from test_evaluate import Rank
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from harness import documents, evaluate, protocols, results
@@ -284,19 +285,14 @@ def test_a_uniform_model_has_closed_forms(tokenizer, rows, name):
 
 @pytest.mark.parametrize("name", protocols.PROTOCOLS)
 def test_ranks_divide_the_windows(tiny, tokenizer, rows, name):
-    class Rank:
-        num_processes = 2
-
-        def __init__(self, index):
-            self.process_index = index
-
-        def reduce(self, values, _):
-            return values
-
     text = protocols.PROTOCOLS[name](rows, tokenizer, 32, 32)
     text = replace(text, sequences=[ids % 64 for ids in text.sequences])  # tiny's vocabulary
-    whole = protocols.window_nll(NextToken(tiny), text, 256)
-    parts = [protocols.window_nll(NextToken(tiny), text, 256, Rank(i)) for i in (0, 1)]
+    whole, *parts = (
+        evaluate.window_nll(
+            NextToken(tiny), text.windows, text.ids, batch_tokens=256, accelerator=rank
+        )
+        for rank in (None, Rank(0), Rank(1))
+    )
     assert all(part.any() for part in parts)
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-6)
 

@@ -86,14 +86,20 @@ def ranks_of(folder):
     return sorted(found)
 
 
+def started(tmp_path, run_dir, steps, *arguments):
+    """The program as a process of its own, whose run has taken so many steps."""
+    controller = start(tmp_path, sys.executable, "-m", "harness", *arguments)
+    while results.last_metrics(run_dir).get("step", 0) < steps:
+        assert controller.poll() is None, controller.communicate()
+        time.sleep(0.01)
+    return controller
+
+
 def test_a_rank_that_is_killed_ends_the_run_and_leaves_none_behind(tmp_path):
     long = [*SAME, "train.steps=100000", "run_name=long", "launch.num_processes=2"]
     long.append(f"outputs_dir={tmp_path}/outputs")
-    controller = start(tmp_path, sys.executable, "-m", "harness", *long)
     run_dir = tmp_path / "outputs" / "scratch" / "long"
-    while results.last_metrics(run_dir).get("step", 0) < 3:
-        assert controller.poll() is None, controller.communicate()
-        time.sleep(0.05)
+    controller = started(tmp_path, run_dir, 3, *long)
     os.kill(ranks_of(run_dir)[-1], signal.SIGKILL)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 1 and "failed (killed)" in errors
@@ -106,11 +112,8 @@ def test_ranks_that_are_told_to_stop_write_a_checkpoint_and_go_on(harness, tmp_p
     run = [*SAME, "train.steps=40", "evaluate.every=40", "launch.num_processes=2"]
     run += [f"outputs_dir={tmp_path}/outputs"]
     assert harness(*run, "run_name=whole").returncode == 0
-    controller = start(tmp_path, sys.executable, "-m", "harness", *run, "run_name=cut")
     run_dir = tmp_path / "outputs" / "scratch" / "cut"
-    while results.last_metrics(run_dir).get("step", 0) < 3:
-        assert controller.poll() is None, controller.communicate()
-        time.sleep(0.01)
+    controller = started(tmp_path, run_dir, 3, *run, "run_name=cut")
     controller.send_signal(signal.SIGTERM)
     controller.communicate(timeout=60)
     assert controller.returncode == 130 and results.can_go_on(run_dir)

@@ -23,7 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 
 from harness import results
-from harness.config import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, from_hydra, options
+from harness.composition import from_hydra
+from harness.config import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, options
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
 PAGES = [
@@ -197,7 +198,8 @@ CHECK = """
 import json, sys
 from hydra import compose, initialize_config_dir
 from harness import documents, methods, models
-from harness.config import CONF_DIR, from_hydra
+from harness.composition import from_hydra
+from harness.config import CONF_DIR
 found = {}
 with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
     for line in json.loads(sys.argv[1]):

@@ -83,7 +83,8 @@ def undisturbed(tmp_path_factory):
     """The outcome of a run that nothing cut, and how long its training took."""
     from hydra import compose, initialize_config_dir
 
-    from harness.config import CONF_DIR, from_hydra
+    from harness.composition import from_hydra
+    from harness.config import CONF_DIR
 
     folder = tmp_path_factory.mktemp("undisturbed")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from harness import models, roles
-from harness.config import CONF_DIR, REPOSITORY, ConfigError, TargetsConfig, from_hydra, options
+from harness.composition import from_hydra
+from harness.config import CONF_DIR, REPOSITORY, ConfigError, TargetsConfig, options
 from harness.methods import check, targets
 from harness.naming import identity, run_name
 from harness.unfuse import UNFUSED_TARGETS, unfuse_qkv

@@ -4,15 +4,14 @@ import os
 import shutil
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_evaluate import documents
-from test_ranks import SAME, metrics, ranks_of, start
+from test_evaluate import Rank, documents
+from test_ranks import SAME, metrics, ranks_of, start, started
 from transformers import AutoModelForCausalLM
 
 from harness import evaluate, protocols, results, shard
@@ -89,13 +88,8 @@ def test_a_killed_rank_is_gone_on_from_sharded_or_not(harness, tmp_path):
     run = [*FULL, *SAME, "train.steps=24", "evaluate.every=8"]
     here, there = f"outputs_dir={tmp_path}/outputs", f"outputs_dir={tmp_path}/alone/outputs"
     assert harness(*run, *SHARDED, here, "run_name=whole").returncode == 0
-    controller = start(
-        tmp_path, sys.executable, "-m", "harness", *run, *SHARDED, here, "run_name=cut"
-    )
     run_dir = tmp_path / "outputs" / "scratch" / "cut"
-    while results.last_metrics(run_dir).get("step", 0) < 11:
-        assert controller.poll() is None, controller.communicate()
-        time.sleep(0.01)
+    controller = started(tmp_path, run_dir, 11, *run, *SHARDED, here, "run_name=cut")
     os.kill(ranks_of(run_dir)[-1], signal.SIGKILL)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 1 and "failed (killed)" in errors
@@ -130,18 +124,6 @@ def test_by_hand_and_with_blocks_run_again_in_mixed_precision(harness, tmp_path)
             assert b[key] == pytest.approx(value, rel=rel), key
 
 
-class Rank:
-    """Of two ranks one, as the evaluation sees it."""
-
-    num_processes = 2
-
-    def __init__(self, index):
-        self.process_index = index
-
-    def reduce(self, values, _):
-        return values
-
-
 @pytest.mark.parametrize("lengths", [[30], [30, 31, 32], [9, 30, 31, 32, 5, 28]])
 def test_ranks_run_equally_many_passes_and_count_each_document_once(tiny, lengths):
     docs, prepared = documents(lengths), NextToken(tiny)
@@ -154,7 +136,9 @@ def test_ranks_run_equally_many_passes_and_count_each_document_once(tiny, length
     options = {"context": 16, "stride": 16, "bos": 0, "batch_tokens": 32}
     for of in (
         lambda rank: evaluate.document_nll(prepared, docs, accelerator=rank, **options)[0],
-        lambda rank: protocols.window_nll(prepared, text, 32, rank),
+        lambda rank: evaluate.window_nll(
+            prepared, text.windows, text.ids, batch_tokens=32, accelerator=rank
+        ),
     ):
         whole = of(None)
         passes.clear()

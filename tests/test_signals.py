@@ -138,20 +138,20 @@ def test_ranks_do_not_outlive_their_launcher_and_are_tried_again(harness, tmp_pa
 
 @pytest.mark.faults
 def test_a_second_ctrl_c_leaves_no_rank_behind(tmp_path):
-    slow = ["train.batch_tokens=65536", "run_name=slow", *RANKS]  # a step takes long
-    controller = start(tmp_path, *SHORT, *slow)
-    run_dir = tmp_path / "outputs" / "scratch" / "slow"
-    while not (run_dir / results.METRICS_NAME).exists():
+    endless = ["train.batch_tokens=1048576", "run_name=mine", *RANKS]  # a step takes minutes
+    controller = start(tmp_path, *SHORT, *endless)
+    run_dir = tmp_path / "outputs" / "scratch" / "mine"
+    while not results.last_metrics(run_dir):  # validation, after which the step begins
         assert controller.poll() is None, controller.communicate()
         time.sleep(0.05)
-    time.sleep(2)
     os.killpg(controller.pid, signal.SIGINT)
     time.sleep(0.5)
+    assert controller.poll() is None  # the first one lets the step come to its end
     os.killpg(controller.pid, signal.SIGINT)
-    _, errors = controller.communicate(timeout=20)
+    _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130 and "Traceback" not in errors, errors
     assert none_left(tmp_path)
-    assert results.read(run_dir)["status"] == "interrupted"
+    assert results.read(run_dir)["status"] == "interrupted" and not results.can_go_on(run_dir)
 
 
 @pytest.mark.faults

@@ -318,7 +318,7 @@ def state_of(pid):
 def test_a_mistake_is_named(make_run, overrides, said):
     from hydra.errors import HydraException
 
-    from harness.config import explain
+    from harness.composition import explain
 
     with pytest.raises((ConfigError, HydraException)) as error:
         make_run(*overrides)

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from harness import documents, results
-from harness.config import ASSETS_DIR, CONF_DIR, from_hydra
+from harness.composition import from_hydra
+from harness.config import ASSETS_DIR, CONF_DIR
 
 ASSET = ASSETS_DIR / "gpt2_mini"
 VOCABULARY = 4096

@@ -12,7 +12,6 @@ results.csv beside this file.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -21,9 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
 from hydra import compose, initialize_config_dir
 
-from harness import config, launch, results
+from harness import composition, config, launch, results
 from harness.config import REPOSITORY
 from harness.start import ALLOCATOR
 
@@ -52,7 +52,7 @@ def run_config(folder: str, name: str, seed: int) -> config.RunConfig:
     """The configuration of one run by itself."""
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         where = [f"outputs_dir={folder}/outputs", f"experiment_name={name}", f"seed={seed}"]
-        return config.from_hydra(compose("config", [*SHORT, *where]))
+        return composition.from_hydra(compose("config", [*SHORT, *where]))
 
 
 def overheads(folder: Path, began: list[float]) -> list[float]:
@@ -113,10 +113,7 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    with (HERE / "results.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(HERE / "results.csv", index=False)
 
 
 if __name__ == "__main__":

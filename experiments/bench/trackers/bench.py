@@ -11,7 +11,6 @@ every document are the bits of the sweep without a tracker.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import socket
 import statistics
@@ -20,6 +19,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import pandas as pd
 
 from harness import results
 from harness.config import REPOSITORY
@@ -91,10 +92,7 @@ def main() -> None:
                 print(row, flush=True)
     for (kind, name), values in ratios.items():
         print(f"{kind} {name}: {statistics.median(values):.4f} of none ({values})")
-    with (HERE / "results.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(HERE / "results.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -73,11 +73,11 @@ def measure(shape: str, side: str, method: str, precision: str, steps: int) -> d
     from accelerate.utils import set_seed
     from hydra import compose, initialize_config_dir
 
-    from harness import config, data, environment, models, predict
+    from harness import composition, config, data, environment, models, predict
 
     torch.set_num_threads(environment.usable_cores())
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        run = config.from_hydra(compose("config", overrides(shape, method, precision)))
+        run = composition.from_hydra(compose("config", overrides(shape, method, precision)))
     model_config = models.load_config(run.model)
     text = data.prepare(run.data, models.load_tokenizer(run.model, model_config))
     blocks = [

@@ -1,0 +1,172 @@
+"""From what Hydra composed to a RunConfig, and what is said of a mistake on the way.
+
+Every value is checked against the schemas of `harness.config`; no torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness import rates
+from harness.config import (
+    CONF_DIR,
+    LAUNCHERS,
+    METHODS,
+    SECTIONS,
+    ConfigError,
+    DataConfig,
+    GenerateConfig,
+    RootConfig,
+    RunConfig,
+    nearest,
+    options,
+)
+from harness.roles import resolved
+from harness.validation import validate
+
+
+def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
+    """Resolve, type-check and, unless `validated` is false, validate a composed config.
+
+    Raises:
+        ConfigError: naming the key, its value and what was expected.
+    """
+    if "hydra" in cfg:  # a sweep's own composition carries Hydra's section along
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    values: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    tracker = values.pop("tracker", None) or {}
+    method = values.pop("method", None)
+    name = method.get("name") if isinstance(method, dict) else method
+    if name not in METHODS:
+        raise ConfigError(f"method.name={name!r} is not a method: {nearest(str(name), METHODS)}")
+    sections = {"method": _typed(METHODS[name], method, "method")}
+    for key, schema in SECTIONS.items():
+        section = values.pop(key, None)
+        if not isinstance(section, dict):
+            raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
+        if key == "train" and section.get("lr") == "tuned":
+            section |= _tuned(section, sections)
+        further = section.pop("also", None) if key == "evaluate" else None
+        completing = section.pop("generate", None) if key == "evaluate" else None
+        sections[key] = _typed(schema, section, key)
+        if further:
+            sections[key] = replace(sections[key], also=_also(further, sections["data"]))
+        if completing:
+            asked = _typed(GenerateConfig, completing, "evaluate.generate")
+            sections[key] = replace(sections[key], generate=asked)
+    run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
+    if validated:
+        validate(run)
+    return resolved(run)
+
+
+def _tuned(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """lr and lr_from of train.lr=tuned."""
+    setting = rates.setting_of(sections["model"], sections["data"], train)
+    name, method = sections["targets"].name, sections["method"]
+    lr, lr_from = rates.resolve(train.get("rates"), method, name, setting)
+    return {"lr": lr, "lr_from": lr_from}
+
+
+def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
+    """The texts of evaluate.also: names of conf/data, or fields by name on top of such a file."""
+    names = [asked] if isinstance(asked, str) else asked
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        names = {name: {} for name in names}
+    if not isinstance(names, dict) or not all(isinstance(v, dict) for v in names.values()):
+        raise ConfigError(
+            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings_held_out], or "
+            "{mine: {source: text_files, path: FILE}}"
+        )
+    there = [option for option in options("data") if option != "source"]
+    found = {}
+    for name, fields in names.items():
+        base = name if name in there else str(fields.get("source", name))
+        if base not in there:
+            raise ConfigError(f"evaluate.also: no data set {base}; {nearest(base, there)}")
+        known = [f.name for f in dataclasses.fields(DataConfig)]
+        if unknown := [key for key in fields if key not in known]:
+            raise ConfigError(f"evaluate.also.{name}.{unknown[0]}: {nearest(unknown[0], known)}")
+        merged = _data_file(base) | fields | {"name": name, "cache_dir": data.cache_dir}
+        if missing := [key for key, value in merged.items() if value == "???"]:
+            raise ConfigError(f"evaluate.also.{name}.{missing[0]} is missing")
+        found[name] = _typed(DataConfig, merged, f"evaluate.also.{name}")
+    return found
+
+
+def _data_file(option: str) -> dict[str, Any]:
+    """conf/data/<option>.yaml with its defaults, which are further files of the folder."""
+    loaded = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "data" / f"{option}.yaml"))
+    assert isinstance(loaded, dict)
+    own = {str(key): value for key, value in loaded.items()}
+    merged: dict[str, Any] = {}
+    for other in own.pop("defaults", ["_self_"]):
+        merged |= own if other == "_self_" else _data_file(other)
+    return merged
+
+
+def load(path: Path, *, validated: bool = True) -> RunConfig:
+    """The RunConfig that a controller wrote to `path` (config.yaml of a run directory).
+
+    Not `validated`, it may name text and trackers that are no longer there.
+    """
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return from_hydra(loaded, validated=validated)
+
+
+def _typed(schema: type, values: Any, where: str = "") -> Any:
+    """`values` checked against a dataclass; raises ConfigError naming key and type."""
+    typed = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(typed, None)  # a frozen dataclass makes a read-only node
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(typed, values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, where, [str(key) for key in typed])) from error
+
+
+# --------------------------------------------------------------------------- what went wrong
+
+
+def explain(error: Exception, where: str = "", known: Iterable[str] = ()) -> str:
+    """One line for an error of Hydra or OmegaConf, with the nearest valid choice if any."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is None or not cause.full_key:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if "LexerNoViableAlt" in str(error) or "OverrideParse" in type(error).__name__:
+            return f"{lines[0]} (quote a value with special characters: 'data.path=\"~/a b.txt\"')"
+        if match := re.fullmatch(
+            r".*Could not find '([\w/.]+)/([^/']+)'", lines[0] if lines else ""
+        ):
+            group, option = match.groups()
+            if group == "hydra/launcher" and option in LAUNCHERS:
+                return f"{group}={option} is not installed: pip install -e '.[{LAUNCHERS[option]}]'"
+            return f"{group}={option}: no such option; {nearest(option, options(group))}"
+        return " ".join(lines)
+    key = f"{where}.{cause.full_key}" if where else str(cause.full_key)
+    names = list(known)
+    if not names and isinstance(cause.parent_node, DictConfig):
+        names = [str(name) for name in cause.parent_node]
+    last = str(cause.full_key).rsplit(".", 1)[-1]
+    if not names and isinstance(cause.parent_node, DictConfig):  # a free mapping, such as fields
+        return f"'{key}' is not there yet: write +{key}=… to add it"
+    if names and last not in names and last == str(cause.key):
+        return f"unknown key '{key}': {nearest(last, names)}"
+    return f"{key}: {str(cause).splitlines()[0]}"

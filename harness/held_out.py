@@ -1,0 +1,90 @@
+"""The held-out texts of a run: when they are read, and what the model is worth on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset
+from torch import nn
+
+from harness import evaluate, memory, results
+from harness.evaluate import Nats
+from harness.standing import Standing
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The texts by split or name, how they are read, and the run that keeps what is found."""
+
+    texts: dict[str, Dataset]
+    further: list[str]  # names of those that the run's own data does not hold
+    prepared: nn.Module  # a NextToken
+    standing: Standing
+    context: int
+    stride: int
+    bos: int
+    batch_tokens: int
+
+    def nats(
+        self, name: str, following: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Nats:
+        """Nats and predicted tokens of every document of a text (`evaluate.document_nll`)."""
+        start = time.perf_counter()
+        with self.standing.process.phase("evaluate"):
+            found = evaluate.document_nll(
+                self.prepared,
+                self.texts[name],
+                context=self.context,
+                stride=self.stride,
+                bos=self.bos,
+                batch_tokens=self.batch_tokens,
+                accelerator=self.standing.accelerator,
+                following=following,
+            )
+        self.standing.state.evaluate_seconds += time.perf_counter() - start
+        return found
+
+    def validate(self) -> float:
+        """Mean nats per validation token; the first two times memory is followed.
+
+        That is before the first step, and again when the optimizer's state is there.
+        """
+        now = self.standing
+
+        def following() -> AbstractContextManager[None]:
+            return memory.measured(now.model, now.optimizer, now.at_evaluation)
+
+        now.newest = self.nats("validation", *([following] if now.state.validated <= 0 else []))
+        nll, num_tokens = now.newest
+        if now.state.step == 0:
+            quality = evaluate.quality(nll, num_tokens, self.texts["validation"])
+            now.quality["step0"] = {"validation": quality}
+        return float(nll.sum() / num_tokens.sum())
+
+    def conclude(self, name: str, found: Nats, when: str = "after") -> dict[str, Any]:
+        """Quality on a text, and its table of nats per document in RUN_DIR."""
+        documents, (nll, num_tokens) = self.texts[name], found
+        if self.standing.accelerator.is_main_process:
+            table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": num_tokens})
+            for column in ("num_words", "num_bytes"):
+                table[column] = documents[column]
+            # A prompt with all its completions is what is independent of others.
+            table = table.groupby("id", sort=False, as_index=False).sum()
+            path = self.standing.run_dir / results.documents_name(name, when)
+            results.write_atomically(path, lambda scratch: table.to_parquet(scratch, index=False))
+        return evaluate.quality(nll, num_tokens, documents)
+
+    def read_further(self, when: str) -> None:
+        """Quality on the further texts, `before` or `after` adaptation."""
+        state = self.standing.state
+        for name in self.further:
+            quality = self.conclude(name, self.nats(name), when)
+            self.standing.quality["also"].setdefault(name, {})[when] = quality
+            nll = quality["nll_nats"] / quality["num_tokens"]
+            row = {"step": state.step, "tokens": state.tokens, f"eval/{name}/nll": nll}
+            self.standing.metrics.log(row)
