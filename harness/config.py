@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-CONF_DIR = REPOSITORY / "conf"
-ASSETS_DIR = Path(__file__).resolve().parent / "assets"
-if not CONF_DIR.is_dir():  # installed from a wheel, which holds conf inside the package
-    CONF_DIR = Path(__file__).resolve().parent / "conf"
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent
+ASSETS_DIR = PACKAGE / "assets"
+INSTALLED = (PACKAGE / "conf").is_dir()  # from a wheel, which holds conf inside the package
+CONF_DIR = (PACKAGE if INSTALLED else REPOSITORY) / "conf"
 
 
 class ConfigError(ValueError):
