@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment claims tune report wandb-sync verify-published test test-faults test-launchers test-stats lint bench gpt2_mini clean
+.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-stats lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ wandb-sync: setup ## upload an experiment's offline W&B runs, each once (EXPERIM
 
 verify-published: setup ## published perplexities of GPT-2 beside ours (ONLY=gpt2, about 30 minutes; weights from the hub)
 	$(RUN) -m harness.verify $(if $(ONLY),--only $(ONLY))
+
+verify-recorded: setup ## recorded experiments run again, beside the record (ONLY=lstm_lora, about 20 minutes)
+	$(RUN) experiments/verify_recorded.py $(if $(ONLY),--only $(ONLY))
 
 test: setup ## run the tests (about 10 minutes)
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal

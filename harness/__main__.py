@@ -69,11 +69,16 @@ def main() -> int:
     return status
 
 
-if __name__ == "__main__":
+def program() -> int:
+    """The console script `harness`; returns the exit status."""
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    sys.exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(program())

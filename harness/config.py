@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-CONF_DIR = REPOSITORY / "conf"
-ASSETS_DIR = Path(__file__).resolve().parent / "assets"
-if not CONF_DIR.is_dir():  # installed from a wheel, which holds conf inside the package
-    CONF_DIR = Path(__file__).resolve().parent / "conf"
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent
+ASSETS_DIR = PACKAGE / "assets"
+INSTALLED = (PACKAGE / "conf").is_dir()  # from a wheel, which holds conf inside the package
+CONF_DIR = (PACKAGE if INSTALLED else REPOSITORY) / "conf"
 
 
 class ConfigError(ValueError):

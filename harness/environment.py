@@ -17,7 +17,7 @@ from harness.start import usable_cores
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers",
-    "hydra-core", "numpy",
+    "hydra-core", "numpy", "peft-harness",
 )  # fmt: skip
 
 
@@ -27,8 +27,12 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Commit of the harness's own sources, `-dirty` if a tracked file differs; None outside git."""
+    """Commit of the harness's own sources, `-dirty` if a tracked file differs; None outside git.
+
+    A package that was installed within somebody else's repository is not of that one's commit.
+    """
     try:
+        _git("ls-files", "--error-unmatch", "harness/__init__.py")
         head = _git("rev-parse", "HEAD")
         return head + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

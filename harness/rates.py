@@ -21,6 +21,7 @@ import yaml
 
 from harness.config import (
     CONF_DIR,
+    INSTALLED,
     METHODS,
     ConfigError,
     DataConfig,
@@ -193,9 +194,20 @@ def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> 
 # ------------------------------------------------------------------------------------ the file
 
 
+def own_path(name: str) -> Path:
+    """Where a search writes `name`: a path that ends in .yaml, or a file of conf/rates.
+
+    A package that was installed is not ours to write to: conf/rates is then where the program runs.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    return (Path("conf") if INSTALLED else CONF_DIR) / "rates" / f"{name}.yaml"
+
+
 def path_of(name: str) -> Path:
-    """The file of `name`: one of conf/rates, or a path that ends in .yaml."""
-    return Path(name) if name.endswith((".yaml", ".yml")) else CONF_DIR / "rates" / f"{name}.yaml"
+    """The file of `name` to read: what a search would write, or else what ships."""
+    own, shipped = own_path(name), CONF_DIR / "rates" / f"{name}.yaml"
+    return shipped if shipped.exists() and not own.exists() else own
 
 
 def read(name: str) -> Rates:

@@ -103,7 +103,7 @@ class RateSweeper(GridSweeper):
     def _target(
         self, runs: list[RunConfig]
     ) -> tuple[Path, dict[str, Any], tuple[rates.Tuned, ...]]:
-        """The file, what holds of all of its rates, and those it has; raises ConfigError."""
+        """The file to write, what holds of all of its rates, and those there are; ConfigError."""
         settings = [
             rates.setting_of(run.model, run.data, vars(run.train)) | {"seed": run.seed}
             for run in runs
@@ -122,16 +122,17 @@ class RateSweeper(GridSweeper):
                 raise ConfigError(f"two grids are for the same configuration, {own}")
             keys.add(own.key)
         setting = settings[0]
-        path = rates.path_of(self.file or f"{setting['model.name']}_{setting['data.name']}")
+        name = self.file or f"{setting['model.name']}_{setting['data.name']}"
+        path, own = rates.path_of(name), rates.own_path(name)
         if not path.exists():
-            return path, setting, ()
+            return own, setting, ()
         there = rates.read(str(path))
         if apart := _difference(there.setting, setting):
             raise ConfigError(
                 f"{path} holds rates for another setting ({apart}): choose another file, "
                 "hydra.sweeper.file=NAME"
             )
-        return path, setting, there.tuned
+        return own, setting, there.tuned
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:

@@ -155,7 +155,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
 def asked_for(tmp_path):
     """What experiments want from their user, by their name."""
     (tmp_path / "test.txt").write_text("a||b\n")
-    return {"e2e_methods": [f"data.path={tmp_path}"]}
+    return dict.fromkeys(("e2e_methods", "smollm2_e2e"), [f"data.path={tmp_path}"])
 
 
 @pytest.mark.parametrize("name", options("experiment"))
