@@ -154,8 +154,9 @@ def test_every_model_data_method_and_target_file_composes(make_run):
 @pytest.fixture
 def asked_for(tmp_path):
     """What experiments want from their user, by their name."""
-    (tmp_path / "test.txt").write_text("a||b\n")
-    return dict.fromkeys(("e2e_methods", "smollm2_e2e"), [f"data.path={tmp_path}"])
+    for name in ("valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("a||b\n")
+    return {key: [f"data.path={tmp_path}"] for key in ("e2e_methods", "smollm2_e2e")}
 
 
 @pytest.mark.parametrize("name", options("experiment"))
