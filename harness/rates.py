@@ -234,9 +234,9 @@ def read(name: str) -> Rates:
 def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
     """What `read` reads, for people too."""
     lines = [
-        "# Learning rates that `make tune` (python -m harness experiment=tune) found on validation",
-        "# with the evidence: validation nll, nats per token, by peak rate (null: diverged, or not",
-        "# once below its start). fitted: vertex of a parabola through best and neighbours.",
+        "# Learning rates that a search (experiment=tune and its like) found on validation, with",
+        "# the evidence: validation nll, nats per token, by peak rate (null: diverged, or not once",
+        "# below its start). fitted: vertex of a parabola through best and neighbours.",
         "# train.lr=tuned reads this.",
     ]
     entries = []

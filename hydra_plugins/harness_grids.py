@@ -115,14 +115,20 @@ class GridSweeper(BasicSweeper):
 def combinations(
     grids: Sequence[dict[str, Any]], params: list[str], arguments: list[str], loader: Any
 ) -> list[list[str]]:
-    """The overrides of every run: every combination of every grid, the command line's on top."""
+    """The overrides of every run: every combination of every grid, the command line's on top.
+
+    All grids under the first seed come before any under the second, so that a machine's drift is in
+    every row alike, and a sweep that is cut has whole comparisons.
+    """
     parser = OverridesParser.create(config_loader=loader)
     jobs: list[list[str]] = []
     for grid in grids or [{}]:
         texts = [*params, *(f"{k}={v}" for k, v in grid.items()), *arguments]
         for batch in BasicSweeper.split_arguments(parser.parse_overrides(texts), None):
             jobs += batch
-    return jobs
+    seen = {tuple(job[: len(params)]): None for job in jobs}
+    place = {key: index for index, key in enumerate(seen)}
+    return sorted(jobs, key=lambda job: place[tuple(job[: len(params)])])
 
 
 def check(

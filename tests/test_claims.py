@@ -139,24 +139,33 @@ def test_the_opposite_truth_turns_them(tmp_path, monkeypatch, configured, capsys
     )
 
 
-def row(name):
-    return SimpleNamespace(name=name)
+def row(name, needs):
+    """A row of which `what` is known, a seed each."""
+    records = [{"config": {"seed": seed}} for seed in range(len(needs))]
+    found = [statements.Need(abs(n), is_bound=n < 0) for n in needs]  # here: below 0, a bound
+    return SimpleNamespace(name=name, records=records, needs=found)
+
+
+def smaller(a, b):
+    return statements.smaller("", "steps", row("a", a), row("b", b), lambda row: row.needs)
 
 
 def test_ratios_are_tested_as_scipy_does():
-    pairs = [(1.1, 2.0), (1.3, 2.1), (1.0, 2.3)]
-    found = statements.smaller("", "seconds", row("a"), row("b"), pairs)
-    logs = np.log([a / b for a, b in pairs])
+    found = smaller([1.1, 1.3, 1.0], [2.0, 2.1, 2.3])
+    logs = np.log([1.1 / 2.0, 1.3 / 2.1, 1.0 / 2.3])
     test = scipy_stats.ttest_1samp(logs, 0)
     assert found.p == pytest.approx(test.pvalue) and found.favours
     low, high = np.exp(test.confidence_interval())
     assert f"ratio {np.exp(logs.mean()):.2f} ({low:.2f} to {high:.2f})" in found.numbers
 
 
-def test_a_seed_that_does_not_get_there_leaves_it_untold():
-    found = statements.smaller("", "steps", row("a"), row("b"), [(1, 2), (None, 2), (1, 2)])
-    assert "1 of 3 seeds do not get there" in found.numbers
-    assert statements.Claim("", [found], []).verdicts() == ["cannot be told"]
+def test_who_is_not_there_by_the_end_needs_more_and_that_is_known():
+    found = smaller([-80, 79, -80], [20, 21, 20])
+    assert not found.favours and found.p < 0.01 and "more than 79.7 against 20.3" in found.numbers
+    assert statements.Claim("", [found], []).verdicts() == ["does not hold"]
+    # More than 20 against 21 is no sign of less, and of what `b` needs nothing is known.
+    for a, b in (([-20, -20, -20], [21, 22, 21]), ([20, 20, 20], [-80, 70, 75])):
+        assert statements.Claim("", [smaller(a, b)], []).verdicts() == ["cannot be told"]
 
 
 def test_tests_of_a_claim_share_its_level():
@@ -170,6 +179,16 @@ def test_tests_of_a_claim_share_its_level():
     assert statements.Claim("", [one(0.001, False), one(0.04)], []).verdicts() == [
         "does not hold", "holds",
     ]  # fmt: skip
+
+
+def test_a_claim_of_several_parts_holds_where_all_do():
+    def one(p, favours):
+        return statements.Statement("", "", favours, p, ())
+
+    parts = [one(None, True), one(1e-6, True), one(0.5, True), one(1e-6, False)]
+    assert statements.Claim("", parts, [], main=2).verdict() == "holds"
+    assert statements.Claim("", parts, [], main=3).verdict() == "cannot be told"
+    assert statements.Claim("", parts, [], main=4).verdict() == "does not hold"
 
 
 def test_a_run_that_is_missing_is_named(tmp_path):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from functools import partial
 
 from statements import (
     MIB,
     Claim,
+    Need,
     Runs,
     better,
-    by_seed,
     curve,
     exact,
     learning,
     peaks,
     perplexity,
     points,
+    seconds_to,
     smaller,
     step_seconds,
+    steps_to,
     tested,
 )
 
@@ -117,11 +119,11 @@ def memory(runs: Runs) -> Claim:
         for what, names in {"weights": weights, "gradients and optimizer": state,
                             "activations": ("activations",)}.items()
     ]  # fmt: skip
-    first, last = (
-        f"{share['lora all r=8'][i]:.0f} % of full fine-tuning's at {MICRO_BATCHES[i]} blocks"
-        for i in (0, -1)
+    full_64, lora_64, attn_64 = (
+        runs.one(*what, steps=4, micro_batch=64)
+        for what in (("full",), ("lora", 8), ("lora", 8, "attn"))
     )
-    gone = f"from {over[0]} blocks a pass on" if over else f"not up to {MICRO_BATCHES[-1]}"
+    gone = f"before {over[0]} blocks a pass" if over else f"not up to {MICRO_BATCHES[-1]}"
     errors = [
         abs(record["predicted"]["peak_bytes"] / record["memory"]["peak_bytes"] - 1)
         for row in runs.rows for record in row.records if row.values["method.lr"]
@@ -139,14 +141,15 @@ def memory(runs: Runs) -> Claim:
             and part(lora, "activations") >= part(full, "activations"), lora, full,
         ),
         exact(
-            f"the saving disappears with the batch ({gone})", f"{first}, {last} (predicted)",
-            bool(over),
+            f"the saving disappears with the batch ({gone})",
+            f"at 64 blocks a pass {peak(lora_64):,.0f} MiB against {peak(full_64):,.0f}",
+            peak(lora_64) >= peak(full_64), lora_64, full_64,
         ),
         exact(
             "on attention alone less is kept for the backward pass, and the saving stays",
-            f"{peak(attn):.0f} MiB; {share['lora attn r=8'][-1]:.0f} % of full fine-tuning's at "
-            f"{MICRO_BATCHES[-1]} blocks (predicted)",
-            share["lora attn r=8"][-1] < 100, attn, full,
+            f"{peak(attn):.0f} MiB against {peak(full):.0f} at 8 blocks, {peak(attn_64):,.0f} "
+            f"against {peak(full_64):,.0f} at 64",
+            peak(attn_64) < peak(full_64), attn, full, attn_64, full_64,
         ),
     ]  # fmt: skip
     lines = [points(n, n.split()[0], MICRO_BATCHES, values) for n, values in share.items()]
@@ -180,27 +183,24 @@ def speed(runs: Runs) -> Claim:
     """3. Seconds a step, and seconds to a perplexity."""
     full = runs.one("full")
     others = {
-        "r=1": runs.one("lora", 1), "r=8": runs.one("lora", 8), "r=64": runs.one("lora", 64),
+        "r=8": runs.one("lora", 8), "r=1": runs.one("lora", 1), "r=64": runs.one("lora", 64),
         "r=8 of attention": runs.one("lora", 8, "attn"),
     }  # fmt: skip
+
+    def a_step(row: Row) -> list[Need]:
+        return [Need(seconds) for seconds in step_seconds(row)]
+
     statements = [
-        smaller(f"a step of LoRA {name} is shorter", "seconds", row, full,
-                by_seed(row, full, step_seconds))
-        for name, row in sorted(others.items(), key=lambda item: item[0] != "r=8")
+        smaller(f"a step of LoRA {name} is shorter", "seconds", row, full, a_step)
+        for name, row in others.items()
+    ]
+    statements += [
+        smaller(
+            f"LoRA {name} gets to validation perplexity {level} sooner", "seconds", others[name],
+            full, partial(seconds_to, level=level),
+        )
+        for level in LEVELS for name in ("r=64", "r=8")
     ]  # fmt: skip
-    for level in LEVELS:
-        for name in ("r=8", "r=64"):
-            row = others[name]
-
-            def seconds(row: Row, level: int = level) -> list[float | None]:
-                steps = curve(row).steps_to(math.log(level))
-                each = step_seconds(row)
-                return [s and s * t for s, t in zip(steps, each, strict=True)]
-
-            statements.append(
-                smaller(f"LoRA {name} gets to perplexity {level} sooner", "seconds", row, full,
-                        by_seed(row, full, seconds))
-            )  # fmt: skip
     members = {"full": full} | {f"lora {name}": row for name, row in others.items()}
     figure = learning(
         "3-seconds", "3. Learning by time", "seconds of optimizer steps", members, "seconds"
@@ -208,7 +208,8 @@ def speed(runs: Runs) -> Claim:
     return Claim(
         "It trains faster", statements, [figure],
         ["Seconds are of the median step of a run, so that what else the machine did now and then "
-         "does not count; sooner is steps times that."],
+         "does not count; sooner is steps times that. The runs of a seed follow one another, and a "
+         "machine that drifts meanwhile moves a step's ratio beyond its interval."],
     )  # fmt: skip
 
 
@@ -216,17 +217,13 @@ def iterations(runs: Runs) -> Claim:
     """4. Steps to a validation perplexity, each method at its own best rate."""
     full = runs.one("full")
     others = {f"r={r}": runs.one("lora", r) for r in (64, 8, 1)}
-    statements = []
-    for level in LEVELS:
-        for name, row in others.items():
-
-            def steps(row: Row, level: int = level) -> list[float | None]:
-                return curve(row).steps_to(math.log(level))
-
-            statements.append(
-                smaller(f"LoRA {name} needs fewer steps to validation perplexity {level}", "steps",
-                        row, full, by_seed(row, full, steps))
-            )  # fmt: skip
+    statements = [
+        smaller(
+            f"LoRA {name} needs fewer steps to validation perplexity {level}", "steps", row, full,
+            partial(steps_to, level=level),
+        )
+        for level in LEVELS for name, row in others.items()
+    ]  # fmt: skip
     members = {"full": full} | {f"lora {name}": row for name, row in others.items()}
     figure = learning("4-steps", "4. Learning by steps", "steps of 2,048 tokens", members, "steps")
     return Claim("It needs fewer training iterations", statements, [figure])
@@ -291,10 +288,10 @@ def scarcity(runs: Runs) -> Claim:
     needs = {row.name: peaks(*o, micro_batch=1, tokens=2048)["peak"] for row, o in overrides}
     quality = {row.name: perplexity(row) for row in choices}
     full, low = names[0], names[1:]
+    best_low = min(choices[1:], key=perplexity)
     fits = {cap: [name for name in names if needs[name] <= cap] for cap in CAPS}
     best = {cap: min(found, key=quality.__getitem__) for cap, found in fits.items() if found}
     only_low = [cap for cap, found in fits.items() if found and full not in found]
-    nothing = [cap for cap, found in fits.items() if not found]
     caps = [
         f"{cap} MiB: {best[cap]} ({quality[best[cap]]:.1f})"
         if cap in best
@@ -318,10 +315,7 @@ def scarcity(runs: Runs) -> Claim:
             f"{needs[low[0]]:.0f}, r=8 {needs[low[1]]:.0f}, of attention alone {needs[low[2]]:.0f}",
             bool(only_low), *choices,
         ),
-        exact(
-            "where full fine-tuning fits, the advantage has vanished",
-            "; ".join(caps), best[CAPS[-1]] == full, *choices,
-        ),
+        better("where full fine-tuning fits, it is better than any of them", choices[0], best_low),
     ]  # fmt: skip
     series = {}
     for label, rank in (("full", None), ("lora", 64)):
@@ -330,12 +324,17 @@ def scarcity(runs: Runs) -> Claim:
                    for r, s in zip(members, (20, 80, 240), strict=True)}  # fmt: skip
         name = label if rank is None else f"{label} r={rank}"
         series[name] = tested(name, members, lambda row, seconds=seconds: seconds[row.name])
-    for steps in (20, 80, 240):
-        time = series["full"].x[(20, 80, 240).index(steps)]
+    for index, steps in enumerate((20, 80, 240)):
+        own, others = (series[name].x[index] for name in ("lora r=64", "full"))
         low_rank, whole = runs.one("lora", 64, steps=steps), runs.one("full", steps=steps)
+        said = f"after {steps} steps ({own:.0f} s, full {others:.0f} s)"
         statements.append(
             better(
-                f"with {time:.0f} s to train ({steps} steps) LoRA r=64 is ahead", low_rank, whole
+                f"where time is scarce, {said}, LoRA r=64 is ahead"
+                if steps == 20
+                else f"{said} LoRA r=64 is ahead",
+                low_rank,
+                whole,
             )
         )
     memory_axes = Axes(
@@ -360,7 +359,7 @@ def scarcity(runs: Runs) -> Claim:
         )
         sizes.append(f"{model} {whole:.1f} GiB against {lora:.1f}")
     remarks = [
-        f"Under {max(nothing)} MiB nothing trains." if nothing else "",
+        f"Best under a cap: {'; '.join(caps)}.",
         f"One block a pass is the same step: {'; '.join(measured)}.",
         f"At GPT-2's own sizes, predicted, one block of 256 tokens: {', '.join(sizes)} (LoRA r=8 "
         "of every matrix). What a process takes beyond its live tensors comes on top.",
@@ -369,7 +368,7 @@ def scarcity(runs: Runs) -> Claim:
         "Its advantage shows where resources are scarce and vanishes where they are plentiful",
         statements,
         [Figure(memory_axes, by_label), Figure(time_axes, list(series.values()))],
-        [remark for remark in remarks if remark],
+        remarks, 3,
     )  # fmt: skip
 
 
@@ -413,46 +412,9 @@ def expressiveness(runs: Runs) -> Claim:
          f"fine-tuning on all of the text forgets {base.difference:.2f} nats per token "
          f"({base.low:.2f} to {base.high:.2f}).",
          "The hundredth is one draw of 11 chapters, the same for every seed: how much other "
-         "chapters would move it is in no interval."],
+         "chapters would move it is in no interval. The gap is that after 80 steps, which is not "
+         "all that a rank can express: claim 1 has r=64 after 240."], 3,
     )  # fmt: skip
 
 
 CLAIMS = (parameters, memory, speed, iterations, factors, scarcity, expressiveness)
-
-
-# ----------------------------------------------------------------------------------------- the LSTM
-
-
-def lstm(runs: Runs) -> Claim:
-    """The same in brief: an LSTM of random weights."""
-
-    def one(label: str, rank: Any = None, targets: str = "lstm") -> Row:
-        return runs.one(label, rank, targets)
-
-    full, lora, ends = one("full"), one("lora", 64), one("lora", 64, "lstm_ends")
-    d, udv = one("udv-d", "full"), one("udv-udv", 64)
-    count = [float(row.values["parameters.trainable"]) for row in (lora, full)]
-    peak = [float(row.values["memory.peak_bytes"]) / MIB for row in (lora, full)]
-
-    def steps(row: Row) -> list[float | None]:
-        return curve(row).steps_to(math.log(LEVELS[0]))
-
-    return Claim(
-        "The small LSTM, from random weights",
-        [
-            exact("1. LoRA r=64 trains fewer parameters",
-                  f"{count[0]:,.0f} against {count[1]:,.0f}", count[0] < count[1], lora, full),
-            better("1. and gets as low in 80 steps", lora, full),
-            better("1. so does LoRA r=64 of embedding and head alone", ends, full),
-            exact("2. LoRA r=64 needs less memory", f"{peak[0]:.0f} MiB against {peak[1]:.0f}",
-                  peak[0] < peak[1], lora, full),
-            smaller("3. its step is shorter", "seconds", lora, full,
-                    by_seed(lora, full, step_seconds)),
-            smaller(f"4. LoRA of the ends needs fewer steps to perplexity {LEVELS[0]}", "steps",
-                    ends, full, by_seed(ends, full, steps)),
-            better("5. training D alone does as much as LoRA r=64", d, lora),
-            better("5. U, D and V of k=64 are better than LoRA r=64", udv, lora),
-            better("7. full fine-tuning is better than LoRA of the ends", full, ends),
-        ],
-        [],
-    )  # fmt: skip

@@ -91,12 +91,13 @@ class Statement:
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the seven; the first statement is the claim itself."""
+    """One of the seven."""
 
     title: str
     statements: list[Statement]
     figures: list[Figure]
     remarks: list[str] = field(default_factory=list)
+    main: int = 1  # the first so many statements are the claim: it holds where all of them do
 
     def verdicts(self) -> list[str]:
         """holds | does not hold | cannot be told, of every statement."""
@@ -109,6 +110,14 @@ class Claim:
             )
         return found
 
+    def verdict(self) -> str:
+        """The claim's own: what any of its main statements says against it, or else all for it."""
+        found = self.verdicts()[: self.main]
+        for verdict in ("does not hold", "cannot be told"):
+            if verdict in found:
+                return verdict
+        return "holds"
+
 
 def better(text: str, a: Row, b: Row, on: str = "test") -> Statement:
     """Whether `a` has the lower log-perplexity."""
@@ -118,37 +127,57 @@ def better(text: str, a: Row, b: Row, on: str = "test") -> Statement:
     return Statement(text, numbers, c.difference < 0, c.p, (a.name, b.name))
 
 
-def smaller(
-    text: str, what: str, a: Row, b: Row, values: Sequence[tuple[float | None, float | None]]
-) -> Statement:
-    """Whether `a`'s of the paired (a, b) values, one pair a seed, is the smaller one in ratio.
+@dataclass(frozen=True)
+class Need:
+    """What a run needed to get somewhere, in steps or seconds."""
 
-    A t-test of the log-ratio. Where a seed of `a` has no value it cannot be told.
+    amount: float
+    is_bound: bool = False  # more than that: its run had ended, and it was not there
+
+
+def steps_to(row: Row, level: float) -> list[Need]:
+    """Steps to a validation perplexity, of every seed."""
+    c = curve(row)
+    last = Need(float(c.steps[-1]), is_bound=True)
+    return [last if step is None else Need(step) for step in c.steps_to(math.log(level))]
+
+
+def seconds_to(row: Row, level: float) -> list[Need]:
+    """The same in seconds of median steps."""
+    pairs = zip(steps_to(row, level), step_seconds(row), strict=True)
+    return [Need(need.amount * seconds, need.is_bound) for need, seconds in pairs]
+
+
+def smaller(
+    text: str, what: str, a: Row, b: Row, needs: Callable[[Row], Sequence[Need]]
+) -> Statement:
+    """Whether what `a` needs is the smaller one in ratio, seed by seed: a t-test of the log-ratio.
+
+    Where `a` was not there when its run ended, it needs more than that, which can speak against the
+    statement only. Where `b` was not, it cannot be told.
     """
     rows = (a.name, b.name)
-    logs = [math.log(x / y) for x, y in values if x is not None and y is not None]
-    if len(logs) < len(values) or len(logs) < 2:
-        numbers = f"{what}: {len(values) - len(logs)} of {len(values)} seeds do not get there"
-        return Statement(text, numbers, False, 1.0, rows)
+    one, other = (
+        dict(zip([r["config"]["seed"] for r in row.records], needs(row), strict=True))
+        for row in (a, b)
+    )
+    pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
+    if len(pairs) < 2 or any(need.is_bound for _, need in pairs):
+        return Statement(text, f"{what}: {b.name} does not get there", False, 1.0, rows)
+    logs = [math.log(x.amount / y.amount) for x, y in pairs]
     mean, half = views.mean(logs)
     assert half is not None
     error = np.std(logs, ddof=1) / math.sqrt(len(logs))
     p = 2 * special.stdtr(len(logs) - 1, -abs(mean) / error) if error else float(mean == 0)
-    means = [
-        statistics.fmean(v for v in side if v is not None) for side in zip(*values, strict=True)
-    ]
+    bounds = sum(need.is_bound for need, _ in pairs)
+    if bounds and mean < 0:
+        p = 1.0
+    means = [statistics.fmean(n.amount for n in side) for side in zip(*pairs, strict=True)]
     ends = " to ".join(f"{math.exp(mean + sign * half):.2f}" for sign in (-1, 1))
-    numbers = f"{what}: {means[0]:.3g} against {means[1]:.3g}, ratio {math.exp(mean):.2f} ({ends})"
+    more = "more than " if bounds else ""
+    numbers = f"{what}: {more}{means[0]:.3g} against {means[1]:.3g}, "
+    numbers += f"ratio {more}{math.exp(mean):.2f} ({ends})"
     return Statement(text, numbers, mean < 0, float(p), rows)
-
-
-def by_seed(a: Row, b: Row, value: Callable[[Row], Sequence[Any]]) -> list[tuple[Any, Any]]:
-    """(a's value, b's value) of every seed that both have."""
-    one, other = (
-        dict(zip([r["config"]["seed"] for r in row.records], value(row), strict=True))
-        for row in (a, b)
-    )
-    return [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
 
 
 def exact(text: str, numbers: str, holds: bool, *of: Row) -> Statement:

@@ -18,7 +18,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from seven import CLAIMS, LEVELS, lstm
+from brief import lstm
+from seven import CLAIMS, LEVELS
 from statements import Claim, Runs, curve, step_seconds
 
 from harness.config import ConfigError
@@ -33,7 +34,8 @@ QUESTION = (
     "parameters) and the King James text, each method at a rate of its own, three seeds?"
 )
 METHOD = (
-    "Each claim is a few statements, of which this table shows the first. `Holds` and `does not "
+    "Each claim is a few statements; its verdict is that of the first, of claims 6 and 7 that of "
+    "the first three together, all of which must hold. `Holds` and `does not "
     "hold` are exact, or significant at 5 % after Holm's adjustment over the tests of that claim; "
     "anything else cannot be told, which does not say that there is no difference. Intervals are "
     "95 %, not adjusted. Perplexity is per token of the test chapters; its differences are tested "
@@ -61,12 +63,11 @@ def page(claims: Sequence[Claim], brief: Claim, made: str) -> str:
     lines = [
         "# Seven claims for low-rank adaptation, put to the test", "", *wrapped(QUESTION), "",
         f"    {COMMAND}", "",
-        "| | claim | verdict | in figures |", "| --- | --- | --- | --- |",
+        "| | claim | verdict | its statements |", "| --- | --- | --- | --- |",
     ]  # fmt: skip
     for number, (claim, found) in enumerate(zip(claims, verdicts, strict=True), 1):
-        lines.append(
-            f"| {number} | {claim.title} | **{found[0]}** | {claim.statements[0].numbers} |"
-        )
+        counts = ", ".join(f"{found.count(v)} {v}" for v in dict.fromkeys(found))
+        lines.append(f"| {number} | {claim.title} | **{claim.verdict()}** | {counts} |")
     lines += ["", *wrapped(METHOD)]
     for number, (claim, found) in enumerate(zip(claims, verdicts, strict=True), 1):
         lines += ["", f"## {number}. {claim.title}", "", *table(claim, found), ""]
@@ -91,11 +92,12 @@ def provenance(*folders: Runs) -> str:
     borrowed = sorted({
         f"{row.name} ({record['method']['lr_from']})"
         for runs in folders for row in runs.rows for record in row.records
-        if record["method"]["lr_from"] not in ("set", "tuned", "not used")
+        if record["method"]["lr_from"] not in ("tuned", "not used") and record["method"]["lr"]
     })  # fmt: skip
+    beside = sum(bool(record["environment"]["runs_beside"]) for record in records)
     return (
         f"- {len(records)} runs, {minutes:.0f} minutes, commit {', '.join(commits)}, "
-        f"{', '.join(hardware)}.\n"
+        f"{', '.join(hardware)}; {beside} of them beside other runs, which moves their seconds.\n"
         f"- Rates that were not tuned for just this: {'; '.join(borrowed) or 'none'}."
     )
 
