@@ -117,10 +117,10 @@ class RateSweeper(GridSweeper):
                 )
             if apart := _difference(settings[0], setting):
                 raise ConfigError(f"one file of rates is for one setting: {apart}")
-            own = rates.tuned_of(run.method, run.targets.name, {})
-            if own.key in keys:
-                raise ConfigError(f"two grids are for the same configuration, {own}")
-            keys.add(own.key)
+            tuned = rates.tuned_of(run.method, run.targets.name, {})
+            if tuned.key in keys:
+                raise ConfigError(f"two grids are for the same configuration, {tuned}")
+            keys.add(tuned.key)
         setting = settings[0]
         name = self.file or f"{setting['model.name']}_{setting['data.name']}"
         path, own = rates.path_of(name), rates.own_path(name)
