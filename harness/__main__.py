@@ -40,6 +40,12 @@ def main() -> int:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {composition.explain(error)}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        if "Config group override" not in str(error):  # Hydra's own answer to method=null
+            raise
+        given = " ".join(text for text in sys.argv[1:] if text.endswith("=null"))
+        print(f"error: {given}: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -19,9 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import composition, launch, naming, results, tracking
+from harness import composition, launch, results, tracking
 from harness.config import CONF_DIR, ConfigError, RunConfig
-from hydra_plugins.harness_grids import combinations
+from hydra_plugins.harness_grids import check, combinations
 
 if TYPE_CHECKING:
     from harness.predict import Prediction
@@ -34,12 +34,13 @@ class RunFailedError(RuntimeError):
 
 
 def compose(*overrides: str) -> list[RunConfig]:
-    """Every run that `python -m harness` would make of these arguments, each validated.
+    """Every run that `python -m harness` would make of these arguments, each once and validated.
 
     One, or those of a sweep: `compose("method=lora", "method.r=1,8")`, or of an experiment.
 
     Raises:
-        ConfigError: naming the overrides of the run that is wrong.
+        ConfigError: naming the overrides of the run that is wrong; also for two different runs in
+            one directory.
     """
     try:
         return _compose(list(overrides))
@@ -56,15 +57,8 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
         seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
         params = [f"{key}={value}" for key, value in seeds.items()]
         loader = GlobalHydra.instance().config_loader()
-        runs: dict[str, RunConfig] = {}
-        for own in combinations(grids, params, overrides, loader):
-            try:
-                run = composition.from_hydra(hydra.compose("config", own))
-            except (ConfigError, HydraException, OmegaConfBaseException) as error:
-                shown = " ".join(own)
-                raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
-            runs.setdefault(naming.identity(run), run)
-        return list(runs.values())
+        jobs = combinations(grids, params, overrides, loader)
+        return check(jobs, lambda own: hydra.compose("config", own))[1]
 
 
 def plan(run: RunConfig) -> Prediction | None:

@@ -9,8 +9,9 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import HydraContext
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness import composition, launch, lock, naming, progress, results, tracking
@@ -57,7 +57,7 @@ class GridSweeper(BasicSweeper):
             )
         loader = self.hydra_context.config_loader
         jobs = combinations(self.grids, self._parse_config(), arguments, loader)
-        jobs, runs, same = check(jobs, self.config, self.hydra_context)
+        jobs, runs, same = check(jobs, partial(loader.load_sweep_config, self.config))
         if same:
             print(f"left out, since another of these runs is the same: {same}")
         folder = Path(self.config.hydra.sweep.dir)
@@ -132,7 +132,7 @@ def combinations(
 
 
 def check(
-    jobs: list[list[str]], master: Any, context: HydraContext
+    jobs: list[list[str]], compose: Callable[[list[str]], DictConfig]
 ) -> tuple[list[list[str]], list[RunConfig], int]:
     """Compose and validate every job; returns the distinct ones, their configurations, and how many
     were left out.
@@ -146,9 +146,7 @@ def check(
     for overrides in jobs:
         shown = " ".join(overrides)
         try:
-            run = composition.from_hydra(
-                context.config_loader.load_sweep_config(master, list(overrides))
-            )
+            run = composition.from_hydra(compose(list(overrides)))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
         own = (naming.identity(run), overrides, run)

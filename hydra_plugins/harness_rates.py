@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class RateSweeper(GridSweeper):
         self, jobs: list[list[str]], runs: list[RunConfig], folder: Path
     ) -> list[launch.Outcome]:
         """Rounds of runs, until no best is at the edge of its grid."""
-        assert self.hydra_context is not None
+        assert self.config is not None and self.hydra_context is not None
+        load = partial(self.hydra_context.config_loader.load_sweep_config, self.config)
         path, setting, kept = self._target(runs)
         grids: list[dict[float, float | None]] = [{} for _ in runs]
         todo = [rates.grid_around(run.train.lr, self.points, self.factor) for run in runs]
@@ -52,7 +54,7 @@ class RateSweeper(GridSweeper):
         while any(todo):
             asked = [(i, lr) for i, further in enumerate(todo) for lr in further]
             texts = [[*jobs[i], f"train.lr={lr}"] for i, lr in asked]
-            texts, now, _ = check(texts, self.config, self.hydra_context)
+            texts, now, _ = check(texts, load)
             print(f"{len(now)} runs, validation only -> {folder}", flush=True)
             outcomes = {
                 run.run_dir: o for run, o in zip(now, self._launch(texts, now), strict=True)

@@ -16,7 +16,7 @@ from harness import compose, results
 from harness.config import REPOSITORY, ConfigError
 
 sys.path.insert(0, str(REPOSITORY / "experiments" / "claims"))
-import seven
+import budgets
 import statements
 import verdicts
 
@@ -102,8 +102,8 @@ def judge(tmp_path, monkeypatch, configured, capsys, **what):
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setattr(verdicts, "HERE", out)
-    share = {"peak": 100.0} | dict.fromkeys(seven.CATEGORIES, 20.0)
-    monkeypatch.setattr(seven, "peaks", lambda *o, **k: share)
+    share = {"peak": 100.0} | dict.fromkeys(budgets.CATEGORIES, 20.0)
+    monkeypatch.setattr(budgets, "peaks", lambda *o, **k: share)
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "claims"), str(tmp_path / "claims_lstm")])
     assert verdicts.main() == 0, capsys.readouterr().err
     page = (out / "README.md").read_text()

@@ -56,6 +56,7 @@ def test_help_and_errors_come_without_torch(harness, tmp_path):
         (["-m", "run_name=x", "seed=1,2"], "two different runs of this sweep are named"),
         (["-m", "method.r=1,0"], "method.r=0: expected a rank of 1 or more"),
         (["outputs_dir=/proc/nowhere"], "/proc/nowhere"),
+        (["experiment=null"], "experiment=null: Config group override must be a string"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(harness, tmp_path, arguments, message):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -249,7 +250,7 @@ def test_a_search_of_some_keeps_the_rates_of_others_and_diverging_ones_are_none(
 
     def search(jobs, now):
         sweeper = harness_rates.RateSweeper(points=3, file=str(path))
-        sweeper.config, sweeper.hydra_context = {}, SimpleNamespace()
+        sweeper.config, sweeper.hydra_context = {}, Mock()
         monkeypatch.setattr(sweeper, "_launch", launched)
         return sweeper._do(jobs, now, tmp_path)
 
@@ -280,7 +281,7 @@ def test_a_rate_that_breaks_is_told_and_nothing_is_written(monkeypatch, tmp_path
     run = make_run("method=full", "evaluate.test=false")
     made = [replace(run, train=replace(run.train, lr=lr)) for lr in (1e-3, 2e-3, 4e-3)]
     monkeypatch.setattr(harness_rates, "check", lambda jobs, *_: (jobs, made, 0))
-    sweeper.config, sweeper.hydra_context = {}, SimpleNamespace()
+    sweeper.config, sweeper.hydra_context = {}, Mock()
     died = SimpleNamespace(status="failed", failure_class="oom", run_dir=tmp_path)
     monkeypatch.setattr(sweeper, "_launch", lambda jobs, runs: [died] * len(jobs))
     monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from harness import compose, plan, results, stats
+from harness import results, stats
 from harness.config import ConfigError, nearest
 from harness.report import evidence, views
 from harness.report.axes import Axes, color_of
@@ -218,23 +218,3 @@ def learning(key: str, title: str, x: str, members: dict[str, Row], axis: str) -
         label = row.values["method.label"]
         series.append(points(name, label, along, np.exp(c.nll.mean(0)).tolist(), ends, band=True))
     return Figure(Axes(key, title, x, "validation perplexity", log_y=True), series)
-
-
-# -------------------------------------------------------------------------------- what is planned
-
-
-def peaks(*overrides: str, micro_batch: int, tokens: int | None = None) -> dict[str, float]:
-    """MiB of live tensors of a training step by category, and `peak`, on fake tensors.
-
-    `peak` covers evaluation, too, a block at a time.
-    """
-    batch = tokens or micro_batch * 256
-    (run,) = compose(
-        *overrides, f"train.micro_batch={micro_batch}", f"train.batch_tokens={batch}",
-        "evaluate.batch_tokens=256",
-    )  # fmt: skip
-    found = plan(run)
-    assert found is not None
-    return {k: v / MIB for k, v in found.train["by_category"].items()} | {
-        "peak": found.peak_bytes / MIB
-    }

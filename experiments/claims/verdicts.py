@@ -2,10 +2,10 @@
 
     python experiments/claims/verdicts.py outputs/claims outputs/claims_lstm
 
-Writes README.md, figures, results.csv, lstm.csv and runs.csv beside this file. A claim is a few
-statements. One about numbers that are exact (counts, live tensors) holds or does not. Any other is
-tested over seeds, and documents where it is of perplexity; Holm's adjustment is over all tests of
-its claim. Without significance at 5 % it cannot be told.
+Writes README.md, figures and their points (figures.csv), results.csv, lstm.csv and runs.csv beside
+this file. A claim is a few statements. One about numbers that are exact (counts, live tensors)
+holds or does not. Any other is tested over seeds, and documents where it is of perplexity; Holm's
+adjustment is over all tests of its claim. Without significance at 5 % it cannot be told.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ METHOD = (
     "95 %, not adjusted. Perplexity is per token of the test chapters; its differences are tested "
     "seed by seed and document by document, ratios of steps and seconds seed by seed (t-test of "
     "the log-ratio). Rows are those of [results.csv](results.csv), which names their runs; "
-    "[runs.csv](runs.csv) has every run's own numbers."
+    "[runs.csv](runs.csv) has every run's own numbers, [figures.csv](figures.csv) the points of "
+    "the figures."
 )
 BRIEF = (
     "The same in brief, three seeds, rates of [lstm_lora](../lstm_lora/README.md); rows of "
@@ -123,6 +124,19 @@ def runs_csv(folders: Iterable[Runs]) -> None:
                     ])  # fmt: skip
 
 
+def figures_csv(claims: Iterable[Claim]) -> None:
+    """Every point of the figures, planned peaks among them."""
+    with (HERE / "figures.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["figure", "x axis", "y axis", "series", "x", "y", "low", "high"])
+        for figure in (figure for claim in claims for figure in claim.figures):
+            axes = figure.axes
+            for s in figure.series:
+                ends = zip(s.low or [None] * len(s.x), s.high or [None] * len(s.x), strict=True)
+                for x, y, (low, high) in zip(s.x, s.y, ends, strict=True):
+                    writer.writerow([axes.key, axes.x, axes.y, s.name, x, y, low, high])
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -141,6 +155,7 @@ def main() -> int:
     for folder, name in ((asked.claims, "results.csv"), (asked.claims_lstm, "lstm.csv")):
         (HERE / name).write_text(summary.results_csv(evidence.find(folder)), "utf-8")
     runs_csv((runs, other))
+    figures_csv(claims)
     (HERE / "README.md").write_text(page(claims, brief, provenance(runs, other)), "utf-8")
     for number, claim in enumerate([*claims, brief], 1):
         print(f"\n{number}. {claim.title}")
