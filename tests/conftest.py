@@ -18,6 +18,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from harness import launch, results, worker
 from harness.composition import from_hydra
 from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, RunConfig
+from harness.methods.svd import CACHE_ENV
+from harness.methods.udv import UDVLinear
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,6 +28,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "finished_run" in item.fixturenames:
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True)
+def no_ambient_cache(monkeypatch):
+    """Factors that another test, or the shell that tests started from, has kept are not read."""
+    monkeypatch.delenv(CACHE_ENV, raising=False)
+
+
+@pytest.fixture(params=["factored", "dense"])
+def form(request, monkeypatch):
+    """Force one of the two ways that `udv` computes, which the batch size would choose."""
+    answer = request.param == "factored"
+    monkeypatch.setattr(UDVLinear, "_factored_is_cheaper", lambda *_: answer)
+    return request.param
 
 
 @pytest.fixture

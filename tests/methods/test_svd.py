@@ -14,11 +14,6 @@ from harness.methods.svd import resolve_rank, svd_factors, truncated_factors
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def no_ambient_cache(monkeypatch):
-    monkeypatch.delenv(svd.CACHE_ENV, raising=False)
-
-
 def matrix(rows=12, columns=20, seed=0, dtype=torch.float32):
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=draw, dtype=torch.float64).to(dtype)
