@@ -20,7 +20,7 @@ setup: .venv/installed ## create .venv and install the project with the pinned c
 experiment: setup ## run an experiment and print its table (EXPERIMENT=main, about 12 minutes)
 	$(RUN) -m harness experiment=$(EXPERIMENT)
 
-claims: setup ## put seven claims for low-rank adaptation to the test (about an hour; goes on after a stop)
+claims: setup ## put seven claims for low-rank adaptation to the test (about 100 minutes; goes on after a stop)
 	$(RUN) -m harness experiment=claims
 	$(RUN) -m harness experiment=claims_lstm
 	$(RUN) experiments/claims/verdicts.py outputs/claims outputs/claims_lstm

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from harness import saved
 from harness.config import RunConfig
+from harness.models import ACTIVATION_FIELDS
 from harness.results import get
 from harness.saved import Saved
 
@@ -18,6 +19,9 @@ REGISTERS = {  # what a process must import before it can load these, and why
     "UDV": "import harness.methods.udv  # makes PEFT know UDV",
     "lstm": "import harness.models  # makes transformers know the LSTM",
 }
+SCORES = {  # of generated text, as harness.nlg has them
+    "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def card(run: Saved, exported: Exported) -> str:
         f"`{run.record['method']['label']}`, by the PEFT harness for GPT-2.",
         f"## Loading it\n\nIn this folder:\n\n```python\n{code(run, exported)}\n```\n\n"
         + "\n".join(f"- {note}" for note in notes(run, exported)),
-        "## What it reaches\n\n" + _perplexities(run.record),
+        "## What it reaches\n\n" + _perplexities(run.record, run.run.data.source == "pairs"),
         "## How it was made\n\n" + _facts(run),
         f"The command:\n\n    {get(run.record, 'run.command') or 'not recorded'}",
     ]
@@ -94,13 +98,27 @@ def front_matter(run: Saved, exported: Exported) -> str:
                         },
                     )
                 )
+    written = get(run.record, "quality.generation") or {}
+    measured += [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data.id or data.name,
+            dataset_name=data.name,
+            dataset_split="test",
+            metric_type=key,
+            metric_name=label,
+            metric_value=written[key],
+        )
+        for key, label in SCORES.items()
+        if key in written
+    ]
     fields = ModelCardData(
         base_model=base_name(run.run),
         library_name="transformers" if exported.whole else "peft",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["peft-harness", method["name"], method["label"]])),
-        datasets=[data.id] if data.id else None,
-        metrics=["perplexity"],
+        datasets=[data.id] if data.id and not Path(data.id).is_dir() else None,
+        metrics=["perplexity", *(key for key in SCORES if key in written)],
         model_name=run.name,
         eval_results=measured or None,
     )
@@ -170,7 +188,7 @@ def notes(run: Saved, exported: Exported) -> list[str]:
             else f"The base was {held}, hence the dtype above."
         )
     for name, (had, own) in exported.config_notes.items():
-        if name == "activation_function":
+        if name in ACTIVATION_FIELDS:
             found.append(
                 f"`{name}` is `{had}`, with which it was trained, where the base has `{own}`: the "
                 "same function, in one kernel."
@@ -179,7 +197,7 @@ def notes(run: Saved, exported: Exported) -> list[str]:
             found.append(
                 f"It was trained with `{name}` {had:g}; the configuration has the base's {own:g}."
             )
-    if "activation_function" in exported.base_options:
+    if set(ACTIVATION_FIELDS) & exported.base_options.keys():
         found.append(
             "The activation above is the base's own function in one kernel, with which it was "
             "trained; without it logits agree to rounding."
@@ -187,7 +205,7 @@ def notes(run: Saved, exported: Exported) -> list[str]:
     return found
 
 
-def _perplexities(record: dict[str, Any]) -> str:
+def _perplexities(record: dict[str, Any], is_task: bool) -> str:
     rows = [
         ("validation, before", "quality.step0.validation"),
         ("validation", "quality.validation"),
@@ -206,8 +224,24 @@ def _perplexities(record: dict[str, Any]) -> str:
             lines.append(f"| {label} | {' | '.join(numbers)} | {found.get('num_tokens', 0):,} |")
     evaluation, method = record["evaluation"], record["method"]
     truncated = method["name"] == "truncate" or method.get("residual") == "drop"
+    every = (
+        "Every reference after its prompt and an end-of-text token, the prompt not counted"
+        if is_task
+        else "Every document by itself after one end-of-text token"
+    )
+    written = get(record, "quality.generation") or {}
+    scores = [f"{label} {written[key]:.2f}" for key, label in SCORES.items() if key in written]
+    if scores:
+        lines += [
+            "",
+            f"Of completions of {written['num_prompts']} test prompts: {', '.join(scores)}.",
+        ]
+    if protocol := get(record, "quality.test_protocol"):
+        headline = protocol["headline"]
+        lines += ["", f"By the protocol `{protocol['name']}`: {headline.replace('_', ' ')} "
+                  f"{protocol[headline]:.2f}."]  # fmt: skip
     return "\n".join(lines) + (
-        f"\n\nEvery document by itself after one end-of-text token, with a context of "
+        f"\n\n{every}, with a context of "
         f"{evaluation['context']} tokens moved by {evaluation['stride']}; perplexity is "
         "exp(nats / predicted tokens). `before` is the base"
         + (", truncated" if truncated else "")

@@ -24,18 +24,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from harness import models, saved
 from harness.card import Exported, card
 from harness.composition import explain
 from harness.config import ConfigError
-from harness.methods import UNFIT, joined_lora
+from harness.methods import UNFIT, joined_lora, tying
 from harness.saved import ADAPTER, Saved
 from harness.unfuse import fuse_qkv, is_unfused
 
@@ -164,9 +162,8 @@ def merged(run: Saved) -> tuple[PreTrainedModel, float | None]:
     moved = None
     if isinstance(model, PeftModel):
         before = probe(model)
-        _untie_adapted(model.get_base_model())
         try:
-            model = model.merge_and_unload()
+            model = tying.merged(model)
         except UNFIT as error:
             kind = _kind(PeftConfig.from_pretrained(str(run.folder(ADAPTER))))
             raise ConfigError(f"--merge: PEFT cannot merge {kind}: {error}") from error
@@ -179,19 +176,6 @@ def merged(run: Saved) -> tuple[PreTrainedModel, float | None]:
     return model, moved
 
 
-def _untie_adapted(base: Any) -> None:
-    """Give the head a weight of its own where one of the two that share it carries an adapter.
-
-    Merging would write into both; PEFT then notes in the configuration that they differ.
-    """
-    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
-    ends = [getattr(end, "base_layer", end) for end in (embeddings, head)]
-    if head is None or ends[0].weight is not ends[1].weight:
-        return
-    if any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in (embeddings, head)):
-        ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
-
-
 def _restore(run: Saved, model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
     """Give back the base's dropout; field -> (what the run had, what the base has) of what differs.
 
@@ -199,12 +183,12 @@ def _restore(run: Saved, model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
     """
     original = saved.original_config(run.run)
     differs: dict[str, tuple[Any, Any]] = {}
-    for name in (*models.DROPOUT_FIELDS, "activation_function"):
+    for name in (*models.dropout_fields(original), *models.ACTIVATION_FIELDS):
         if hasattr(original, name):
             there, own = getattr(model.config, name), getattr(original, name)
             if there != own:
                 differs[name] = (there, own)
-                if name != "activation_function":
+                if name not in models.ACTIVATION_FIELDS:
                     setattr(model.config, name, own)
     return differs
 
@@ -251,9 +235,10 @@ def base_options(run: Saved) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": str(models.dtype_of(run.run)).removeprefix("torch.")}
     if model.revision and model.id:
         options["revision"] = model.revision
-    had = getattr(models.load_config(model), "activation_function", None)
-    if had != getattr(saved.original_config(run.run), "activation_function", None):
-        options["activation_function"] = had
+    there, own = models.load_config(model), saved.original_config(run.run)
+    for name in models.ACTIVATION_FIELDS:
+        if (had := getattr(there, name, None)) != getattr(own, name, None):
+            options[name] = had
     return options
 
 

@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from harness import methods, models, saved
+from harness import methods, models, pairs, saved
 from harness.composition import explain
 from harness.config import ConfigError
 from harness.saved import Saved
@@ -78,9 +78,15 @@ def continuation(model: Any, tokenizer: Any, ids: list[int], decoding: Decoding)
 def prompt_tokens(run: Saved, prompt: str, room: int | None) -> tuple[list[int], int]:
     """Tokens of a prompt, its last `room` ones, and how many are left out.
 
-    An empty prompt is an end-of-text token, after which every document begins.
+    For a run on prompts and completions it is written as those were, and ended. An empty prompt is
+    an end-of-text token, after which every document begins.
     """
-    ids = run.tokenizer(prompt)["input_ids"] or [run.tokenizer.eos_token_id]
+    data = run.run.data
+    if data.source == "pairs":
+        ids = pairs.prompt_ids(pairs.styled(prompt, data), run.tokenizer)
+    else:
+        ids = run.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = ids or [run.tokenizer.eos_token_id]
     dropped = max(0, len(ids) - room) if room is not None else 0
     return ids[dropped:], dropped
 

@@ -25,6 +25,7 @@ from harness import nlg, pairs
 from harness.config import ConfigError, GenerateConfig
 from harness.pairs import Pair
 from harness.results import write_atomically
+from harness.train import out_of_memory
 
 FILE_NAME = "generations.jsonl"
 
@@ -50,7 +51,7 @@ def check(
 
     `limit` is the positions that the model has for tokens.
     """
-    longest = max(len(pairs.prompt_ids(pair, tokenizer)) for pair in todo)
+    longest = max(len(pairs.prompt_ids(pair.prompt, tokenizer)) for pair in todo)
     if limit is not None and longest + cfg.max_new_tokens > limit:
         raise ConfigError(
             f"evaluate.generate.max_new_tokens={cfg.max_new_tokens}: the longest prompt is "
@@ -60,6 +61,8 @@ def check(
     try:
         complete(model, tokenizer, todo[:2], replace(cfg, max_new_tokens=2), accelerator)
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        if out_of_memory(error):  # a failure of another class
+            raise
         kind = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
         raise ConfigError(
             f"evaluate.generate: {kind} cannot complete prompts ({error}); set it to null"
@@ -76,7 +79,7 @@ def complete(
 ) -> Completed:
     """Beam search for every prompt, `cfg.batch` of like length at a time; ranks share the work."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    prompts = [pairs.prompt_ids(pair, tokenizer) for pair in todo]
+    prompts = [pairs.prompt_ids(pair.prompt, tokenizer) for pair in todo]
     order = sorted(range(len(todo)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     was_training = model.training
     model.eval()

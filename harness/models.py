@@ -34,11 +34,6 @@ from harness.unfuse import UNFUSED_TARGETS, unfuse_qkv
 
 register_lstm()  # `model_type: lstm` for AutoConfig and AutoModelForCausalLM
 
-# Names under which architectures keep their dropout probabilities.
-DROPOUT_FIELDS = (
-    "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout",
-    "activation_dropout",
-)  # fmt: skip
 # The same tanh approximation, as one kernel that keeps one activation instead of many.
 COMPOSED_GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"
 ACTIVATION_FIELDS = ("activation_function", "hidden_act")  # GPT-2's and its relatives', and others'
@@ -58,14 +53,28 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
         ConfigError: the source is not there; says which models are.
     """
     config = _config_as_saved(cfg)
-    for name in DROPOUT_FIELDS:
-        if isinstance(getattr(config, name, None), float | int):
-            setattr(config, name, cfg.dropout)
+    for name in dropout_fields(config):
+        setattr(config, name, cfg.dropout)
     composed = _gelu_field(config)
     if cfg.gelu == "fused" and composed:
         setattr(config, composed, FUSED_GELU)
     config.use_cache = False
     return config
+
+
+def dropout_fields(config: PretrainedConfig) -> list[str]:
+    """Under which names an architecture keeps its probabilities of dropout, of layers too.
+
+    Not those of heads for other tasks, which a language model has not.
+    """
+    return [
+        name
+        for name, value in vars(config).items()
+        if "drop" in name
+        and isinstance(value, float | int)
+        and not isinstance(value, bool)
+        and not name.startswith(("summary_", "classifier_", "seq_classif_", "qa_"))
+    ]
 
 
 def facts(cfg: ModelConfig, config: PretrainedConfig) -> dict[str, Any]:

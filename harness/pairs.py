@@ -66,7 +66,8 @@ def read(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> dict[str,
     rows = _hub_rows(cfg) if cfg.id else _file_rows(cfg)
     found = {name: _grouped(name, pairs, cfg) for name, pairs in rows.items()}
     for missing in [name for name in documents.SPLITS if name not in found]:
-        # By the rule of every other source, of prompts: all completions of one stay together.
+        # By prompts: all completions of one stay together. The test's share is of what validation
+        # leaves.
         ids = [(pair.id, pair.prompt) for pair in found["train"]]
         cut = documents.split(ids, cfg.validation_share, cfg.test_share)[missing]
         names = {name for name, _ in cut}
@@ -90,7 +91,7 @@ def _grouped(split: str, rows: list[tuple[str, list[str]]], cfg: DataConfig) -> 
     """One Pair a prompt, in the order of the source."""
     by_prompt: dict[str, list[str]] = {}
     for prompt, completions in rows:  # one that comes twice counts twice, as published
-        known = by_prompt.setdefault(_styled(prompt, cfg).strip(), [])
+        known = by_prompt.setdefault(styled(prompt, cfg), [])
         known += [text.strip() for text in completions if text.strip()]
     return [
         Pair(f"{split}/{number}", prompt, completions)
@@ -99,14 +100,12 @@ def _grouped(split: str, rows: list[tuple[str, list[str]]], cfg: DataConfig) -> 
     ]
 
 
-def _styled(prompt: str, cfg: DataConfig) -> str:
-    """With `data.prompt_style=e2e` name[X], eatType[Y] as `name : X | Type : Y`."""
-    if cfg.prompt_style != "e2e":
-        return prompt
-    slots = re.findall(r"\s*([^,\[\]]+)\[([^\]]*)\]", prompt)
-    if not slots:
-        return prompt
-    return " | ".join(f"{E2E_NAMES.get(name, name)} : {value}" for name, value in slots)
+def styled(prompt: str, cfg: DataConfig) -> str:
+    """With `data.prompt_style=e2e` name[X], eatType[Y] as `name : X | Type : Y`; stripped."""
+    slots = re.findall(r"\s*([^,\[\]]+)\[([^\]]*)\]", prompt) if cfg.prompt_style == "e2e" else []
+    if slots:
+        prompt = " | ".join(f"{E2E_NAMES.get(name, name)} : {value}" for name, value in slots)
+    return prompt.strip()
 
 
 # --------------------------------------------------------------------------- files and the hub
@@ -118,13 +117,17 @@ def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
     if len(files) == 1 and not cfg.split_names:
         return {"train": list(_rows(files[0], cfg))}
     by_split: dict[str, Path] = {}
+    for file in files if not cfg.split_names else []:
+        if (split := STEMS.get(file.stem)) and (other := by_split.setdefault(split, file)) != file:
+            raise ConfigError(
+                f"data.path={cfg.path}: {other} and {file} could both be its {split} split; say "
+                "which is which: '+data.split_names={train: FILE, test: FILE}'"
+            )
     names = [file.name for file in files]
     for split, name in cfg.split_names.items():
         if name not in names:
             raise ConfigError(f"data.split_names.{split}={name}: {nearest(name, names)}")
         by_split[split] = files[names.index(name)]
-    if not by_split:
-        by_split = {STEMS[file.stem]: file for file in files if file.stem in STEMS}
     if "train" not in by_split:
         raise ConfigError(
             f"data.path={cfg.path}: no training file among {', '.join(names[:12])}; say which is "
@@ -212,9 +215,9 @@ def sequences(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: in
     return found
 
 
-def prompt_ids(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a model is given to complete."""
-    return [*_encode([pair.prompt], tokenizer)[0], tokenizer.eos_token_id]
+    return [*_encode([prompt], tokenizer)[0], tokenizer.eos_token_id]
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -98,6 +98,20 @@ SHORT = [
 
 
 @pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides of a short run on prompts and completions, which are slots and sentences."""
+    file = tmp_path_factory.mktemp("task") / "pairs.txt"
+    places = [f"name[Place {i}], eatType[pub]||Place {i} is a pub .\n" for i in range(40)]
+    file.write_text("".join(places), "utf-8")
+    return (
+        "method=lora", "method.r=4", "train.lr=0.02", "data=pairs", f"data.path={file}",
+        "data.prompt_style=e2e", "data.validation_share=0.1", "data.test_share=0.1",
+        "evaluate=generate", "evaluate.generate.num_beams=2", "evaluate.generate.max_new_tokens=8",
+        "evaluate.generate.prompts=2",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The directory of a finished short run by its overrides; each is run once in a session."""
     folder = tmp_path_factory.mktemp("runs")

@@ -39,9 +39,8 @@ def build(kind):
     if kind == "gpt_neo":
         del fields["num_hidden_layers"], fields["num_attention_heads"]
     config = AutoConfig.for_model(kind, initializer_range=0.2, use_cache=False, **fields)
-    for name in models.DROPOUT_FIELDS:
-        if isinstance(getattr(config, name, None), float):
-            setattr(config, name, 0.0)
+    for name in models.dropout_fields(config):
+        setattr(config, name, 0.0)
     return AutoModelForCausalLM.from_config(config)
 
 

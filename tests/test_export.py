@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCardData, metadata_load
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoConfig, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from harness import documents, export, results, saved
 from harness.config import ASSETS_DIR, REPOSITORY, ConfigError
@@ -52,6 +52,8 @@ import torch
 from safetensors.torch import save_file
 folders, out = json.loads(sys.argv[1]), sys.argv[2]
 ids = torch.load(sys.argv[3])
+if sys.argv[4] == "plain":
+    sys.modules["peft"] = None  # whoever imports it fails
 kept = {}
 for name, folder in folders.items():
     os.chdir(folder)
@@ -92,16 +94,19 @@ def reloaded(exported, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reloaded")
     torch.save(text, folder / "ids.pt")
     # The one that needs the harness comes last, so that the others are loaded without.
-    names = sorted(exported, key=lambda name: name == "udv")
-    asked = json.dumps({name: str(exported[name][1]) for name in names})
-    subprocess.run(
-        [sys.executable, "-c", READER, asked, folder / "logits", folder / "ids.pt"],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        cwd=folder,
-        check=True,
-        timeout=120,
-    )
-    return load_file(folder / "logits")
+    others = sorted(exported.keys() - set(PLAIN), key=lambda name: name == "udv")
+    kept = {}
+    for kind, names in {"plain": PLAIN, "peft": others}.items():
+        asked = json.dumps({name: str(exported[name][1]) for name in names})
+        subprocess.run(
+            [sys.executable, "-c", READER, asked, folder / kind, folder / "ids.pt", kind],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            cwd=folder,
+            check=True,
+            timeout=120,
+        )
+        kept |= load_file(folder / kind)
+    return kept
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -228,6 +233,42 @@ def test_a_published_gelu_is_named_where_the_run_had_the_fused_one(
     with pytest.raises(ConfigError, match=r"model\.path=.*published.*is not there"):
         saved.load(run_dir)
     moved.rename(base)
+
+
+def test_a_gelu_by_its_other_name_is_named_too(finished_run, tmp_path, tmp_path_factory):
+    """Phi keeps it as hidden_act."""
+    base = tmp_path_factory.mktemp("bases") / "phi"
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
+    config = AutoConfig.for_model(
+        "phi", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=48, max_position_embeddings=256,
+        hidden_act="gelu_new", resid_pdrop=0.1, initializer_range=0.2, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    run_dir = finished_run(*LORA, "model=local", f"model.path={base}")
+    done = export.export(run_dir, tmp_path / "adapter", merge=False)
+    assert done.base_options == {"dtype": "float32", "hidden_act": "gelu_pytorch_tanh"}
+    assert done.moved == 0.0
+    export.export(run_dir, tmp_path / "whole", merge=True)
+    config = AutoConfig.from_pretrained(tmp_path / "whole")
+    assert (config.hidden_act, config.resid_pdrop) == ("gelu_pytorch_tanh", 0.1)
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "`hidden_act` is `gelu_pytorch_tanh`, with which it was trained" in card
+
+
+def test_the_card_of_a_task_says_how_it_was_evaluated(finished_run, tmp_path, task):
+    run_dir = finished_run(*task)
+    export.export(run_dir, tmp_path / "adapter", merge=False)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    scores = results.read(run_dir)["quality"]["generation"]
+    assert "Every reference after its prompt and an end-of-text token" in card
+    assert "Every document by itself" not in card
+    assert f"completions of 2 test prompts: BLEU {scores['bleu']:.2f}" in card
+    (index,) = metadata_load(tmp_path / "adapter" / "README.md")["model-index"]
+    named = {m["type"]: m["value"] for r in index["results"] for m in r["metrics"]}
+    assert named["nist"] == pytest.approx(scores["nist"])
 
 
 def test_a_base_frozen_in_bf16_is_merged_in_fp32(finished_run, tmp_path, text):

@@ -6,14 +6,16 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from rich.console import Console
 from test_export import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
 from transformers import AutoModelForCausalLM
 
-from harness import generate, saved
-from harness.config import ASSETS_DIR, ConfigError
+from harness import generate, generation, saved
+from harness.config import ASSETS_DIR, ConfigError, GenerateConfig
 from harness.generate import Decoding
+from harness.pairs import Pair
 
 PROMPT = "And the LORD said unto"
 GREEDY = Decoding(max_new_tokens=12, temperature=None)
@@ -109,6 +111,20 @@ def test_an_empty_prompt_begins_a_document_and_none_is_refused(finished_run):
     with pytest.raises(ConfigError, match="no prompt"):
         shown(run, GREEDY)
     assert list(generate.lines(io.StringIO("one\n\n two\r\n"))) == ["one", " two"]
+
+
+def test_a_task_is_asked_as_it_was_trained(finished_run, task):
+    """As `evaluate=generate` completes the prompt, but for its guard against repetitions."""
+    run = saved.load(finished_run(*task))
+    prompt = "name : Place 7 | Type : pub"
+    ids, _ = generate.prompt_tokens(run, " name[Place 7], eatType[pub]", None)
+    assert ids == [*run.tokenizer(prompt)["input_ids"], run.tokenizer.eos_token_id]
+    pair = Pair("test/0", prompt, ["Place 7 is a pub ."])
+    asked = GenerateConfig(num_beams=1, no_repeat_ngram=0, max_new_tokens=12)
+    expected = generation.complete(run.model(), run.tokenizer, [pair], asked, Accelerator(cpu=True))
+    written = generate.continuation(run.model(), run.tokenizer, ids, GREEDY)
+    assert [written.strip()] == expected.texts
+    assert squeeze(written) in squeeze("".join(columns(shown(run, GREEDY, prompt))[0]))
 
 
 def test_the_terminal_gets_no_control_sequences():

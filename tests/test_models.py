@@ -1,5 +1,6 @@
 """What is done to a model for the sake of speed and memory leaves its function as it is."""
 
+import math
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 from transformers.activations import ACT2FN
 
-from harness import environment, models
+from harness import environment, models, results
 from harness.config import ConfigError, TrainConfig
 from harness.loss import NextToken
 from harness.memory import LiveTensors
@@ -123,6 +124,33 @@ def test_what_trains_is_never_held_in_bf16(tiny, make_run, method):
         return
     with pytest.raises(ConfigError, match=r"model\.frozen_dtype=bf16: this method trains .*bias"):
         adapt(tiny.to(models.dtype_of(run)), run)
+
+
+def test_freezing_in_bf16_moves_what_is_learned_by_rounding_only(finished_run):
+    lora = ("method=lora", "method.r=4", "train.lr=0.02", "train.precision=bf16")
+    plain, frozen = (
+        results.read(finished_run(*lora, *more)) for more in ((), ("model.frozen_dtype=bf16",))
+    )
+    memory = [r["memory"]["by_category"]["frozen_weights"] for r in (plain, frozen)]
+    assert memory[1] < 0.51 * memory[0]
+    for name in ("step0.validation", "validation", "test"):
+        one, other = (
+            math.log(results.get(r, f"quality.{name}.perplexity")) for r in (plain, frozen)
+        )
+        assert one != other and abs(one - other) < 0.01, name  # nats a token; it learns 0.3
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "biogpt", "gpt_neo", "opt", "starcoder2", "phi", "lstm"])
+def test_every_dropout_of_the_base_is_set(kind, make_run):
+    run = make_run(
+        f"+model.architecture.model_type={kind}", "model.asset=null", "model.tokenizer=gpt2_mini"
+    )  # fmt: skip
+    config = models.load_config(run.model)
+    assert any("drop" in name for name in vars(config))
+    for name, value in vars(config).items():
+        is_a_heads = name.startswith(("summary_", "classifier_"))  # of another task
+        if "drop" in name and isinstance(value, float) and not is_a_heads:
+            assert value == 0.0, name
 
 
 def test_frozen_bf16_with_fp32_products_is_refused(make_run):

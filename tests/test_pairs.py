@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import data, evaluate, generation, models, nlg, pairs, results, train
+from harness import compose, data, evaluate, generation, models, nlg, pairs, results, train
 from harness.config import ASSETS_DIR, ConfigError, DataConfig, GenerateConfig
 from harness.loss import IGNORE, NextToken
 from harness.methods import adapt
@@ -127,7 +127,7 @@ def test_a_sequence_is_prompt_end_completion_end(cfg, tokenizer):
     prompt = [*tokenizer.encode(pair.prompt), tokenizer.eos_token_id]
     completion = [*tokenizer.encode(" " + pair.completions[0]), tokenizer.eos_token_id]
     assert first.ids == prompt + completion and first.num_prompt == len(prompt)
-    assert pairs.prompt_ids(pair, tokenizer) == prompt
+    assert pairs.prompt_ids(pair.prompt, tokenizer) == prompt
     with pytest.raises(ConfigError, match=r"set data.context=\d+ or more"):
         pairs.sequences([pair], tokenizer, 20)
 
@@ -227,7 +227,7 @@ def test_generation_in_batches_is_generation_one_by_one(cfg, tokenizer, mini, be
     found = generation.complete(mini, tokenizer, todo, asked, Accelerator(cpu=True))
     assert found.num_tokens > 0 and found.seconds > 0
     for pair, text in zip(todo, found.texts, strict=True):
-        ids = torch.tensor([pairs.prompt_ids(pair, tokenizer)])
+        ids = torch.tensor([pairs.prompt_ids(pair.prompt, tokenizer)])
         out = mini.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beams,
             max_new_tokens=12, length_penalty=0.8, do_sample=False, use_cache=True,
@@ -332,6 +332,24 @@ def test_a_task_as_a_user_starts_it(harness, lines_file, tmp_path):
     assert {name: found[name] for name in scores.values} == pytest.approx(scores.values)
     assert found["skipped"] == scores.skipped
     assert result["speed"]["tokens"] < 2 * 384  # completions only
+
+
+def test_two_files_for_one_split_are_refused(lines_file, tmp_path):
+    for name in ("train.txt", "valid.txt", "dev.txt"):
+        (tmp_path / name).write_text(lines_file.read_text())
+    with pytest.raises(
+        ConfigError, match=r"dev\.txt and .*valid\.txt could both be its validation"
+    ):
+        pairs.read(DataConfig("p", "pairs", path=str(tmp_path)))
+    named = {"train": "train.txt", "validation": "dev.txt"}
+    assert pairs.read(DataConfig("p", "pairs", path=str(tmp_path), split_names=named))
+
+
+@pytest.mark.parametrize("name", ["paper_e2e_gpt2_medium", "paper_e2e_gpt2_large"])
+def test_published_recipes_are_valid_at_the_scale_of_a_cpu(name):
+    full, lora = compose(f"experiment={name}", "scale=cpu", "data.path=e2e")
+    assert (full.method.name, lora.method.r) == ("full", 4)
+    assert full.model.name == lora.model.name == "gpt2_mini"
 
 
 @pytest.mark.slow

@@ -174,6 +174,9 @@ def factors(runs: Runs) -> Claim:
     return Claim(
         "Writing W = U D V^T and updating only D by gradient descent adapts the model", statements,
         [Figure(axes, series, references)],
+        ["The rate of LoRA r=1 on c_attn is the edge of a scan of two ([udv_rank](../udv_rank/"
+         "README.md)), D's has four points, and those with the residual kept are of a scan of two "
+         "or borrowed: what is close here may be the rates'."],
     )  # fmt: skip
 
 

@@ -50,6 +50,13 @@ class Runs:
         raise ConfigError(f"{self.folder} has no finished {wanted}; {nearest(wanted, names)}")
 
 
+def short(row: Row) -> str:
+    """The method alone: what tells it from the same of other settings is left out."""
+    v = row.values
+    rank = f"{'r' if v['method.name'] == 'lora' else 'k'}={v['method.rank']}"
+    return " ".join([v["method.label"], *([v["method.targets"], rank] if v["method.rank"] else [])])
+
+
 def step_seconds(row: Row) -> list[float]:
     """Median seconds of an optimizer step after the first three, a number a seed."""
     return [

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from brief import lstm
 from seven import CLAIMS, LEVELS
-from statements import Claim, Runs, curve, step_seconds
+from statements import Claim, Runs, curve, short, step_seconds
 
 from harness.config import ConfigError
 from harness.report import evidence, summary
@@ -40,21 +40,25 @@ METHOD = (
     "anything else cannot be told, which does not say that there is no difference. Intervals are "
     "95 %, not adjusted. Perplexity is per token of the test chapters; its differences are tested "
     "seed by seed and document by document, ratios of steps and seconds seed by seed (t-test of "
-    "the log-ratio). Rows are those of [results.csv](results.csv), which names their runs; "
+    "the log-ratio); where a run ended before it was there, its length stands for what it needed, "
+    "as a bound. Lines are those of [results.csv](results.csv), which name their runs; "
     "[runs.csv](runs.csv) has every run's own numbers, [figures.csv](figures.csv) the points of "
     "the figures."
 )
 BRIEF = (
-    "The same in brief, three seeds, rates of [lstm_lora](../lstm_lora/README.md); rows of "
+    "The same in brief, three seeds, rates of [lstm_lora](../lstm_lora/README.md); lines of "
     "[lstm.csv](lstm.csv)."
 )
 
 
-def table(claim: Claim, verdicts: Sequence[str]) -> list[str]:
-    """A claim's statements as Markdown."""
-    lines = ["| statement | verdict | in figures | rows |", "| --- | --- | --- | --- |"]
+def table(claim: Claim, verdicts: Sequence[str], file: Path) -> list[str]:
+    """A claim's statements as Markdown; `file` is the CSV whose lines are its rows."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        lines_of = {row["name"]: number for number, row in enumerate(csv.DictReader(stream), 2)}
+    lines = ["| statement | verdict | in figures | lines |", "| --- | --- | --- | --- |"]
     for s, verdict in zip(claim.statements, verdicts, strict=True):
-        lines.append(f"| {s.text} | {verdict} | {s.numbers} | {'; '.join(s.rows) or '-'} |")
+        of = ", ".join(str(lines_of[name]) for name in s.rows) or "-"
+        lines.append(f"| {s.text} | {verdict} | {s.numbers} | {of} |")
     return lines
 
 
@@ -71,11 +75,17 @@ def page(claims: Sequence[Claim], brief: Claim, made: str) -> str:
         lines.append(f"| {number} | {claim.title} | **{claim.verdict()}** | {counts} |")
     lines += ["", *wrapped(METHOD)]
     for number, (claim, found) in enumerate(zip(claims, verdicts, strict=True), 1):
-        lines += ["", f"## {number}. {claim.title}", "", *table(claim, found), ""]
+        lines += [
+            "",
+            f"## {number}. {claim.title}",
+            "",
+            *table(claim, found, HERE / "results.csv"),
+            "",
+        ]
         lines += [f"![{f.axes.title}]({f.axes.key}.png)" for f in claim.figures]
         lines += [line for remark in claim.remarks for line in ("", *wrapped(remark))]
     lines += ["", f"## {brief.title}", "", *wrapped(BRIEF), ""]
-    lines += [*table(brief, brief.verdicts()), "", made, ""]
+    lines += [*table(brief, brief.verdicts(), HERE / "lstm.csv"), "", made, ""]
     return "\n".join(lines)
 
 
@@ -91,7 +101,7 @@ def provenance(*folders: Runs) -> str:
     hardware = sorted({record["environment"]["hardware"]["cpu"] for record in records})
     minutes = sum(record["wall_seconds"] for record in records) / 60
     borrowed = sorted({
-        f"{row.name} ({record['method']['lr_from']})"
+        f"{short(row)} ({record['method']['lr_from']})"
         for runs in folders for row in runs.rows for record in row.records
         if record["method"]["lr_from"] not in ("tuned", "not used") and record["method"]["lr"]
     })  # fmt: skip

@@ -46,6 +46,7 @@ SCORED = {  # where completions were generated (`harness.nlg`)
     "ROUGE-L": ("quality.generation.rouge_l", ".2f"),
     "CIDEr": ("quality.generation.cider", ".2f"),
 }
+WRITTEN = "quality.generation.tokens_per_second"  # likewise, in the CSV alone
 NUM_TEXT = 3  # the first columns, which are text
 SHOWN = {"train.lr", "train.rates", "train.lr_from"} | {
     f"method.{key}"
@@ -111,7 +112,8 @@ def rows(folder: Path) -> list[Row]:
 
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
-    for path in [path for path, _ in (COLUMNS | SCORED).values()] + list(CSV_ONLY):
+    shown = [path for path, _ in (COLUMNS | SCORED).values()]
+    for path in [*shown, WRITTEN, *CSV_ONLY]:
         found = [results.get(result, path) for result in records]
         numbers = [v for v in found if isinstance(v, int | float)]
         if path == SHARED:  # the worst of the runs
@@ -285,7 +287,9 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
 
 def csv_text(table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]) -> str:
     """One line per configuration, columns named by their path in result.json, with its runs."""
-    names = [path for path, _ in columns(table).values()] + [*CSV_ONLY, "seeds", "also"]
+    names = [path for path, _ in columns(table).values()]
+    names += [WRITTEN] if any(row.values[WRITTEN] is not None for row in table) else []
+    names += [*CSV_ONLY, "seeds", "also"]
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(["name", *names, *beside, "runs"])
