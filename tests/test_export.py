@@ -13,7 +13,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
@@ -342,7 +347,7 @@ def test_joined_lora_is_the_same_function(tiny, letters, rslora):
         together = get_peft_model(plain, joined).eval()
         expected = get_peft_model_state_dict(together)
         assert written.keys() == expected.keys()
-        found = export.peft.set_peft_model_state_dict(together, written)
+        found = set_peft_model_state_dict(together, written)
         assert not found.unexpected_keys
         logits = apart(ids).logits
         assert (logits - base).abs().max() > 0.1

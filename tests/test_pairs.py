@@ -346,8 +346,10 @@ def test_two_files_for_one_split_are_refused(lines_file, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["paper_e2e_gpt2_medium", "paper_e2e_gpt2_large"])
-def test_published_recipes_are_valid_at_the_scale_of_a_cpu(name):
-    full, lora = compose(f"experiment={name}", "scale=cpu", "data.path=e2e")
+def test_published_recipes_are_valid_at_the_scale_of_a_cpu(name, tmp_path):
+    for file in ("valid.txt", "test.txt"):
+        (tmp_path / file).write_text("name : A||A is a pub .\n")
+    full, lora = compose(f"experiment={name}", "scale=cpu", f"data.path={tmp_path}")
     assert (full.method.name, lora.method.r) == ("full", 4)
     assert full.model.name == lora.model.name == "gpt2_mini"
 

@@ -202,7 +202,7 @@ def scarcity(runs: Runs) -> Claim:
         )
     memory_axes = Axes(
         "6-memory", "6. Perplexity under a cap on memory", "MiB of live tensors, one block a pass",
-        "test perplexity", log_x=True, log_y=True,
+        "test perplexity", log_y=True,
     )  # fmt: skip
     by_label = [
         points(
@@ -216,7 +216,7 @@ def scarcity(runs: Runs) -> Claim:
     ]
     time_axes = Axes(
         "6-time", "6. Perplexity for a time", "seconds of optimizer steps, 20, 80 or 240",
-        "test perplexity", log_x=True, log_y=True,
+        "test perplexity", log_y=True,
     )  # fmt: skip
     sizes = []
     for model in ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"):
