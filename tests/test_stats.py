@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from harness import stats
+from harness import ranking, stats
 from harness.config import ConfigError
 
 TRUTH = 3.0  # nats/token
@@ -47,13 +47,6 @@ def evaluation(nll, tokens=None, name="a", seeds=None, **fields):
     seeds = tuple(range(len(nll))) if seeds is None else seeds
     ids = tuple(f"doc{i}" for i in range(nll.shape[1]))
     return stats.Evaluation(name, nll, tokens, seeds, ids, SETTINGS, **fields)
-
-
-def comparison(a, b, difference, adjusted_p):
-    parts = stats.Components(0, 1, 0, 9)
-    return stats.Comparison(
-        a, b, difference, 0, 0, adjusted_p, adjusted_p, parts, True, "documents", None
-    )
 
 
 # --------------------------------------------------------------------------- oracles
@@ -211,13 +204,6 @@ def test_what_could_be_detected_is_that_of_the_t_test(r):
     assert stats.detectable(stats.Components(0, 0, 0, 3)) == 0
 
 
-def test_holm_is_that_of_the_textbook():
-    # p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") in R
-    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert stats.holm([0.9, 0.8]).tolist() == [1.0, 1.0]
-    assert stats.holm([]).tolist() == []
-
-
 def test_p_and_interval_agree_and_extremes_are_told():
     for e in (simulate(np.random.default_rng(i), 2) for i in range(30)):
         found = stats.compare(*e)
@@ -226,7 +212,7 @@ def test_p_and_interval_agree_and_extremes_are_told():
     assert (same.difference, same.p) == (0, 1)
     apart = replace(e[0], name="apart", nll=e[0].nll + 5 * e[0].tokens)
     assert stats.compare(e[0], apart).p == 0
-    assert stats.compare_all([e[0], apart])[0].better == "c0"
+    assert ranking.compare_all([e[0], apart])[0].better == "c0"
 
 
 # --------------------------------------------------------------------------- bootstrap
@@ -330,14 +316,6 @@ def test_a_single_seed_is_warned_of():
     assert "one and c1" in both.warning and both.varies_over == "documents"
 
 
-def test_what_few_seeds_can_show_is_said():
-    assert "of other seeds nothing is known" in stats.few_seeds(1)
-    said = stats.few_seeds(3, num_comparisons=10)
-    t = scipy_stats.t.ppf(1 - 0.0025, 2)
-    assert said.startswith("3 seeds: ") and f"10 comparison(s) is significant from {t:.1f} " in said
-    assert stats.few_seeds(5) is None
-
-
 def test_documents_without_tokens_are_left_out():
     a, b = simulate(np.random.default_rng(8), 2)
     more = [
@@ -385,66 +363,9 @@ def bad(index, value, field="nll"):
 )
 def test_what_cannot_be_compared_is_refused_by_name(change, said):
     a, b = simulate(np.random.default_rng(9), 2, documents=5)
-    for refuse in (stats.intervals, lambda es: stats.compare(*es), stats.compare_all):
+    for refuse in (stats.intervals, lambda es: stats.compare(*es), ranking.compare_all):
         with pytest.raises(ConfigError, match=said):
             refuse([a, change(b)])
-
-
-# --------------------------------------------------------------------------- many configurations
-
-
-def test_nothing_has_no_statistics():
-    for make in (stats.intervals, stats.compare_all, stats.check):
-        with pytest.raises(ConfigError, match="no evaluation"):
-            make([])
-
-
-def test_ranks_share_where_methods_cannot_be_told_apart():
-    names = ["d", "b", "a", "c"]
-    found = [
-        stats.Interval(n, "abcd".index(n), 0, 0, 3, 59, "seeds and documents", None) for n in names
-    ]
-    worse = {("a", "b"), ("a", "c"), ("a", "d"), ("b", "d")}  # the second is, significantly
-    pairs = [
-        comparison(x, y, -1 if x < y else 1, 0.01 if tuple(sorted((x, y))) in worse else 0.05)
-        for i, x in enumerate(names)
-        for y in names[i + 1 :]
-    ]
-    shown = stats.ranks(found, pairs)
-    assert list(shown.items()) == [("a", "1"), ("b", "2-3"), ("c", "2-4"), ("d", "3-4")]
-    with pytest.raises(ConfigError, match="a and c were not compared"):
-        stats.ranks(found, pairs[:-1])
-
-
-def test_a_point_is_dominated_only_if_significantly_so():
-    pairs = [
-        comparison("cheap", "dear", -0.1, 0.2),  # cheaper, lower, but not significantly
-        comparison("cheap", "bad", -0.5, 0.001),
-        comparison("bad", "dear", 0.4, 0.04),
-        comparison("cheap", "twin", -0.3, 0.01),  # equal in cost
-        comparison("dear", "twin", -0.2, 0.5),
-        comparison("bad", "twin", 0.2, 0.001),
-    ]
-    costs = {"cheap": 1.0, "dear": 3.0, "bad": 2.0, "twin": 1.0}
-    assert stats.pareto(costs, pairs) == {
-        "cheap": (),
-        "dear": (),
-        "bad": ("cheap", "twin"),
-        "twin": ("cheap",),
-    }
-    with pytest.raises(ConfigError, match="bad: a cost of nan"):
-        stats.pareto(costs | {"bad": math.nan}, pairs)
-
-
-def test_holm_is_over_the_comparisons_shown():
-    evaluations = simulate(np.random.default_rng(10), 4)
-    every = stats.compare_all(evaluations)
-    assert len(every) == 6
-    assert [c.adjusted_p for c in every] == stats.holm([c.p for c in every]).tolist()
-    (one,) = stats.compare_all(evaluations, [("c2", "c0")])
-    assert one.adjusted_p == one.p == pytest.approx(every[1].p)
-    with pytest.raises(ConfigError, match="did you mean 'c2'"):
-        stats.compare_all(evaluations, [("c2x", "c0")])
 
 
 # --------------------------------------------------------------------------- calibration
@@ -471,7 +392,7 @@ def calibrate(seeds, seed_sd, experiments, resamples):
         one = evaluations[:1]
         (found,) = stats.intervals(one, resamples)
         low, high = np.quantile(stats.bootstrap(one, resamples), [0.025, 0.975])
-        every = stats.compare_all(evaluations)
+        every = ranking.compare_all(evaluations)
         a, b = simulate(rng, 2, seeds, seed_sd=seed_sd, shared=0)
         unpaired = stats.compare(a, replace(b, seeds=tuple(range(seeds, 2 * seeds))))
         fixed = stats.compare(*simulate(rng, 2, seeds, seed_sd=seed_sd, fixed=1))
@@ -518,7 +439,7 @@ def test_a_family_of_45_holds_where_seeds_outweigh_documents(seeds, documents, s
     rng = np.random.default_rng([seeds, documents, round(1000 * seed_sd)])
     families, pairs = 0, Counter()
     for _ in range(1500):
-        every = stats.compare_all(simulate(rng, 10, seeds, documents, seed_sd=seed_sd))
+        every = ranking.compare_all(simulate(rng, 10, seeds, documents, seed_sd=seed_sd))
         families += any(c.better for c in every)
         pairs += Counter({a: sum(c.p < a for c in every) for a in (0.05, 0.005, 0.001)})
     rates = [f"p < {a}: {100 * n / 45 / 1500:.3f}" for a, n in pairs.items()]

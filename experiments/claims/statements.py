@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from harness import results, stats
+from harness import ranking, results, stats
 from harness.config import ConfigError, nearest
 from harness.report import evidence, views
 from harness.report.axes import Axes, color_of
@@ -108,7 +108,7 @@ class Claim:
 
     def verdicts(self) -> list[str]:
         """holds | does not hold | cannot be told, of every statement."""
-        adjusted = iter(stats.holm([s.p for s in self.statements if s.p is not None]).tolist())
+        adjusted = iter(ranking.holm([s.p for s in self.statements if s.p is not None]).tolist())
         found = []
         for s in self.statements:
             told = s.p is None or next(adjusted) < stats.ALPHA

@@ -1,7 +1,8 @@
 """What a table's rows can claim: intervals, paired tests, ranks and fronts, from nats per document.
 
-Every number here comes from the runs' `documents-*.parquet`; `harness.stats` has the statistics.
-Runs whose evaluation differs (documents, context, stride, tokenizer) are refused.
+Every number here comes from the runs' `documents-*.parquet`; `harness.stats` and
+`harness.ranking` have the statistics. Runs whose evaluation differs (documents, context, stride,
+tokenizer) are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from harness import results, stats
+from harness import ranking, results, stats
 from harness.config import ConfigError
 from harness.report.table import Row
 from harness.report.table import rows as table_rows
@@ -102,7 +103,7 @@ def scope(test: Evidence) -> list[str]:
         said.append(
             f"more than {EVERY_PAIR} rows: each is compared with the best, the next and the base."
         )
-    if fewest > 1 and (few := stats.few_seeds(fewest, len(test.comparisons))):
+    if fewest > 1 and (few := ranking.few_seeds(fewest, len(test.comparisons))):
         said.append(f"{few}.")
     return said
 
@@ -158,14 +159,14 @@ def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
     found = stats.intervals(evaluations)
     by_name = {interval.name: interval for interval in found}
     if len(found) <= EVERY_PAIR:
-        comparisons = stats.compare_all(evaluations)
-        return Evidence(text, evaluations, by_name, comparisons, stats.ranks(found, comparisons))
+        comparisons = ranking.compare_all(evaluations)
+        return Evidence(text, evaluations, by_name, comparisons, ranking.ranks(found, comparisons))
     ordered = [i.name for i in sorted(found, key=lambda i: i.log_perplexity)]
     pairs = [*itertools.pairwise(ordered), *((ordered[0], o) for o in ordered[2:])]
     base = [row.name for row in rows if row.values["method.name"] == "none" and row.name in by_name]
     there = {frozenset(pair) for pair in pairs}
     pairs += [(b, o) for b in base for o in ordered if o != b and frozenset((b, o)) not in there]
-    return Evidence(text, evaluations, by_name, stats.compare_all(evaluations, pairs), {})
+    return Evidence(text, evaluations, by_name, ranking.compare_all(evaluations, pairs), {})
 
 
 def also(rows: Iterable[Row]) -> list[str]:
@@ -201,7 +202,7 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
             before = replace(before, name=f"{row.name}, before")
             found[row.name] = stats.compare(after, before)
     moved = {name: c for name, c in found.items() if c.difference}
-    adjusted = stats.holm([c.p for c in moved.values()]).tolist() if moved else []
+    adjusted = ranking.holm([c.p for c in moved.values()]).tolist() if moved else []
     changed = {
         name: replace(c, adjusted_p=p) for (name, c), p in zip(moved.items(), adjusted, strict=True)
     }
@@ -256,7 +257,7 @@ def fronts(rows: Sequence[Row], evidence: Evidence) -> dict[str, dict[str, tuple
     for title in COSTS:
         known = costs(shown, title)
         if known:
-            found[title] = stats.pareto(known, evidence.comparisons)
+            found[title] = ranking.pareto(known, evidence.comparisons)
     return found
 
 
