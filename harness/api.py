@@ -64,15 +64,33 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
 def plan(run: RunConfig) -> Prediction | None:
     """Parameters, memory by category and FLOPs of `run`, before it runs; needs no weights.
 
-    None where only a run can tell (`harness.predict.predict`).
+    None where only a run can tell (`harness.predict.predict`). torch's threads and Accelerate's
+    state are left as they were.
 
     Raises:
         ConfigError: a target that is not there, a rank that is too large, too long a context.
     """
     from harness import predict  # which needs torch
 
-    with _quiet():
+    with _quiet(), _as_they_were():
         return predict.predict(*predict.setting(run))
+
+
+@contextmanager
+def _as_they_were() -> Iterator[None]:
+    """A notebook's own threads and Accelerate's state, which a prediction replaces for a while."""
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
+
+    threads = torch.get_num_threads()
+    states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for kind, before in states:
+            kind._shared_state.clear()
+            kind._shared_state.update(before)
 
 
 @contextmanager

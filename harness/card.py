@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from harness import saved
 from harness.config import RunConfig
 from harness.models import ACTIVATION_FIELDS
+from harness.nlg import METRICS
 from harness.results import get
 from harness.saved import Saved
 
@@ -19,9 +20,6 @@ REGISTERS = {  # what a process must import before it can load these, and why
     "UDV": "import harness.methods.udv  # makes PEFT know UDV",
     "lstm": "import harness.models  # makes transformers know the LSTM",
 }
-SCORES = {  # of generated text, as harness.nlg has them
-    "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,38 +77,28 @@ def base_name(run: RunConfig) -> str | None:
 def front_matter(run: Saved, exported: Exported) -> str:
     """YAML: base_model, library_name, tags, datasets and a model-index with what was measured."""
     data, method = run.run.data, run.record["method"]
-    measured = []
-    for split in ("validation", "test"):
-        for name in ("perplexity", "bits_per_byte"):
-            if (value := get(run.record, f"quality.{split}.{name}")) is not None:
-                measured.append(
-                    EvalResult(
-                        task_type="text-generation",
-                        dataset_type=data.id or data.name,
-                        dataset_name=data.name,
-                        dataset_config=data.config_name,
-                        dataset_split=split,
-                        metric_type=name,
-                        metric_name=name.replace("_", " "),
-                        metric_value=value,
-                        metric_args={
-                            key: run.record["evaluation"][key] for key in ("context", "stride")
-                        },
-                    )
-                )
+    window = {key: run.record["evaluation"][key] for key in ("context", "stride")}
     written = get(run.record, "quality.generation") or {}
-    measured += [
+    found: list[tuple[str, str, str, Any, dict[str, Any] | None]] = [  # the last: how
+        (split, name, name.replace("_", " "), get(run.record, f"quality.{split}.{name}"), window)
+        for split in ("validation", "test")
+        for name in ("perplexity", "bits_per_byte")
+    ]
+    found += [("test", name, label, written.get(name), None) for name, label in METRICS.items()]
+    measured = [
         EvalResult(
             task_type="text-generation",
             dataset_type=data.id or data.name,
             dataset_name=data.name,
-            dataset_split="test",
-            metric_type=key,
+            dataset_config=data.config_name,
+            dataset_split=split,
+            metric_type=name,
             metric_name=label,
-            metric_value=written[key],
+            metric_value=value,
+            metric_args=how,
         )
-        for key, label in SCORES.items()
-        if key in written
+        for split, name, label, value, how in found
+        if value is not None
     ]
     fields = ModelCardData(
         base_model=base_name(run.run),
@@ -118,7 +106,7 @@ def front_matter(run: Saved, exported: Exported) -> str:
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["peft-harness", method["name"], method["label"]])),
         datasets=[data.id] if data.id and not Path(data.id).is_dir() else None,
-        metrics=["perplexity", *(key for key in SCORES if key in written)],
+        metrics=["perplexity", *(key for key in METRICS if key in written)],
         model_name=run.name,
         eval_results=measured or None,
     )
@@ -230,7 +218,7 @@ def _perplexities(record: dict[str, Any], is_task: bool) -> str:
         else "Every document by itself after one end-of-text token"
     )
     written = get(record, "quality.generation") or {}
-    scores = [f"{label} {written[key]:.2f}" for key, label in SCORES.items() if key in written]
+    scores = [f"{label} {written[key]:.2f}" for key, label in METRICS.items() if key in written]
     if scores:
         lines += [
             "",

@@ -18,7 +18,7 @@ from harness.config import (
     to_dict,
 )
 
-_NOT_IDENTITY = (
+NOT_IDENTITY = (  # what moves no number of a run
     "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
     "tracker",
 )  # fmt: skip
@@ -31,12 +31,12 @@ _LATER = {
     "targets": ("roles",),
     "evaluate": ("generate", "protocol"),
 }  # fmt: skip
-_NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
+NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 
 
 def identity(run: RunConfig) -> str:
     """SHA-256 of everything in the config that can move the run's numbers."""
-    values = {k: v for k, v in to_dict(run).items() if k not in _NOT_IDENTITY}
+    values = {k: v for k, v in to_dict(run).items() if k not in NOT_IDENTITY}
     texts = (values["data"], *values["evaluate"]["also"].values())
     parts = [(section, values[section]) for section in _LATER if section != "data"]
     for section, found in [*parts, *(("data", fields) for fields in texts)]:
@@ -51,7 +51,7 @@ def identity(run: RunConfig) -> str:
 
             fields["files"] = files_digest(fields["path"])  # the same path, another text
     del values["model"]["cache_dir"]
-    for key in _NOT_IDENTITY_OF_TRAINING:
+    for key in NOT_IDENTITY_OF_TRAINING:
         del values["train"][key]
     if isinstance(run.method, LoraMethod):
         values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one

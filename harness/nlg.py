@@ -41,7 +41,9 @@ from pathlib import Path
 
 from harness.config import ConfigError
 
-METRICS = ("bleu", "nist", "meteor", "rouge_l", "cider")
+METRICS = {  # as result.json and as tables call them
+    "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr",
+}  # fmt: skip
 JAVA_SECONDS = 300.0  # without an answer, after which a Java process is taken for dead
 NIST_ORDER = 5
 

@@ -54,8 +54,9 @@ def _table(rows: list[list[str]]) -> Table:
     return table
 
 
-def _row(run: RunConfig, found: Prediction | None, rate: float, limit: int | None) -> list[str]:
-    name = naming.run_name(run)
+def _row(
+    name: str, run: RunConfig, found: Prediction | None, rate: float, limit: int | None
+) -> list[str]:
     if found is None:
         return [name, *["-"] * 11, "only a run can tell"]
     main = found.train or found.evaluate
@@ -89,24 +90,20 @@ def main(arguments: list[str]) -> int:
     try:
         unknown = [text for text in own if not text.startswith("plan.limit=")]
         if unknown:
-            raise ConfigError(f"{unknown[0].partition('=')[0]}: did you mean 'plan.limit'?")
+            raise ConfigError(
+                f"{unknown[0]}: did you mean 'plan.limit' (plan.limit=SIZE, e.g. 8GiB)?"
+            )
         limit = parse_bytes(own[-1].partition("=")[2]) if own else None
         runs = compose(*(text for text in arguments if text not in own))
-        for run in runs:
-            run, model_config, accelerator = setting(run)
+        for asked in runs:
+            run, model_config, accelerator = setting(asked)
             precision = environment.precision_of(run)
-            try:
-                found = predict(run, model_config, accelerator)
-            except ConfigError:
-                raise
-            except Exception as error:  # a method that looks at values, which fake tensors lack
-                logging.getLogger(__name__).info("%s: %s", naming.run_name(run), error)
-                found = None
+            found = predict(run, model_config, accelerator)
             shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
             if shape not in rates:
                 rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
             fits &= found is None or limit is None or found.peak_bytes <= limit
-            rows.append(_row(run, found, rates[shape], limit))
+            rows.append(_row(naming.run_name(asked), run, found, rates[shape], limit))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

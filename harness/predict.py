@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 import time
 from contextlib import suppress
@@ -31,9 +32,11 @@ from torch.utils.flop_counter import (
 from transformers import PretrainedConfig
 
 from harness import data, environment, evaluate, memory, methods, models, train
-from harness.config import RunConfig
+from harness.config import ConfigError, RunConfig
 from harness.loss import NextToken
 from harness.results import write_atomically
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -85,6 +88,8 @@ class Prediction:
 def setting(run: RunConfig) -> tuple[RunConfig, PretrainedConfig, Accelerator]:
     """The run without the files that it would load, its model's shape, and this machine.
 
+    Sets torch's threads and Accelerate's state, as the run's own process would.
+
     Raises:
         ConfigError: the shape is not known without files, or the context is too long for it.
     """
@@ -103,16 +108,28 @@ def predict(
     """Run one training step and one evaluation batch of `run` on fake tensors, and follow them.
 
     `accelerator` gives the device and the precision. An LSTM's kernel has a workspace that its fake
-    counterpart does not show: its peak is predicted up to a sixth too low. None for what only the
-    weights can tell: a rank by energy, and methods that read the weights to be built; and where
-    ranks divide the model among them, which no fake tensor does.
+    counterpart does not show: its peak is predicted up to a sixth too low. None for what only a run
+    can tell: a rank by energy, methods that read the weights to be built, or look at values, which
+    fake tensors have not; and where ranks divide the model among them, which no fake tensor does.
     """
     if getattr(run.method, "energy", None) is not None or run.launch.sharded:
         return None
     try:
-        model = methods.check(models.on_meta(run, model_config), run)
+        return _followed(run, model_config, accelerator)
     except methods.NeedsWeightsError:
         return None
+    except ConfigError:
+        raise
+    except Exception:  # of any kind, from within a model or an adapter of others
+        log.info("no prediction", exc_info=True)
+        return None
+
+
+def _followed(
+    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
+) -> Prediction:
+    """The prediction of a run that can be followed."""
+    model = methods.check(models.on_meta(run, model_config), run)
     models.checkpoint_activations(model, run.train)
     bare = NextToken(model, run.train.label_smoothing)
     on_training: dict[str, Any] = {}

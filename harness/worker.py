@@ -321,16 +321,12 @@ def perform(
         "process_peak_by_phase": process.by_phase,
     }
     # After the peaks are read: it is quick, but it takes memory of its own.
-    try:
-        predicted = predict.recorded(run, model_config, accelerator)
-        result["predicted"] = predicted
-        # Of pairs tokens are those of completions, and FLOPs those of every position.
-        if predicted and state.tokens_per_second and run.data.source != "pairs":
-            flops = predicted["train_flops_per_token"] * state.tokens_per_second
-            result["speed"]["gflops_per_second"] = flops / 1e9
-    except Exception:  # a model that looks at values, which fake tensors do not have
-        log.exception("no prediction")
-        result["predicted"] = None
+    predicted = predict.recorded(run, model_config, accelerator)
+    result["predicted"] = predicted
+    # Of pairs tokens are those of completions, and FLOPs those of every position.
+    if predicted and state.tokens_per_second and run.data.source != "pairs":
+        flops = predicted["train_flops_per_token"] * state.tokens_per_second
+        result["speed"]["gflops_per_second"] = flops / 1e9
     if run.launch.sharded:
         shard.gather(model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:

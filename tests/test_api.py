@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import harness
 from harness import collect, compose, plan, results, run
@@ -48,9 +51,24 @@ def test_a_sweep_and_an_experiment_are_lists_of_runs():
     assert plan(compose("method=udv", "method.energy=0.9")[0]) is None
 
 
+def test_a_plan_leaves_a_notebooks_own_settings():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, threads = Accelerator(cpu=True, mixed_precision="bf16"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert plan(compose("train.threads=2", "train.precision=fp32")[0])
+        assert torch.get_num_threads() == 1
+        assert accelerator.mixed_precision == "bf16" and accelerator.num_processes == 1
+        assert accelerator.device.type == "cpu"
+    finally:
+        torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["run_name=mine", "seed=0,1"], "two different runs of this sweep are named"),
         (["method=lroa"], "did you mean 'lora'"),
         (["method=lora", "method.r=1,0"], r"method\.r=0"),
         (["sede=1"], "did you mean 'seed'"),

@@ -205,6 +205,7 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
         (["method=lora", "method.r=8,9999"], "method.r=9999"),
         (["data.context=512", "train.batch_tokens=4096"], "longer than gpt2_mini's 256"),
         (["method=lroa"], "did you mean 'lora'"),
+        (["plan.limit"], "plan.limit: did you mean 'plan.limit' (plan.limit=SIZE"),
         (["method=lora", "train.lr=1e-3,-1"], "train.lr=-1"),
         (["model.frozen_dtype=bf16", "train.precision=auto"], "set train.precision=bf16"),
     ],
@@ -213,6 +214,13 @@ def test_mistakes_are_answered_in_a_line(capsys, arguments, message):
     assert plan.main(arguments) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
+
+
+def test_runs_are_called_as_they_will_be(capsys):
+    asked = ["method=none,lora"]
+    assert plan.main(asked) == 0
+    shown = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert {run.run_dir.name for run in compose(*asked)} <= shown
 
 
 def test_a_plan_is_of_every_seed_of_a_sweep():

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import math
 import re
@@ -297,6 +298,24 @@ def test_how_a_rate_was_found_makes_no_other_row_and_further_texts_do(tmp_path):
     assert {row.values["also"] for row in table.rows(tmp_path)} == {
         "", "evaluate.also=more", "evaluate.also=None",
     }  # fmt: skip
+
+
+def test_where_texts_are_kept_and_what_is_written_make_no_other_row(tmp_path):
+    put(tmp_path, "a", seed=0, save_merged=True, data={"name": "kjv", "cache_dir": None})
+    put(tmp_path, "b", seed=1, save_merged=False, data={"name": "kjv", "cache_dir": "/elsewhere"})
+    put(tmp_path, "c", seed=2, data={"name": "kjv", "cache_dir": ".cache"}, tracker="wandb")
+    assert [row.values["seeds"] for row in table.rows(tmp_path)] == [3]
+
+
+def test_the_speed_of_generation_is_in_the_csv_where_there_is_one(tmp_path):
+    run_dir = put(tmp_path, "one", r=1)
+    name = "quality.generation.tokens_per_second"
+    assert name not in summary.results_csv(evidence.find(tmp_path))
+    record = json.loads((run_dir / "result.json").read_text())
+    record["quality"]["generation"] = {"bleu": 1.0, "tokens_per_second": 12.5}
+    results.write(run_dir, record)
+    (row,) = csv.DictReader(io.StringIO(summary.results_csv(evidence.find(tmp_path))))
+    assert row[name] == "12.5"
 
 
 def test_fields_that_only_one_method_has_and_how_runs_were_launched_tell_no_rows_apart(tmp_path):

@@ -21,7 +21,7 @@ import rich.box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from harness import results
+from harness import naming, nlg, results
 from harness.config import METHODS
 
 # heading -> (path in result.json, format of the number)
@@ -40,23 +40,14 @@ COLUMNS = {
     "test": ("quality.test.perplexity", ".2f"),
 }
 SCORED = {  # where completions were generated (`harness.nlg`)
-    "BLEU": ("quality.generation.bleu", ".2f"),
-    "NIST": ("quality.generation.nist", ".2f"),
-    "METEOR": ("quality.generation.meteor", ".2f"),
-    "ROUGE-L": ("quality.generation.rouge_l", ".2f"),
-    "CIDEr": ("quality.generation.cider", ".2f"),
+    label: (f"quality.generation.{name}", ".2f") for name, label in nlg.METRICS.items()
 }
 WRITTEN = "quality.generation.tokens_per_second"  # likewise, in the CSV alone
 NUM_TEXT = 3  # the first columns, which are text
-SHOWN = {"train.lr", "train.rates", "train.lr_from"} | {
+SHOWN = {"train.lr"} | {
     f"method.{key}"
     for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual")
 }
-VARIES = (  # within a configuration
-    "seed", "run_name", "outputs_dir", "rerun", "retry", "experiment_name", "launch",
-    "tracker",
-)  # fmt: skip
-NO_OTHER_RUN = ("lr_from", "rates", "on_oom", "checkpoint_every")  # of training, likewise
 SHARED = "environment.runs_beside"
 MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
 LR_FROM = "method.lr_from"
@@ -94,12 +85,10 @@ def rows(folder: Path) -> list[Row]:
     groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for run_dir, result in results.collect(folder):
         if result["status"] == "finished":
-            same = {k: v for k, v in result["config"].items() if k not in VARIES}
-            train = same.get("train", {})
-            same["train"] = {k: v for k, v in train.items() if k not in NO_OTHER_RUN}
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append((run_dir, result))
+            same = json.dumps(_configuration(result["config"]), sort_keys=True)
+            groups.setdefault(same, []).append((run_dir, result))
     members = list(groups.values())
-    flat = [_flat(group[0][1]["config"]) for group in members]
+    flat = [_flat(json.loads(same)) for same in groups]
     others = _without_a_column(flat)
     table = []
     for group, config in zip(members, flat, strict=True):
@@ -182,11 +171,20 @@ def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
     return sorted(key for key in varying if key not in SHOWN and not key.startswith("targets."))
 
 
+def _configuration(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without what varies within a configuration: seed, and what moves nothing."""
+    kept = {k: v for k, v in config.items() if k not in (*naming.NOT_IDENTITY, "seed")}
+    for section, names in {
+        "train": naming.NOT_IDENTITY_OF_TRAINING, "model": ("cache_dir",), "data": ("cache_dir",)
+    }.items():  # fmt: skip
+        if section in kept:
+            kept[section] = {k: v for k, v in kept[section].items() if k not in names}
+    return kept
+
+
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if not prefix and key in VARIES:
-            continue
         if f"{prefix}{key}" == "evaluate.also":
             flat["evaluate.also"] = ",".join(value) or None  # names say enough
         elif isinstance(value, dict) and value:
