@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from scipy import special
+from scipy import stats as scipy_stats
 
 from harness import ranking, results, stats
 from harness.config import ConfigError, nearest
@@ -160,8 +161,8 @@ def smaller(
 ) -> Statement:
     """Whether what `a` needs is the smaller one in ratio, seed by seed: a t-test of the log-ratio.
 
-    Where `a` was not there when its run ended, it needs more than that, which can speak against the
-    statement only. Where `b` was not, it cannot be told.
+    Where `a` was not there when its run ended, it needs more than that: only in how many seeds it
+    needs more is known, and tested by their signs. Where `b` was not, it cannot be told.
     """
     rows = (a.name, b.name)
     one, other = (
@@ -169,21 +170,26 @@ def smaller(
         for row in (a, b)
     )
     pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
-    if len(pairs) < 2 or any(need.is_bound for _, need in pairs):
-        return Statement(text, f"{what}: {b.name} does not get there", False, 1.0, rows)
+    if len(pairs) < 2:
+        return Statement(text, f"{what}: fewer than two seeds in common", False, 1.0, rows)
+    if any(need.is_bound for _, need in pairs):
+        return Statement(text, f"{what}: {short(b)} does not get there", False, 1.0, rows)
     logs = [math.log(x.amount / y.amount) for x, y in pairs]
+    means = [statistics.fmean(n.amount for n in side) for side in zip(*pairs, strict=True)]
+    if any(need.is_bound for need, _ in pairs):
+        longer = sum(x.amount >= y.amount for x, y in pairs)
+        sure = all(x.amount >= y.amount or not x.is_bound for x, y in pairs)
+        p = float(scipy_stats.binomtest(longer, len(pairs)).pvalue) if sure else 1.0
+        numbers = f"{what}: more than {means[0]:.3g} against {means[1]:.3g}, "
+        numbers += f"more in {longer} of {len(pairs)} seeds" if sure else "which tells nothing"
+        return Statement(text, numbers, False, p, rows)
     mean, half = views.mean(logs)
     assert half is not None
     error = np.std(logs, ddof=1) / math.sqrt(len(logs))
     p = 2 * special.stdtr(len(logs) - 1, -abs(mean) / error) if error else float(mean == 0)
-    bounds = sum(need.is_bound for need, _ in pairs)
-    if bounds and mean < 0:
-        p = 1.0
-    means = [statistics.fmean(n.amount for n in side) for side in zip(*pairs, strict=True)]
     ends = " to ".join(f"{math.exp(mean + sign * half):.2f}" for sign in (-1, 1))
-    more = "more than " if bounds else ""
-    numbers = f"{what}: {more}{means[0]:.3g} against {means[1]:.3g}, "
-    numbers += f"ratio {more}{math.exp(mean):.2f} ({ends})"
+    numbers = f"{what}: {means[0]:.3g} against {means[1]:.3g}, "
+    numbers += f"ratio {math.exp(mean):.2f} ({ends})"
     return Statement(text, numbers, mean < 0, float(p), rows)
 
 
