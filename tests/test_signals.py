@@ -20,11 +20,15 @@ RANKS = ["launch.num_processes=2"]
 
 
 def start(tmp_path, *arguments, extra=""):
-    """The program in a session of its own, as a terminal would start it."""
+    """The program in a session of its own, as a terminal would start it.
+
+    A shell starts what is in its background with SIGINT ignored, which children inherit.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "harness", *arguments], cwd=tmp_path, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [extra, str(REPOSITORY)]))},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
