@@ -160,6 +160,8 @@ def test_a_name_that_is_taken_by_another_config_is_refused(harness, make_run, tm
     assert "rerun=true" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_what_full_fine_tuning_saves_is_a_base_model_by_itself(harness, tmp_path):
     assert harness("method=full", *QUICK).returncode == 0
     run_dir, first = only_result(tmp_path)
@@ -235,6 +237,7 @@ def test_values_that_a_method_does_not_use_make_no_other_run(harness, tmp_path):
     only_result(tmp_path)
 
 
+@pytest.mark.slow
 def test_one_step_has_every_stable_key_and_compiled_code_is_followed_too(harness, tmp_path):
     assert harness(*QUICK, "train.steps=1").returncode == 0
     memory = only_result(tmp_path)[1]["memory"]
@@ -410,6 +413,7 @@ def test_a_failure_in_a_sweep_is_local_named_and_not_repeated_unasked(harness, t
     assert failed.read_text().count("parameters:") == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(harness):
     done = harness("outputs_dir=/proc/here", *QUICK)
     assert done.returncode == 2 and "/proc/here" in done.stderr and "Traceback" not in done.stderr

@@ -45,7 +45,8 @@ def loaded(run_dir):
     return PeftModel.from_pretrained(base, run_dir / "adapter")
 
 
-@pytest.mark.parametrize("method", [FULL, pytest.param(LORA, marks=pytest.mark.faults)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [FULL, LORA])
 def test_sharded_ranks_take_the_steps_of_one_and_hold_half(harness, tmp_path, method):
     plain, divided = ("run_name=plain",), ("run_name=divided", *SHARDED)
     alike = {"plain": plain, "divided": divided}
