@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IGNORE = -100  # a target that is not predicted
 CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
-LEAST_TOKENS = 256  # slower products, and more tokens make nothing faster
+LEAST_TOKENS = {"cpu": 256, "cuda": 2048}  # slower products, and more make nothing faster
 CPU_ROWS = 512  # of W in one fp32 product on a CPU: a fifth to a half faster than all 50,257
 # Configuration fields by which architectures change the logits after the head.
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -52,9 +52,10 @@ def linear_nll(
     return Nll(*_LinearNll.apply(hidden, weight, targets, label_smoothing))
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """C, the tokens whose logits are held at once."""
-    return max(LEAST_TOKENS, CHUNK_BYTES // (4 * vocab_size))
+def chunk_tokens(vocab_size: int, device: str) -> int:
+    """C, the tokens whose logits are held at once on a device of type `device`."""
+    least = LEAST_TOKENS.get(device, LEAST_TOKENS["cpu"])
+    return max(least, CHUNK_BYTES // (4 * vocab_size))
 
 
 def _row_blocks(weight: torch.Tensor) -> list[slice]:
@@ -83,7 +84,7 @@ class _LinearNll(torch.autograd.Function):
             mean_row = head.mean(0, dtype=wide) if smoothing else None
             nats = torch.empty(targets.shape, dtype=wide, device=hidden.device)
             objective = torch.zeros((), dtype=wide, device=hidden.device)
-            size, blocks = chunk_tokens(len(weight)), _row_blocks(head)
+            size, blocks = chunk_tokens(len(weight), kind), _row_blocks(head)
             buffer = head.new_empty(min(size, len(targets)), len(weight))
             for start in range(0, len(targets), size):
                 part = slice(start, start + size)
@@ -340,7 +341,7 @@ def _module_nll(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, e:
         return smooth.sum(), nll.detach()
 
     vocabulary = getattr(head, "out_features", None) or hidden.shape[-1]
-    size = chunk_tokens(vocabulary)
+    size = chunk_tokens(vocabulary, hidden.device.type)
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         if torch.is_grad_enabled():

@@ -63,7 +63,7 @@ def _row(
     parts = dict(main["by_category"])
     seconds = found.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
     padded = run.data.source == "pairs" and run.data.packing == "padded"
-    over = limit is not None and found.peak_bytes > limit
+    over = limit is not None and found.needed_bytes > limit
     sizes = [*(parts[category] for category in memory.CATEGORIES), main["peak_bytes"]]
     sizes.append(found.evaluate["peak_bytes"])
     return [
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
             shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
             if shape not in rates:
                 rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
-            fits &= found is None or limit is None or found.peak_bytes <= limit
+            fits &= found is None or limit is None or found.needed_bytes <= limit
             rows.append(_row(naming.run_name(asked), run, found, rates[shape], limit))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

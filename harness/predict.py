@@ -69,15 +69,19 @@ class Prediction:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes of live tensors, in training or evaluation."""
-        peaks = [phase["peak_bytes"] for phase in (self.train, self.evaluate) if phase]
-        return int(max(peaks))
+        """As a result's memory.peak_bytes: of a training step, or of evaluation without one."""
+        return int((self.train or self.evaluate)["peak_bytes"])
+
+    @property
+    def needed_bytes(self) -> int:
+        """The most of any phase, which the device must have."""
+        return max(self.peak_bytes, int(self.evaluate["peak_bytes"]))
 
     def as_record(self) -> dict[str, Any]:
         """For result.json, beside what was measured."""
         main = self.train or self.evaluate
         return {
-            "peak_bytes": main["peak_bytes"],
+            "peak_bytes": self.peak_bytes,
             "by_category": main["by_category"],
             "evaluate_peak_bytes": self.evaluate["peak_bytes"],
             "train_flops_per_token": self.train_flops_per_token,
@@ -134,7 +138,7 @@ def _followed(
     bare = NextToken(model, run.train.label_smoothing)
     on_training: dict[str, Any] = {}
     on_evaluation: dict[str, Any] = {}
-    context = run.evaluate.context or run.data.context
+    context = run.evaluation_context
     tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
     prepared_before = len(accelerator._models)
     evaluate_flops = train_flops = 0.0

@@ -68,7 +68,7 @@ def read(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text | None:
     if name == "documents":
         return None
     rows = documents.raw_rows(run.data, "test")
-    context = run.evaluate.context or run.data.context
+    context = run.evaluation_context
     stride = run.evaluate.stride or context
     text = PROTOCOLS[name](rows, tokenizer, context, stride)
     if not text.windows:

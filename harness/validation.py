@@ -191,7 +191,7 @@ def validate(run: RunConfig) -> None:
         ev.batch_tokens,
         "1 or more tokens, or null",
     )
-    context = data.context if ev.context is None else ev.context
+    context = run.evaluation_context
     _require(context >= 1, "evaluate.context", context, "1 or more tokens")
     stride = context if ev.stride is None else ev.stride
     _require(1 <= stride <= context, "evaluate.stride", stride, f"1 to the context of {context}")

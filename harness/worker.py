@@ -188,7 +188,7 @@ def perform(
             name: data.prepare_test(cfg, tokenizer) for name, cfg in run.evaluate.also.items()
         }
         by_protocol = protocols.read(run, tokenizer)
-    context = run.evaluate.context or run.data.context
+    context = run.evaluation_context
     stride = run.evaluate.stride or context
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
     result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}

@@ -1,5 +1,6 @@
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -7,7 +8,7 @@ from hydra.errors import HydraException
 
 from harness import methods, models
 from harness.composition import explain, from_hydra, load
-from harness.config import CONF_DIR, ConfigError, LoraMethod, options, to_dict
+from harness.config import CONF_DIR, SECTIONS, ConfigError, LoraMethod, options, to_dict
 from harness.naming import identity, run_name
 
 
@@ -23,6 +24,14 @@ def test_alpha_is_a_number_or_a_multiple_of_r(alpha, r, number):
 def test_alpha_that_is_neither_is_refused_by_name(alpha):
     with pytest.raises(ConfigError, match=r"method\.alpha"):
         _ = LoraMethod("lora", r=4, alpha=alpha).lora_alpha
+
+
+def test_a_schema_without_a_file_says_what_conf_says(make_run):
+    run = make_run()
+    for section in ("train", "evaluate", "launch"):
+        composed, schema = getattr(run, section), SECTIONS[section]()
+        rates = "gpt2_mini_kjv" if section == "train" else None  # what lr=tuned reads by default
+        assert composed == (replace(schema, rates=rates) if rates else schema), section
 
 
 @pytest.mark.parametrize(

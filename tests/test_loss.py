@@ -20,7 +20,7 @@ CHUNK_TOKENS = loss.chunk_tokens
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last one short, and several blocks of rows."""
-    monkeypatch.setattr(loss, "chunk_tokens", lambda vocab_size: 8)
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 8)
     monkeypatch.setattr(loss, "CPU_ROWS", 16)
 
 

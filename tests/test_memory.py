@@ -12,6 +12,7 @@ from harness.data import Data
 from harness.loss import NextToken
 from harness.memory import LiveTensors
 from harness.methods import adapt
+from harness.report import axes
 from harness.stop import Stop
 
 KIB = 1024
@@ -81,6 +82,7 @@ def test_gradients_and_optimizer_state_have_their_own_lines():
     assert got["gradients"] == 16 * KIB == kept.nbytes
     assert report["peak_bytes"] == sum(got.values())
     assert set(got) == set(memory.CATEGORIES)
+    assert set(got) == set(axes.CATEGORIES)  # what figures and dashboards colour
 
 
 def test_measuring_leaves_the_step_as_it_is(tiny):

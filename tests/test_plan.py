@@ -83,9 +83,10 @@ def measured(run, config, accelerate):
     report, on_evaluation = {}, {}
 
     def evaluate(optimizer):
-        context = run.evaluate.context or run.data.context
+        context = run.evaluation_context
         tokens = run.evaluate.batch_tokens or predict.evaluate.batch_tokens(config)
         ids = torch.randint(0, config.vocab_size, (max(1, tokens // context), context))
+        ids = ids.to(accelerate.device)
         with torch.no_grad(), memory.measured(model, optimizer, on_evaluation):
             prepared.eval()(ids, ids)
 

@@ -201,7 +201,7 @@ def check_context(run: RunConfig, limit: int | None) -> None:
     Raises:
         ConfigError: with the longest context that fits.
     """
-    longest = max(run.data.context, run.evaluate.context or 0)
+    longest = max(run.data.context, run.evaluation_context)
     virtual = num_virtual_tokens(run)  # of prompt methods: they take up positions
     if limit is not None and longest + virtual > limit:
         extra = f" and {virtual} virtual tokens are" if virtual else " is"
