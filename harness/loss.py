@@ -26,6 +26,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 IGNORE = -100  # a target that is not predicted
 CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
 LEAST_TOKENS = {"cpu": 256, "cuda": 2048}  # slower products, and more make nothing faster
+# A vocabulary of 50,257 leaves rows of logits that begin at odd addresses, which a GPU's fast
+# products cannot read: there W gets rows of zeros, and their logits are -inf.
+ROWS_MULTIPLE = {("cuda", torch.bfloat16): 64, ("cuda", torch.float16): 64}
 CPU_ROWS = 512  # of W in one fp32 product on a CPU: a fifth to a half faster than all 50,257
 # Configuration fields by which architectures change the logits after the head.
 AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -78,14 +81,16 @@ class _LinearNll(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         with torch.autocast(kind, enabled=False):
-            head = weight.to(dtype)
+            vocab_size, head = len(weight), weight.to(dtype)
             mean_row = head.mean(0, dtype=wide) if smoothing else None
+            if further := -vocab_size % ROWS_MULTIPLE.get((kind, dtype), 1):
+                head = F.pad(head, (0, 0, 0, further))
             nats = torch.empty(targets.shape, dtype=wide, device=hidden.device)
             objective = torch.zeros((), dtype=wide, device=hidden.device)
-            size, blocks = chunk_tokens(len(weight), kind), _row_blocks(head)
-            buffer = head.new_empty(min(size, len(targets)), len(weight))
+            grad_weight = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
+            size, blocks = chunk_tokens(vocab_size, kind), _row_blocks(head)
+            buffer = head.new_empty(min(size, len(targets)), len(head))
             for start in range(0, len(targets), size):
                 part = slice(start, start + size)
                 h, counts = hidden[part].to(dtype), targets[part].ne(IGNORE)[:, None]
@@ -93,6 +98,7 @@ class _LinearNll(torch.autograd.Function):
                 z = buffer[: len(h)]  # logits (C, V)
                 for rows in blocks:
                     torch.mm(h, head[rows].t(), out=z[:, rows])
+                z[:, vocab_size:] = -torch.inf
                 z_target = z.gather(1, target).to(wide)
                 z_top = z.amax(1, keepdim=True).to(wide)
                 p = torch.softmax(z, 1, dtype=wide, out=z if dtype == wide else None)
@@ -125,8 +131,8 @@ class _LinearNll(torch.autograd.Function):
                     counted = h.to(wide)
                     grad_weight.index_add_(0, target[:, 0], counted, alpha=smoothing - 1)
                     if smoothing:
-                        grad_weight -= smoothing / len(weight) * counted.sum(0)
-        ctx.grads = (grad_hidden, grad_weight)
+                        grad_weight -= smoothing / vocab_size * counted.sum(0)
+        ctx.grads = (grad_hidden, None if grad_weight is None else grad_weight[:vocab_size])
         ctx.mark_non_differentiable(nats)
         return objective, nats
 

@@ -127,6 +127,10 @@ class LiveTensors(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.close()
+
+    def close(self) -> None:
+        """Take the hooks off the parameters again."""
         for hook in self._hooks:
             hook.remove()
 
@@ -140,29 +144,9 @@ def measured(
     Code under torch.compile cannot be followed: here it runs uncompiled.
     """
     first = next(model.parameters())
-    device = first.device
-    if device.type == "cuda" and not isinstance(first, FakeTensor):
-        torch.cuda.reset_peak_memory_stats(device)
-        fixed = LiveTensors(model, optimizer)
-        fixed.__exit__(None, None, None)  # only its account of what exists before the step
-        yield
-        peak = torch.cuda.max_memory_allocated(device)
-        categories = dict(fixed.by_category)
-        if torch.is_grad_enabled():
-            categories["gradients"] = sum(
-                shard.local(p).numel() * p.element_size()
-                for p in model.parameters()
-                if p.requires_grad
-            )
-        rest = peak - sum(n for name, n in categories.items() if name != "activations")
-        categories["activations"] = max(0, rest)
-        report |= {
-            "peak_bytes": peak,
-            "reserved_bytes": torch.cuda.max_memory_reserved(device),
-            "by_category": categories,  # gradients in full, the remainder activations
-            "category_peaks": categories,
-            "measured_by": "cuda allocator",
-        }
+    if first.device.type == "cuda" and not isinstance(first, FakeTensor):
+        with _by_allocator(model, optimizer, report, first.device):
+            yield
         return
     with torch.compiler.set_stance("force_eager"), LiveTensors(model, optimizer) as live:
         yield
@@ -171,6 +155,38 @@ def measured(
         "by_category": live.by_category,
         "category_peaks": live.category_peaks,
         "measured_by": "live tensors",
+    }
+
+
+@contextmanager
+def _by_allocator(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    report: dict[str, Any],
+    device: torch.device,
+) -> Iterator[None]:
+    """The same from CUDA's allocator, which does not say what its peak consisted of.
+
+    What exists before the body, and gradients in full where it makes some; the rest is activations.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    before = LiveTensors(model, optimizer)
+    before.close()
+    yield
+    peak = torch.cuda.max_memory_allocated(device)
+    categories = dict(before.by_category)
+    if torch.is_grad_enabled():
+        categories["gradients"] = sum(
+            shard.local(p).numel() * p.element_size() for p in model.parameters() if p.requires_grad
+        )
+    rest = peak - sum(n for name, n in categories.items() if name != "activations")
+    categories["activations"] = max(0, rest)
+    report |= {
+        "peak_bytes": peak,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "by_category": categories,
+        "category_peaks": categories,
+        "measured_by": "cuda allocator",
     }
 
 

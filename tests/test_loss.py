@@ -17,11 +17,13 @@ N, D, V = 37, 16, 50
 CHUNK_TOKENS = loss.chunk_tokens
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Several chunks, the last one short, and several blocks of rows."""
+@pytest.fixture(autouse=True, params=[1, 32])
+def small_chunks(request, monkeypatch):
+    """Several chunks, the last one short, several blocks of rows; with W's own rows, and more."""
     monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 8)
     monkeypatch.setattr(loss, "CPU_ROWS", 16)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    monkeypatch.setattr(loss, "ROWS_MULTIPLE", {("cpu", d): request.param for d in dtypes})
 
 
 def problem(dtype, ignored):

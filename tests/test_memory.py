@@ -85,6 +85,27 @@ def test_gradients_and_optimizer_state_have_their_own_lines():
     assert set(got) == set(axes.CATEGORIES)  # what figures and dashboards colour
 
 
+def test_by_the_allocator_what_is_there_is_told_apart_and_the_rest_is_activations(monkeypatch):
+    """The way of a GPU, with an allocator that says 200 KiB: the optimizer has its state."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 200 * KIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 300 * KIB)
+    model = layers()
+    optimizer = torch.optim.AdamW([model[1].weight])
+    report = {}
+    for _ in range(2):
+        with memory._by_allocator(model, optimizer, report, torch.device("cuda")):
+            model(torch.ones(2, 64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    got = report["by_category"]
+    assert got["gradients"] == got["trainable_weights"] == 16 * KIB
+    assert got["optimizer_state"] == 2 * 16 * KIB + 4
+    assert sum(got.values()) == report["peak_bytes"] == 200 * KIB
+    assert report["reserved_bytes"] == 300 * KIB
+    assert not model[1].weight._post_accumulate_grad_hooks
+
+
 def test_measuring_leaves_the_step_as_it_is(tiny):
     ids = torch.arange(1, 21).view(2, 10)
 

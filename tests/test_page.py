@@ -215,8 +215,8 @@ def test_it_fits_and_is_readable(opened, width, name):
         "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
     )
     assert contrast(ink, paper) > 7 and (luminance(paper) > 0.5) == (name == "light")
-    tick = opened.find_element(By.CSS_SELECTOR, "#figure-parameters .ytick text")
-    wait(lambda: contrast(tick.value_of_css_property("fill"), paper) > 7)
+    fill = "return getComputedStyle(document.querySelector('#figure-parameters .ytick text')).fill"
+    wait(lambda: contrast(opened.execute_script(fill), paper) > 7)  # a figure is drawn again
     opened.execute_script("document.getElementById('theme').click()")  # and the other way
     other = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (luminance(other) > 0.5) == (name == "dark")

@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 WIDTH, VOCABULARY = 768, 50257
 TOKENS = {"cpu": 2048, "cuda": 16384}
 CHUNKS = {"cpu": (128, 256, 512, 2048), "cuda": (256, 1024, 2048, 4096, 8192, 16384)}
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp32")}
 REPEATS = {"cpu": 2, "cuda": 20}
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -120,12 +121,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=TOKENS, default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", nargs="*", choices=("bf16", "fp32"), help="both on a GPU")
     asked = parser.parse_args()
     device = asked.device
     torch.set_num_threads(environment.usable_cores())
     rows: list[dict[str, Any]] = []
     for head in ("frozen", "trained"):
-        for precision in ("bf16", "fp32") if device == "cuda" else ("fp32",):
+        for precision in asked.precision or PRECISIONS[device]:
             torch.manual_seed(0)
             hidden = torch.nn.Parameter(torch.randn(TOKENS[device], WIDTH, device=device))
             weight = torch.nn.Parameter(
