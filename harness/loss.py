@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IGNORE = -100  # a target that is not predicted
 CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
-LEAST_TOKENS = {"cpu": 256, "cuda": 2048}  # slower products, and more make nothing faster
+LEAST_TOKENS = {"cpu": 256, "cuda": 1024}  # slower products, and more make nothing faster
 # A vocabulary of 50,257 leaves rows of logits that begin at odd addresses, which a GPU's fast
 # products cannot read: there W gets rows of zeros, and their logits are -inf.
 ROWS_MULTIPLE = {("cuda", torch.bfloat16): 64, ("cuda", torch.float16): 64}

@@ -174,6 +174,9 @@ def _followed(
         with torch.no_grad(), memory.measured(model, optimizer, on_evaluation), Flops() as flops:
             prepared(ids, ids)
         evaluate_flops = flops.total / ids.numel()
+    for phase in filter(None, (on_training, on_evaluation)):
+        phase["peak_bytes"] += (kept := library_bytes(accelerator.device))
+        phase["by_category"]["activations"] += kept
     counted = models.count_parameters(model)
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
 
@@ -227,6 +230,18 @@ class Flops(TorchDispatchMode):
         if formula := flop_registry.get(func._overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def library_bytes(device: torch.device) -> int:
+    """What cuBLAS takes from torch's allocator for itself once it has multiplied.
+
+    Two workspaces, of the threads of forward and backward, of torch's default size
+    (CUBLAS_WORKSPACE_CONFIG): an H100 was seen to take these 64 MiB and 3 to 15 MiB of rounding.
+    """
+    if device.type != "cuda":
+        return 0
+    hopper = torch.cuda.get_device_capability(device)[0] >= 9
+    return 2 * (32 * 2**20 if hopper else 4096 * 2 * 1024 + 16 * 8 * 1024)
 
 
 def _as_fake(model: nn.Module, device: torch.device) -> None:

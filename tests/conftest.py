@@ -80,7 +80,7 @@ def harness(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
             capture_output=True,
             text=True,
             timeout=300,

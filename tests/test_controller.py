@@ -161,7 +161,6 @@ def test_a_name_that_is_taken_by_another_config_is_refused(harness, make_run, tm
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_what_full_fine_tuning_saves_is_a_base_model_by_itself(harness, tmp_path):
     assert harness("method=full", *QUICK).returncode == 0
     run_dir, first = only_result(tmp_path)
@@ -329,9 +328,8 @@ def gone(pids):
     return False
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.faults)]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, tmp_path, number):
     long = [*QUICK, "train.steps=60", "evaluate.every=60"]
     controller, _, pids = started(tmp_path, "run_name=mine", *long, until="metrics.jsonl")
@@ -355,6 +353,7 @@ def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, t
     )
 
 
+@pytest.mark.faults
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     endless = [*QUICK, "train.batch_tokens=1048576", "train.micro_batch=8"]  # a step takes minutes
     controller, _, pids = started(tmp_path, *endless, until="metrics.jsonl")
@@ -419,6 +418,7 @@ def test_a_folder_that_cannot_be_written_is_named(harness):
     assert done.returncode == 2 and "/proc/here" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.faults
 def test_a_disk_that_fills_is_told_of_and_room_lets_it_go_on(tmp_path):
     mount = f"mount -t tmpfs -o size=3m none {tmp_path}/disk"
     (tmp_path / "disk").mkdir()
@@ -439,7 +439,8 @@ def test_a_disk_that_fills_is_told_of_and_room_lets_it_go_on(tmp_path):
     assert '"class": "disk"' in record and "status 0" in record and "finished in" in record
 
 
-@pytest.mark.parametrize("seeds", [2, pytest.param(6, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("seeds", [2, 6])
 def test_two_controllers_share_a_sweep(tmp_path, seeds):
     sweep = ["-m", "method=lora,full", f"seed=range({seeds})", *QUICK]
     both = [

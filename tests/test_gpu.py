@@ -1,5 +1,6 @@
 """On a GPU: predicted peaks beside the allocator's, two precisions, and the program itself."""
 
+import gc
 import multiprocessing
 
 import pytest
@@ -9,7 +10,18 @@ from accelerate.state import AcceleratorState
 from conftest import SHORT
 from test_plan import UDV, measured
 
-from harness import environment, launch, loss, memory, models, predict, results, worker
+from harness import (
+    data,
+    environment,
+    launch,
+    loss,
+    methods,
+    models,
+    predict,
+    results,
+    train,
+    worker,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +72,7 @@ CONFIGURATIONS = [
 
 
 def accelerator(run):
+    gc.collect()  # what an earlier test has left would count
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[run.train.precision])
 
@@ -103,21 +116,18 @@ def test_the_loss_is_that_of_whole_logits_in_float64(trained, autocast):
             assert (mine.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
-def test_bf16_learns_as_fp32_does_and_takes_less(make_run):
-    losses, peaks = {}, {}
+def test_bf16_learns_as_fp32_does(make_run):
+    losses = {}
     for precision in ("fp32", "bf16"):
         run = make_run(*SHAPE, *batch(8, 512), "method=lora", "targets=all", "train.lr=1e-3",
                        f"train.precision={precision}")  # fmt: skip
-        losses[precision], peaks[precision] = trained(run)
+        losses[precision] = trained(run)
     assert losses["fp32"][-1] < losses["fp32"][0]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=1e-2)
-    assert peaks["bf16"] < peaks["fp32"]
 
 
 def trained(run, steps=5):
-    """Losses of a few steps on one batch, and the peak of the last."""
-    from harness import data, methods, train
-
+    """Losses of a few steps on one batch."""
     accelerate = accelerator(run)
     config = models.load_config(run.model)
     torch.manual_seed(0)
@@ -127,13 +137,12 @@ def trained(run, steps=5):
     prepared.train()
     ids = torch.randint(0, config.vocab_size, (run.train.micro_batch, run.data.context + 1))
     blocks = data.Batch(ids[:, :-1], ids[:, 1:], None)
-    losses, report = [], {}
+    losses = []
     for _ in range(steps):
-        with memory.measured(model, optimizer, report):
-            total = train.accumulate(prepared, [blocks], blocks.targets.numel(), accelerate)
-            train.apply(model, optimizer, accelerate, run.train)
+        total = train.accumulate(prepared, [blocks], blocks.targets.numel(), accelerate)
+        train.apply(model, optimizer, accelerate, run.train)
         losses.append(total.item() / blocks.targets.numel())
-    return losses, report["peak_bytes"]
+    return losses
 
 
 def test_a_sweep_says_what_the_cpu_says(harness, tmp_path, monkeypatch):

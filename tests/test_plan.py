@@ -132,6 +132,16 @@ def test_an_lstm_is_predicted_without_the_workspace_of_its_kernel(make_run):
     assert 0.8 * peak < found.train["peak_bytes"] < peak
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "expected"),
+    [("cpu", None, 0), ("cuda", (9, 0), 64 * 2**20), ("cuda", (8, 0), 2 * 8_519_680)],
+)
+def test_a_gpus_library_keeps_two_workspaces(monkeypatch, device, capability, expected):
+    """8,519,680 bytes is what torch's notes on CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8 come to."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert predict.library_bytes(torch.device(device)) == expected
+
+
 def test_flops_are_the_closed_form(make_run):
     # 2 FLOPs a weight and token forward, 4 backward where it trains, 2 where only its input's
     # gradient is needed; attention 4 T d forward (scores, then values) and 2.5 times that backward.

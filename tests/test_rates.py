@@ -185,6 +185,7 @@ SHORT = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_search_from_the_command_line(harness, tmp_path):
     done = harness(*SHORT, "hydra.sweeper.factor=10", "hydra.sweeper.file=mine.yaml")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Head and cross-entropy together, forward and backward: ours by chunk size, and other ways.
 
-    python experiments/bench/loss/bench.py                  # GPT-2's head on this CPU, 2 minutes
+    python experiments/bench/loss/bench.py                  # GPT-2's head on this CPU, 7 minutes
     python experiments/bench/loss/bench.py --device cuda    # and liger-kernel if it is installed
 
 The head is frozen (LoRA) or trains (full fine-tuning). Ways alternate within a round; the table has

@@ -38,7 +38,7 @@ SHAPES = {  # model overrides, vocabulary
 }
 BATCHES = {  # blocks, tokens a block
     ("gpt2", "cpu"): (4, 512),
-    ("gpt2", "cuda"): (16, 1024),
+    ("gpt2", "cuda"): (32, 512),
     ("mini", "cpu"): (8, 128),
     ("mini", "cuda"): (8, 128),
 }
