@@ -51,6 +51,18 @@ def test_a_sweep_and_an_experiment_are_lists_of_runs():
     assert plan(compose("method=udv", "method.energy=0.9")[0]) is None
 
 
+def test_options_of_ones_own_are_found_in_another_folder(tmp_path):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("defaults: [lora, _self_]\nr: 3\nlabel: mine\n")
+    own = f"hydra.searchpath=[file://{tmp_path}]"
+    assert [(one.method.label, one.method.r) for one in compose(own, "method=mine")] == [
+        ("mine", 3)
+    ]
+    assert [one.method.r for one in compose(own, "method=mine", "method.r=1,2")] == [1, 2]
+    with pytest.raises(ConfigError, match="method=mine"):
+        compose("method=mine")
+
+
 def test_a_plan_leaves_a_notebooks_own_settings():
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator, threads = Accelerator(cpu=True, mixed_precision="bf16"), torch.get_num_threads()
