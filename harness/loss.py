@@ -25,9 +25,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IGNORE = -100  # a target that is not predicted
 CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
-LEAST_TOKENS = {"cpu": 256, "cuda": 1024}  # slower products, and more make nothing faster
-# A vocabulary of 50,257 leaves rows of logits that begin at odd addresses, which a GPU's fast
-# products cannot read: there W gets rows of zeros, and their logits are -inf.
+LEAST_TOKENS = {"cpu": 256, "cuda": 1024}  # slower products, and more make little faster
+# Rows of 50,257 logits do not begin at multiples of 16 bytes, as a GPU's fast products ask for:
+# there W gets further rows, of zeros, whose logits are -inf (experiments/bench/loss).
 ROWS_MULTIPLE = {("cuda", torch.bfloat16): 64, ("cuda", torch.float16): 64}
 CPU_ROWS = 512  # of W in one fp32 product on a CPU: a fifth to a half faster than all 50,257
 # Configuration fields by which architectures change the logits after the head.

@@ -235,8 +235,8 @@ class Flops(TorchDispatchMode):
 def library_bytes(device: torch.device) -> int:
     """What cuBLAS takes from torch's allocator for itself once it has multiplied.
 
-    Two workspaces, of the threads of forward and backward, of torch's default size
-    (CUBLAS_WORKSPACE_CONFIG): an H100 was seen to take these 64 MiB and 3 to 15 MiB of rounding.
+    Two workspaces of torch's default size (its notes on CUBLAS_WORKSPACE_CONFIG): beyond the live
+    tensors an H100 took these 64 MiB, and 3 to 15 MiB of rounding (experiments/bench/prediction).
     """
     if device.type != "cuda":
         return 0
