@@ -68,7 +68,7 @@ class DataConfig:
     """conf/data: which text, how it is split and cut into blocks."""
 
     name: str  # label
-    source: str = ""  # kjv | text_files | hub | docstrings | pairs
+    source: str = ""  # a key of documents.SOURCES, or pairs
     # every source
     context: int = 256  # tokens a training block predicts
     validation_share: float = 0.05  # share of the documents

@@ -12,18 +12,15 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
 from collections import Counter
 
-import rich.box
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from harness import composition, methods, models, naming
-from harness.config import CONF_DIR, ConfigError, RunConfig
+from harness import methods, models, naming
+from harness.api import compose
+from harness.config import ConfigError, RunConfig
+from harness.report.table import plain, show
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
 
@@ -32,10 +29,12 @@ def adapted(overrides: list[str]) -> tuple[RunConfig, nn.Module]:
     """The configuration of `overrides` and its adapted model, on the meta device.
 
     Raises:
-        ConfigError: a rank by energy, which only the weights can tell, or what `adapt` refuses.
+        ConfigError: several runs, a rank by energy, which only the weights can tell, or what
+            `adapt` refuses.
     """
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        run = composition.from_hydra(compose("config", overrides))
+    run, *others = compose(*overrides)
+    if others:
+        raise ConfigError(f"a count is of one configuration, and these are {1 + len(others)}")
     if getattr(run.method, "energy", None) is not None:
         raise ConfigError("method.energy: a count needs a rank, which only the weights can tell")
     base = models.on_meta(run, models.load_config(models.without_files(run).model))
@@ -53,25 +52,17 @@ def by_kind(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {kind: (total[kind], trainable[kind]) for kind in total}
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    return table
-
-
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     overrides = [argument for argument in arguments if argument != "--all"]
     if {"-h", "--help"} & set(overrides):
         print(__doc__)
         return 0
-    console = Console()
-    console = Console(width=max(console.width, 120))
     try:
         if "--all" in arguments:
-            table = _table("model", "method", "total", "base", "trainable", "% of total")
+            table = plain(["model"], ["method", "total", "base", "trainable", "% of total"])
             for size in SIZES:
                 run, model = adapted([*overrides, f"model={size}"])
                 counted = models.count_parameters(model)
@@ -80,16 +71,16 @@ def main(arguments: list[str]) -> int:
                     size, naming.label(run.method), f"{counted.total:,}", f"{base:,}",
                     f"{counted.trainable:,}", f"{counted.trainable_percent:.4f}",
                 )  # fmt: skip
-            console.print(table)
+            show(table)
             return 0
         run, model = adapted(overrides)
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {composition.explain(error)}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    table = _table(f"{run.model.name}, {naming.label(run.method)}", "elements", "trainable")
+    table = plain([f"{run.model.name}, {naming.label(run.method)}"], ["elements", "trainable"])
     for kind, (total, trainable) in by_kind(model).items():
         table.add_row(kind, f"{total:,}", f"{trainable:,}")
-    console.print(table)
+    show(table)
     counted = models.count_parameters(model)
     print(f"total      {counted.total:,}")
     if (factored := methods.factored_total(model)) is not None:

@@ -82,6 +82,11 @@ def precision_of(run: RunConfig) -> str:
     return found
 
 
+def mixed_precision(chosen: str) -> str:
+    """Accelerate's word for fp32 or bf16."""
+    return {"fp32": "no", "bf16": "bf16"}[chosen]
+
+
 def precision_warning(chosen: str) -> str | None:
     """What to say of bf16 on a CPU that has no instructions for it."""
     if chosen != "bf16" or torch.cuda.is_available() or cpu_has_bf16():

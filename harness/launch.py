@@ -112,7 +112,7 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
     """Do `run` in a fresh process and wait for it; what is finished is not done again.
 
     A run that was cut goes on from its last checkpoint. In a sweep, one that failed before is left
-    as it is, unless `retry` asks for further attempts.
+    as it is, unless `retry` asks for further attempts or it is of `results.NOT_LEFT`.
 
     Raises:
         ConfigError: the directory cannot be written, or holds another configuration's run.
@@ -193,7 +193,7 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Out
             return Outcome(run_dir, "skipped")
     if found is not None and status == "failed" and sweep and not run.retry and not run.rerun:
         failure = found.get("failure") or {}
-        if same and failure.get("class") not in (None, "config", "killed"):
+        if same and failure.get("class") not in results.NOT_LEFT:
             return _outcome(run_dir, found)
     go_on, attempts, micro_batch = cut and not run.rerun, run.retry, None
     while True:

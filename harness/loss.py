@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 IGNORE = -100  # a target that is not predicted
 CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
-LEAST_TOKENS = {"cpu": 256, "cuda": 1024}  # slower products, and more make little faster
+LEAST_TOKENS = {"cpu": 256, "cuda": 1024}  # slower products; more save a tenth, and cost memory
 # Rows of 50,257 logits do not begin at multiples of 16 bytes, as a GPU's fast products ask for:
 # there W gets further rows, of zeros, whose logits are -inf (experiments/bench/loss).
 ROWS_MULTIPLE = {("cuda", torch.bfloat16): 64, ("cuda", torch.float16): 64}

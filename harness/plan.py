@@ -17,13 +17,13 @@ import re
 import sys
 import warnings
 
-import rich.box
 from rich.table import Table
 
 from harness import environment, memory, naming
 from harness.api import compose
 from harness.config import ConfigError, RunConfig
 from harness.predict import Prediction, gemm_rate, predict, setting
+from harness.report.table import plain
 from harness.report.table import show as show_table
 
 
@@ -42,13 +42,11 @@ def parse_bytes(text: str) -> int:
 
 
 def _table(rows: list[list[str]]) -> Table:
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    headings = (
-        "run", "parameters", "trainable", "frozen", "trained", "gradients", "optimizer",
-        "activations", "peak", "evaluation", "MFLOP/token", "at least", "",
+    numbers = (
+        "parameters", "trainable", "frozen", "trained", "gradients", "optimizer", "activations",
+        "peak", "evaluation", "MFLOP/token", "at least", "",
     )  # fmt: skip
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    table = plain(["run"], numbers)
     for row in rows:
         table.add_row(*row)
     return table

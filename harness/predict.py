@@ -102,7 +102,7 @@ def setting(run: RunConfig) -> tuple[RunConfig, PretrainedConfig, Accelerator]:
     methods.check_context(run, models.max_context(model_config))
     torch.set_num_threads(run.train.threads or environment.usable_cores())
     AcceleratorState._reset_state(reset_partial_state=True)
-    mixed = {"fp32": "no", "bf16": "bf16"}[environment.precision_of(run)]
+    mixed = environment.mixed_precision(environment.precision_of(run))
     return run, model_config, Accelerator(mixed_precision=mixed)
 
 

@@ -3,15 +3,14 @@
 `RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
 
 Stable keys: status (finished | failed | interrupted | running), failure.{class, message, log_tail}
-with class oom | nan | killed | disk | config | error, run.name, run.seed, run.command,
-run.resumed_at (steps), train.{micro_batch, micro_batch_asked}, method.name, parameters.total,
-parameters.trainable, memory.peak_bytes, memory.by_category (bytes), speed.tokens_per_second,
-speed.train_seconds, quality.step0.validation.perplexity, quality.validation.perplexity,
-quality.test.{nll_nats, num_tokens, perplexity, word_perplexity, bits_per_byte},
-quality.also.NAME.{before, after} with the same, quality.test_protocol (`harness.protocols`),
-quality.generation.{bleu, nist, meteor, rouge_l,
-cider, skipped, num_prompts, num_tokens, seconds, tokens_per_second},
-evaluation.{context, stride, tokenizer},
+with class oom | nan | killed | disk | config | interrupted | error, run.name, run.seed,
+run.command, run.resumed_at (steps), train.{micro_batch, micro_batch_asked}, method.name,
+parameters.total, parameters.trainable, memory.peak_bytes, memory.by_category (bytes),
+speed.tokens_per_second, speed.train_seconds, quality.step0.validation.perplexity,
+quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, word_perplexity,
+bits_per_byte}, quality.also.NAME.{before, after} with the same, quality.test_protocol
+(`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
+num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride, tokenizer},
 environment.{commit, versions, hardware, runs_beside, sharded}.
 """
 
@@ -39,6 +38,7 @@ FILE_NAME = "result.json"
 CHECKPOINTS, BEST, RESERVE = "checkpoints", "best.safetensors", ".reserve"
 RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
 INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
+NOT_LEFT = (None, "config", "killed")  # classes of failure that a sweep tries again unasked
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 METRICS_NAME = "metrics.jsonl"
 SWEEP_NAME = "sweep.json"

@@ -93,9 +93,10 @@ def validate(run: RunConfig) -> None:
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "a probability in [0, 1)")
 
     _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")
-    for text in (data, *ev.also.values()):
+    also = {f"evaluate.also.{name}": text for name, text in ev.also.items()}
+    for where, text in {"data": data, **also}.items():
         most = text.document_chars
-        _require(most is None or most > 0, "data.document_chars", most, "1 or more, or null")
+        _require(most is None or most > 0, f"{where}.document_chars", most, "1 or more, or null")
     for key in ("validation_share", "test_share"):
         _require(
             0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)"

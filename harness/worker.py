@@ -162,7 +162,7 @@ def perform(
         log.warning(warning)
         print(f"warning: {warning}", file=sys.stderr)
     accelerator = Accelerator(
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+        mixed_precision=environment.mixed_precision(precision),
         cpu=not torch.accelerator.is_available(),  # which ranks on a CPU must be told
     )
     cores = run.launch.cores or environment.usable_cores()

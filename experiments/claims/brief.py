@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from statements import MIB, Claim, Need, Runs, better, exact, smaller, step_seconds, steps_to
+from statements import MIB, Claim, Runs, a_step, better, exact, smaller, steps_to, trainable
 
 from harness.report.table import Row
 
@@ -20,11 +20,8 @@ def lstm(runs: Runs) -> Claim:
 
     full, lora, ends = one("full"), one("lora", 64), one("lora", 64, "lstm_ends")
     d, udv = one("udv-d", "full"), one("udv-udv", 64)
-    count = [float(row.values["parameters.trainable"]) for row in (lora, full)]
+    count = [trainable(row) for row in (lora, full)]
     peak = [float(row.values["memory.peak_bytes"]) / MIB for row in (lora, full)]
-
-    def a_step(row: Row) -> list[Need]:
-        return [Need(seconds) for seconds in step_seconds(row)]
 
     return Claim(
         "The small LSTM, from random weights",

@@ -9,8 +9,8 @@ from functools import partial
 from budgets import memory, scarcity
 from statements import (
     Claim,
-    Need,
     Runs,
+    a_step,
     better,
     curve,
     exact,
@@ -18,32 +18,33 @@ from statements import (
     perplexity,
     seconds_to,
     smaller,
-    step_seconds,
     steps_to,
     tested,
+    trainable,
 )
 
 from harness import stats
 from harness.report import evidence
 from harness.report.axes import CATEGORIES, Axes, color_of
 from harness.report.figures import Figure, Series
-from harness.report.table import Row
 
-LEVELS = (100, 70, 45)  # validation perplexities to be reached
+# Validation perplexities to be reached. The first makes claim 4's verdict: only it lies between
+# readings of both methods; 100, and full fine-tuning's 70, are passed before the first one.
+LEVELS = (45, 70, 100)
 
 
 def parameters(runs: Runs) -> Claim:
     """1. Fewer parameters, and how many fewer at equal perplexity."""
     full, low = runs.one("full"), {r: runs.one("lora", r) for r in (1, 8, 64)}
     long = runs.one("lora", 64, steps=240)
-    count = {row.name: float(row.values["parameters.trainable"]) for row in [full, *low.values()]}
+    count = {row.name: trainable(row) for row in [full, *low.values()]}
     fewer = {r: count[full.name] / count[row.name] for r, row in low.items()}
     of_full = f"of {count[full.name]:,.0f}"
     said = [f"r={r} {count[row.name]:,.0f} ({fewer[r]:,.0f} times fewer)" for r, row in low.items()]
     statements = [
         exact(
-            "LoRA of every matrix trains far fewer parameters", f"{', '.join(said)}, {of_full}",
-            min(fewer.values()) > 1, full, *low.values(),
+            "LoRA r=1 and r=8 of every matrix train a tenth of the parameters, or fewer",
+            f"{', '.join(said)}, {of_full}", min(fewer[1], fewer[8]) >= 10, full, *low.values(),
         ),
         better("at equal steps (80), LoRA r=64 gets below full fine-tuning", low[64], full),
         better(
@@ -55,9 +56,6 @@ def parameters(runs: Runs) -> Claim:
             runs.one("full", steps=20), low[64],
         ),
     ]  # fmt: skip
-
-    def trainable(row: Row) -> float:
-        return float(row.values["parameters.trainable"])
 
     series = []
     for steps, ranks in {20: (64,), 80: (1, 8, 64), 240: (64,)}.items():
@@ -77,8 +75,8 @@ def parameters(runs: Runs) -> Claim:
     return Claim(
         "Low-rank adaptation trains far fewer parameters than full fine-tuning", statements,
         [Figure(axes, series)],
-        [f"Equal perplexity the other way round: to where LoRA ends after 80 steps, full "
-         f"fine-tuning takes {', '.join(sooner)} steps."],
+        [f"Equal perplexity the other way round: to the lowest validation perplexity of LoRA's 80 "
+         f"steps, full fine-tuning takes {', '.join(sooner)} steps (read every 10: claim 4)."],
     )  # fmt: skip
 
 
@@ -89,9 +87,6 @@ def speed(runs: Runs) -> Claim:
         "r=8": runs.one("lora", 8), "r=1": runs.one("lora", 1), "r=64": runs.one("lora", 64),
         "r=8 of attention": runs.one("lora", 8, "attn"),
     }  # fmt: skip
-
-    def a_step(row: Row) -> list[Need]:
-        return [Need(seconds) for seconds in step_seconds(row)]
 
     statements = [
         smaller(f"a step of LoRA {name} is shorter", "seconds", row, full, a_step)
@@ -112,7 +107,8 @@ def speed(runs: Runs) -> Claim:
         "It trains faster", statements, [figure],
         ["Seconds are of the median step of a run, so that what else the machine did now and then "
          "does not count; sooner is steps times that. The runs of a seed follow one another, and a "
-         "machine that drifts meanwhile moves a step's ratio beyond its interval."],
+         "machine that drifts meanwhile moves a step's ratio beyond its interval.",
+         "Validation is read every 10 steps (claim 4)."],
     )  # fmt: skip
 
 
@@ -129,7 +125,13 @@ def iterations(runs: Runs) -> Claim:
     ]  # fmt: skip
     members = {"full": full} | {f"lora {name}": row for name, row in others.items()}
     figure = learning("4-steps", "4. Learning by steps", "steps of 2,048 tokens", members, "steps")
-    return Claim("It needs fewer training iterations", statements, [figure])
+    return Claim(
+        "It needs fewer training iterations", statements, [figure],
+        ["Validation is read every 10 steps, and log-perplexity taken as a line in between: what "
+         "is under 10 steps, 100 and full fine-tuning's 70 among it, is on the line from the base "
+         "model to the first reading, 8 of whose steps warm up. No interval has that in it. When "
+         "the runs were made, the first statement was the one at 100; its verdict is the same."],
+    )  # fmt: skip
 
 
 def factors(runs: Runs) -> Claim:
@@ -155,9 +157,6 @@ def factors(runs: Runs) -> Claim:
         better("so they are with the residual kept", udv_kept, large),
     ]
 
-    def trainable(row: Row) -> float:
-        return float(row.values["parameters.trainable"])
-
     groups = {
         "D": [d, whole], "D, residual kept": [kept], "U, D and V": [udv],
         "U, D and V, residual kept": [udv_kept], "LoRA": [small, runs.one("lora", 1), large],
@@ -175,8 +174,8 @@ def factors(runs: Runs) -> Claim:
         "Writing W = U D V^T and updating only D by gradient descent adapts the model", statements,
         [Figure(axes, series, references)],
         ["The rate of LoRA r=1 on c_attn is the edge of a scan of two ([udv_rank](../udv_rank/"
-         "README.md)), D's has four points, and those with the residual kept are of a scan of two "
-         "or borrowed: what is close here may be the rates'."],
+         "README.md)), and those with the residual kept are of a scan of two or borrowed: what is "
+         "close here may be the rates'."],
     )  # fmt: skip
 
 
@@ -190,7 +189,7 @@ def expressiveness(runs: Runs) -> Claim:
         for r in (1, 8, 64):
             row = runs.one("lora", r, share=share)
             statements.append(
-                better(f"with {said}, full fine-tuning is better than LoRA r={r}", full, row)
+                better(f"in 80 steps with {said}, full is better than LoRA r={r}", full, row)
             )
             c = stats.compare(*(evidence.evaluation(of, "test") for of in (row, full)))
             x.append(float(r))
@@ -198,6 +197,8 @@ def expressiveness(runs: Runs) -> Claim:
             ends.append((c.low, c.high))
         series.append(Series(said, list(CATEGORIES.values())[len(series) + 1], x, y,
                              [e[0] for e in ends], [e[1] for e in ends], line=True))  # fmt: skip
+    longer = runs.one("full", steps=240), runs.one("lora", 64, steps=240)
+    statements.append(better("in 240 steps with all of the text, too (r=64)", *longer))
     text = "docstrings_held_out"
     for share, said in ((1.0, "all"), (0.01, "a hundredth")):
         full = runs.one("full", share=share)
@@ -214,14 +215,19 @@ def expressiveness(runs: Runs) -> Claim:
         *(evidence.evaluation(runs.one(label), text) for label in ("full", "none"))
     )
     return Claim(
-        "The low-rank constraint limits what the model can express", statements,
+        "The low-rank constraint limits what the model can express, in equal steps", statements,
         [Figure(axes, series, [("full fine-tuning", color_of("full"), 0.0)])],
         [f"Forgetting is log-perplexity on held-out docstrings of the pretraining; full "
          f"fine-tuning on all of the text forgets {base.difference:.2f} nats per token "
          f"({base.low:.2f} to {base.high:.2f}).",
          "The hundredth is one draw of 11 chapters, the same for every seed: how much other "
-         "chapters would move it is in no interval. The gap is that after 80 steps, which is not "
-         "all that a rank can express: claim 1 has r=64 after 240."], 3,
+         "chapters would move it is in no interval.",
+         "At any rank LoRA leaves embeddings, positions, norms and biases as they are, 26 % of the "
+         "parameters: the gap is of these, too.",
+         "All that is tested is what a rank reaches in the steps that full fine-tuning has. What "
+         "it can express at last is not: in 240 steps r=64 gets below full fine-tuning's 80 (claim "
+         "1), and the LSTM's statement comes out the other way. Gaps are not tested against one "
+         "another."], 3,
     )  # fmt: skip
 
 

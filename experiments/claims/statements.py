@@ -78,6 +78,17 @@ def curve(row: Row) -> views.Curve:
     return views.Curve(found.name, found.steps, found.tokens, seconds, found.nll)
 
 
+def trainable(row: Row) -> float:
+    """Trainable parameters."""
+    return float(row.values["parameters.trainable"])
+
+
+def is_borrowed(row: Row) -> bool:
+    """Whether the learning rate is not what a search for this very setting found."""
+    found = (record["method"]["lr_from"] for record in row.records)
+    return bool(row.values["method.lr"]) and any(f not in ("tuned", "not used") for f in found)
+
+
 def perplexity(row: Row) -> float:
     """Test perplexity per token: exp of the mean log-perplexity over seeds."""
     return float(row.values["quality.test.perplexity"])
@@ -148,6 +159,11 @@ def steps_to(row: Row, level: float) -> list[Need]:
     c = curve(row)
     last = Need(float(c.steps[-1]), is_bound=True)
     return [last if step is None else Need(step) for step in c.steps_to(math.log(level))]
+
+
+def a_step(row: Row) -> list[Need]:
+    """Seconds of a median step, of every seed."""
+    return [Need(seconds) for seconds in step_seconds(row)]
 
 
 def seconds_to(row: Row, level: float) -> list[Need]:

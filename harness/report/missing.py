@@ -11,7 +11,6 @@ from harness import lock, results
 from harness.report.evidence import Findings
 
 AGAIN = "the same command tries it again"
-NOT_LEFT = (None, "config", "killed")  # failures that a sweep does not leave until `retry`
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def _begun(run_dir: Path) -> Missing | None:
     kind = failure.get("class")
     reason = ": ".join(filter(None, (kind, said[0] if said else "")))
     left = "a sweep leaves it as it is until retry=1"
-    return Missing(name, status, reason, AGAIN if kind in NOT_LEFT else left, log)
+    return Missing(name, status, reason, AGAIN if kind in results.NOT_LEFT else left, log)
 
 
 def _step(run_dir: Path) -> int:
