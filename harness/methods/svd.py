@@ -238,11 +238,13 @@ def _decompose(
 
 
 def _cache_path(weight: torch.Tensor, cache_dir: str | os.PathLike[str] | None) -> Path | None:
-    """Return the file that belongs to this weight's content, or None without a cache."""
+    """The file of this weight's content and torch's threads; None without a cache."""
     root = cache_dir if cache_dir is not None else os.environ.get(CACHE_ENV)
     if not root:
         return None
-    digest = hashlib.sha256(f"{_FORMAT} {weight.dtype} {tuple(weight.shape)}".encode())
+    # LAPACK rounds otherwise with another number of threads, and a run's numbers with it.
+    kind = f"{_FORMAT} {weight.dtype} {tuple(weight.shape)} {torch.get_num_threads()} threads"
+    digest = hashlib.sha256(kind.encode())
     digest.update(_bytes(weight))
     return Path(root).expanduser() / "svd" / f"{digest.hexdigest()}.safetensors"
 
