@@ -10,7 +10,7 @@ sys.path.insert(0, str(REPOSITORY / "experiments"))
 import verify_recorded as verify
 
 BY_NAME = {record.name: record for record in verify.RECORDS}
-SEEDS, LSTM = BY_NAME["main_seeds"], BY_NAME["lstm_lora"]
+SEEDS, OLD = BY_NAME["main_seeds"], BY_NAME["targets_sweep"]
 
 
 def changed(record, row, column, factor):
@@ -48,9 +48,9 @@ def test_a_changed_number_is_outside_and_no_other(column, factor, verdict):
 
 
 def test_a_leaner_step_than_an_old_record_is_no_failure():
-    row, column = "full 0.02", "memory.peak_bytes"
-    assert changed(LSTM, row, column, 0.6) == [(row, column, "less")]
-    assert changed(LSTM, row, column, 1.06) == [(row, column, "OUTSIDE")]
+    row, column = "lora k 16 32 0.01", "memory.peak_bytes"
+    assert changed(OLD, row, column, 0.6) == [(row, column, "less")]
+    assert changed(OLD, row, column, 1.06) == [(row, column, "OUTSIDE")]
 
 
 @pytest.mark.parametrize("record", verify.RECORDS, ids=lambda record: record.name)
