@@ -57,7 +57,8 @@ def svd_factors(
     The factors are contiguous, on the CPU, in float32 (float64 for a float64 weight). A meta weight
     gives meta factors of the same shapes, without a decomposition. Any process may read and write
     the same cache at the same time: a file appears whole (temporary file, then `os.replace`) and
-    carries a checksum, and one that is damaged is computed again and replaced.
+    carries a checksum, and one that is damaged is computed again and replaced. Factors that another
+    number of threads has computed are others.
 
     Args:
         weight: the matrix as it is stored; the caller swaps the factors of a transposed one.

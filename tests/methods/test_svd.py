@@ -163,6 +163,19 @@ def test_cache_is_read_back_bit_for_bit_and_counted(tmp_path):
     assert len(cache_files(tmp_path)) == 1
 
 
+def test_factors_that_other_threads_have_rounded_are_not_read(tmp_path):
+    """One run's numbers must not hang on which other run came to the cache first."""
+    svd_factors(matrix(), tmp_path)
+    torch.set_num_threads(2)
+    try:
+        counts = svd.svd_counts()
+        svd_factors(matrix(), tmp_path)
+    finally:
+        torch.set_num_threads(1)
+    assert svd.svd_counts()["computed"] == counts["computed"] + 1
+    assert len(cache_files(tmp_path)) == 2
+
+
 def test_cache_directory_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(svd.CACHE_ENV, str(tmp_path))
     svd_factors(matrix())
