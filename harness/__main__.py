@@ -18,12 +18,12 @@ listens = signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if listens:  # a Ctrl-C during the imports is no traceback either
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import hydra  # noqa: E402 - after the signal's handler, which holds during imports
-from hydra.errors import HydraException  # noqa: E402 - as above
-from omegaconf.errors import OmegaConfBaseException  # noqa: E402 - as above
+import hydra  # noqa: E402 - after the signal's handler
+from hydra.errors import HydraException  # noqa: E402 - after the signal's handler
+from omegaconf.errors import OmegaConfBaseException  # noqa: E402 - after the signal's handler
 
-from harness import composition, launch  # noqa: E402 - as above
-from harness.config import CONF_DIR, ConfigError  # noqa: E402 - as above
+from harness import composition, launch  # noqa: E402 - after the signal's handler
+from harness.config import CONF_DIR, ConfigError  # noqa: E402 - after the signal's handler
 
 
 def main() -> int:

@@ -16,15 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))
+from test_report import put  # the tests' synthetic runs
+
+from harness import results
+from harness.report import evidence, files
+from harness.report.axes import CATEGORIES
+
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[2] / "tests")]
-
-from test_report import put  # noqa: E402 - the tests' synthetic runs
-
-from harness import results  # noqa: E402 - after the path
-from harness.report import evidence, files  # noqa: E402 - as above
-from harness.report.axes import CATEGORIES  # noqa: E402 - as above
-
 SEEDS = 5
 RANKS, SCALES = (1, 2, 4, 8, 16, 32, 64, 128, 256), (0.5, 1, 2, 4)
 TARGETS = ("attn", "mlp", "all")
