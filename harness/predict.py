@@ -212,6 +212,7 @@ def recorded(
     if found is None:
         return None
     with suppress(OSError):  # a disk without room costs the next run half a second
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(found.as_record()))
     return found.as_record()
 

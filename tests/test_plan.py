@@ -25,6 +25,7 @@ WIDE = [
     "model.architecture.vocab_size=50257", "train.batch_tokens=128",
 ]  # fmt: skip
 UDV = ["method=udv", "method.rank=16"]
+followed = predict._followed
 # methods x targets x batch x length x precision x checkpointing x accumulation
 CONFIGURATIONS = [
     [*TINY, "method=full"],
@@ -170,6 +171,19 @@ def test_flops_of_lora_are_the_closed_form(make_run):
     attention = 3.5 * 4 * context * d * layers
     first = 2 * (3 * d * d) + 2 * r * d  # of W and of A in the first layer
     assert found.train_flops_per_token == 4 * matrices + 6 * adapter + attention - first
+
+
+def test_a_sweep_over_seeds_and_rates_asks_for_one_prediction(make_run, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(predict, "_followed", lambda *a: made.append(a) or followed(*a))
+    one, same, other = (
+        make_run(*TINY, "method=lora", f"data.cache_dir={tmp_path / 'cache'}", *more)
+        for more in (["seed=0"], ["seed=1", "train.lr=0.5", "train.steps=7"], ["method.r=3"])
+    )
+    config = models.load_config(one.model)
+    first = predict.recorded(one, config, accelerator(one))
+    assert first == predict.recorded(same, config, accelerator(same)) and len(made) == 1
+    assert first != predict.recorded(other, config, accelerator(other)) and len(made) == 2
 
 
 def test_what_looks_at_values_leaves_the_rest_of_the_table(capsys):
