@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402 - after the si
 
 from harness import composition, launch  # noqa: E402 - after the signal's handler
 from harness.config import CONF_DIR, ConfigError  # noqa: E402 - after the signal's handler
+from harness.console import ended  # noqa: E402 - after the signal's handler
 
 
 def main() -> int:
@@ -77,13 +78,7 @@ def main() -> int:
 
 def program() -> int:
     """The console script `harness`; returns the exit status."""
-    try:
-        status = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    return status
+    return ended(main)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import nn
 from harness import methods, models, naming
 from harness.api import compose
 from harness.config import ConfigError, RunConfig
+from harness.console import ended
 from harness.report.table import plain, show
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
@@ -90,4 +91,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

@@ -33,6 +33,7 @@ from harness import models, saved
 from harness.card import Exported, card
 from harness.composition import explain
 from harness.config import ConfigError
+from harness.console import ended
 from harness.methods import UNFIT, joined_lora, tying
 from harness.saved import ADAPTER, Saved
 from harness.unfuse import fuse_qkv, is_unfused
@@ -297,4 +298,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

@@ -32,6 +32,7 @@ from torch import nn
 from harness import methods, models, pairs, saved
 from harness.composition import explain
 from harness.config import ConfigError
+from harness.console import ended
 from harness.saved import Saved
 
 TOP_K = 50  # tokens to sample from, transformers' own default
@@ -220,4 +221,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config import ConfigError
+from harness.console import ended
 
 METRICS = {  # as result.json and as tables call them
     "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr",
@@ -367,4 +368,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

@@ -22,6 +22,7 @@ from rich.table import Table
 from harness import environment, memory, naming
 from harness.api import compose
 from harness.config import ConfigError, RunConfig
+from harness.console import ended
 from harness.predict import Prediction, gemm_rate, predict, setting
 from harness.report.table import plain
 from harness.report.table import show as show_table
@@ -117,4 +118,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

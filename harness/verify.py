@@ -27,6 +27,7 @@ from rich.table import Table
 
 from harness import composition, network
 from harness.config import CONF_DIR, ConfigError, RunConfig
+from harness.console import ended
 
 CONTEXT = 1024
 RAW, TOKENISED = "wikitext-2-raw-v1", "wikitext-2-v1"
@@ -218,4 +219,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from harness import lock, results
 from harness.config import nearest
+from harness.console import ended
 from harness.report import evidence, files, summary
 
 PERIOD_SECONDS = 10
@@ -66,4 +67,4 @@ def watch(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

@@ -79,5 +79,5 @@ SECONDS = Axes(
     "curves-seconds", "Learning over seconds", "seconds of optimizer steps",
     "validation perplexity", log_y=True,
 )  # fmt: skip
-COSTS = {"trainable parameters": PARAMETERS, "peak memory": PEAK, "training time": TIME}
+COST_AXES = {"trainable parameters": PARAMETERS, "peak memory": PEAK, "training time": TIME}
 TRACKED = (PARAMETERS, PEAK, TIME, RANK, ALPHA, MEMORY, SPEED, TOKENS)  # what trackers can draw

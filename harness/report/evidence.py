@@ -26,7 +26,7 @@ EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best
 MANY = 4  # names in a sentence or a cell
 # Of Pareto fronts and budgets -> path in result.json. Memory and time are of training steps: what
 # does not train has a place among parameters only.
-COSTS = {
+COST_PATHS = {
     "trainable parameters": "parameters.trainable",
     "peak memory": "memory.peak_bytes",
     "training time": "speed.train_seconds",
@@ -249,12 +249,12 @@ def _quality(record: dict[str, Any], text: str, when: str = "after") -> dict[str
 
 
 def fronts(rows: Sequence[Row], evidence: Evidence) -> dict[str, dict[str, tuple[str, ...]]]:
-    """For each of COSTS, who dominates each configuration in (cost, log-perplexity)."""
+    """For each of COST_PATHS, who dominates each configuration in (cost, log-perplexity)."""
     shown = [row for row in rows if row.name in evidence.intervals]
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     if not evidence.ranks:
         return found
-    for title in COSTS:
+    for title in COST_PATHS:
         known = costs(shown, title)
         if known:
             found[title] = ranking.pareto(known, evidence.comparisons)
@@ -263,7 +263,7 @@ def fronts(rows: Sequence[Row], evidence: Evidence) -> dict[str, dict[str, tuple
 
 def costs(rows: Iterable[Row], title: str) -> dict[str, float]:
     """The cost of every row that has a place on this axis, by name."""
-    path = COSTS[title]
+    path = COST_PATHS[title]
     return {
         row.name: float(row.values[path])
         for row in rows

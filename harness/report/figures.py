@@ -17,7 +17,7 @@ from harness.report import views
 from harness.report.axes import (
     ALPHA,
     CATEGORIES,
-    COSTS,
+    COST_AXES,
     MEMORY,
     PARAMETERS,
     RANK,
@@ -100,7 +100,7 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
     made: list[Figure | None] = []
     if test is not None:
         made += [
-            *(_cost(rows, test, title) for title in COSTS),
+            *(_cost(rows, test, title) for title in COST_AXES),
             _rank(rows, test), _alpha(rows, test), *_heat(rows, test),
         ]  # fmt: skip
     made += [_memory(rows), _speed(rows), *_curves(rows)]
@@ -174,7 +174,7 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
     if not trained:
         return None
     unit = 2**20 if title == "peak memory" else 1
-    axes = COSTS[title]
+    axes = COST_AXES[title]
 
     def cost(row: Row) -> float:
         return costs[row.name] / unit

@@ -136,7 +136,7 @@ def _print_neighbours(test: Evidence) -> None:
 def _print_budgets(rows: Sequence[Row], test: Evidence) -> None:
     shown = table.plain([], ["at most"], ["of", "best", "test", "95 %", "not significantly worse"])
     matched: list[str] = []
-    for title in ev.COSTS:
+    for title in ev.COST_PATHS:
         costs = ev.costs((row for row in rows if row.name in test.intervals), title)
         mark, last = _mark(rows, title), None
         for budget in views.budgets(list(costs.values()), UNITS.get(title, 1)):
