@@ -65,7 +65,8 @@ def main() -> int:
     if there and (several or any(o.status in ("finished", "skipped") for o in outcomes)):
         from harness.report import summary  # which needs pandas and scipy: not before the runs
 
-        summary.show(there[0].parent, there)
+        for folder in dict.fromkeys(run_dir.parent for run_dir in there):  # an experiment each
+            summary.show(folder, [run_dir for run_dir in there if run_dir.parent == folder])
     for outcome in outcomes:  # the table has told of what failed in a sweep
         wrong = outcome.status == "refused" or outcome.failure_class == "config"
         if wrong or (outcome.exit_code and not several):

@@ -10,9 +10,11 @@ from collections.abc import Callable
 def ended(main: Callable[[], int]) -> int:
     """The exit status of a command; 1 where whoever read its output has gone, as `head` does."""
     try:
-        status = main()
-        sys.stdout.flush()
+        try:
+            return main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    return status
+        return 1

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from harness.config import ConfigError, nearest
+from harness.console import ended
 from harness.report.axes import COLORS, TRACKED, Axes, color_of
 
 NAME = "peft-harness"
@@ -204,6 +205,8 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except Exception as error:  # no key, no network, no such entity: W&B has a class for each
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -211,4 +214,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(lambda: main(sys.argv[1:])))

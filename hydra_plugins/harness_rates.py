@@ -41,9 +41,7 @@ class RateSweeper(GridSweeper):
             )
         self.points, self.factor, self.most, self.file = points, factor, most, file
 
-    def _do(
-        self, jobs: list[list[str]], runs: list[RunConfig], folder: Path
-    ) -> list[launch.Outcome]:
+    def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launch.Outcome]:
         """Rounds of runs, until no best is at the edge of its grid."""
         assert self.config is not None and self.hydra_context is not None
         load = partial(self.hydra_context.config_loader.load_sweep_config, self.config)
@@ -55,7 +53,7 @@ class RateSweeper(GridSweeper):
             asked = [(i, lr) for i, further in enumerate(todo) for lr in further]
             texts = [[*jobs[i], f"train.lr={lr}"] for i, lr in asked]
             texts, now, _ = check(texts, load)
-            print(f"{len(now)} runs, validation only -> {folder}", flush=True)
+            print(f"{len(now)} runs, validation only -> {runs[0].run_dir.parent}", flush=True)
             outcomes = {
                 run.run_dir: o for run, o in zip(now, self._launch(texts, now), strict=True)
             }

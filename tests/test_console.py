@@ -14,18 +14,29 @@ from harness.console import ended
 def main():
     sys.stdin.read()
     print("more")
-    return 0
+    {end}
 sys.exit(ended(main))
 """
 
 
+@pytest.mark.parametrize("end", ["return 0", "sys.exit(0)"])  # as argparse does after --help
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # it is known at the end, or when it prints
-def test_a_reader_that_leaves_early_gets_no_traceback(unbuffered):
+def test_a_reader_that_leaves_early_gets_no_traceback(unbuffered, end):
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND],
+        [sys.executable, "-c", COMMAND.format(end=end)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": unbuffered},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     process.stdout.close()
     process.stdin.close()  # now it prints
     assert process.stderr.read() == b"" and process.wait(60) == 1
+
+
+@pytest.mark.parametrize(("end", "status"), [("return 3", 3), ("sys.exit(2)", 2)])
+def test_a_status_is_the_commands_own_with_nobody_to_read(end, status):
+    """With its output closed from the start Python has no sys.stdout."""
+    command = f"exec {sys.executable} -c '{COMMAND.format(end=end)}' >&-"
+    done = subprocess.run(
+        command, shell=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY
+    )
+    assert (done.returncode, done.stderr) == (status, b"")

@@ -219,6 +219,16 @@ def test_a_changed_text_is_another_run(harness, tmp_path):
     assert "finished in" in harness(*mine).stdout
 
 
+def test_a_sweep_over_experiments_tells_of_each(harness, tmp_path):
+    done = harness("-m", "experiment_name=one,two", "method=none", *QUICK)
+    assert done.returncode == 0 and "2 runs -> outputs/one, outputs/two" in done.stdout, done
+    for name in ("one", "two"):
+        folder = tmp_path / "outputs" / name
+        [(run_dir, _)] = results.collect(folder)
+        assert results.read_sweep(folder) == {run_dir.name: ""}
+        assert f"saved in outputs/{name}: results.csv" in done.stdout
+
+
 def test_a_refusal_amid_a_sweep_loses_nothing(harness, tmp_path):
     assert harness("run_name=r4", "method.r=4", *QUICK).returncode == 0
     done = harness("-m", "run_name=r${method.r}", "method.r=2,4,300", "train.lr=1e-3", *QUICK)

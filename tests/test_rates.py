@@ -253,7 +253,7 @@ def test_a_search_of_some_keeps_the_rates_of_others_and_diverging_ones_are_none(
         sweeper = harness_rates.RateSweeper(points=3, file=str(path))
         sweeper.config, sweeper.hydra_context = {}, Mock()
         monkeypatch.setattr(sweeper, "_launch", launched)
-        return sweeper._do(jobs, now, tmp_path)
+        return sweeper._do(jobs, now)
 
     search([["method=full"], ["method=lora", "method.r=4"]], runs)
     full, lora = rates.read(str(path)).tuned
@@ -286,7 +286,7 @@ def test_a_rate_that_breaks_is_told_and_nothing_is_written(monkeypatch, tmp_path
     died = SimpleNamespace(status="failed", failure_class="oom", run_dir=tmp_path)
     monkeypatch.setattr(sweeper, "_launch", lambda jobs, runs: [died] * len(jobs))
     monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])
-    sweeper._do([["method=full"]], [run], tmp_path)
+    sweeper._do([["method=full"]], [run])
     assert [died] * 3 == harness_rates.launch.OUTCOMES  # the exit status says so
     assert not (tmp_path / "x.yaml").exists()
     with pytest.raises(ConfigError, match="points=2"):

@@ -113,6 +113,17 @@ def test_a_server_that_is_killed_while_it_imports_is_started_again(tmp_path):
 
 
 @pytest.mark.faults
+def test_the_server_has_imported_all_and_its_collector_is_on_again():
+    code = (
+        "import gc, sys\nfrom harness.server import MODULES\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 10**5, set(MODULES) <= set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
 def test_a_run_outlives_its_server(tmp_path):
     controller = start(tmp_path, *SHORT, "train.steps=60", "run_name=mine")
     wait_for_steps(controller, tmp_path / "outputs" / "scratch" / "mine", 3)

@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
         summary.tell(findings, full=True)
         if findings.rows:
             print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"error: {error.filename or folder}: {error.strerror}", file=sys.stderr)
         return 2
