@@ -56,6 +56,7 @@ import json, os, re, sys
 import torch
 from safetensors.torch import save_file
 folders, out = json.loads(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(int(sys.argv[5]))
 ids = torch.load(sys.argv[3])
 if sys.argv[4] == "plain":
     sys.modules["peft"] = None  # whoever imports it fails
@@ -103,8 +104,9 @@ def reloaded(exported, text, tmp_path_factory):
     kept = {}
     for kind, names in {"plain": PLAIN, "peft": others}.items():
         asked = json.dumps({name: str(exported[name][1]) for name in names})
+        threads = str(torch.get_num_threads())  # with another number factors are rounded otherwise
         subprocess.run(
-            [sys.executable, "-c", READER, asked, folder / kind, folder / "ids.pt", kind],
+            [sys.executable, "-c", READER, asked, folder / kind, folder / "ids.pt", kind, threads],
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             cwd=folder,
             check=True,
