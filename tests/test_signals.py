@@ -112,7 +112,6 @@ def test_a_server_that_is_killed_while_it_imports_is_started_again(tmp_path):
     assert controller.returncode == 0 and "finished in" in out, errors
 
 
-@pytest.mark.faults
 def test_the_server_has_imported_all_and_its_collector_is_on_again():
     code = (
         "import gc, sys\nfrom harness.server import MODULES\n"
@@ -124,6 +123,7 @@ def test_the_server_has_imported_all_and_its_collector_is_on_again():
     assert done.stdout.split() == ["True"] * 3, done.stderr
 
 
+@pytest.mark.faults
 def test_a_run_outlives_its_server(tmp_path):
     controller = start(tmp_path, *SHORT, "train.steps=60", "run_name=mine")
     wait_for_steps(controller, tmp_path / "outputs" / "scratch" / "mine", 3)
