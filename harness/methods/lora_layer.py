@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 
@@ -52,8 +51,12 @@ class FusedLinear(Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         base: Any = self.base_layer
+        flat = x.reshape(-1, x.shape[-1])
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else base.weight.dtype
         y = _LoraProduct.apply(
-            x.reshape(-1, x.shape[-1]),
+            flat.to(dtype),  # outside the product, so that autograd follows the cast
             base.weight if self.is_target_conv_1d_layer else base.weight.t(),
             base.bias,
             self.lora_A[name].weight,
@@ -72,11 +75,23 @@ class FusedLinear(Linear):
         (name,) = active
         base: Any = self.base_layer
         trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-        plain = type(base) in (nn.Linear, Conv1D) and not base._forward_hooks
+        plain = type(base) in (nn.Linear, Conv1D)
+        parts = (base, self.lora_A[name], self.lora_B[name], self.lora_dropout[name])
+        hooked = any(_has_hooks(part) for part in parts)  # a fused product would not call them
         dropout = not isinstance(self.lora_dropout[name], nn.Identity)
-        if trains or not plain or dropout or self.lora_B[name].bias is not None:
+        if trains or not plain or hooked or dropout or self.lora_B[name].bias is not None:
             return None
         return name
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` would also call a forward or backward hook of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -92,22 +107,20 @@ class _LoraProduct(torch.autograd.Function):
         b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        ctx.input_dtype, ctx.scale = x.dtype, scale
-        with torch.autocast(kind, enabled=False):
-            x, weight, a_cast, b_cast = (t.to(dtype) for t in (x, weight, a, b))
-            y = torch.mm(x, weight) if bias is None else torch.addmm(bias.to(dtype), x, weight)
+        ctx.scale = scale
+        with torch.autocast(x.device.type, enabled=False):
+            weight, a_cast, b_cast = (t.to(x.dtype) for t in (weight, a, b))
+            y = torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
             h = torch.mm(x, a_cast.t())  # (N, r)
             y.addmm_(h, b_cast.t(), alpha=scale)
         ctx.save_for_backward(x, weight, h, a, b)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight, h, a, b = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: h was computed where autograd did not look
+            return _differentiable_backward(ctx, grad, x, weight, a, b)
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         grad_h = torch.mm(grad, b_cast).mul_(ctx.scale)  # (N, r)
         grad_x = grad_a = grad_b = None
@@ -116,5 +129,30 @@ class _LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b = torch.mm(grad.t(), h).mul_(ctx.scale).to(b.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight.t()).addmm_(grad_h, a_cast).to(ctx.input_dtype)
+            grad_x = torch.mm(grad, weight.t()).addmm_(grad_h, a_cast)
         return grad_x, None, None, grad_a, grad_b, None
+
+
+def _differentiable_backward(
+    ctx: Any,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+) -> Any:
+    """The same gradients by operations that autograd can differentiate again."""
+    a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
+    grad_h = ctx.scale * (grad @ b_cast)  # (N, r)
+    grad_x = grad @ weight.t() + grad_h @ a_cast
+    grad_a = (grad_h.t() @ x).to(a.dtype)
+    grad_b = (ctx.scale * (grad.t() @ (x @ a_cast.t()))).to(b.dtype)
+    needed = ctx.needs_input_grad
+    return (
+        grad_x if needed[0] else None,
+        None,
+        None,
+        grad_a if needed[3] else None,
+        grad_b if needed[4] else None,
+        None,
+    )

@@ -88,6 +88,43 @@ def test_what_is_more_than_the_product_is_left_to_peft(fields):
     torch.testing.assert_close(plain.eval()(X), fused.eval()(X))
 
 
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_a_hook_on_any_part_is_called(part, register):
+    _, fused = pair()
+    layer = fused.base_model.model.conv
+    target = layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
+    calls = []
+    handle = getattr(target, register)(lambda *arguments: calls.append(part))
+    fused(X.clone().requires_grad_()).sum().backward()
+    assert calls == [part]
+    handle.remove()
+    assert layer._fusable() == "default"
+
+
+def test_second_derivatives_are_pefts_own():
+    plain, fused = pair()
+    found = []
+    for model in (plain.double(), fused.double()):
+        x = X.double().requires_grad_()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        loss = torch.tanh(model(x)).square().sum()
+        first = torch.autograd.grad(loss, [x, *trained], create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        found.append([*first, *torch.autograd.grad(penalty, [x, *trained])])
+    assert len(found[0]) == 2 * (1 + 4)
+    for theirs, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_merged_disabled_and_several_adapters_are_left_to_peft():
     plain, fused = pair()
     layer = fused.base_model.model.conv
