@@ -158,8 +158,9 @@ def notes(run: Saved, exported: Exported) -> list[str]:
         found.append("q, k and v were three matrices in the run; they are one `c_attn` again.")
     if exported.peft_type == "UDV" and not getattr(method, "store_factors", False):
         found.append(
-            "The factors that did not train are not in the file: they are decomposed from the "
-            "base's weights on loading, which must therefore be the same."
+            "The factors that did not train are decomposed from the base's weights on loading, "
+            "which must therefore be the same. The file holds only those that the weights leave "
+            "open, of singular values that are zero or equal."
         )
     if not exported.whole and (model.asset or model.path or model.package):
         found.append(

@@ -34,6 +34,7 @@ from safetensors.torch import load, save_file
 
 CACHE_ENV = "HARNESS_CACHE"
 WHICH = ("top", "bottom", "random")
+UNDETERMINED = 1e-7  # of the largest singular value; see `are_determined`
 
 _FORMAT = "harness-svd-1"
 _counters = {"seconds": 0.0, "computed": 0, "read": 0}
@@ -131,6 +132,33 @@ def truncated_factors(
         ValueError: a rank that does not fit, or `energy` for a weight on the meta device, whose
             singular values are not known.
     """
+    return select_triplets(
+        weight,
+        stored_in_out=stored_in_out,
+        rank=rank,
+        energy=energy,
+        which=which,
+        seed=seed,
+        key=key,
+        cache_dir=cache_dir,
+    )[0]
+
+
+def select_triplets(
+    weight: torch.Tensor,
+    *,
+    stored_in_out: bool,
+    rank: float | str | None,
+    energy: float | None,
+    which: str,
+    seed: int,
+    key: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], bool]:
+    """Return the factors of `truncated_factors`, and whether the weight determines them.
+
+    See `are_determined`; factors that are not have to be saved with an adapter.
+    """
     p = min(weight.shape)
     if energy is not None and weight.is_meta:
         raise ValueError(
@@ -147,7 +175,27 @@ def truncated_factors(
     # Ascending indices: D is in descending order whichever triplets were chosen.
     chosen = order[:k].sort().values.to(s.device)
     u, v = (right_t.t(), left) if stored_in_out else (left, right_t.t())
-    return u[:, chosen].contiguous(), s[chosen].contiguous(), v[:, chosen].contiguous()
+    factors = (u[:, chosen].contiguous(), s[chosen].contiguous(), v[:, chosen].contiguous())
+    return factors, weight.is_meta or are_determined(s, chosen)
+
+
+def are_determined(s: torch.Tensor, chosen: torch.Tensor) -> bool:
+    """Whether the weight alone fixes the singular vectors of the triplets at `chosen` (k,).
+
+    It does not for a singular value of zero, or for two that are equal: any rotation of their
+    vectors fits, and LAPACK returns another one with another number of threads. Both are judged to
+    UNDETERMINED times the largest value: a gap g turns the vectors by about eps(float64) S_1 / g
+    (Wedin's theorem), which stays below float32's rounding above that.
+
+    Args:
+        s: all singular values of the weight, (p,), descending.
+    """
+    limit = UNDETERMINED * float(s[0])
+    close = s[:-1] - s[1:] <= limit  # (p - 1,): value i and the next one
+    unclear = s <= limit
+    unclear[:-1] |= close
+    unclear[1:] |= close
+    return not bool(unclear[chosen].any())
 
 
 def resolve_rank(rank: float | str | None, p: int, key: str) -> int:

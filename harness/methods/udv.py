@@ -36,6 +36,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +63,23 @@ from harness.methods.svd import (
 )
 from harness.methods.udv_layer import TRAINED, UDVEmbedding, UDVLayer, UDVLinear, layout
 
-PEFT_TYPE = "UDV"
+
+class PeftTypeName(str):
+    """The name of a PEFT method outside PEFT's enumeration, which cannot be extended.
+
+    It has the `value` that PEFT and transformers read off a member of the enumeration.
+    """
+
+    @property
+    def value(self) -> str:
+        """Return the name as a plain string."""
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # as a member's: PEFT's status cuts the name off it
+
+
+PEFT_TYPE = PeftTypeName("UDV")
 
 
 @dataclass
@@ -87,7 +105,7 @@ class UDVConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE  # a plain string: PeftType cannot be extended
+        self.peft_type = PEFT_TYPE
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -199,6 +217,40 @@ class UDVModel(BaseTuner):
                     if adapter_name in factors:
                         factors[adapter_name] = factors[adapter_name].to(dtype)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Expect every factor that the file holds, also one that the weight would determine.
+
+        PEFT (0.21) finds the names of a file among those that the model would save itself.
+        """
+        for name, module in model.named_modules():
+            for part in module.other_param_names if isinstance(module, UDVLayer) else ():
+                if {f"{name}.{part}", f"base_model.model.{name}.{part}"} & state_dict.keys():
+                    getattr(module, part).expect_saved(adapter_name)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse PEFT's mixed batches, in which every row names an adapter of its own.
+
+        PEFT calls this around every forward pass, and drops `adapter_names` after it.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"udv cannot take adapter_names={kwargs['adapter_names']}: all rows of a batch use "
+                "the same adapters; expected set_adapter(NAME), and a batch for each adapter"
+            )
+        yield
+
     def orthogonality_penalty(self) -> torch.Tensor:
         """See the function of the same name."""
         return orthogonality_penalty(self.model)
@@ -226,16 +278,16 @@ def orthogonality_penalty(model: nn.Module) -> torch.Tensor:
 
 
 def register() -> None:
-    """Enter `udv` in PEFT's four tables; calling it again changes nothing.
+    """Enter `udv` in PEFT's tables of methods; calling it again changes nothing.
 
     PEFT's own `register_peft_method` insists on a member of its enumeration, which cannot grow, but
-    everything that reads the tables takes a plain string.
+    everything that reads the tables takes a string. The table of methods that can be mixed with
+    others on one matrix is left alone: `udv` cannot be.
     """
     entries: tuple[tuple[Any, Any], ...] = (
         (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, UDVConfig),
         (mapping.PEFT_TYPE_TO_TUNER_MAPPING, UDVModel),
         (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, UDVModel.prefix),
-        (mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING, UDVModel),
     )
     for table, entry in entries:
         table[PEFT_TYPE] = entry

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.methods.svd import truncated_factors
+from harness.methods.svd import select_triplets
 
 if TYPE_CHECKING:
     from harness.methods.udv import UDVConfig
@@ -33,6 +33,10 @@ class FactorDict(BufferDict):
 
     def __setitem__(self, key: str, buffer: torch.Tensor) -> None:
         self.store(key, buffer, key in self and key not in self._non_persistent_buffers_set)
+
+    def expect_saved(self, key: str) -> None:
+        """Treat a buffer as saved from here on, because a file holds it."""
+        self._non_persistent_buffers_set.discard(key)
 
 
 class Spec(NamedTuple):
@@ -77,7 +81,7 @@ class UDVLayer(nn.Module, BaseTunerLayer):
         """Give this layer the adapter `adapter_name`: decompose, select, store."""
         weight = self._original_weight().detach()
         rank, energy = config.rank_and_energy(key)
-        factors = truncated_factors(
+        factors, determined = select_triplets(
             weight if config.init_weights else weight.to("meta"),
             stored_in_out=self.stored_in_out,
             rank=rank,
@@ -104,7 +108,9 @@ class UDVLayer(nn.Module, BaseTunerLayer):
                 getattr(self, f"udv_{name}")[adapter_name] = nn.Parameter(factor.clone())
             if not trained or spec.keep:
                 frozen: FactorDict = getattr(self, f"udv_frozen_{name}")
-                frozen.store(adapter_name, factor, persistent=config.store_factors)
+                # Factors that the weight does not determine would come out as others elsewhere.
+                saved = config.store_factors or not determined
+                frozen.store(adapter_name, factor, persistent=saved)
         self.udv_specs[adapter_name] = spec
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

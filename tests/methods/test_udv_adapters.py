@@ -257,7 +257,6 @@ def test_registration_is_idempotent_and_leaves_the_others_alone():
         peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
         peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING,
         peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
-        peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     ]
     before = [dict(table) for table in tables]
     udv.register()
@@ -265,6 +264,7 @@ def test_registration_is_idempotent_and_leaves_the_others_alone():
     assert all(table["UDV"] for table in tables)
     prefixes = list(peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values())
     assert prefixes.count("udv_") == 1
+    assert "UDV" not in peft.mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 
 
 def test_lora_and_udv_in_one_process(tmp_path):
