@@ -28,6 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness import shard
+from harness.buffers import BUFFER, SAMPLER, BufferState
 from harness.methods import tying
 from harness.results import BEST, CHECKPOINTS, write_atomically
 from harness.unfuse import fuse_qkv, is_unfused
@@ -41,12 +42,16 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_trained(model: nn.Module, path: Path, *, write: bool = True) -> None:
-    """Write what trains to `path` (safetensors), whole or not at all.
+def save_trained(
+    model: nn.Module, path: Path, *, buffers: BufferState | None = None, write: bool = True
+) -> None:
+    """Write what trains, and the `buffers` that move with it, to `path` (safetensors).
 
-    Ranks that divide the model must all call it, and one of them with `write`.
+    The file appears whole or not at all. Ranks that divide the model must all call it, and one of
+    them with `write`.
     """
-    tensors = _gathered(trained_state(model), keep=write)
+    moving = buffers.tensors(factors=False) if buffers else {}
+    tensors = _gathered(trained_state(model) | moving, keep=write)
     if write:
         write_atomically(path, lambda scratch: save_file(tensors, scratch))
 
@@ -61,13 +66,16 @@ def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torc
     return found
 
 
-def load_trained(model: nn.Module, path: Path) -> None:
+def load_trained(model: nn.Module, path: Path, *, buffers: BufferState | None = None) -> None:
     """Put back what `save_trained` wrote; the names must be the same."""
     saved, present = load_file(path), trained_state(model)
+    moving = {name: saved.pop(name) for name in list(saved) if name.startswith((BUFFER, SAMPLER))}
     if saved.keys() != present.keys():
         raise ValueError(f"{path} holds other tensors than the model trains")
     for name, tensor in saved.items():
         present[name].copy_(shard.as_divided(tensor, present[name]))
+    if buffers:
+        buffers.restore(moving)
 
 
 # ------------------------------------------------------------------------------ to go on from

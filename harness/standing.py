@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from harness import checkpoint, lock, memory, results
+from harness.buffers import BufferState
 from harness.config import ConfigError, RunConfig
 from harness.evaluate import Nats
 from harness.train import State
@@ -71,6 +72,7 @@ class Standing:
         self.run_dir = run_dir
         self.model = model
         self.optimizer = optimizer  # None: nothing trains, and there are no checkpoints
+        self.buffers = BufferState(model)
         self.accelerator = accelerator
         self.process = process
         self.so_far = so_far
@@ -122,6 +124,7 @@ class Standing:
         self.process.go_on(facts["process"])
         self.best = (tensors["best/nll"].numpy(), tensors["best/num_tokens"].numpy())
         checkpoint.restore(self.model, optimizer, tensors)
+        self.buffers.restore(tensors)
         checkpoint.restore_generators(found, self.accelerator.process_index)
         if self.accelerator.is_main_process:
             checkpoint.take_best(found, self._best_path)
@@ -133,6 +136,7 @@ class Standing:
         self.metrics.sync()
         self.process.turn("train")  # so that the peak so far is in by_phase
         tensors = checkpoint.state_tensors(self.model, self.optimizer)
+        tensors |= self.buffers.tensors(factors=True)
         tensors["best/nll"], tensors["best/num_tokens"] = map(torch.from_numpy, self.best)
         checkpoint.save(self.run_dir, tensors, self._facts(), self._best_path, self.accelerator)
 
@@ -141,13 +145,13 @@ class Standing:
         self.best = self.newest
         if self.optimizer is not None:
             write = self.accelerator.is_main_process
-            checkpoint.save_trained(self.model, self._best_path, write=write)
+            checkpoint.save_trained(self.model, self._best_path, buffers=self.buffers, write=write)
 
     def take_best(self) -> None:
         """Put the weights that validation chose into the model."""
         self.accelerator.wait_for_everyone()
         if self.optimizer is not None:
-            checkpoint.load_trained(self.model, self._best_path)
+            checkpoint.load_trained(self.model, self._best_path, buffers=self.buffers)
 
 
 def check_ranks(run: RunConfig, before: int, now: int) -> None:

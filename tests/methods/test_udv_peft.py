@@ -1,4 +1,4 @@
-"""`udv` where PEFT and transformers treat an adapter by its type, and where its factors are free."""
+"""`udv` as PEFT and transformers treat an adapter by its type, and factors that are open."""
 
 import json
 import subprocess
