@@ -22,15 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness import shard
 from harness.buffers import BUFFER, SAMPLER, BufferState
+from harness.config import ConfigError
 from harness.methods import tying
-from harness.results import BEST, CHECKPOINTS, write_atomically
+from harness.results import BEST, CHECKPOINTS, INITIAL, write_atomically
 from harness.unfuse import fuse_qkv, is_unfused
 
 KEPT = 2
@@ -242,6 +243,29 @@ def _link_or_copy(source: Path, target: Path) -> None:
 # ------------------------------------------------------------------------------ to take away
 
 
+def keep_initial(model: nn.Module, run_dir: Path) -> None:
+    """Write an adapter as it starts to RUN_DIR, where `export` will need it.
+
+    That is an adapter whose start is drawn at random and taken off the base's weights
+    (init=pissa_niter_N): from the trained adapter alone, PEFT would draw another start and take
+    that off. With the start beside it, PEFT saves the difference, a LoRA on the unchanged base.
+
+    Raises:
+        ConfigError: PEFT cannot convert ranks by pattern together with rsLoRA's scale.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, LoraConfig):
+        return
+    config = model.active_peft_config
+    if not str(config.init_lora_weights).startswith("pissa_niter"):
+        return
+    if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
+        raise ConfigError(
+            f"method.init={config.init_lora_weights} with use_rslora and rank_pattern or "
+            "alpha_pattern: PEFT cannot save such an adapter as a plain LoRA; use init=pissa"
+        )
+    model.save_pretrained(str(run_dir / INITIAL), save_embedding_layers=False)
+
+
 def export(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, run_dir: Path, *, merged: bool
 ) -> list[str]:
@@ -255,7 +279,13 @@ def export(
     trained = bool(trained_state(model))
     if isinstance(model, PeftModel):
         if trained:
-            model.save_pretrained(str(run_dir / "adapter"), save_embedding_layers=False)
+            initial = run_dir / INITIAL
+            model.save_pretrained(
+                str(run_dir / "adapter"),
+                save_embedding_layers=False,
+                path_initial_model_for_weight_conversion=str(initial) if initial.is_dir() else None,
+            )
+            shutil.rmtree(initial, ignore_errors=True)
             saved.append("adapter")
         if not merged or not hasattr(model, "merge_and_unload"):  # prompts have nothing to merge
             return saved

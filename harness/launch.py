@@ -50,7 +50,8 @@ class Outcome:
         perplexity = results.get(result, "quality.test.perplexity")
         seconds = result.get("wall_seconds") or 0
         done = "already finished" if self.status == "skipped" else f"finished in {seconds:.0f} s"
-        return f"{done}, test perplexity {perplexity:.2f}" if perplexity else done
+        problems = "".join(f"; {problem}" for problem in result.get("problems") or [])
+        return (f"{done}, test perplexity {perplexity:.2f}" if perplexity else done) + problems
 
 
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep

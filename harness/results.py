@@ -11,7 +11,8 @@ quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, w
 bits_per_byte}, quality.also.NAME.{before, after} with the same, quality.test_protocol
 (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
 num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride, tokenizer},
-environment.{commit, versions, hardware, runs_beside, sharded}.
+environment.{commit, versions, hardware, runs_beside, sharded}, saved (names of folders), problems
+(what failed after the test set was read, in words; absent where nothing did).
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from harness.config import RunConfig
 
 SCHEMA_VERSION = 1
 FILE_NAME = "result.json"
-# Of a run that is not finished: a folder, the weights that validation has chosen so far, and room
-# for the result on a disk that fills.
+# Of a run that is not finished: a folder, the weights that validation has chosen so far, room for
+# the result on a disk that fills, and a folder with the adapter as it started.
 CHECKPOINTS, BEST, RESERVE = "checkpoints", "best.safetensors", ".reserve"
+INITIAL = "initial_adapter"
 RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
 INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
 NOT_LEFT = (None, "config", "killed")  # classes of failure that a sweep tries again unasked
@@ -173,7 +175,7 @@ def can_go_on(run_dir: Path) -> bool:
 def clear(run_dir: Path) -> None:
     """Delete what only an unfinished run needs."""
     free_reserve(run_dir)
-    for name in (BEST, CHECKPOINTS):
+    for name in (BEST, CHECKPOINTS, INITIAL):
         path = run_dir / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

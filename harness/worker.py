@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from harness import (
 )
 from harness.config import ConfigError, RunConfig
 from harness.held_out import HeldOut
+from harness.methods import invocation, merging
 from harness.methods.svd import CACHE_ENV
 from harness.standing import SoFar, Standing
 from harness.stop import Stop
@@ -199,6 +201,15 @@ def perform(
     base = models.load_model(run, model_config)
     result["parameters"] = {"base": models.count_parameters(base).total}
     model = methods.adapt(base, run)
+    merged = wants_merged(run, models.wants_unfused(run, model_config))
+    if merged and (reason := merging.obstacle(model)):
+        if run.save_merged == "always":
+            raise ConfigError(f"save_merged=always: {reason}; set save_merged=never")
+        log.info("no model/ will be saved: %s", reason)
+        merged = False
+    invocation.check(model, run.data, text)
+    if accelerator.is_main_process:
+        checkpoint.keep_initial(model, run_dir)
     if not run.launch.sharded:  # or else the device need not hold all of it
         model = model.to(accelerator.device)
     result["method"] |= methods.svd_facts(model)
@@ -287,8 +298,10 @@ def perform(
     }
     if run.evaluate.test:  # read here, once, and nowhere else
         result["quality"]["test"] = held_out.conclude("test", held_out.nats("test"))
+    # From here on a failure takes nothing away; of several ranks each must do what all do.
+    alone = accelerator.num_processes == 1
     if by_protocol is not None:
-        with process.phase("evaluate"):
+        with process.phase("evaluate"), kept_result(result, "evaluate.protocol failed", when=alone):
             result["quality"]["test_protocol"] = protocols.measure(
                 prepared,
                 by_protocol,
@@ -298,11 +311,12 @@ def perform(
             )
     if prompts and run.evaluate.generate:
         process.turn("generate")
-        completed = generation.complete(
-            model, tokenizer, prompts, run.evaluate.generate, accelerator
-        )
-        if accelerator.is_main_process:
-            result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)
+        with kept_result(result, "evaluate.generate failed", when=alone):
+            completed = generation.complete(
+                model, tokenizer, prompts, run.evaluate.generate, accelerator
+            )
+            if accelerator.is_main_process:
+                result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)
 
     # ----------------------------------------------------------------------- what it took
     result["speed"] = {
@@ -330,10 +344,33 @@ def perform(
     if run.launch.sharded:
         shard.gather(model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
-        unfused = models.wants_unfused(run, model_config)
-        alone = unfused or run.model.architecture or run.method.name == "truncate"
-        merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
-        result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
+        with kept_result(result, "what was trained could not be saved"):
+            result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
+
+
+def wants_merged(run: RunConfig, unfused: bool) -> bool:
+    """Whether the adapted model is to be saved as a whole, beside or in place of an adapter."""
+    if run.save_merged == "auto":  # where an adapter alone would lack its base
+        return unfused or bool(run.model.architecture) or run.method.name == "truncate"
+    return run.save_merged == "always"
+
+
+@contextmanager
+def kept_result(result: dict[str, Any], what: str, *, when: bool = True) -> Iterator[None]:
+    """Note a failure after the test set was read in `result["problems"]`, and go on.
+
+    A full disk still fails the run, which a retry resumes: nothing more could be written. Unless
+    `when`, failures are left alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not when or failure_class(error) == "disk":
+            raise
+        message = f"{what} ({type(error).__name__}: {error})"
+        log.exception(what)
+        print(f"warning: {message}", file=sys.stderr)
+        result.setdefault("problems", []).append(message)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""What a run saves at its end: asked for before training, and never at the price of its result."""
+
+import copy
+import json
+import re
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from harness import checkpoint, worker
+from harness.config import ConfigError
+from harness.methods import adapt, merging
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def test_a_random_pissa_start_is_saved_as_a_plain_lora(tiny, make_run, tokenizer, tmp_path):
+    base = copy.deepcopy(tiny)
+    torch.manual_seed(0)
+    run = make_run("method=lora", "method.r=3", "method.init=pissa_niter_4", "targets=all")
+    model = adapt(tiny, run)
+    checkpoint.keep_initial(model, tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    expected = logits(model)
+    assert (expected - logits(base)).abs().max() > 0.1
+    assert checkpoint.export(model, tokenizer, tmp_path, merged=False) == ["adapter"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+    torch.manual_seed(5)  # another process draws other numbers
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    assert loaded.peft_config["default"].init_lora_weights is True
+    assert loaded.peft_config["default"].r == 6
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded), logits(copy.deepcopy(base)))
+
+
+def test_a_random_pissa_start_that_peft_cannot_convert_is_refused(tiny, tmp_path):
+    config = peft.LoraConfig(
+        r=2, init_lora_weights="pissa_niter_2", use_rslora=True, rank_pattern={"c_attn": 3},
+        target_modules=["c_attn"], fan_in_fan_out=True,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"pissa_niter_2.*rank_pattern"):
+        checkpoint.keep_initial(get_peft_model(tiny, config), tmp_path)
+
+
+MERGED = {
+    "lora": (lambda: peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True), None),
+    "alora": (
+        lambda: peft.LoraConfig(
+            target_modules=["c_attn"], fan_in_fan_out=True, alora_invocation_tokens=[1, 2],
+            task_type="CAUSAL_LM",
+        ),
+        "LORA cannot be merged .*aLoRA",
+    ),
+    "lily": (lambda: peft.LilyConfig(target_modules=["lm_head"], r=2), "LILY cannot be merged"),
+    "prompts": (
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        "PROMPT_TUNING has nothing to merge",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_merging_is_tried_without_moving_anything(tiny, kind):
+    make, expected = MERGED[kind]
+    model = get_peft_model(tiny, make())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    reason = merging.obstacle(model)
+    if expected is None:
+        assert reason is None
+    else:
+        assert re.match(expected, reason)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_failure_after_the_test_is_a_note_and_a_full_disk_is_not(capsys):
+    result = {"status": "failed"}
+    with worker.kept_result(result, "the adapter could not be saved"):
+        raise NotImplementedError("not supported")
+    assert result["problems"] == [
+        "the adapter could not be saved (NotImplementedError: not supported)"
+    ]
+    assert "warning: the adapter could not be saved" in capsys.readouterr().err
+    with pytest.raises(OSError, match="disk"), worker.kept_result(result, "saving failed"):
+        raise OSError(28, "No space left on device: disk")
+
+
+SHORT = (
+    "train.steps=2", "evaluate.every=2", "data.context=32", "train.batch_tokens=128",
+    "train.micro_batch=2", "data.document_chars=300", "train.threads=1",
+)  # fmt: skip
+
+
+def pairs_file(path, word):
+    rows = [{"prompt": f"{i} {word}", "completion": f"the word {i}"} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+def test_alora_needs_its_tokens_and_is_never_merged_by_mistake(harness, tokenizer, tmp_path):
+    pairs_file(tmp_path / "p.jsonl", "Answer now")
+    tokens = tokenizer("Answer now", add_special_tokens=False)["input_ids"][1:]
+    spelled = "+method.fields.alora_invocation_tokens=" + str(tokens).replace(" ", "")
+    data = ("data=pairs", "data.path=p.jsonl", "data.packing=padded")
+    common = ("method=lora", "targets=qv", spelled, *SHORT)
+
+    refused = harness(*common)
+    assert refused.returncode == 2 and "use data=pairs and data.packing=padded" in refused.stderr
+    refused = harness(*common, *data, "save_merged=always", "run_name=always")
+    assert refused.returncode == 2
+    assert "save_merged=always: LORA cannot be merged" in refused.stderr
+    kept = harness(*common, *data, "run_name=kept")
+    assert kept.returncode == 0, kept.stderr
+    folder = tmp_path / "outputs" / "scratch" / "kept"
+    assert (folder / "adapter").is_dir() and not (folder / "model").exists()
+
+    pairs_file(tmp_path / "p.jsonl", "Something else")
+    refused = harness(*common, *data, "run_name=other")
+    assert refused.returncode == 2 and "prompts of the train split do not hold" in refused.stderr
