@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-stats lint bench gpt2_mini clean
+.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-stats lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,9 @@ test-faults: setup ## kills, damage, ranks and all that takes long (about 20 min
 test-launchers: setup ## sweeps by joblib, Ray and submitit (about 8 minutes with their installation)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"
 	$(RUN) -m pytest -m launchers
+
+test-peft: setup ## PEFT's own common tests over udv and the fused LoRA layer (about 2 minutes)
+	$(RUN) -m pytest tests/peft_suite.py
 
 test-stats: setup ## calibration of the statistics by simulation (about 11 minutes)
 	$(RUN) -m pytest -m stats --capture=no tests/test_stats.py
