@@ -50,7 +50,7 @@ test-launchers: setup ## sweeps by joblib, Ray and submitit (about 8 minutes wit
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"
 	$(RUN) -m pytest -m launchers
 
-test-stats: setup ## calibration of the statistics by simulation (about 10 minutes)
+test-stats: setup ## calibration of the statistics by simulation (about 11 minutes)
 	$(RUN) -m pytest -m stats --capture=no tests/test_stats.py
 
 lint: setup ## ruff and mypy

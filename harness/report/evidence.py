@@ -98,7 +98,7 @@ def scope(test: Evidence) -> list[str]:
         said.append(
             f"Intervals are for seeds that do not diverge: where none of {most} did, up to "
             f"{ranking.may_diverge(most):.0%} of others may. Where seeds matter more than "
-            "documents and a few end far above the rest, intervals cover 88 to 92 %."
+            "documents and a few end far above the rest, intervals cover 87 to 93 %."
         )
     if test.alone:
         whose = "" if most == 1 else f" of {some(test.alone)}"
