@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -47,9 +47,10 @@ def few_seeds(num_seeds: int, num_comparisons: int = 1) -> str | None:
         return "1 seed: what is found holds of these runs; of other seeds nothing is known"
     errors = -special.stdtrit(num_seeds - 1, ALPHA / num_comparisons / 2)
     said = (
-        f"{num_seeds} seeds: intervals cover, tests and families hold their level (on the safe "
-        f"side), but find little: the clearest of {num_comparisons} comparison(s) is significant "
-        f"from {errors:.1f} standard errors over seeds on. No difference found is not equality"
+        f"{num_seeds} seeds: intervals cover, tests and families hold their level where seeds "
+        "scatter evenly about their mean, but find little: the clearest of "
+        f"{num_comparisons} comparison(s) is significant from {errors:.1f} standard errors over "
+        "seeds on. No difference found is not equality"
     )
     return said if num_seeds < 5 else None
 
@@ -68,24 +69,45 @@ def ranks(found: Sequence[Interval], comparisons: Sequence[Comparison]) -> dict[
     return shown
 
 
+def may_diverge(num_seeds: int) -> float:
+    """The largest share of seeds that may diverge (95 %) where none of so many did."""
+    return float(1 - ALPHA ** (1 / num_seeds))
+
+
+def is_less(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether positive measurements are less by more than their spread.
+
+    Welch's t-test of the logarithms at 5 %, two or more measurements each; without any spread,
+    whether they are no more.
+    """
+    a, b = (np.log(np.asarray(values, dtype=np.float64)) for values in (one, other))
+    parts = [values.var(ddof=1) / len(values) for values in (a, b)]
+    shorter, variance = float(b.mean() - a.mean()), sum(parts)
+    if variance == 0:
+        return shorter >= 0
+    df = variance**2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (a, b), strict=True))
+    return shorter > -special.stdtrit(df, ALPHA / 2) * math.sqrt(variance)
+
+
 def pareto(
-    costs: Mapping[str, float], comparisons: Sequence[Comparison]
+    costs: Mapping[str, float],
+    comparisons: Sequence[Comparison],
+    is_no_more: Callable[[str, str], bool] | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Who dominates each configuration in (cost, log-perplexity); nobody does on the front.
 
     y dominates x if y costs no more and is significantly better (Holm-adjusted). A cheaper y that
     is merely not shown to be worse does not: the fewer the seeds, the more it would then dominate.
     The front is never empty: whoever dominates has the lower log-perplexity. Costs (parameters,
-    bytes, seconds) count as exact. Raises ConfigError where one is not finite or a pair is missing.
+    bytes) count as exact, unless `is_no_more(y, x)` says whether y surely costs no more than x.
+    Raises ConfigError where a cost is not finite or a pair is missing.
     """
     for name, cost in costs.items():
         if not math.isfinite(cost):
             raise ConfigError(f"{name}: a cost of {cost} has no place on a Pareto front")
     wins = _wins(list(costs), comparisons)
-    return {
-        x: tuple(y for y, cost in costs.items() if cost <= costs[x] and (y, x) in wins)
-        for x in costs
-    }
+    no_more = is_no_more or (lambda y, x: costs[y] <= costs[x])
+    return {x: tuple(y for y in costs if (y, x) in wins and no_more(y, x)) for x in costs}
 
 
 def _wins(names: Sequence[str], comparisons: Sequence[Comparison]) -> set[tuple[str, str]]:

@@ -18,18 +18,24 @@ with Student's quantiles t(df): the mean of Satterthwaite's approximation (Biome
 wide. Far out, where Holm looks, both can be narrower than the t-interval of the seeds alone; hence
 the largest. Tests agree with intervals: p < 0.05 exactly where that of the difference leaves out 0.
 
-The interval of one configuration takes its shape from a hierarchical bootstrap (seeds and documents
-resampled) and its width from the above: percentiles are stretched about the estimate until 1.96
-standard deviations are half the width (after Hesterberg, The American Statistician 69, 2015).
+An interval of one configuration is the estimate plus and minus half of that width. It is about text
+whose documents have the lengths of these documents: where nats per token depend on length, it says
+nothing of other lengths. It is about seeds that scatter evenly about their mean: where exponential
+effects of seeds outweigh documents, it covers 87 to 93 % with 3 to 10 seeds. No interval is given
+where it would be false: where a seed has diverged (`Evaluation.seeds_diverged`), because a few
+seeds do not tell how many do; and where one document has nearly all tokens (FEW_DOCUMENTS).
+`make test-stats` simulates all of this.
+
+Two configurations that differ by less than single precision moves (ROUNDING) are the same.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,7 +47,9 @@ from harness.config import ConfigError
 Floats = NDArray[np.float64]
 ALPHA = 0.05  # of every test; intervals are at 1 - ALPHA
 SAME = 1e-4  # share of a document's nats that hardware and thread counts may move
-CHUNK = 2**22  # numbers in each of the bootstrap's working arrays (32 MiB)
+ROUNDING = 1e-6  # share of a log-perplexity that single precision may move
+FEW_DOCUMENTS = 1.25  # effective documents (Kish) under which one is nearly the whole text
+APART, APART_NATS = 10, 0.1  # how far a seed that diverged lies above the others
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,35 @@ class Evaluation:
     documents: tuple[str, ...]  # N ids
     settings: Mapping[str, Any]  # of the evaluation: context, stride, tokenizer, …
     deterministic: bool = False  # the seed moves nothing (truncate, none)
+    diverged: tuple[int, ...] = ()  # seeds whose training is known to have diverged
+
+    @cached_property
+    def by_seed(self) -> tuple[Floats, tuple[int, ...], Floats]:
+        """nll (R, n) and tokens (n,) where there are any, and seeds, ascending; () if none matter.
+
+        R is 1 where the seed moves nothing.
+        """
+        kept, order = self.tokens > 0, np.argsort(self.seeds)
+        nll, tokens = self.nll[order][:, kept], self.tokens[kept].astype(np.float64)
+        if self.deterministic or (len(nll) > 1 and (nll == nll[0]).all()):
+            return nll.mean(0, keepdims=True), (), tokens
+        return nll, tuple(self.seeds[i] for i in order), tokens
+
+    @cached_property
+    def seeds_diverged(self) -> tuple[int, ...]:
+        """Seeds whose training has diverged: those that are known to have, and those far above.
+
+        Far above is a seed whose log-perplexity exceeds the (lower) median of three or more seeds
+        by over APART_NATS, and by over APART times what lies between that median and the lowest.
+        """
+        nll, seeds, tokens = self.by_seed
+        if not seeds:
+            return ()
+        ratios = nll.sum(1) / tokens.sum()
+        least, median = np.sort(ratios)[[0, (len(ratios) - 1) // 2]]
+        limit = median + max(APART_NATS, APART * (median - least))
+        far = (ratios > limit) & (len(seeds) > 2)
+        return tuple(s for s, f in zip(seeds, far, strict=True) if f or s in self.diverged)
 
 
 @dataclass(frozen=True)
@@ -78,16 +115,18 @@ class Components:
 
 @dataclass(frozen=True)
 class Interval:
-    """A configuration's log-perplexity, nats per token, with its 95 % interval."""
+    """A configuration's log-perplexity, nats per token, with its 95 % interval, if it has one."""
 
     name: str
     log_perplexity: float
-    low: float
+    low: float  # NaN where there is no interval
     high: float
     num_seeds: int
     num_documents: int
     varies_over: str  # "documents" | "seeds and documents"
     warning: str | None
+    num_effective: float = math.inf  # documents, by Kish: sum(tokens)^2 / sum(tokens^2)
+    missing: str | None = None  # why there is no interval
 
     @property
     def perplexity(self) -> tuple[float, float, float]:
@@ -112,6 +151,12 @@ class Comparison:
     paired_seeds: bool
     varies_over: str
     warning: str | None
+    rounding: float = 0.0  # nats per token: a difference no larger is none
+
+    @property
+    def same(self) -> bool:
+        """Whether the two are the same to the rounding of single precision."""
+        return abs(self.difference) <= self.rounding
 
     @property
     def better(self) -> str | None:
@@ -166,19 +211,29 @@ def _check_same(a: Evaluation, b: Evaluation) -> None:
         raise ConfigError(f"{where} document {a.documents[n]} has {counts}")
 
 
-def _by_seed(e: Evaluation) -> tuple[Floats, tuple[int, ...], Floats]:
-    """nll (R, n) and tokens (n,) where there are any, and seeds, ascending; none if none matter."""
-    kept, order = e.tokens > 0, np.argsort(e.seeds)
-    nll, tokens = e.nll[order][:, kept], e.tokens[kept].astype(np.float64)
-    if e.deterministic or (len(nll) > 1 and (nll == nll[0]).all()):
-        return nll.mean(0, keepdims=True), (), tokens
-    return nll, tuple(e.seeds[i] for i in order), tokens
+def _told_diverged(seeds: Sequence[int], of: int) -> str:
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    return f"{which} of {of} diverged"
 
 
-def _warning(*evaluations: Evaluation) -> str | None:
-    alone = [e.name for e in evaluations if len(_by_seed(e)[1]) == 1]
+def _alone(*evaluations: Evaluation) -> list[str]:
+    alone = [e.name for e in evaluations if len(e.by_seed[1]) == 1]
     said = f"one seed of {' and '.join(alone)}: how much seeds vary is not in the interval"
-    return said if alone else None
+    return [said] if alone else []
+
+
+def _apart(*evaluations: Evaluation) -> list[str]:
+    found = (e for e in evaluations if e.seeds_diverged)
+    return [f"{e.name}: {_told_diverged(e.seeds_diverged, len(e.seeds))}" for e in found]
+
+
+def effective(tokens: NDArray[Any]) -> float:
+    """Kish's effective number of documents of these lengths: as many of equal length tell as much.
+
+    sum(tokens)^2 / sum(tokens^2) (Survey Sampling, 1965, 11.7).
+    """
+    lengths = tokens.astype(np.float64)
+    return float(lengths.sum() ** 2 / (lengths**2).sum())
 
 
 def _components(parts: Sequence[Floats], tokens: Floats) -> tuple[float, Components]:
@@ -198,7 +253,7 @@ def _components(parts: Sequence[Floats], tokens: Floats) -> tuple[float, Compone
             of_part = ratio.var(ddof=1) * (1 / r + (len(other) == 1 < len(parts)))
             s, over = s + of_part, over + of_part**2 / (r - 1)
     seeds_df = s**2 / over if over else max(map(len, parts)) - 1.0  # Welch, where seeds are apart
-    documents_df = max(total**2 / (tokens**2).sum() - 1, 1.0)
+    documents_df = max(effective(tokens) - 1, 1.0)
     return float(estimate), Components(
         float(s), max(float(d), 0.0), float(seeds_df), float(documents_df)
     )
@@ -206,14 +261,18 @@ def _components(parts: Sequence[Floats], tokens: Floats) -> tuple[float, Compone
 
 def _half_width(variance: Floats, components: Components, alpha: float) -> Floats:
     """Half-widths (…) from variances over seeds and documents (…, 2)."""
-    df = np.array([components.seeds_df or 1.0, components.documents_df])
-    t = -special.stdtrit(df, alpha / 2)
-    total = variance.sum(-1)
-    share = variance / np.where(total > 0, total, 1)[..., None]
+    seeds_df, documents_df = components.seeds_df or 1.0, components.documents_df
+    seeds_t, documents_t = -special.stdtrit([seeds_df, documents_df], alpha / 2)
+    seeds, documents = variance[..., 0], variance[..., 1]
+    total = seeds + documents
+    share = seeds / (total + (total == 0))
+    rest = documents / (total + (total == 0))
     # No share gives Satterthwaite more than df.sum(); only without any variance is this a bound.
-    satterthwaite = 1 / np.maximum((share**2 / df).sum(-1), 1 / df.sum())
-    both = (-special.stdtrit(satterthwaite, alpha / 2) + share @ t) / 2
-    return np.sqrt(total) * np.maximum(both, (np.sqrt(share) * t).max(-1))
+    least = 1 / (seeds_df + documents_df)
+    df = 1 / np.maximum(share**2 / seeds_df + rest**2 / documents_df, least)
+    both = (-special.stdtrit(df, alpha / 2) + share * seeds_t + rest * documents_t) / 2
+    one = np.maximum(np.sqrt(share) * seeds_t, np.sqrt(rest) * documents_t)
+    return np.sqrt(total) * np.maximum(both, one)
 
 
 def _p_value(difference: float, components: Components) -> float:
@@ -228,59 +287,29 @@ def _p_value(difference: float, components: Components) -> float:
     return math.exp(optimize.brentq(beyond, least, 0.0))
 
 
-def intervals(evaluations: Sequence[Evaluation], resamples: int = 10_000) -> list[Interval]:
+def intervals(evaluations: Sequence[Evaluation]) -> list[Interval]:
     """Log-perplexity of every configuration with its 95 % interval (see the module's head).
 
     A deterministic configuration, and one whose seeds give identical nll, varies over documents
-    only; so does the interval of a single seed, which carries a warning. Raises as `check` does.
-    """
-    found = []
-    for e, drawn in zip(evaluations, bootstrap(evaluations, resamples).T, strict=True):
-        nll, _, tokens = _by_seed(e)
-        estimate, components = _components([nll], tokens)
-        spread = float(drawn.std()) * -special.ndtri(ALPHA / 2)
-        stretch = components.half_width() / spread if spread > 0 else 0.0
-        ends = np.quantile(drawn, [ALPHA / 2, 1 - ALPHA / 2])
-        low, high = (estimate + (ends - estimate) * stretch).tolist()
-        counted = (len(e.seeds), nll.shape[1], components.varies_over)
-        found.append(Interval(e.name, estimate, low, high, *counted, _warning(e)))
-    return found
-
-
-def bootstrap(evaluations: Sequence[Evaluation], resamples: int, seed: int = 0) -> Floats:
-    """Log-perplexities (B, C) of B resamples of seeds and documents, all C configurations at once.
-
-    A resample has the same documents for every seed and configuration, and the same seeds for every
-    configuration with those seed ids, so that differences of columns are paired. Resampled means
-    over seeds vary too little, (R - 1) / R of what they should: their deviations from the mean of
-    all seeds are inflated by sqrt(R / (R - 1)). Memory is the result and a few times CHUNK. Raises
-    as `check` does.
+    only; so does the interval of a single seed, which carries a warning. Where there can be no
+    interval, its ends are NaN and `missing` says why. Raises as `check` does.
     """
     check(evaluations)
-    nll, seeds, (tokens, *_) = zip(*map(_by_seed, evaluations), strict=True)
-    columns = np.concatenate(nll).T  # (n, sum of R)
-    ends = np.cumsum([len(part) for part in nll])
-    result = np.empty((resamples, len(evaluations)))
-    documents = np.random.default_rng(seed)
-    # A generator for each set of seed ids: no configuration's draws depend on the others.
-    by_seeds = {ids: np.random.default_rng(zlib.crc32(f"{seed}:{ids}".encode())) for ids in seeds}
-    step = max(1, CHUNK // max(columns.shape))
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        weights = _counts(documents, rows, len(tokens))
-        ratios = (weights @ columns) / (weights @ tokens)[:, None]  # (rows, sum of R)
-        excess = {ids: _counts(g, rows, max(1, len(ids))) - 1 for ids, g in by_seeds.items()}
-        for c, (ids, end) in enumerate(zip(seeds, ends, strict=True)):
-            r = len(nll[c])
-            inflated = excess[ids] * math.sqrt(r / max(1, r - 1))
-            result[start : start + rows, c] = (ratios[:, end - r : end] * (1 + inflated)).mean(1)
-    return result
-
-
-def _counts(generator: np.random.Generator, rows: int, n: int) -> Floats:
-    """How often each of n comes up in n draws with replacement, (rows, n)."""
-    drawn = generator.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
-    return np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+    found = []
+    for e in evaluations:
+        nll, _, tokens = e.by_seed
+        estimate, components = _components([nll], tokens)
+        half, why, count = components.half_width(), None, effective(tokens)
+        if seeds := e.seeds_diverged:
+            why = _told_diverged(seeds, len(e.seeds))
+        elif count < FEW_DOCUMENTS:
+            why = f"the {len(tokens)} documents count as {count:.1f}: one has nearly all tokens"
+        if why is not None:
+            half = math.nan
+        warning = "; ".join(_alone(e) + _apart(e)) or None
+        counted = (len(e.seeds), nll.shape[1], components.varies_over, warning, count, why)
+        found.append(Interval(e.name, estimate, estimate - half, estimate + half, *counted))
+    return found
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
@@ -288,23 +317,32 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
 
     Documents are always paired. So are seeds (the same data order and initial draw), or one is
     deterministic: of what the seed moves, only the seeds that both have are compared. Where they
-    have none in common they count as independent. Raises as `check` does.
+    have none in common they count as independent. A difference within ROUNDING of the larger
+    log-perplexity is none: p is 1. Raises as `check` does.
     """
     check((a, b))
-    (one, seeds, tokens), (other, other_seeds, _) = _by_seed(a), _by_seed(b)
+    (one, seeds, tokens), (other, other_seeds, _) = a.by_seed, b.by_seed
     if common := set(seeds) & set(other_seeds):
         one = one[[i for i, seed in enumerate(seeds) if seed in common]]
         other = other[[i for i, seed in enumerate(other_seeds) if seed in common]]
     paired = bool(common) or not seeds or not other_seeds
     difference, components = _components([one - other] if paired else [one, -other], tokens)
-    half, p = components.half_width(), _p_value(difference, components)
+    # Nothing closer than this can be told apart, whatever documents and seeds say.
+    rounding = ROUNDING * max(float(x.sum() / len(x)) for x in (one, other)) / float(tokens.sum())
+    is_same = abs(difference) <= rounding
+    half = max(components.half_width(), rounding)
+    p = 1.0 if is_same else _p_value(difference, components)
     numbers = (difference, difference - half, difference + half, p, p)
-    warning = _warning(a, b)
-    if len(common) == 1 and not warning:
-        warning = f"one seed that both {a.name} and {b.name} have: no variance over seeds"
-    elif warning and not paired and len(one) != len(other):
-        warning = f"one seed of {(a if len(one) == 1 else b).name}, taken to vary as the other's"
-    carried = (components, paired, components.varies_over, warning)
+    said = _alone(a, b)
+    if len(common) == 1 and not said:
+        said = [f"one seed that both {a.name} and {b.name} have: no variance over seeds"]
+    elif said and not paired and len(one) != len(other):
+        said = [f"one seed of {(a if len(one) == 1 else b).name}, taken to vary as the other's"]
+    said += _apart(a, b)
+    if is_same and difference:
+        said.append(f"the same to rounding ({ROUNDING:g} of their nats)")
+    warning = "; ".join(said) or None
+    carried = (components, paired, components.varies_over, warning, rounding)
     return Comparison(a.name, b.name, *numbers, *carried)
 
 

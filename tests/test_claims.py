@@ -122,7 +122,9 @@ def test_the_verdicts_are_the_truth_of_the_runs(tmp_path, monkeypatch, configure
     )
     assert found["at equal steps (80), LoRA r=64 gets below full fine-tuning"] == "does not hold"
     assert found["a step of LoRA r=8 is shorter"] == "does not hold"
-    assert found["LoRA r=8 needs fewer steps to validation perplexity 100"] == "does not hold"
+    # Read every 10 steps: 60 against 30 is known to be more, and 28 against 14 hardly is.
+    assert found["LoRA r=8 needs fewer steps to validation perplexity 45"] == "does not hold"
+    assert found["LoRA r=8 needs fewer steps to validation perplexity 100"] == "cannot be told"
     assert found["in 80 steps with all of the text, full is better than LoRA r=1"] == "holds"
     assert found["training D alone adapts the model (full rank, 4,096 parameters)"] == "holds"
     assert found["LoRA r=8 of every matrix needs less memory, 8 blocks a pass"] == "holds"
@@ -184,6 +186,53 @@ def test_who_is_not_there_by_the_end_needs_more_and_that_is_known():
     # More than 20 against 21 is no sign of less, and of what `b` needs nothing is known.
     for a, b in (([-20, -20, -20], [21, 22, 21]), ([20, 20, 20], [-80, 70, 75])):
         assert statements.Claim("", [smaller(a, b)], []).verdicts() == ["cannot be told"]
+
+
+def test_what_lies_between_two_readings_is_in_a_ratio_s_interval():
+    a = [statements.Need(x, least=30, most=40) for x in (33, 35, 38)]
+    b = [statements.Need(x, least=10, most=20) for x in (17, 18, 17)]
+    both = row("a", []), row("b", [])
+    for one, needs in zip(both, (a, b), strict=True):
+        one.records, one.needs = [{"config": {"seed": seed}} for seed in range(3)], needs
+    found = statements.smaller("", "steps", *both, lambda row: row.needs)
+    logs = np.log([33 / 17, 35 / 18, 38 / 17])
+    error = scipy_stats.sem(logs)
+    half = scipy_stats.t.ppf(0.975, 2) * error
+    low, high = 30 / 20 * math.exp(-half), 40 / 10 * math.exp(half)
+    ends = f"ratio {np.exp(logs.mean()):.2f} ({low:.2f} to {high:.2f})"
+    assert found.numbers == f"steps: 30-40 against 10-20, {ends}"
+    assert found.p == pytest.approx(2 * scipy_stats.t.sf(math.log(1.5) / error, 2))
+    # What may be equal is not told apart, however little seeds differ; from 0 on there is no bound.
+    for least, most in ((20, 40), (0, 40)):
+        both[1].needs = [statements.Need(n.amount, least=0, most=20) for n in b]
+        both[0].needs = [statements.Need(n.amount, least=least, most=most) for n in a]
+        found = statements.smaller("", "steps", *both, lambda row: row.needs)
+        assert found.p == 1 and "to inf)" in found.numbers
+    assert statements.Need(30, least=20, most=40).times(0.5).ends == (10, 20)
+
+
+def test_the_ratio_of_steps_that_are_read_every_ten_is_covered():
+    """Curves of known truth: the intervals of ratios hold the ratio that no reading shows."""
+    rng = np.random.default_rng(3)
+    for spread in (0.02, 0.1, 0.3):
+        covers = 0
+        for _ in range(300):
+            true = rng.uniform(15, 60, 2)  # steps to the level of two methods
+            needs = []
+            for x in true:
+                own = x * np.exp(spread * rng.standard_normal(3))
+                above = np.ceil(own / 10) * 10 - 10
+                line = np.log1p(own) - np.log1p(above)  # validation is not a line in between
+                share = line / (np.log1p(above + 10) - np.log1p(above))
+                needs.append([
+                    statements.Need(a + 10 * s, least=a, most=a + 10)
+                    for a, s in zip(above, share, strict=True)
+                ])  # fmt: skip
+            logs, lower, upper = statements.log_ratios(list(zip(*needs, strict=True)))
+            half = statements.views.mean(logs)[1]
+            truth = math.log(true[0] / true[1])
+            covers += np.mean(lower) - half <= truth <= np.mean(upper) + half
+        assert covers >= scipy_stats.binom.ppf(0.001, 300, 0.95), spread
 
 
 def test_tests_of_a_claim_share_its_level():

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -12,8 +13,8 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from harness import lock, results
-from harness.config import REPOSITORY, ConfigError
+from harness import lock, ranking, results
+from harness.config import REPOSITORY
 from harness.report import evidence, missing, summary, table, views
 from harness.report.__main__ import main
 
@@ -263,11 +264,166 @@ def test_only_untrained_models_have_neither_fronts_nor_budgets(tmp_path, capsys)
     assert "rank: places" in shown
 
 
-def test_the_same_seed_twice_is_refused(tmp_path):
-    put(tmp_path, "one")
-    put(tmp_path, "again")
-    with pytest.raises(ConfigError, match="lora all r=8: seed 0 is there 2 times"):
-        evidence.gather(table.rows(tmp_path))
+def written(run_dir, seconds):
+    """Let the result have been written so many seconds after 2001."""
+    os.utime(run_dir / "result.json", (10**9 + seconds,) * 2)
+    return run_dir
+
+
+def test_the_same_seed_twice_is_named_left_out_and_takes_nothing_from_others(tmp_path, capsys):
+    written(put(tmp_path, "b-first"), 0)
+    written(put(tmp_path, "a-again"), 5)
+    written(put(tmp_path, "c-moved", nll=3.5), 9)
+    put(tmp_path, "other", r=4, nll=3.3)
+    rows = table.rows(tmp_path)
+    assert [[d.name for d in row.run_dirs] for row in rows] == [["other"], ["b-first"]]
+    assert [row.values["seeds"] for row in rows] == [1, 1]
+    found = {run.name: (run.status, run.reason) for run in missing.find(evidence.find(tmp_path))}
+    same = "the same configuration and seed as b-first, which finished first and is in the table; "
+    assert found["a-again"] == ("repeated", same + "their numbers are the same")
+    here, there = (f"{math.exp(ratio(tmp_path / name)):.6g}" for name in ("c-moved", "b-first"))
+    differ = f"their numbers differ: test perplexity {here} here, {there} there"
+    assert found["c-moved"] == ("repeated", same + differ) and len(found) == 2
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"repeated: a-again ({same}their numbers are the same)" in shown
+    assert "no intervals" not in shown and "rank: places" in shown
+    assert "b-first, which finished first" in (tmp_path / "report" / "index.html").read_text()
+    summary.show(tmp_path, [tmp_path / "a-again"])  # the run asked for is told of, and its row
+    shown = capsys.readouterr().out
+    assert len(cells(shown, "lora")) == 1 and "repeated: a-again" in shown
+    written(tmp_path / "a-again", -5)  # who finished first is kept, whatever it is called
+    assert [d.name for d in table.rows(tmp_path)[1].run_dirs] == ["a-again"]
+
+
+def edit(run_dir, change):
+    record = json.loads((run_dir / "result.json").read_text())
+    change(record)
+    results.write(run_dir, record)
+    return run_dir
+
+
+def read(configuration, text):
+    def change(record):
+        record["run"] |= {"configuration": configuration, "contents": {"data": f"sha256:{text}"}}
+
+    return change
+
+
+def test_runs_on_other_text_are_other_rows_with_a_name_of_their_own(tmp_path):
+    data = {"source": "text_files", "path": "notes.jsonl"}
+    for seed, name, text in ((0, "a", "111111aa"), (1, "b", "222222bb"), (2, "c", "111111aa")):
+        run_dir = put(tmp_path, name, seed=seed, data=data)
+        edit(run_dir, read(f"configuration of {text}", text))
+    rows = {row.name: [d.name for d in row.run_dirs] for row in table.rows(tmp_path)}
+    assert rows == {
+        "lora all r=8 lr=0.01 text=111111": ["a", "c"], "lora all r=8 lr=0.01 text=222222": ["b"],
+    }  # fmt: skip
+    also = {row.values["also"] for row in table.rows(tmp_path)}
+    assert also == {"text=111111", "text=222222"}
+    assert len(evidence.find(tmp_path).found["test"].intervals) == 2
+
+
+def test_one_text_by_two_spellings_of_its_path_is_one_row(tmp_path):
+    for seed, path in enumerate(("notes.jsonl", "./notes.jsonl")):
+        data = {"source": "text_files", "path": path}
+        edit(put(tmp_path, f"s{seed}", seed=seed, data=data), read("one", "1234567"))
+    assert [row.values["seeds"] for row in table.rows(tmp_path)] == [2]
+
+
+def test_records_without_a_digest_are_told_apart_by_what_they_counted(tmp_path):
+    for seed, blocks in ((0, 100), (1, 100), (2, 90)):
+        counts = {"num_documents": {"train": 32, "test": 4}, "num_blocks": blocks}
+        edit(put(tmp_path, f"s{seed}", seed=seed), lambda r, c=counts: r["data"].update(c))
+    rows = {row.values["also"]: row.values["seeds"] for row in table.rows(tmp_path)}
+    assert rows == {"data.blocks=100": 2, "data.blocks=90": 1}
+
+
+def test_a_seed_that_diverged_is_named_and_no_interval_is_printed(tmp_path, capsys):
+    for seed in range(3):
+        put(tmp_path, f"a{seed}", r=1, seed=seed, nll=3 + 2 * (seed == 1))
+        run_dir = put(tmp_path, f"b{seed}", r=2, seed=seed, nll=2.9)
+        put(tmp_path, f"c{seed}", r=4, seed=seed, nll=2.8)
+    edit(run_dir, lambda r: r["quality"]["validation"].update(perplexity=None))  # never below 100
+    found = evidence.find(tmp_path).found["test"].intervals
+    assert {name: i.missing for name, i in found.items()} == {
+        "lora all r=1": "seed 1 of 3 diverged", "lora all r=2": "seed 2 of 3 diverged",
+        "lora all r=4": None,
+    }  # fmt: skip
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in cells(shown, "lora") if line[0] == "lora" and line[1] == "all"]
+    assert [line[-3] for line in lines[:2]] == ["-", "-"] and "-" in lines[2][-3][1:]
+    assert "No interval: lora all r=1 (seed 1 of 3 diverged), lora all r=2" in one(shown)
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "(seed 1 of 3 diverged)" in page and not re.search(r"\bnan\b", page.split("<script")[0])
+    lines = {row["method.rank"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
+    assert lines["1"]["quality.test.perplexity_low"] == ""
+    assert lines["1"]["quality.test.no_interval"] == "seed 1 of 3 diverged"
+    assert lines["4"]["quality.test.no_interval"] == "" != lines["4"]["quality.test.perplexity_low"]
+
+
+def one(text):
+    return " ".join(text.split())
+
+
+def test_what_intervals_are_for_is_said(tmp_path, capsys, monkeypatch):
+    for seed in range(3):
+        put(tmp_path, f"a{seed}", seed=seed)
+    main([str(tmp_path)])
+    shown = one(capsys.readouterr().out)
+    assert "where none of 3 did, up to 63% of others may" in shown
+    assert "documents count as" not in shown
+    monkeypatch.setitem(globals(), "TOKENS", np.array([5000] + [50] * (DOCUMENTS - 1)))
+    put(tmp_path / "long", "a")
+    main([str(tmp_path / "long")])
+    shown = one(capsys.readouterr().out)
+    count = 6950**2 / (5000**2 + 39 * 50**2)
+    assert f"The 40 documents count as {count:.3g} of equal length" in shown
+
+
+def test_seconds_are_shorter_only_beyond_their_spread_over_runs(tmp_path, capsys):
+    seconds = {1: (10, 20, 30), 2: (21, 22, 23), 4: (25, 26, 27), 8: (90, 91, 92)}
+    for r, values in seconds.items():
+        for seed, value in enumerate(values):
+            run_dir = put(tmp_path, f"{r}-{seed}", r=r, seed=seed, nll=2 + r / 10)
+            edit(run_dir, lambda x, v=value: x["speed"].update(train_seconds=float(v)))
+    rows = table.rows(tmp_path)
+    front = evidence.fronts(rows, evidence.gather(rows))["training time"]
+    names = {r: f"lora all r={r}" for r in seconds}
+    assert front[names[2]] == ()  # r=1 is better and took 18 s on average, or 30
+    assert front[names[4]] == (names[2],) and set(front[names[8]]) == set(front) - {names[8]}
+    for a, b in ((1, 2), (2, 4), (4, 8), (1, 8)):
+        test = scipy_stats.ttest_ind(np.log(seconds[a]), np.log(seconds[b]), equal_var=False)
+        less = test.pvalue < 0.05 and test.statistic < 0
+        assert ranking.is_less(seconds[a], seconds[b]) == less
+    put(tmp_path, "single", r=16, nll=1.5)
+    for seed in range(2):
+        put(tmp_path, f"beside{seed}", r=32, seed=seed, nll=1.4, beside=1)
+    rows = table.rows(tmp_path)
+    assert set(evidence.fronts(rows, evidence.gather(rows))["training time"]) == set(names.values())
+    assert main([str(tmp_path)]) == 0
+    said = "without lora all r=16, lora all r=32: one run, or a shared machine"
+    assert said in one(capsys.readouterr().out)
+    assert said in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_steps_to_a_level_are_as_well_known_as_validation_was_read():
+    """Curves of known truth, read every 10 steps: the interval over seeds covers 95 % or more."""
+    rng = np.random.default_rng(0)
+    for seeds, spread in ((1, 0.0), (3, 0.5), (3, 3.0), (3, 12.0), (5, 3.0)):
+        covers = 0
+        for _ in range(300):
+            true = rng.uniform(12, 60)  # steps to the level, on average over seeds
+            own = np.maximum(1, true + spread * rng.standard_normal(seeds))
+            steps = np.arange(0, 151, 10)
+            nll = np.log(1 + own[:, None]) - np.log(1 + steps)  # not a line between readings
+            curve = views.Curve("", steps, steps, np.zeros((seeds, 16)), nll)
+            found = curve.brackets(0.0)
+            assert all(b.above < x <= b.reached for b, x in zip(found, own, strict=True))
+            low, high = views.steps_interval(found)
+            covers += low <= true <= high
+        assert covers >= scipy_stats.binom.ppf(0.001, 300, 0.95), (seeds, spread)
 
 
 def test_rows_are_compared_over_the_seeds_that_both_have(tmp_path, capsys):
@@ -379,7 +535,8 @@ def test_every_number_stands_under_its_heading(tmp_path, capsys):
     e = [f"{math.exp(x):.2f}" for x in (4.5, 4.0, 3.0, 4.5, 4.0, 3.0)]
     assert a[:7] == ["lora all r=1", *e] and len(a) == len(headings)
     e = [f"{math.exp(x):.2f}" for x in (4.75, 4.5, 4.0, 4.875, 4.75, 4.5)]
-    assert b == ["lora all r=2", *e, "2", "-", "-"]  # e^4.5 = 90, e^4 = 55
+    assert a[7:] == ["0-2", "2-4", "2-4"]  # between two readings: e^5 = 148, e^4 = 55, e^3 = 20
+    assert b == ["lora all r=2", *e, "0-2", "-", "-"]  # e^4.5 = 90, e^4 = 55
 
 
 def test_what_does_not_train_is_on_the_front_of_parameters_alone(tmp_path):
@@ -388,7 +545,8 @@ def test_what_does_not_train_is_on_the_front_of_parameters_alone(tmp_path):
     rows = table.rows(tmp_path)
     front = evidence.fronts(rows, evidence.gather(rows))
     assert set(front["trainable parameters"]) == {row.name for row in rows}
-    assert set(front["peak memory"]) == set(front["training time"]) == {"lora all r=2"}
+    assert set(front["peak memory"]) == {"lora all r=2"}
+    assert "training time" not in front  # how much the seconds of one run vary is not known
 
 
 def test_names_take_what_tells_rows_apart(tmp_path):
@@ -476,8 +634,14 @@ def test_curves_are_read_at_equal_tokens_and_seconds(tmp_path):
     interval = scipy_stats.t.interval(0.95, 1, value, scipy_stats.sem([3.5, 3.6]))
     assert half == pytest.approx(interval[1] - value)
     assert found.at("seconds", 4.5) is None
-    assert found.steps_to(4.5) == [1, 1] and found.steps_to(5.5) == [0, 0]
-    assert found.steps_to(3.1) == pytest.approx([3.8, None], nan_ok=True)
+    assert found.brackets(4.5) == [views.Bracket(0, 1, 2)] * 2
+    assert found.brackets(5.5) == [views.Bracket(0, 0, 0)] * 2
+    first, second = found.brackets(3.1)
+    assert (first.above, first.reached, second) == (2, 4, None)
+    assert first.interpolated == pytest.approx(3.8)
+    known = [views.Bracket(30, 33, 40), views.Bracket(30, 37, 40), views.Bracket(20, 29, 30)]
+    half = scipy_stats.t.ppf(0.975, 2) * scipy_stats.sem([33, 37, 29])
+    assert views.steps_interval(known) == pytest.approx((80 / 3 - half, 110 / 3 + half))
     assert views.equal([found], "tokens") == [100, 200, 400]
     assert views.levels([found]) == [100, 50, 30]  # between e^5 = 148 and e^3.1 = 22
 

@@ -148,17 +148,38 @@ def better(text: str, a: Row, b: Row, on: str = "test") -> Statement:
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needed to get somewhere, in steps or seconds."""
+    """What a run needed to get somewhere, in steps or seconds.
+
+    `least` and `most` are what it may have been, where it is read now and then only.
+    """
 
     amount: float
     is_bound: bool = False  # more than that: its run had ended, and it was not there
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the most; both are the amount where it is known."""
+        return (
+            self.amount if self.least is None else self.least,
+            self.amount if self.most is None else self.most,
+        )
+
+    def times(self, factor: float) -> Need:
+        """The same in another unit."""
+        least, most = (end * factor for end in self.ends)
+        return Need(self.amount * factor, self.is_bound, least, most)
 
 
 def steps_to(row: Row, level: float) -> list[Need]:
-    """Steps to a validation perplexity, of every seed."""
+    """Steps to a validation perplexity, of every seed: between two readings."""
     c = curve(row)
     last = Need(float(c.steps[-1]), is_bound=True)
-    return [last if step is None else Need(step) for step in c.steps_to(math.log(level))]
+    return [
+        last if b is None else Need(b.interpolated, least=b.above, most=b.reached)
+        for b in c.brackets(math.log(level))
+    ]
 
 
 def a_step(row: Row) -> list[Need]:
@@ -169,13 +190,17 @@ def a_step(row: Row) -> list[Need]:
 def seconds_to(row: Row, level: float) -> list[Need]:
     """The same in seconds of median steps."""
     pairs = zip(steps_to(row, level), step_seconds(row), strict=True)
-    return [Need(need.amount * seconds, need.is_bound) for need, seconds in pairs]
+    return [need.times(seconds) for need, seconds in pairs]
 
 
 def smaller(
     text: str, what: str, a: Row, b: Row, needs: Callable[[Row], Sequence[Need]]
 ) -> Statement:
     """Whether what `a` needs is the smaller one in ratio, seed by seed: a t-test of the log-ratio.
+
+    What is known between two ends only gives every seed's log-ratio a lower and an upper end. The
+    interval goes from the mean of the lower ones, less half of the t-interval of the log-ratios of
+    interpolated amounts, to the mean of the upper ones plus as much; the test agrees with it.
 
     Where `a` was not there when its run ended, it needs more than that: only in how many seeds it
     needs more is known, and tested by their signs. Where `b` was not, it cannot be told.
@@ -190,23 +215,47 @@ def smaller(
         return Statement(text, f"{what}: fewer than two seeds in common", False, 1.0, rows)
     if any(need.is_bound for _, need in pairs):
         return Statement(text, f"{what}: {short(b)} does not get there", False, 1.0, rows)
-    logs = [math.log(x.amount / y.amount) for x, y in pairs]
-    means = [statistics.fmean(n.amount for n in side) for side in zip(*pairs, strict=True)]
+    means = [told(side) for side in zip(*pairs, strict=True)]
     if any(need.is_bound for need, _ in pairs):
-        longer = sum(x.amount >= y.amount for x, y in pairs)
-        sure = all(x.amount >= y.amount or not x.is_bound for x, y in pairs)
+        longer = sum(x.ends[0] >= y.ends[1] for x, y in pairs)
+        shorter = sum(x.ends[1] < y.ends[0] and not x.is_bound for x, y in pairs)
+        sure = longer + shorter == len(pairs)
         p = float(scipy_stats.binomtest(longer, len(pairs)).pvalue) if sure else 1.0
-        numbers = f"{what}: more than {means[0]:.3g} against {means[1]:.3g}, "
+        numbers = f"{what}: more than {means[0]} against {means[1]}, "
         numbers += f"more in {longer} of {len(pairs)} seeds" if sure else "which tells nothing"
         return Statement(text, numbers, False, p, rows)
+    logs, lower, upper = log_ratios(pairs)
     mean, half = views.mean(logs)
     assert half is not None
-    error = np.std(logs, ddof=1) / math.sqrt(len(logs))
-    p = 2 * special.stdtr(len(logs) - 1, -abs(mean) / error) if error else float(mean == 0)
-    ends = " to ".join(f"{math.exp(mean + sign * half):.2f}" for sign in (-1, 1))
-    numbers = f"{what}: {means[0]:.3g} against {means[1]:.3g}, "
-    numbers += f"ratio {math.exp(mean):.2f} ({ends})"
-    return Statement(text, numbers, mean < 0, float(p), rows)
+    error = float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
+    least, most = float(np.mean(lower)), float(np.mean(upper))
+    beyond = max(least, -most, 0.0)  # how far no ratio that the ends allow comes to 1
+    p = 2 * float(special.stdtr(len(logs) - 1, -beyond / error)) if error else float(beyond == 0)
+    with np.errstate(over="ignore"):
+        ends = " to ".join(f"{np.exp(end):.2f}" for end in (least - half, most + half))
+    numbers = f"{what}: {means[0]} against {means[1]}, ratio {math.exp(mean):.2f} ({ends})"
+    return Statement(text, numbers, mean < 0, p, rows)
+
+
+def log_ratios(pairs: Sequence[tuple[Need, Need]]) -> tuple[list[float], list[float], list[float]]:
+    """Log-ratios of what two need, as interpolated, at the least and at the most, by seed."""
+
+    def log(over: float, under: float) -> float:
+        if under == 0:
+            return math.inf
+        return math.log(over / under) if over else -math.inf
+
+    return (
+        [log(x.amount, y.amount) if x.amount or y.amount else 0.0 for x, y in pairs],
+        [log(x.ends[0], y.ends[1]) if x.ends[0] or y.ends[1] else 0.0 for x, y in pairs],
+        [log(x.ends[1], y.ends[0]) if x.ends[1] or y.ends[0] else 0.0 for x, y in pairs],
+    )
+
+
+def told(needs: Sequence[Need]) -> str:
+    """The mean over seeds, or between which two it is."""
+    least, most = (statistics.fmean(ends) for ends in zip(*(n.ends for n in needs), strict=True))
+    return f"{least:.3g}" if least == most else f"{least:.3g}-{most:.3g}"
 
 
 def exact(text: str, numbers: str, holds: bool, *of: Row) -> Statement:

@@ -40,9 +40,10 @@ METHOD = (
     "claim; anything else cannot be told, which does not say that there is no difference. "
     "Intervals are 95 %, not adjusted. Perplexity is per token of the test chapters; its "
     "differences are tested seed by seed and document by document, ratios of steps and seconds "
-    "seed by seed (t-test of the log-ratio; of signs where a run ended before it was there, which "
-    "three seeds never reach 5 % by). ~ marks a statement with a rate that was not found for just "
-    "that setting, but borrowed or set (the last lines say from where). Lines are those of "
+    "seed by seed (t-test of the log-ratio, for all ratios that steps between two readings allow; "
+    "of signs where a run ended before it was there, which three seeds never reach 5 % by). ~ "
+    "marks a statement with a rate that was not found for just that setting, but borrowed or set "
+    "(the last lines say from where). Lines are those of "
     "[results.csv](results.csv), which name their runs; [runs.csv](runs.csv) has every run's own "
     "numbers, [figures.csv](figures.csv) the points of the figures."
 )
@@ -131,20 +132,21 @@ def runs_csv(folders: Iterable[Runs]) -> None:
     """Every run's own numbers."""
     with (HERE / "runs.csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        reached = [f"steps_to_{level}" for level in LEVELS]
+        ends = ("above", "reached")  # the last reading above the level, the first at or under it
+        reached = [f"steps_to_{level}_{end}" for level in LEVELS for end in ends]
         own = ["test_perplexity", "peak_bytes", "median_step_seconds", *reached]
         writer.writerow(["experiment", "row", "run", "seed", *own])
         for runs in folders:
             for row in runs.rows:
                 trains = bool(row.values["method.lr"])
                 seconds = step_seconds(row) if trains else [None] * len(row.run_dirs)
-                reached = [curve(row).steps_to(math.log(level)) if trains else [None] * len(seconds)
-                           for level in LEVELS]  # fmt: skip
+                found = [curve(row).brackets(math.log(level)) if trains else [None] * len(seconds)
+                         for level in LEVELS]  # fmt: skip
                 for i, (run_dir, record) in enumerate(zip(row.run_dirs, row.records, strict=True)):
                     writer.writerow([
                         runs.folder.name, row.name, run_dir.name, record["config"]["seed"],
                         record["quality"]["test"]["perplexity"], record["memory"]["peak_bytes"],
-                        seconds[i], *(steps[i] for steps in reached),
+                        seconds[i], *(getattr(b[i], end, None) for b in found for end in ends),
                     ])  # fmt: skip
 
 

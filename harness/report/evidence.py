@@ -8,6 +8,7 @@ tokenizer) are refused.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,20 +17,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from scipy import special
 
 from harness import ranking, results, stats
 from harness.config import ConfigError
-from harness.report.table import Row
+from harness.report.table import SHARED, Row
 from harness.report.table import rows as table_rows
 
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
 MANY = 4  # names in a sentence or a cell
 # Of Pareto fronts and budgets -> path in result.json. Memory and time are of training steps: what
 # does not train has a place among parameters only.
+TIME = "training time"
 COST_PATHS = {
     "trainable parameters": "parameters.trainable",
     "peak memory": "memory.peak_bytes",
-    "training time": "speed.train_seconds",
+    TIME: "speed.train_seconds",
 }
 
 
@@ -82,6 +85,21 @@ def scope(test: Evidence) -> list[str]:
         f"95 %: interval of test perplexity over {test.sample}; untrained models: over documents "
         "only."
     ]
+    if without := [f"{i.name} ({i.missing})" for i in test.intervals.values() if i.missing]:
+        said.append(f"No interval: {some(without)}.")
+    first = next(iter(test.intervals.values()))
+    if first.num_effective < first.num_documents / 2:
+        said.append(
+            f"The {first.num_documents} documents count as {first.num_effective:.3g} of equal "
+            "length (Kish's effective number): intervals are for text whose documents have such "
+            "lengths."
+        )
+    if most > 1:
+        said.append(
+            f"Intervals are for seeds that do not diverge: where none of {most} did, up to "
+            f"{ranking.may_diverge(most):.0%} of others may. Where seeds matter more than "
+            "documents and a few end far above the rest, intervals cover 87 to 93 %."
+        )
     if test.alone:
         whose = "" if most == 1 else f" of {some(test.alone)}"
         said.append(
@@ -135,7 +153,11 @@ class Findings:
 def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
     """What there is to say of a folder, or of the configurations of `run_dirs` in it."""
     everything = table_rows(folder)
-    asked = [row for row in everything if run_dirs is None or set(row.run_dirs) & set(run_dirs)]
+    asked = [
+        row
+        for row in everything
+        if run_dirs is None or {*row.run_dirs, *row.repeated} & set(run_dirs)
+    ]
     found: dict[str, Evidence] = {}
     refused = []
     for text in ["test", *also(asked)]:
@@ -201,7 +223,7 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
             after, before = evaluation(row, on.text), evaluation(row, on.text, "before")
             before = replace(before, name=f"{row.name}, before")
             found[row.name] = stats.compare(after, before)
-    moved = {name: c for name, c in found.items() if c.difference}
+    moved = {name: c for name, c in found.items() if not c.same}
     adjusted = ranking.holm([c.p for c in moved.values()]).tolist() if moved else []
     changed = {
         name: replace(c, adjusted_p=p) for (name, c), p in zip(moved.items(), adjusted, strict=True)
@@ -221,7 +243,23 @@ def evaluation(row: Row, text: str, when: str = "after") -> stats.Evaluation:
     fixed = bool(row.records[0]["method"].get("deterministic"))
     if when == "before" and not row.records[0]["config"]["model"]["architecture"]:
         fixed = np.allclose(nll, nll[0], rtol=stats.SAME, atol=0)  # no start that the seed moves
-    return replace(runs[0], name=row.name, nll=nll, seeds=seeds, deterministic=fixed)
+    lost = _never_learned(row) if when == "after" else ()
+    return replace(runs[0], name=row.name, nll=nll, seeds=seeds, deterministic=fixed, diverged=lost)
+
+
+def _never_learned(row: Row) -> tuple[int, ...]:
+    """Seeds whose validation never got below that of the model before training, if others' did."""
+    if not row.values["parameters.trainable"]:
+        return ()
+    lost = []
+    for record in row.records:
+        end, start = (
+            results.get(record, f"quality.{path}.perplexity") or math.inf  # null: not finite
+            for path in ("validation", "step0.validation")
+        )
+        if end >= start * (1 - stats.ROUNDING):
+            lost.append(int(record["config"]["seed"]))
+    return tuple(lost) if len(lost) < len(row.records) else ()
 
 
 def _of_run(run_dir: Path, record: dict[str, Any], text: str, when: str) -> stats.Evaluation:
@@ -254,10 +292,63 @@ def fronts(rows: Sequence[Row], evidence: Evidence) -> dict[str, dict[str, tuple
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     if not evidence.ranks:
         return found
+    seconds = run_seconds(shown)
     for title in COST_PATHS:
         known = costs(shown, title)
-        if known:
+        if title == TIME:
+            timed = {name: cost for name, cost in known.items() if name in seconds}
+
+            def is_less(y: str, x: str) -> bool:
+                return ranking.is_less(seconds[y], seconds[x])
+
+            if len(timed) > 1:
+                found[title] = ranking.pareto(timed, evidence.comparisons, is_less)
+        elif known:
             found[title] = ranking.pareto(known, evidence.comparisons)
+    return found
+
+
+def run_seconds(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """Seconds of training of every run, by row's name, where their spread is known.
+
+    It takes two runs or more, none of which shared the machine.
+    """
+    found = {}
+    for row in rows:
+        values = [results.get(record, COST_PATHS[TIME]) for record in row.records]
+        alone = not row.values[SHARED] and row.values["parameters.trainable"]
+        if alone and len(values) > 1 and all(values):
+            found[row.name] = [float(value) for value in values]
+    return found
+
+
+def time_scope(rows: Iterable[Row]) -> str | None:
+    """What is said of training time, in a sentence; None where nothing trains."""
+    trained = [row for row in rows if row.values["parameters.trainable"]]
+    if not trained:
+        return None
+    timed = run_seconds(trained)
+    left = [row.name for row in trained if row.name not in timed]
+    said = (
+        "Training time: one row's is taken to be shorter only where its seconds are, beyond their "
+        "spread over runs (Welch's t-test of their logarithms, 5 %)"
+    )
+    whose = some(left) if timed else "all rows"
+    without = f"; without {whose}: one run, or a shared machine, does not tell how seconds vary"
+    return said + (without if left else "") + "."
+
+
+def sure_costs(rows: Iterable[Row], title: str) -> dict[str, float]:
+    """The same, for budgets: of training time the upper end of its 95 % interval over runs."""
+    shown = list(rows)
+    if title != TIME:
+        return costs(shown, title)
+    found = {}
+    for name, values in run_seconds(shown).items():
+        logs = np.log(values)
+        t = -special.stdtrit(len(logs) - 1, stats.ALPHA / 2)
+        error = logs.std(ddof=1) / math.sqrt(len(logs))
+        found[name] = float(np.exp(logs.mean() + t * error))
     return found
 
 

@@ -18,7 +18,8 @@ class Missing:
     """A run that has no place in the table, or in its statistics."""
 
     name: str  # of its directory
-    status: str  # failed | interrupted | running | waiting | refused | unreadable | not compared
+    # failed | interrupted | running | waiting | refused | unreadable | repeated | not compared
+    status: str
     reason: str
     next: str = ""  # what becomes of it
     log: bool = False  # whether it has one
@@ -37,7 +38,17 @@ def find(findings: Findings) -> list[Missing]:
         for run_dir in sorted(run_dirs)
         if not planned.get(run_dir.name) and (one := _begun(run_dir)) is not None
     ]
-    return found + list(_not_compared(findings)) + list(_not_begun(run_dirs, planned, folder))
+    repeated = [
+        Missing(run_dir.name, "repeated", reason, log=(run_dir / "log.txt").exists())
+        for row in findings.everything
+        for run_dir, reason in row.repeated.items()
+    ]
+    return (
+        found
+        + repeated
+        + list(_not_compared(findings))
+        + list(_not_begun(run_dirs, planned, folder))
+    )
 
 
 def _begun(run_dir: Path) -> Missing | None:

@@ -114,7 +114,9 @@ def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
         return None
     best = test.ordered[0]
     value, low, high = test.intervals[best].perplexity
-    said = f"{best} reaches the lowest test perplexity, {value:.1f} ({low:.1f} to {high:.1f})"
+    why = test.intervals[best].missing
+    between = f"no interval: {why}" if why else f"{low:.1f} to {high:.1f}"
+    said = f"{best} reaches the lowest test perplexity, {value:.1f} ({between})"
     if not test.comparisons:
         return said + "."
     compared = [ev.turned(c, best) for c in test.comparisons if best in (c.a, c.b)]
@@ -139,6 +141,8 @@ def _notes(rows: Sequence[Row], test: Evidence | None, refused: Sequence[str]) -
     notes = [f"No intervals, ranks or comparisons {reason}." for reason in refused]
     if test is not None:
         notes += ev.scope(test)
+        if test.ranks and (said := ev.time_scope(rows)):
+            notes.append(said)
     if any(row.values[table.SHARED] for row in rows):
         notes.append("Memory and speed marked * were measured beside other runs: do not compare.")
     return notes
@@ -170,7 +174,8 @@ def _row(row: Row, columns: Mapping[str, tuple[str, str]], test: Evidence | None
     if test is not None:
         interval = test.intervals.get(row.name)
         shown, low = (ends(interval), interval.perplexity[1]) if interval else ("-", math.nan)
-        cells.append({"shown": shown.replace("-", "–"), "key": low, "form": ""})
+        key = "" if math.isnan(low) else low
+        cells.append({"shown": shown.replace("-", "–"), "key": key, "form": ""})
         rank = test.ranks.get(row.name, "-")
         cells.append({"shown": rank, "key": rank.split("-")[0], "form": ""})
     cells.append({"shown": str(row.values["seeds"]), "key": row.values["seeds"], "form": ""})

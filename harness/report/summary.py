@@ -69,7 +69,9 @@ def beside(test: Evidence | None) -> dict[str, dict[str, str]]:
 
 
 def ends(i: stats.Interval) -> str:
-    """An interval of perplexity in three digits."""
+    """An interval of perplexity in three digits; - where there is none."""
+    if i.missing:
+        return "-"
     return "-".join(f"{v:.0f}" if v >= 100 else f"{v:.1f}" for v in i.perplexity[1:])
 
 
@@ -80,7 +82,10 @@ def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
     if len(test.intervals) == 1:
         return
     apart = [c for c in test.comparisons if c.better is None]
-    named = "; ".join(f"{c.a} and {c.b}" for c in apart[:NOT_APART])
+    named = "; ".join(
+        f"{c.a} and {c.b}" + (" (the same to rounding)" if c.same else "")
+        for c in apart[:NOT_APART]
+    )
     more = f"; and {len(apart) - NOT_APART} more pairs" if len(apart) > NOT_APART else ""
     print(f"not told apart: {named + more if apart else 'none, every pair differs significantly'}")
     if not test.ranks:
@@ -93,6 +98,8 @@ def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
     if lines:
         print("Pareto fronts (off them: something that costs no more is significantly better):")
         print("\n".join(lines))
+        if said := ev.time_scope(rows):
+            print(textwrap.fill(said, 100))
 
 
 def _mark(rows: Sequence[Row], title: str) -> str:
@@ -137,7 +144,8 @@ def _print_budgets(rows: Sequence[Row], test: Evidence) -> None:
     shown = table.plain([], ["at most"], ["of", "best", "test", "95 %", "not significantly worse"])
     matched: list[str] = []
     for title in ev.COST_PATHS:
-        costs = ev.costs((row for row in rows if row.name in test.intervals), title)
+        shown_rows = [row for row in rows if row.name in test.intervals]
+        costs = ev.sure_costs(shown_rows, title)
         mark, last = _mark(rows, title), None
         for budget in views.budgets(list(costs.values()), UNITS.get(title, 1)):
             found = views.within(budget, costs, test)
@@ -147,7 +155,8 @@ def _print_budgets(rows: Sequence[Row], test: Evidence) -> None:
             i = test.intervals[best]
             cells = [_cost(title, budget), title + mark, best, f"{i.perplexity[0]:.2f}", ends(i)]
             shown.add_row(*cells, ev.some(ties) or "-")
-        pairs = views.matched(costs, test.comparisons)
+        exact = {n: c for n, c in ev.costs(shown_rows, title).items() if n in costs}
+        pairs = views.matched(exact, test.comparisons)
         for c in pairs[:NOT_APART]:
             better = f"{c.better} is better" if c.better else "not told apart"
             matched.append(
@@ -186,15 +195,17 @@ def _print_curves(rows: Sequence[Row]) -> None:
                 found = c.at(axis, value)
                 cells.append("-" if found is None else _perplexity(*found))
         for level in levels:
-            cells.append(_steps(c.steps_to(math.log(level))))
+            cells.append(_steps(c.brackets(math.log(level))))
         shown.add_row(c.name, *cells)
     print(
         "\nValidation perplexity at equal tokens and equal training time, and steps to a perplexity"
     )
     table.show(shown)
     print(
-        "Interpolated between validations; ± is half of a 95 % t-interval over seeds, - where a\n"
-        "seed does not get there. A run cut short is no short run: schedules are for all steps."
+        "Perplexity is interpolated between validations; ± is half of a 95 % t-interval over "
+        "seeds.\nSteps are from the last validation above the level to the first one at or under "
+        "it, and\nwiden by the spread over seeds; - where a seed does not get there. A run cut "
+        "short is no\nshort run: schedules are for all steps."
     )
 
 
@@ -208,12 +219,12 @@ def _perplexity(nll: float, half: float | None) -> str:
     return f"{value:.2f}" + ("" if half is None else f" ± {value * half:.2g}")
 
 
-def _steps(found: Sequence[float | None]) -> str:
-    reached = [step for step in found if step is not None]
+def _steps(found: Sequence[views.Bracket | None]) -> str:
+    reached = [bracket for bracket in found if bracket is not None]
     if not reached or len(reached) < len(found):
         return "-"
-    value, half = views.mean(reached)
-    return f"{value:.0f}" + ("" if half is None else f" ± {half:.2g}")
+    low, high = views.steps_interval(reached)
+    return f"{low:.0f}-{high:.0f}"
 
 
 def _print_forgetting(rows: Sequence[Row], on: Evidence) -> None:
@@ -229,7 +240,7 @@ def _print_forgetting(rows: Sequence[Row], on: Evidence) -> None:
         i, c = on.intervals[name], moved.get(name)
         cells = [f"{before[name].perplexity[0]:.2f}", f"{i.perplexity[0]:.2f}", ends(i)]
         cells.append(on.ranks.get(name, "-"))
-        if c is not None and c.difference:
+        if c is not None and not c.same:
             cells += [f"{c.difference:.4f}", f"{c.low:.4f} to {c.high:.4f}", f"{c.adjusted_p:.2g}"]
         else:
             cells += ["0", "-", "-"]
@@ -274,8 +285,12 @@ def _columns(found: dict[str, Evidence]) -> dict[str, dict[str, Any]]:
         values = {name: i.perplexity for name, i in evidence.intervals.items()}
         if text != "test":
             columns[f"{prefix}.perplexity"] = {name: value[0] for name, value in values.items()}
-        columns[f"{prefix}.perplexity_low"] = {name: value[1] for name, value in values.items()}
-        columns[f"{prefix}.perplexity_high"] = {name: value[2] for name, value in values.items()}
+        for end, place in (("low", 1), ("high", 2)):
+            columns[f"{prefix}.perplexity_{end}"] = {
+                name: value[place] for name, value in values.items() if value[place] == value[place]
+            }
+        if why := {i.name: i.missing for i in evidence.intervals.values() if i.missing}:
+            columns[f"{prefix}.no_interval"] = why
         columns[f"{prefix}.varies_over"] = {n: i.varies_over for n, i in evidence.intervals.items()}
         columns[f"{prefix}.rank"] = dict(evidence.ranks)
     return columns

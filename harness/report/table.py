@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import rich.box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from harness import naming, nlg, results
+from harness import nlg, results
 from harness.config import METHODS
+from harness.report import groups
 
 # heading -> (path in result.json, format of the number)
 COLUMNS = {
@@ -72,30 +73,25 @@ SHARED_LEGEND = "*: measured while other runs shared the machine; not for compar
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration: its finished runs, which differ in their seed only."""
+    """One configuration on one text: its finished runs, which differ in their seed only."""
 
     name: str  # short, and no other row's
     values: dict[str, Any]  # by path in result.json; also `seeds` and `also`
     run_dirs: list[Path]
     records: list[dict[str, Any]]  # their result.json
+    repeated: dict[Path, str] = field(default_factory=dict)  # runs of a seed that is there -> why
 
 
 def rows(folder: Path) -> list[Row]:
     """Every configuration with a finished run, by method, targets, parameters, alpha and rate."""
-    groups: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    for run_dir, result in results.collect(folder):
-        if result["status"] == "finished":
-            same = json.dumps(_configuration(result["config"]), sort_keys=True)
-            groups.setdefault(same, []).append((run_dir, result))
-    members = list(groups.values())
-    flat = [_flat(json.loads(same)) for same in groups]
+    found = groups.find(folder)
+    flat = [_flat(groups.settings(group.records[0])) for group in found]
     others = _without_a_column(flat)
     table = []
-    for group, config in zip(members, flat, strict=True):
-        records = [result for _, result in group]
-        own = {key: config[key] for key in others if key in config}
-        values = _values(records) | {"also": " ".join(f"{k}={v}" for k, v in own.items())}
-        table.append(Row("", values, [run_dir for run_dir, _ in group], records))
+    for group, config in zip(found, flat, strict=True):
+        own = {key: config[key] for key in others if key in config} | group.content
+        values = _values(group.records) | {"also": " ".join(f"{k}={v}" for k, v in own.items())}
+        table.append(Row("", values, group.run_dirs, group.records, group.repeated))
     return _named(sorted(table, key=_place))
 
 
@@ -169,17 +165,6 @@ def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
         if f"{group}name" in varying:  # stands for everything else in its file
             varying -= {key for key in varying if key.startswith(group) and key != f"{group}name"}
     return sorted(key for key in varying if key not in SHOWN and not key.startswith("targets."))
-
-
-def _configuration(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config without what varies within a configuration: seed, and what moves nothing."""
-    kept = {k: v for k, v in config.items() if k not in (*naming.NOT_IDENTITY, "seed")}
-    for section, names in {
-        "train": naming.NOT_IDENTITY_OF_TRAINING, "model": ("cache_dir",), "data": ("cache_dir",)
-    }.items():  # fmt: skip
-        if section in kept:
-            kept[section] = {k: v for k, v in kept[section].items() if k not in names}
-    return kept
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

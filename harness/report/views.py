@@ -1,7 +1,8 @@
 """The same runs at equal budgets: learning curves, steps to a perplexity, the best within a budget.
 
-Curves are of validation, read every `evaluate.every` steps, and interpolated in nll between. A run
-cut short is not a short run: the schedule of the rate belongs to the run's full length.
+Curves are of validation, read every `evaluate.every` steps, and interpolated in nll between; steps
+to a perplexity are between two readings, and no better known than that. A run cut short is not a
+short run: the schedule of the rate belongs to the run's full length.
 """
 
 from __future__ import annotations
@@ -39,19 +40,41 @@ class Curve:
             found.append(float(np.interp(value, x, nll)))
         return mean(found)
 
-    def steps_to(self, nll: float) -> list[float | None]:
-        """Of every seed, the steps after which validation is first at or under `nll`."""
-        found: list[float | None] = []
+    def brackets(self, nll: float) -> list[Bracket | None]:
+        """Of every seed, between which validations `nll` was reached; None where it was not."""
+        found: list[Bracket | None] = []
         for values in self.nll:
             under = np.flatnonzero(values <= nll)
             if not len(under):
                 found.append(None)
             elif (p := under[0]) == 0:
-                found.append(float(self.steps[0]))
+                found.append(Bracket(0.0, float(self.steps[0]), float(self.steps[0])))
             else:
-                share = (values[p - 1] - nll) / (values[p - 1] - values[p])
-                found.append(float(self.steps[p - 1] + share * (self.steps[p] - self.steps[p - 1])))
+                before, at = float(self.steps[p - 1]), float(self.steps[p])
+                share = float((values[p - 1] - nll) / (values[p - 1] - values[p]))
+                found.append(Bracket(before, before + share * (at - before), at))
         return found
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Steps to a level, known as well as validation was read."""
+
+    above: float  # the last validation above the level (0: there was none before)
+    interpolated: float  # on the line between the two readings
+    reached: float  # the first validation at or under it
+
+
+def steps_interval(found: Sequence[Bracket]) -> tuple[float, float]:
+    """Between which steps a level is reached on average over seeds (95 %).
+
+    From the mean of the lower ends, less half of the t-interval over seeds of the interpolated
+    steps, to the mean of the upper ends plus as much: interpolation tells how much seeds differ,
+    but not where between two readings they all are. One seed has its bracket.
+    """
+    half = mean([b.interpolated for b in found])[1] or 0.0
+    low = float(np.mean([b.above for b in found])) - half
+    return max(0.0, low), float(np.mean([b.reached for b in found])) + half
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
