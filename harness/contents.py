@@ -92,7 +92,7 @@ def tokenizer_of(cfg: ModelConfig) -> str:
     name = cfg.tokenizer
     if not name:
         return ""
-    if (folder := ASSETS_DIR / name).is_dir():
+    if "/" not in name and (folder := ASSETS_DIR / name).is_dir():
         return f"asset:{_folder_of_model(folder, cfg, weights=False)}"
     if (folder := Path(name)).is_dir():
         return f"sha256:{_folder_of_model(folder, cfg, weights=False)}"
