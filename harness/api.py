@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 import pandas as pd
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness import composition, launch, results, tracking
@@ -26,6 +29,7 @@ from hydra_plugins.harness_grids import check, combinations
 if TYPE_CHECKING:
     from harness.predict import Prediction
 
+_composing = threading.Lock()  # Hydra's version is the process's
 COMMAND = "harness.run() of Python; config.yaml has all of it"
 
 
@@ -49,16 +53,32 @@ def compose(*overrides: str) -> list[RunConfig]:
 
 
 def _compose(overrides: list[str]) -> list[RunConfig]:
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    with _hydra() as loader:
+
+        def load(own: list[str]) -> DictConfig:
+            return loader.load_configuration("config", own, RunMode.RUN, from_shell=False)
+
         # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
-        plain = [text for text in overrides if not _is_sweep(text)]
-        master = hydra.compose("config", plain, return_hydra_config=True)
+        master = load([text for text in overrides if not _is_sweep(text)])
         grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
         seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
         params = [f"{key}={value}" for key, value in seeds.items()]
-        loader = GlobalHydra.instance().config_loader()
         jobs = combinations(grids, params, overrides, loader)
-        return check(jobs, lambda own: hydra.compose("config", own))[1]
+        return check(jobs, load)[1]
+
+
+@contextmanager
+def _hydra() -> Iterator[ConfigLoaderImpl]:
+    """A loader of conf/ of our own: the caller's program may use Hydra itself, or threads."""
+    with _composing:
+        process = version.VersionBase.instance()
+        before = process.version_base
+        version.setbase("1.3")
+        try:
+            setup_globals()  # Hydra's resolvers
+            yield ConfigLoaderImpl(create_config_search_path(f"file://{CONF_DIR}"))
+        finally:
+            process.version_base = before
 
 
 def plan(run: RunConfig) -> Prediction | None:
@@ -131,7 +151,7 @@ def collect(folder: str | Path) -> pd.DataFrame:
     """
     from harness.report import evidence, summary
 
-    found = evidence.find(Path(folder))
+    found = evidence.find(Path(folder).expanduser())
     if not found.rows:
         raise ConfigError(f"{folder}: no finished run; outputs/<experiment_name> has an experiment")
     return pd.read_csv(io.StringIO(summary.results_csv(found)))

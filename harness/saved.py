@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from harness import composition, methods, models, network, results
+from harness import composition, contents, methods, models, network, results
 from harness.config import ASSETS_DIR, ConfigError, RunConfig, nearest
 from harness.methods.svd import CACHE_ENV
 
@@ -90,7 +90,8 @@ def load(run_dir: Path) -> Saved:
     """Read a finished run; no weights are loaded yet.
 
     Raises:
-        ConfigError: no run directory, an unfinished or failed run, or one whose base is gone.
+        ConfigError: no run directory, an unfinished or failed run, or one whose base is gone or
+            holds other weights now.
     """
     record = finished(run_dir)
     path = run_dir / "config.yaml"
@@ -98,6 +99,10 @@ def load(run_dir: Path) -> Saved:
         raise ConfigError(f"{run_dir} holds no config.yaml, which says what the base was")
     started = _started(run_dir, record)
     run = _with_folders(composition.load(path, validated=False), started)
+    contents.check_model(
+        run, "put back the files that the run had, or rerun=true of the same command", "done"
+    )
+    run = contents.pinned(run)
     transformers.utils.logging.disable_progress_bar()
     if run.model.id or run.model.tokenizer:
         network.go_offline_if_unreachable()

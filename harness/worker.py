@@ -29,6 +29,7 @@ from accelerate.utils import set_seed
 from harness import (
     checkpoint,
     composition,
+    contents,
     data,
     environment,
     evaluate,
@@ -154,6 +155,8 @@ def perform(
     """data -> model -> method -> train -> evaluate; fills `result` as it goes."""
     if run.data.id or run.model.id or run.model.tokenizer:
         network.go_offline_if_unreachable()
+    contents.check(run)
+    run = contents.pinned(run)
     datasets.disable_progress_bars()  # the training bar is the only one
     transformers.utils.logging.disable_progress_bar()
     began = time.perf_counter()
@@ -240,6 +243,7 @@ def perform(
         prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
         room = None if most is None else most - methods.num_virtual_tokens(run)
         generation.check(model, tokenizer, prompts, run.evaluate.generate, accelerator, room)
+    contents.check(run)  # again, now that all of it was read
     if run.launch.sharded:
         prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         prepared = shard.shard(prepared, accelerator)

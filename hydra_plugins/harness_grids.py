@@ -91,7 +91,7 @@ class GridSweeper(BasicSweeper):
             nullcontext() if here else passed_on(workers),
         ):
             while todo:
-                asked = [[*jobs[i], since] for i in todo]
+                asked = [[*jobs[i], since, launch.planned(runs[i])] for i in todo]
                 try:
                     returned = self.launcher.launch(asked, initial_job_idx=0)
                 except Exception as error:  # no cluster, no connection: a launcher's own trouble
@@ -153,7 +153,7 @@ def check(
     """
     kept: dict[Path, tuple[str, list[str], RunConfig]] = {}
     for overrides in jobs:
-        shown = " ".join(overrides)
+        shown = " ".join(launch.without_own(overrides))
         try:
             run = composition.from_hydra(compose(list(overrides)))
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -163,7 +163,7 @@ def check(
         if identity != naming.identity(run):
             raise ConfigError(
                 f"two different runs of this sweep are named {run.run_dir}: "
-                f"[{' '.join(first)}] and [{shown}]"
+                f"[{' '.join(launch.without_own(first))}] and [{shown}]"
             )
     distinct = [overrides for _, overrides, _ in kept.values()]
     return distinct, [run for _, _, run in kept.values()], len(jobs) - len(distinct)

