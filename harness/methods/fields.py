@@ -236,6 +236,12 @@ def _kinds(names: Iterable[str]) -> list[str]:
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names if name})
 
 
+def _choices(text: str, names: Iterable[str]) -> list[str]:
+    """What `text` may have meant: kinds of modules, by their last part where it has one part."""
+    kinds = _kinds(names)
+    return kinds if "." in text else sorted({kind.rpartition(".")[2] for kind in kinds})
+
+
 def _by_suffix(text: str, name: str) -> bool:
     return name == text or name.endswith(f".{text}")
 
@@ -258,7 +264,9 @@ def _each_matches(
         except re.error as error:
             raise ConfigError(f"{key}: '{text}' is no regular expression: {error}") from error
         if not found:
-            raise ConfigError(f"{key}: '{text}' matches no {noun}; {nearest(text, _kinds(there))}")
+            raise ConfigError(
+                f"{key}: '{text}' matches no {noun}; {nearest(text, _choices(text, there))}"
+            )
 
 
 def _check_modules(
@@ -301,7 +309,7 @@ def _check_patterns(
                 )
             raise ConfigError(
                 f"{key}: '{text}' matches no module that is adapted; "
-                f"{nearest(text, _kinds(targeted))}"
+                f"{nearest(text, _choices(text, targeted))}"
             )
         rank = pattern[text]
         if name != "rank_pattern" or not isinstance(rank, int):

@@ -1,5 +1,7 @@
 """`method.fields`: what matches nothing, has another type or moves nothing is refused by name."""
 
+import re
+
 import peft
 import pytest
 import torch
@@ -18,6 +20,7 @@ LLAMA = LlamaConfig(
     initializer_range=0.2, use_cache=False,
 )  # fmt: skip
 F = "+method.fields."
+OF_LLAMA = ("model.asset=null", "+model.architecture={model_type: llama}", "targets=attn")
 
 
 def llama():
@@ -26,14 +29,14 @@ def llama():
 
 
 def peft_run(make_run, name, *extra):
-    return make_run("method=peft", f"method.peft_type={name}", "targets=attn", *extra)
+    return make_run("method=peft", f"method.peft_type={name}", *OF_LLAMA, *extra)
 
 
 @pytest.mark.parametrize(
     ("field", "message"),
     [
         ("rank_pattern={attn.c_atn: 1}", r"rank_pattern: 'attn\.c_atn' .*mean 'attn\.c_attn'"),
-        ("alpha_pattern={c_atn: 64}", r"alpha_pattern: 'c_atn' .*mean 'attn\.c_attn'"),
+        ("alpha_pattern={c_atn: 64}", r"alpha_pattern: 'c_atn' .*mean 'c_attn'"),
         ("rank_pattern={attn.c_attn: '1'}", r"c_attn='1': expected a whole number"),
         ("rank_pattern={attn.c_attn: true}", r"c_attn=True: expected a whole number"),
         ("rank_pattern={attn.c_attn: 0}", r"c_attn=0: expected a number above 0"),
@@ -54,7 +57,6 @@ def peft_run(make_run, name, *extra):
         ("lora_bias='yes'", r"lora_bias='yes': expected true or false"),
         ("task_type=SEQ_CLS", r"task_type: the harness sets it"),
         ("inference_mode=true", r"inference_mode: the harness sets it"),
-        ("use_qalora=true", r"use_qalora=True: LORA does nothing with it here"),
         ("arrow_config={}", r"Arrow routes between adapters"),
         ("runtime_config={ephemeral_gpu_offload: true}", r"runtime_config: "),
         ("megatron_config={}", r"Megatron"),
@@ -73,7 +75,7 @@ def test_a_field_of_lora_that_does_not_fit_is_refused(tiny, make_run, field, mes
 def test_both_doors_to_lora_refuse_the_same_starts(tiny, make_run, init):
     for run in (
         make_run("method=lora", f"method.init={init}"),
-        peft_run(make_run, "LORA", f"{F}init_lora_weights={init}"),
+        make_run("method=peft", "method.peft_type=LORA", f"{F}init_lora_weights={init}"),
     ):
         with pytest.raises(ConfigError, match=init):
             methods.adapt(tiny, run)
@@ -82,21 +84,26 @@ def test_both_doors_to_lora_refuse_the_same_starts(tiny, make_run, init):
 @pytest.mark.parametrize(
     ("name", "field", "message"),
     [
+        ("LORA", "use_qalora=true", r"use_qalora=True: LORA does nothing with it here"),
         ("LOKR", "rank_pattern={q_prj: 1}", r"mean '(self_attn\.)?q_proj'"),
-        ("HIRA", "rank_pattern={q_prj: 1}", r"q_proj"),
-        ("DELORA", "lambda_pattern={q_prj: 1}", r"q_proj"),
-        ("FOURIERFT", "n_frequency_pattern={q_prj: 1}", r"q_proj"),
+        ("HIRA", "rank_pattern={q_prj: 1}", r"mean '(self_attn\.)?q_proj'"),
+        ("DELORA", "lambda_pattern={q_prj: 1}", r"mean '(self_attn\.)?q_proj'"),
+        ("FOURIERFT", "n_frequency_pattern={q_prj: 1}", r"mean '(self_attn\.)?q_proj'"),
         ("WAVEFT", "n_frequency_pattern={q_proj: '9'}", r"expected a whole number"),
-        ("C3A", "block_size_pattern={q_prj: 8}", r"q_proj"),
-        ("OSF", "rank_pattern={q_prj: 8}", r"q_proj"),
+        ("C3A", "block_size_pattern={q_prj: 8}", r"mean '(self_attn\.)?q_proj'"),
+        ("OSF", "rank_pattern={q_prj: 8}", r"mean '(self_attn\.)?q_proj'"),
         ("OSF", "target_svd_config={q_proj: 8}", r"OSF does nothing with it here"),
         ("VERA", "layers_to_transform=[2]", r"no layer 2"),
-        ("IA3", "feedforward_modules=[down_prj]", r"matches no module that is adapted"),
+        ("IA3", "feedforward_modules=[down_prj]", r"feedforward_modules"),
         ("LN_TUNING", "target_modules=[nrm]", r"'nrm' matches no module"),
         ("ADAMSS", "use_asa=true", r"use_asa: it changes its own ranks or masks after every step"),
         ("ADAMSS", "asa_target_subspaces=3", r"ADAMSS does nothing with it here"),
         ("SHADOW", "r=4", r"adds a term of its own .*auxiliary_loss_weight=0"),
-        ("CPT", "cpt_tokens_type_mask=[4]", r"CPT: PEFT adds a term of its own"),
+        (
+            "CPT",
+            "cpt_token_ids=[1,2,3] cpt_tokens_type_mask=[1,2,4]",
+            r"CPT: PEFT adds a term of its own",
+        ),
         ("CPT", "opt_weighted_loss_type=decay", r"acts through the loss"),
         ("P_TUNING", "num_virtual_tokens=0", r"expected 1 or more|needs method.fields"),
         ("PROMPT_TUNING", "tokenizer_kwargs=null", r"needs method\.fields\.num_virtual_tokens"),
@@ -107,8 +114,9 @@ def test_both_doors_to_lora_refuse_the_same_starts(tiny, make_run, init):
     ],
 )
 def test_a_field_of_any_method_that_does_nothing_is_refused(make_run, name, field, message):
+    fields = [f"{F}{one}" for one in re.split(r" (?=\w+=)", field)]
     with pytest.raises(ConfigError, match=message):
-        methods.adapt(llama(), peft_run(make_run, name, F + field))
+        methods.adapt(llama(), peft_run(make_run, name, *fields))
 
 
 def test_a_pattern_that_matches_has_its_effect(tiny, make_run):
@@ -163,7 +171,8 @@ def test_kasa_trains_on_its_own_loss_with_its_weights(make_run, passes):
     def found(beta, gamma):
         torch.manual_seed(0)
         fields = f"{F}kasa_config={{beta: {beta}, gamma: {gamma}}}"
-        run = make_run("method=lora", "method.r=2", "method.init=gaussian", "targets=attn", fields)
+        lora = ("method=lora", "method.r=2", "method.init=gaussian")
+        run = make_run(*lora, *OF_LLAMA, fields)
         return methods.adapt(llama(), run)
 
     plain, model = gradients(found(0.0, 0.0), passes=passes), found(0.5, 0.25)
@@ -188,7 +197,7 @@ def test_kasa_trains_on_its_own_loss_with_its_weights(make_run, passes):
 def test_monteclora_trains_on_its_own_loss(make_run):
     def found(weight):
         torch.manual_seed(0)
-        run = make_run("method=lora", "targets=attn", f"{F}monteclora_config={weight}")
+        run = make_run("method=lora", *OF_LLAMA, f"{F}monteclora_config={weight}")
         return gradients(methods.adapt(llama(), run))
 
     small, large = found("{kl_loss_weight: 0.0}"), found("{kl_loss_weight: 0.5}")
