@@ -1,14 +1,18 @@
 """`method.fields`: what matches nothing, has another type or moves nothing is refused by name."""
 
+import copy
+import functools
 import re
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness import memory, methods, models, train
+from harness import compose, memory, methods, models, train
 from harness.config import ConfigError
 from harness.data import Batch
 from harness.loss import NextToken
@@ -28,8 +32,21 @@ def llama():
     return LlamaForCausalLM(LLAMA).eval()
 
 
-def peft_run(make_run, name, *extra):
-    return make_run("method=peft", f"method.peft_type={name}", *OF_LLAMA, *extra)
+@functools.cache
+def composed(*overrides):
+    (run,) = compose(*overrides)
+    return run
+
+
+def with_fields(run, *texts, **changes):
+    """`run` with method.fields of texts like `name=value`: composing each anew takes too long."""
+    fields = OmegaConf.to_container(OmegaConf.from_dotlist(list(texts)))
+    return replace(run, method=replace(run.method, fields=fields, **changes))
+
+
+def peft_run(name, *texts):
+    run = composed("method=peft", "method.peft_type=IA3", *OF_LLAMA)
+    return with_fields(run, *texts, peft_type=name)
 
 
 @pytest.mark.parametrize(
@@ -63,19 +80,20 @@ def peft_run(make_run, name, *extra):
         ("loftq_config={loftq_bits: 4}", r"LoftQ replaces the base's weights"),
     ],
 )
-@pytest.mark.parametrize("on_meta", [False, True])
-def test_a_field_of_lora_that_does_not_fit_is_refused(tiny, make_run, field, message, on_meta):
-    run = make_run("method=lora", "method.r=2", "targets=c_attn", F + field)
-    model = tiny.to("meta") if on_meta else tiny
+def test_a_field_of_lora_that_does_not_fit_is_refused(tiny, field, message):
+    run = with_fields(composed("method=lora", "method.r=2", "targets=c_attn"), field)
     with pytest.raises(ConfigError, match=message):
-        (methods.check if on_meta else methods.adapt)(model, run)
+        methods.check(copy.deepcopy(tiny).to("meta"), run)  # before anything is loaded
+    with pytest.raises(ConfigError, match=message):
+        methods.adapt(tiny, run)
 
 
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "loftq", "olora"])
-def test_both_doors_to_lora_refuse_the_same_starts(tiny, make_run, init):
+def test_both_doors_to_lora_refuse_the_same_starts(tiny, init):
+    named, other = composed("method=lora"), composed("method=peft", "method.peft_type=LORA")
     for run in (
-        make_run("method=lora", f"method.init={init}"),
-        make_run("method=peft", "method.peft_type=LORA", f"{F}init_lora_weights={init}"),
+        replace(named, method=replace(named.method, init=init)),
+        with_fields(other, f"init_lora_weights={init}"),
     ):
         with pytest.raises(ConfigError, match=init):
             methods.adapt(tiny, run)
@@ -113,10 +131,10 @@ def test_both_doors_to_lora_refuse_the_same_starts(tiny, make_run, init):
         ("XLORA", "adapters={}", r"mixes adapters that were trained before"),
     ],
 )
-def test_a_field_of_any_method_that_does_nothing_is_refused(make_run, name, field, message):
-    fields = [f"{F}{one}" for one in re.split(r" (?=\w+=)", field)]
+def test_a_field_of_any_method_that_does_nothing_is_refused(name, field, message):
+    fields = re.split(r" (?=\w+=)", field)
     with pytest.raises(ConfigError, match=message):
-        methods.adapt(llama(), peft_run(make_run, name, *fields))
+        methods.adapt(llama(), peft_run(name, *fields))
 
 
 def test_a_pattern_that_matches_has_its_effect(tiny, make_run):
@@ -205,21 +223,22 @@ def test_monteclora_trains_on_its_own_loss(make_run):
 
 
 @pytest.mark.parametrize("name", ["PROMPT_TUNING", "P_TUNING", "CPT"])
-def test_prompts_in_the_embeddings_can_be_checkpointed(make_run, name):
+def test_prompts_in_the_embeddings_can_be_checkpointed(name):
     tokens = "cpt_token_ids=[1,2,3]" if name == "CPT" else "num_virtual_tokens=4"
 
     def found(checkpointing):
         torch.manual_seed(0)
-        run = peft_run(make_run, name, F + tokens, f"train.checkpointing={checkpointing}")
+        run = peft_run(name, tokens)
+        run = replace(run, train=replace(run.train, checkpointing=checkpointing))
         assert methods.num_virtual_tokens(run) == (3 if name == "CPT" else 4)
         return gradients(models.checkpoint_activations(methods.adapt(llama(), run), run.train))
 
-    plain, again = found("false"), found("true")
+    plain, again = found(False), found(True)
     assert plain and all(torch.equal(plain[n], again[n]) for n in plain)
 
 
-def test_an_error_of_the_meta_device_is_no_refusal(make_run):
-    run = peft_run(make_run, "SHIRA", F + "r=4")
+def test_an_error_of_the_meta_device_is_no_refusal():
+    run = peft_run("SHIRA", "r=4")
     with torch.device("meta"):
         bare = LlamaForCausalLM(LLAMA)
     with pytest.raises(methods.NeedsWeightsError):
