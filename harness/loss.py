@@ -12,6 +12,7 @@ Legend: B batch, T time, N = B T tokens, C tokens of a chunk, d width, V vocabul
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -172,6 +173,8 @@ class NextToken(nn.Module):
         self._owner = where if head is not None and len(where) == 1 else []
         prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         self._config = None if prompts or not _plainly_causal(bare) else bare.config
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        self._own = [getattr(tuner, name) for name in own_losses(model)]
         if next(model.parameters()).device.type == "meta":  # no values to find it out by
             changes = (getattr(bare.config, name, None) for name in AFTER_HEAD)
             self._owner = [] if any(v not in (None, 1) for v in changes) else self._owner
@@ -203,6 +206,15 @@ class NextToken(nn.Module):
         else:
             found = _module_nll(head, flat, targets.flatten(), self.label_smoothing)
         return Nll(found.objective, found.nats.view_as(targets))
+
+    def own_loss(self) -> torch.Tensor | None:
+        """What PEFT asks training to add to the mean nats of the last forward pass, or None.
+
+        A term of KaSA or MonteCLoRA, with its weight in it: PEFT names such a method of a tuner
+        `_get_…_loss`, and leaves it to the caller.
+        """
+        found = [loss for loss in (get() for get in self._own) if isinstance(loss, torch.Tensor)]
+        return torch.stack(found).sum() if found else None
 
     @torch.no_grad()
     def packs(self) -> bool:
@@ -290,6 +302,12 @@ class NextToken(nn.Module):
             self.model.train(was_training)
         if not torch.equal(out.float(), probe.made[:, -4:].float()):
             self._owner = []
+
+
+def own_losses(model: nn.Module) -> list[str]:
+    """Methods of a PEFT tuner whose result training is to add to the loss: KaSA's, MonteCLoRA's."""
+    tuner = type(model.base_model) if isinstance(model, PeftModel) else object
+    return [name for name in dir(tuner) if re.fullmatch(r"_get_\w+_loss", name)]
 
 
 def own_sequence(positions: torch.Tensor) -> torch.Tensor:

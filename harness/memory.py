@@ -33,6 +33,17 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> list[torch.Te
     return [leaf for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, torch.Tensor)]
 
 
+def _sparse_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors that a sparse one consists of; none for a dense one."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []
+
+
 class LiveTensors(TorchDispatchMode):
     """Follows the bytes of every live tensor storage while it is active.
 
@@ -72,6 +83,10 @@ class LiveTensors(TorchDispatchMode):
         self._note_peak()
 
     def _follow(self, tensor: torch.Tensor, category: str) -> None:
+        if parts := _sparse_parts(tensor):
+            for part in parts:
+                self._follow(part, category)
+            return
         storage = shard.local(tensor).untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._alive or (size == 0 and not self._divided):

@@ -186,7 +186,8 @@ def checkpoint_activations(model: nn.Module, cfg: TrainConfig) -> nn.Module:
         ConfigError: an architecture that has no blocks to checkpoint.
     """
     if cfg.checkpointing and any(p.requires_grad for p in model.parameters()):
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        kind = str(model.active_peft_config.peft_type) if isinstance(model, PeftModel) else ""
+        if kind.removeprefix("PeftType.") in ("PREFIX_TUNING", "CARTRIDGE"):
             raise ConfigError(
                 "train.checkpointing=true: it would drop the prompts' keys and values, which pass "
                 "by the blocks' cache; set it to false"

@@ -108,11 +108,12 @@ def accumulate(
     """Add the gradient of the mean nll over `num_tokens` tokens; returns their summed nats.
 
     Ranks average their gradients: with an equal share of all ranks' tokens as `num_tokens` the
-    result is the gradient of the mean over all ranks. `penalty` is added to it, and not to what is
-    returned.
+    result is the gradient of the mean over all ranks. `penalty` is added to it, and what the
+    adapter's method adds by itself (`NextToken.own_loss`), and not to what is returned.
     """
     total = torch.zeros((), device=accelerator.device)
     todo = list(batches)
+    language_model: Any = accelerator.unwrap_model(prepared)
     if penalty is not None:  # first: the last backward pass is the one that ranks average after
         with accelerator.no_sync(prepared):
             accelerator.backward(penalty())
@@ -120,7 +121,10 @@ def accumulate(
         last = index == len(todo) - 1
         with nullcontext() if last else accelerator.no_sync(prepared):
             found = prepared(*batch.to(accelerator.device))
-            accelerator.backward(found.objective / num_tokens)
+            objective = found.objective / num_tokens
+            if (own := language_model.own_loss()) is not None:  # of this pass, so a share of it
+                objective = objective + own / len(todo)
+            accelerator.backward(objective)
         total += found.nats.sum()
         del found
     return total

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import dis
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import peft
 import torch
@@ -23,7 +25,7 @@ from harness.config import (
     UdvMethod,
     nearest,
 )
-from harness.methods import lora_layer, svd, targets, tying, udv
+from harness.methods import fields, lora_layer, refusals, svd, targets, tying, udv
 
 
 def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -35,6 +37,8 @@ def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         ConfigError: a target, rank or field that does not fit this model.
     """
     adapted = ADAPTERS[run.method.name](model, run)
+    if isinstance(adapted, peft.PeftModel):
+        refusals.check_run(adapted, run)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             raise ConfigError(
@@ -56,8 +60,8 @@ def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     method = run.method
     assert isinstance(method, LoraMethod)
     matched = _targets(model, run, method.fields)
-    _check_ranks({"r": method.r, **method.fields}, matched)
-    _check_init(str(method.init), matched)
+    _check_ranks({"r": method.r}, matched)
+    refusals.check_init(method.init, matched.conv1d, "method.init")
     named = {
         "r": method.r,
         "lora_alpha": method.lora_alpha,
@@ -69,7 +73,8 @@ def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         "target_modules": matched.suffixes,
         "fan_in_fan_out": matched.conv1d,
     }
-    return _wrap(model, lora_layer.fuse(_peft_config(peft.LoraConfig, named, method.fields)))
+    config = _peft_config(peft.LoraConfig, named, method.fields)
+    return _wrap(model, lora_layer.fuse(config), method.fields)
 
 
 def _truncate(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -93,12 +98,6 @@ def _svd(model: PreTrainedModel, run: RunConfig, **named: Any) -> nn.Module:
     method = run.method
     assert isinstance(method, SvdMethod)
     matched = _targets(model, run, method.fields)
-    for pattern in method.rank_pattern:
-        if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in matched.shapes):
-            raise ConfigError(
-                f"method.rank_pattern: '{pattern}' matches none of the targets; "
-                f"{nearest(pattern, matched.suffixes)}"
-            )
     named |= {
         "rank": method.rank,
         "energy": method.energy,
@@ -107,25 +106,21 @@ def _svd(model: PreTrainedModel, run: RunConfig, **named: Any) -> nn.Module:
         "seed": run.seed,
         "target_modules": matched.suffixes,
     }
-    return _wrap(model, _peft_config(udv.UDVConfig, named, method.fields))
+    config = _peft_config(udv.UDVConfig, named, method.fields)
+    fields.check_names(config, model, ["rank_pattern"], "method")
+    return _wrap(model, config, method.fields)
 
 
 def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     method = run.method
     assert isinstance(method, PeftMethod)
-    name = method.peft_type.upper()
-    classes = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if name not in classes:
-        raise ConfigError(f"method.peft_type={method.peft_type}: {nearest(name, classes)}")
-    if name in REFUSED_TYPES:
-        raise ConfigError(f"method.peft_type={method.peft_type}: {REFUSED_TYPES[name]}")
-    config_class = classes[name]
+    config_class = peft_class(method)
     names = {f.name for f in dataclasses.fields(config_class)}
     named: dict[str, Any] = {}
-    # LN_TUNING trains whole modules, the norms by PEFT's default: targets name matrices.
-    own = name == "LN_TUNING" or "target_modules" in method.fields
-    if "target_modules" in names and not own:
+    conv1d = False
+    if _takes_matrices(method, config_class):
         matched = _targets(model, run, method.fields)
+        conv1d = matched.conv1d
         _check_ranks(method.fields, matched)
         named["target_modules"] = matched.suffixes
         if "fan_in_fan_out" in names:
@@ -135,8 +130,38 @@ def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
             named["feedforward_modules"] = [
                 m for m in matched.suffixes if m in mlp or m.startswith("mlp")
             ]
+    init = "init_lora_weights"
+    if init in names:
+        refusals.check_init(method.fields.get(init), conv1d, f"method.fields.{init}")
     named = {key: value for key, value in named.items() if key not in method.fields}
-    return _wrap(model, _peft_config(config_class, named, method.fields))
+    return _wrap(model, _peft_config(config_class, named, method.fields), method.fields)
+
+
+def peft_class(method: PeftMethod) -> type[peft.PeftConfig]:
+    """PEFT's configuration class of a method by its name.
+
+    Raises:
+        ConfigError: PEFT has no such method, or no run here can train it.
+    """
+    classes = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = method.peft_type.upper()
+    if name not in classes:
+        raise ConfigError(f"method.peft_type={method.peft_type}: {nearest(name, classes)}")
+    refusals.check_type(name, classes[name])
+    return classes[name]
+
+
+# These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
+_OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")
+
+
+def _takes_matrices(method: PeftMethod, config_class: type) -> bool:
+    """Whether `targets` says what the method adapts; or else PEFT's default or its own fields."""
+    hint = get_type_hints(config_class).get("target_modules")
+    if hint is None or "target_modules" in method.fields:
+        return False
+    lists = any(get_origin(one) is list for one in get_args(hint))
+    return lists and method.peft_type.upper() not in _OTHER_MODULES
 
 
 ADAPTERS = {
@@ -158,41 +183,32 @@ def check(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     method = run.method
     if isinstance(method, SvdMethod) and method.energy is not None:
         method = dataclasses.replace(method, energy=None, rank="full")
-    if isinstance(method, LoraMethod) and str(method.init).startswith(FROM_WEIGHTS):
-        _check_init(str(method.init), _targets(model, run, method.fields))
-        if method.init != "mica":  # which trains A alone
-            method = dataclasses.replace(method, init=True)
+    if isinstance(method, LoraMethod) and _reads_weights(method.init):
+        method = dataclasses.replace(method, init=True)
+    init = "init_lora_weights"
+    if isinstance(method, PeftMethod) and _reads_weights(method.fields.get(init)):
+        method = dataclasses.replace(method, fields={**method.fields, init: True})
     return adapt(model, dataclasses.replace(run, method=method))
-
-
-def _check_init(init: str, matched: targets.Targets) -> None:
-    if init in REFUSED_INITS:
-        raise ConfigError(f"method.init={init}: {REFUSED_INITS[init]}")
-    if init in ("olora", "loftq") and matched.conv1d:
-        raise ConfigError(
-            f"method.init={init} is wrong on GPT-2: PEFT takes the weight as (out, in) there, and "
-            "Conv1D stores it (in, out); use init=pissa or orthogonal"
-        )
 
 
 FROM_WEIGHTS = ("pissa", "corda", "loftq", "mica", "eva", "lora_ga")  # inits that read the weights
 
 
-REFUSED_INITS = {  # each needs a pass over the data that nothing here makes
-    "eva": "EVA reads activations of the training data first, which this harness does not do",
-    "corda": "CorDA reads activations of the training data first, which this harness does not do",
-    "lora_ga": "LoRA-GA reads gradients of the training data first, which this harness does not do",
-}
-REFUSED_TYPES = {
-    "ADALORA": "AdaLoRA moves its ranks after every step, which the training loop does not do",
-}
+def _reads_weights(init: Any) -> bool:
+    """Whether `check` leaves a start out: not what is refused, nor MiCA, which trains A alone."""
+    return str(init).startswith(FROM_WEIGHTS) and init != "mica" and init not in refusals.INITS
 
 
 def num_virtual_tokens(run: RunConfig) -> int:
     """Positions that a prompt method takes from the model's context."""
-    if isinstance(run.method, PeftMethod):
-        return int(run.method.fields.get("num_virtual_tokens") or 0)
-    return 0
+    method = run.method
+    if not isinstance(method, PeftMethod):
+        return 0
+    config_class = peft_class(method)
+    if not issubclass(config_class, peft.PromptLearningConfig):
+        return 0
+    config: Any = _peft_config(config_class, {}, method.fields)  # CPT counts its own tokens
+    return int(config.num_virtual_tokens)
 
 
 def check_context(run: RunConfig, limit: int | None) -> None:
@@ -212,18 +228,11 @@ def check_context(run: RunConfig, limit: int | None) -> None:
 
 
 def _check_ranks(fields: dict[str, Any], matched: targets.Targets) -> None:
-    """`r` and `rank_pattern` against the matrices they are for."""
+    """`r` against the matrices it is for."""
     name, limit = matched.smallest()
     rank = fields.get("r")
     if isinstance(rank, int) and rank > limit:
         raise ConfigError(f"method.r={rank}: {name} allows a rank of {limit} at most")
-    for pattern, rank in (fields.get("rank_pattern") or {}).items():
-        for name, shape in matched.shapes.items():
-            if name.endswith(pattern) and rank > min(shape):
-                raise ConfigError(
-                    f"method.fields.rank_pattern.{pattern}={rank}: {name} allows a rank of "
-                    f"{min(shape)} at most"
-                )
 
 
 def svd_facts(model: nn.Module) -> dict[str, Any]:
@@ -272,41 +281,78 @@ def _targets(model: PreTrainedModel, run: RunConfig, fields: dict[str, Any]) -> 
 
 
 def _peft_config(
-    config_class: type, named: dict[str, Any], fields: dict[str, Any]
+    config_class: type, named: dict[str, Any], given: dict[str, Any]
 ) -> peft.PeftConfig:
-    """A PEFT config from what the harness sets and `method.fields`, which names any other field."""
+    """A PEFT config from what the harness sets and `method.fields`, which names any other field.
+
+    It gets copies: PEFT changes lists and dicts of its config in place.
+    """
+    where = "method.fields"
     known = {f.name for f in dataclasses.fields(config_class)}
-    for name in fields:
+    for name in given:
         if name in named:
-            raise ConfigError(f"method.fields.{name}: set it by its own key of method or targets")
+            raise ConfigError(f"{where}.{name}: set it by its own key of method or targets")
         if name not in known:
             raise ConfigError(
-                f"method.fields.{name}: {config_class.__name__} has no such field; "
+                f"{where}.{name}: {config_class.__name__} has no such field; "
                 f"{nearest(name, known, most=60)}"
             )
+    refusals.check_given(config_class, given, where)
+    made = fields.typed(config_class, given, where)
     try:
-        return config_class(task_type="CAUSAL_LM", **named, **fields)
+        config = config_class(task_type="CAUSAL_LM", **copy.deepcopy(named), **made)
     except UNFIT as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
+    refusals.check_built(config)
+    return config
 
 
-def _wrap(model: PreTrainedModel, config: peft.PeftConfig) -> nn.Module:
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    try:
-        # On the meta device PEFT's initialisations are left out, some of which read the weights.
-        on_meta = next(model.parameters()).device.type == "meta"
-        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
-    except UNFIT as error:
-        if "meta tensor" in str(error):
-            raise NeedsWeightsError(f"{kind} reads the weights to be built") from error
-        raise ConfigError(f"{kind} does not fit this model: {error}") from error
+def _wrap(model: PreTrainedModel, config: Any, given: dict[str, Any]) -> nn.Module:
+    """`model` with PEFT's adapter, after checks of `given`, the fields that the user has set."""
+    kind, where = refusals.kind(config), "method.fields"
+    fields.check_names(config, model, given, where)
+    patterns = fields.pattern_values(config, model, given)
+    # On the meta device PEFT's initialisations are left out, some of which read the weights; but
+    # with them go the ties of weights, and MonteCLoRA's parameters.
+    on_meta = next(model.parameters()).device.type == "meta"
+    needed = ("ensure_weight_tying", "monteclora_config")
+    left_out = on_meta and not any(getattr(config, name, None) for name in needed)
+    with refusals.reading(config) as seen:
+        try:
+            adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=left_out)
+        except UNFIT as error:
+            if on_meta and not _raised_by_peft(error):
+                raise NeedsWeightsError(f"{kind} reads the weights to be built") from error
+            raise ConfigError(f"{kind} does not fit this model: {error}") from error
+        ran = kind == udv.PEFT_TYPE or refusals.try_out(adapted, labels=False) is not None
+    if kind != udv.PEFT_TYPE and ran:  # udv is ours, and says itself what it cannot do
+        with refusals.reading(config) as by_loss:
+            added = refusals.try_out(adapted, labels=True)
+        refusals.check_read(config, given, seen, by_loss, where)
+        refusals.check_added(config, added or 0.0)
+    refusals.check_patterns_used(config, adapted, patterns, where)
     if getattr(config, "train", "") != "none" and not any(
         p.requires_grad for p in adapted.parameters()
     ):
-        raise ConfigError(f"{kind} would train nothing: check method.fields")
+        raise ConfigError(
+            f"{kind} would train nothing on this model: it has no parameters for these targets"
+        )
     if getattr(config, "ensure_weight_tying", False):
         tying.check_tied(adapted)
     return adapted
+
+
+def _raised_by_peft(error: BaseException) -> bool:
+    """Whether PEFT said so itself, rather than an operation on a tensor without values."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code = trace.tb_frame.f_code
+    opcode = dis.opname[code.co_code[trace.tb_lasti]]
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    return opcode == "RAISE_VARARGS" and module.startswith(("peft.", "harness."))
 
 
 class NeedsWeightsError(ConfigError):
@@ -316,4 +362,5 @@ class NeedsWeightsError(ConfigError):
 # What PEFT's methods raise when a model, a field or a missing package does not suit them.
 UNFIT = (
     ValueError, TypeError, NotImplementedError, AttributeError, ImportError, RuntimeError, KeyError,
+    IndexError, AssertionError, OSError,
 )  # fmt: skip

@@ -35,6 +35,8 @@ def _dispatch(
 ) -> FusedLinear | None:
     if parameter_name is not None or type(target) not in (nn.Linear, Conv1D):
         return None  # PEFT's next dispatcher: another tuner's layer, a bare parameter
+    if type(target.weight) is not nn.Parameter:
+        return None  # quantised by torchao, say: a tensor class with products of its own
     is_conv1d = type(target) is Conv1D
     config.fan_in_fan_out = is_conv1d  # as PEFT's own dispatcher does, which warns of it
     return FusedLinear(
