@@ -6,11 +6,15 @@ Stable keys: status (finished | failed | interrupted | running), failure.{class,
 with class oom | nan | killed | disk | config | interrupted | error, run.name, run.seed,
 run.command, run.resumed_at (steps), train.{micro_batch, micro_batch_asked}, method.name,
 parameters.total, parameters.trainable, memory.peak_bytes, memory.by_category (bytes),
-speed.tokens_per_second, speed.train_seconds, quality.step0.validation.perplexity,
+speed.tokens_per_second, speed.train_seconds, quality.step0.validation.perplexity
+(the adapted model before its first step), quality.base.validation (the base; the same where the
+method starts as nothing),
 quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, word_perplexity,
-bits_per_byte}, quality.also.NAME.{before, after} with the same, quality.test_protocol
+bits_per_byte}, quality.also.NAME.{before, step0, after} with the same (the base, the adapted model
+before its first step where that is another, and after), quality.test_protocol
 (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
-num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride, tokenizer},
+num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride,
+prefix.{name, id}, tokenizer},
 environment.{commit, versions, hardware, runs_beside, sharded}.
 """
 
