@@ -22,6 +22,14 @@ REGISTERS = {  # what a process must import before it can load these, and why
 }
 
 
+STEP0 = "quality.step0.validation"
+FOLLOWS = {  # what a document follows (`harness.prefix`)
+    "bos": "after one BOS token",
+    "eos": "after one end-of-text token",
+    "none": "from its second token on",
+}
+
+
 @dataclass(frozen=True)
 class Exported:
     """What an exported folder holds, and how it is loaded."""
@@ -195,13 +203,15 @@ def notes(run: Saved, exported: Exported) -> list[str]:
 
 
 def _perplexities(record: dict[str, Any], is_task: bool) -> str:
-    rows = [
-        ("validation, before", "quality.step0.validation"),
-        ("validation", "quality.validation"),
-        ("test", "quality.test"),
-    ]
+    base = get(record, "quality.base.validation")
+    moved = base is not None and base != get(record, "quality.step0.validation")
+    rows = [("validation, before", "quality.base.validation" if base else STEP0)]
+    if moved:
+        rows += [("validation, step 0", STEP0)]
+    rows += [("validation", "quality.validation"), ("test", "quality.test")]
     for name in get(record, "quality.also") or {}:
         rows += [(f"{name}, before", f"quality.also.{name}.before")]
+        rows += [(f"{name}, step 0", f"quality.also.{name}.step0")]
         rows += [(name, f"quality.also.{name}.after")]
     lines = [
         "| text | perplexity | bits per byte | predicted tokens |",
@@ -212,11 +222,12 @@ def _perplexities(record: dict[str, Any], is_task: bool) -> str:
             numbers = [_number(found.get(key)) for key in ("perplexity", "bits_per_byte")]
             lines.append(f"| {label} | {' | '.join(numbers)} | {found.get('num_tokens', 0):,} |")
     evaluation, method = record["evaluation"], record["method"]
-    truncated = method["name"] == "truncate" or method.get("residual") == "drop"
+    # Records from before the base was measured by itself: what they have is after truncation.
+    truncated = not base and (method["name"] == "truncate" or method.get("residual") == "drop")
     every = (
         "Every reference after its prompt and an end-of-text token, the prompt not counted"
         if is_task
-        else "Every document by itself after one end-of-text token"
+        else f"Every document by itself {FOLLOWS[get(record, 'evaluation.prefix.name') or 'eos']}"
     )
     written = get(record, "quality.generation") or {}
     scores = [f"{label} {written[key]:.2f}" for key, label in METRICS.items() if key in written]
@@ -234,6 +245,7 @@ def _perplexities(record: dict[str, Any], is_task: bool) -> str:
         f"{evaluation['context']} tokens moved by {evaluation['stride']}; perplexity is "
         "exp(nats / predicted tokens). `before` is the base"
         + (", truncated" if truncated else "")
+        + (", `step 0` the adapted model before its first step" if moved else "")
         + ". Validation chose the step"
         + ("; test was read once, at the end." if get(record, "quality.test") else ".")
     )

@@ -83,9 +83,16 @@ class Batch(NamedTuple):
         return Batch(self.inputs.to(device), self.targets.to(device), positions)
 
 
-def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, test: bool = True) -> Data:
+def prepare(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    test: bool = True,
+    begins: tuple[int, ...] = (),
+) -> Data:
     """Read, tokenise and pack the documents of `cfg`, or find the result in the cache.
 
+    `begins` is put in front of every document of a training block and every prompt (`Prefix`).
     Without `test` that split is not in the result: nothing that gets it can read it.
 
     Raises:
@@ -97,16 +104,18 @@ def prepare(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, test: bool =
     read = pairs.read if cfg.source == "pairs" else documents.read
     for name, docs in read(cfg, wanted).items():
         block = cfg.context if name == "train" else 0
-        tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block)
+        tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block, begins)
         counts[name] = len(docs)
         fresh = fresh or new
     return Data(tables.pop("train"), tables, counts, fresh, fingerprint[:12])
 
 
-def prepare_test(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def prepare_test(
+    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, begins: tuple[int, ...] = ()
+) -> Dataset:
     """The test split alone, as `Data.held_out` has it, of a text that is not trained on."""
     docs = (pairs.read if cfg.source == "pairs" else documents.read)(cfg, ("test",))["test"]
-    return _table(cfg, docs, tokenizer, _tokenizer_fingerprint(tokenizer), 0)[0]
+    return _table(cfg, docs, tokenizer, _tokenizer_fingerprint(tokenizer), 0, begins)[0]
 
 
 def _table(
@@ -115,6 +124,7 @@ def _table(
     tokenizer: PreTrainedTokenizerBase,
     fingerprint: str,
     block: int,
+    begins: tuple[int, ...] = (),
 ) -> tuple[Dataset, bool]:
     """Blocks of `block` + 1 ids (0: documents as they are), and whether they were made now."""
     paired = cfg.source == "pairs"
@@ -123,16 +133,18 @@ def _table(
         kind = f"pairs {cfg.packing} {cfg.context} {block}"
     else:
         texts, kind = docs, str(block)
+    if begins and (paired or block):  # evaluation puts it in front of documents by itself
+        kind += f" after {begins}"
     folder = Path(cfg.cache_dir) / "tokens" / _key(texts, fingerprint, kind)
     found = _load(folder)
     fresh = found is None
     if found is None:
         if paired and block:
-            table = pairs.blocks(docs, tokenizer, block, cfg.packing)
+            table = pairs.blocks(docs, tokenizer, block, cfg.packing, begins)
         elif paired:
-            table = pairs.evaluated(docs, tokenizer, cfg.context)
+            table = pairs.evaluated(docs, tokenizer, cfg.context, begins)
         else:
-            table = _pack(docs, tokenizer, block) if block else _tokenize(docs, tokenizer)
+            table = _pack(docs, tokenizer, block, begins) if block else _tokenize(docs, tokenizer)
         _save(Dataset(table), folder)
         found = Dataset.load_from_disk(str(folder))
     return found.with_format("numpy"), fresh
@@ -198,18 +210,25 @@ def _encode(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _pack(
-    docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase, context: int
+    docs: list[documents.Document],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    begins: tuple[int, ...] = (),
 ) -> pa.Table:
     """Documents joined by the end-of-text token, cut into blocks of context + 1 ids.
+
+    With `begins` every document is these ids, its text and the end-of-text token.
 
     Neighbouring blocks share one id, so that every id of the stream but the first is predicted
     once; a tail shorter than a block is left out.
     """
     end = tokenizer.eos_token_id
-    stream = np.concatenate(
-        [np.array([end, *ids], dtype=np.int32) for ids in _encode(docs, tokenizer)]
-        + [np.array([end], dtype=np.int32)]
-    )
+    encoded = _encode(docs, tokenizer)
+    if begins:
+        parts = [[*begins, *ids, end] for ids in encoded]
+    else:
+        parts = [*([end, *ids] for ids in encoded), [end]]
+    stream = np.concatenate([np.array(ids, dtype=np.int32) for ids in parts])
     if len(stream) <= context:
         raise ConfigError(
             f"the training split of {len(stream)} tokens is shorter than one block of data.context="

@@ -1,6 +1,7 @@
 """Nats per document by a sliding window, and what they come to: perplexity and bits per byte.
 
-A document's tokens t_1 … t_n follow the end-of-text token t_0, so that every token is predicted.
+A document's tokens t_1 … t_n follow one token t_0, the end-of-text token or BOS (`harness.prefix`),
+so that every token is predicted.
 With context C and stride S the first window predicts t_1 … t_C; each further window moves S on and
 scores only what is new, so that every token is predicted exactly once, given at most C tokens of
 its document (t_0 included): all that came before it, or at least C - S + 1. The last window ends
@@ -28,8 +29,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from harness.loss import IGNORE
+from harness.probes import ONE_ROW, ONE_WIDTH, PADDED
 
 ACTIVATION_BYTES = 64 * 2**20  # that a batch of evaluation may take, where its size is not given
+UNKNOWN_WIDTH = 1024  # of a model whose configuration does not say
 METRIC_DIR = Path(__file__).resolve().parent / "metrics" / "language_model_nll"
 Nats = tuple[NDArray[np.float64], NDArray[np.int64]]  # summed, and predicted tokens, by document
 
@@ -61,8 +64,12 @@ def batch_tokens(config: PretrainedConfig) -> int:
     outputs, about 6 widths a token, and the MLP's inner activations before and after its GELU. The
     chunk of logits comes on top (`harness.loss`), as in training.
     """
-    width = config.hidden_size
-    inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", 4 * width)
+    text = config.get_text_config()
+    width = getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or UNKNOWN_WIDTH
+    # Null or left out where an architecture has a default; a list where layers differ.
+    inner = getattr(text, "n_inner", None) or getattr(text, "intermediate_size", None) or 4 * width
+    if isinstance(inner, list | tuple):
+        inner = max(inner)
     return max(1, ACTIVATION_BYTES // (4 * (6 * width + 2 * inner)))
 
 
@@ -72,36 +79,43 @@ def document_nll(
     *,
     context: int,
     stride: int,
-    bos: int,
+    bos: int | None,
     batch_tokens: int,
+    batching: str = PADDED,
     accelerator: Accelerator | None = None,
     following: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Nats:
     """Summed nats and number of predicted tokens of every document: (N,) float64 and (N,) int64.
 
     Tokens are read from the data set batch by batch, not held. Of rows that `pairs.evaluated` made,
-    what follows the prompt counts, and `first` stands for `bos`. The rest is as in `window_nll`.
+    what follows the prompt counts, and `first` stands for `bos`; without a `bos` a
+    document is predicted from its second token on. The rest is as in `window_nll`.
     """
     table = documents.with_format("arrow")[:]  # mapped from disk, not read
     column = table["tokens"]
     paired = "skipped" in table.column_names
     skipped = table["skipped"].to_numpy() if paired else np.zeros(len(column), np.int64)
-    before = table["first"].to_numpy() if paired else np.full(len(column), bos)
+    before = table["first"].to_numpy() if paired else np.full(len(column), bos or 0)
+    given = int(bos is None and not paired)  # tokens of a document that nothing comes before
 
     def ids(w: Window) -> NDArray[np.int64]:
+        if given:
+            return column[w.document].values.to_numpy()[w.start : w.end + 1].astype(np.int64)
         # Input i is token i - 1 of the document; the one before its first is `bos`.
         own = column[w.document].values.to_numpy()[max(0, w.start - 1) : w.end].astype(np.int64)
         return own if w.start else np.concatenate([before[w.document : w.document + 1], own])
 
+    lengths = pc.list_value_length(column).to_pylist()
     todo = [
         replace(w, scored=min(w.scored, max(0, w.end - int(skipped[w.document]))))
-        for w in windows(pc.list_value_length(column).to_pylist(), context, stride)
+        for w in windows([max(0, n - given) for n in lengths], context, stride)
     ]
     nats = window_nll(
         prepared,
         todo,
         ids,
         batch_tokens=batch_tokens,
+        batching=batching,
         accelerator=accelerator,
         following=following,
     )
@@ -119,17 +133,19 @@ def window_nll(
     ids: Callable[[Window], NDArray[np.int64]],
     *,
     batch_tokens: int,
+    batching: str = PADDED,
     accelerator: Accelerator | None = None,
     following: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> NDArray[np.float64]:
     """Summed nats of what every window scores, (W,) float64; ranks share the work.
 
     `prepared` is a `NextToken`. `ids` gives a window's inputs and one id more, the last target.
-    `following` is entered around the first batch, the largest one.
+    `batching` is how windows may share a batch (`probes.batching`). `following` is
+    entered around the first batch, the largest one.
     """
     device = next(prepared.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    batches = list(_batches(todo, batch_tokens))
+    batches = list(_batches(todo, batch_tokens, batching))
     nll = torch.zeros(len(todo), dtype=torch.float64)
     was_training = prepared.training
     prepared.eval()
@@ -157,17 +173,23 @@ def _width(window: Window) -> int:
     return window.end - window.start
 
 
-def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(todo: list[Window], batch_tokens: int, batching: str = PADDED) -> Iterator[list[int]]:
     """Indices of windows whose padded size stays within `batch_tokens` (one window at least).
 
-    Windows of like length share a batch: little of a forward pass is spent on padding.
+    Windows of like length share a batch: little of a forward pass is spent on padding. With
+    ONE_WIDTH they share it only where they are of one length, with ONE_ROW never.
     """
     order = sorted(range(len(todo)), key=lambda index: -_width(todo[index]))
     start = 0
     while start < len(order):
-        size = max(1, batch_tokens // _width(todo[order[start]]))
-        yield order[start : start + size]
-        start += size
+        width = _width(todo[order[start]])
+        batch = order[start : start + max(1, batch_tokens // width)]
+        if batching == ONE_ROW:
+            batch = batch[:1]
+        elif batching == ONE_WIDTH:
+            batch = [index for index in batch if _width(todo[index]) == width]
+        yield batch
+        start += len(batch)
 
 
 def quality(

@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from harness import methods, models, pairs, saved
+from harness import methods, models, pairs, prefix, saved
 from harness.composition import explain
 from harness.config import ConfigError
 from harness.console import ended
@@ -79,17 +79,19 @@ def continuation(model: Any, tokenizer: Any, ids: list[int], decoding: Decoding)
 def prompt_tokens(run: Saved, prompt: str, room: int | None) -> tuple[list[int], int]:
     """Tokens of a prompt, its last `room` ones, and how many are left out.
 
-    For a run on prompts and completions it is written as those were, and ended. An empty prompt is
-    an end-of-text token, after which every document begins.
+    For a run on prompts and completions it is written as those were, and ended. It follows BOS
+    where the run's documents do (`harness.prefix`); an empty prompt is else an end-of-text token.
     """
     data = run.run.data
+    begins = prefix.find(run.tokenizer, run.run.evaluate.prefix).begins
     if data.source == "pairs":
         ids = pairs.prompt_ids(pairs.styled(prompt, data), run.tokenizer)
     else:
         ids = run.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = ids or [run.tokenizer.eos_token_id]
-    dropped = max(0, len(ids) - room) if room is not None else 0
-    return ids[dropped:], dropped
+    if not ids and not begins:
+        ids = [run.tokenizer.eos_token_id]
+    dropped = max(0, len(begins) + len(ids) - room) if room is not None else 0
+    return [*begins, *ids[dropped:]], dropped
 
 
 def room_for_prompt(run: Saved, decoding: Decoding) -> int | None:

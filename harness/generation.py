@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from harness import nlg, pairs
+from harness import nlg, pairs, probes
 from harness.config import ConfigError, GenerateConfig
 from harness.pairs import Pair
+from harness.probes import ONE_ROW, ONE_WIDTH, PADDED
 from harness.results import write_atomically
 from harness.train import out_of_memory
 
@@ -46,12 +47,17 @@ def check(
     cfg: GenerateConfig,
     accelerator: Accelerator,
     limit: int | None,
-) -> None:
-    """Raise ConfigError where a prompt or the model cannot be completed: before training.
+    begins: tuple[int, ...] = (),
+) -> str:
+    """Which prompts may share a batch, as `probes.batching` has it for documents.
 
-    `limit` is the positions that the model has for tokens.
+    Found before training. `limit` is the positions that the model has for tokens, `begins`
+    what a prompt follows (`harness.prefix`).
+
+    Raises:
+        ConfigError: a prompt or the model cannot be completed.
     """
-    longest = max(len(pairs.prompt_ids(pair.prompt, tokenizer)) for pair in todo)
+    longest = max(len(pairs.prompt_ids(pair.prompt, tokenizer, begins)) for pair in todo)
     if limit is not None and longest + cfg.max_new_tokens > limit:
         raise ConfigError(
             f"evaluate.generate.max_new_tokens={cfg.max_new_tokens}: the longest prompt is "
@@ -59,7 +65,9 @@ def check(
             "less"
         )
     try:
-        complete(model, tokenizer, todo[:2], replace(cfg, max_new_tokens=2), accelerator)
+        short = replace(cfg, max_new_tokens=2)
+        complete(model, tokenizer, todo[:2], short, accelerator, begins=begins)
+        return _batching(model, tokenizer, todo, cfg, begins)
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         if out_of_memory(error):  # a failure of another class
             raise
@@ -76,17 +84,26 @@ def complete(
     todo: list[Pair],
     cfg: GenerateConfig,
     accelerator: Accelerator,
+    batching: str = PADDED,
+    begins: tuple[int, ...] = (),
 ) -> Completed:
-    """Beam search for every prompt, `cfg.batch` of like length at a time; ranks share the work."""
+    """Beam search for every prompt, `cfg.batch` of like length at a time; ranks share the work.
+
+    `batching` is what `check` found: which prompts may share a batch.
+    """
     rank, world = accelerator.process_index, accelerator.num_processes
-    prompts = [pairs.prompt_ids(pair.prompt, tokenizer) for pair in todo]
+    prompts = [pairs.prompt_ids(pair.prompt, tokenizer, begins) for pair in todo]
     order = sorted(range(len(todo)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     was_training = model.training
     model.eval()
     found: list[tuple[int, str, int]] = []
     start = time.perf_counter()
-    for first in range(0, len(order), cfg.batch):
-        part = order[first : first + cfg.batch]
+    first = 0
+    while first < len(order):
+        part = order[first : first + (1 if batching == ONE_ROW else cfg.batch)]
+        if batching == ONE_WIDTH:
+            part = [i for i in part if len(prompts[i]) == len(prompts[part[0]])]
+        first += len(part)
         rows = _completions(model, tokenizer, [prompts[i] for i in part], cfg, accelerator)
         for index, ids in zip(part, rows, strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -137,6 +154,50 @@ def _completions(
     for row in out[:, width:].tolist():
         rows.append(row[: row.index(end) + 1] if end in row else row)
     return rows
+
+
+def _batching(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    todo: list[Pair],
+    cfg: GenerateConfig,
+    begins: tuple[int, ...],
+) -> str:
+    """Which prompts may share a batch: from the logits after the shortest prompt.
+
+    It is given alone, with a longer prompt beside it, and with other prompts of its own length.
+    """
+    prompts = sorted((pairs.prompt_ids(pair.prompt, tokenizer, begins) for pair in todo), key=len)
+    short, long = prompts[0], prompts[-1]
+    if cfg.batch == 1:
+        return PADDED
+    end, size = tokenizer.eos_token_id, len(tokenizer)
+    assert isinstance(end, int)
+    others = [[(token + 1 + size // n) % size for token in short] for n in (2, 3)]
+
+    def after(rows: list[list[int]]) -> torch.Tensor:
+        """(B, V) logits of the first new token of every row."""
+        width = max(map(len, rows))
+        device = next(model.parameters()).device
+        ids = torch.tensor([[end] * (width - len(row)) + row for row in rows])
+        given = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        found = model.generate(
+            input_ids=ids.to(device), attention_mask=given.to(device), max_new_tokens=1,
+            do_sample=False, pad_token_id=end, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        logits: torch.Tensor = found.logits[0].float()
+        return logits
+
+    with probes.evaluating(model), probes.full_precision(model):
+        alone = after([short])
+        reacts = probes.Reaction.of_logits(model, alone, after([others[0]]))
+        first, second = (after([short, other])[:1] for other in others)
+        beside = after([short, long])[:1]
+    if reacts.differs(first, second) or reacts.differs(first, alone):
+        return ONE_ROW
+    limit = probes.same_up_to(probes.config_of(model))
+    apart = reacts.differs(beside, alone) is False and len(long) + cfg.max_new_tokens <= limit
+    return PADDED if apart or len(short) == len(long) else ONE_WIDTH
 
 
 class _NoRepeat(LogitsProcessor):

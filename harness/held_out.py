@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 
 from harness import evaluate, memory, results
+from harness.before import Unadapted
 from harness.evaluate import Nats
 from harness.standing import Standing
 
@@ -27,22 +28,31 @@ class HeldOut:
     standing: Standing
     context: int
     stride: int
-    bos: int
+    bos: int | None  # what documents follow (`harness.prefix`)
     batch_tokens: int
+    batching: str  # of `probes.batching`
+    unadapted: Unadapted | None = None  # gives the base, where the run does not start from it
 
     def nats(
-        self, name: str, following: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        name: str,
+        following: Callable[[], AbstractContextManager[None]] = nullcontext,
+        prepared: nn.Module | None = None,
     ) -> Nats:
-        """Nats and predicted tokens of every document of a text (`evaluate.document_nll`)."""
+        """Nats and predicted tokens of every document of a text (`evaluate.document_nll`).
+
+        By the run's model, or by another one that is `prepared`.
+        """
         start = time.perf_counter()
         with self.standing.process.phase("evaluate"):
             found = evaluate.document_nll(
-                self.prepared,
+                prepared or self.prepared,
                 self.texts[name],
                 context=self.context,
                 stride=self.stride,
                 bos=self.bos,
                 batch_tokens=self.batch_tokens,
+                batching=self.batching,
                 accelerator=self.standing.accelerator,
                 following=following,
             )
@@ -59,11 +69,14 @@ class HeldOut:
         def following() -> AbstractContextManager[None]:
             return memory.measured(now.model, now.optimizer, now.at_evaluation)
 
-        now.newest = self.nats("validation", *([following] if now.state.validated <= 0 else []))
+        first = now.state.validated <= 0
+        now.newest = self.nats("validation", following if first else nullcontext)
         nll, num_tokens = now.newest
         if now.state.step == 0:
             quality = evaluate.quality(nll, num_tokens, self.texts["validation"])
             now.quality["step0"] = {"validation": quality}
+            if self.unadapted is None:
+                now.quality["base"] = {"validation": quality}
         return float(nll.sum() / num_tokens.sum())
 
     def conclude(self, name: str, found: Nats, when: str = "after") -> dict[str, Any]:
@@ -79,12 +92,36 @@ class HeldOut:
             results.write_atomically(path, lambda scratch: table.to_parquet(scratch, index=False))
         return evaluate.quality(nll, num_tokens, documents)
 
-    def read_further(self, when: str) -> None:
-        """Quality on the further texts, `before` or `after` adaptation."""
-        state = self.standing.state
+    def read_before(self) -> None:
+        """Quality of the base on the further texts, and on validation where step 0 is another."""
+        now = self.standing
+        if self.unadapted is None:
+            for name in self.further:
+                self._log(name, self._further(name, "before", self.nats(name)))
+            return
+        with self.unadapted() as base:
+            found = self.nats("validation", prepared=base)
+            quality = evaluate.quality(*found, self.texts["validation"])
+            now.quality["base"] = {"validation": quality}
+            for name in self.further:
+                self._further(name, "before", self.nats(name, prepared=base))
+        for name in self.further if now.optimizer is not None else ():
+            quality = evaluate.quality(*self.nats(name), self.texts[name])
+            now.quality["also"][name]["step0"] = quality
+            self._log(name, quality)
+
+    def read_after(self) -> None:
+        """Quality on the further texts after adaptation."""
         for name in self.further:
-            quality = self.conclude(name, self.nats(name), when)
-            self.standing.quality["also"].setdefault(name, {})[when] = quality
-            nll = quality["nll_nats"] / quality["num_tokens"]
-            row = {"step": state.step, "tokens": state.tokens, f"eval/{name}/nll": nll}
-            self.standing.metrics.log(row)
+            self._log(name, self._further(name, "after", self.nats(name)))
+
+    def _further(self, name: str, when: str, found: Nats) -> dict[str, Any]:
+        quality = self.conclude(name, found, when)
+        self.standing.quality["also"].setdefault(name, {})[when] = quality
+        return quality
+
+    def _log(self, name: str, quality: dict[str, Any]) -> None:
+        state = self.standing.state
+        nll = quality["nll_nats"] / quality["num_tokens"]
+        row = {"step": state.step, "tokens": state.tokens, f"eval/{name}/nll": nll}
+        self.standing.metrics.log(row)

@@ -50,9 +50,17 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     """The model's configuration with the harness's choices written in: dropout and GELU.
 
     Raises:
-        ConfigError: the source is not there; says which models are.
+        ConfigError: the source is not there; says which models are. Or it is of a model that takes
+            more than text.
     """
     config = _config_as_saved(cfg)
+    text = config.get_text_config()
+    if text is not config:
+        raise ConfigError(
+            f"model={cfg.name}: a {config.model_type} model takes more than text; its language "
+            f"model ({text.model_type}) is a part of it. Save that part by itself, as "
+            "conf/README.md shows under Models, and give the folder: model=local model.path=…"
+        )
     for name in dropout_fields(config):
         setattr(config, name, cfg.dropout)
     composed = _gelu_field(config)

@@ -5,7 +5,7 @@ A prompt has one completion or several (references), and a sequence is
     prompt <|endoftext|> " " completion <|endoftext|>
 
 of which the completion and its end-of-text token are predicted (Hu et al. 2021, examples/NLG of
-microsoft/LoRA).
+microsoft/LoRA); before the prompt stands BOS where `harness.prefix` says so.
 A training block holds one sequence, or with `data.packing=packed` as many as fit in
 `data.context`: each has its own positions and sees itself alone, so that packing changes no loss.
 Of a source that is not split already, no two splits share a prompt.
@@ -190,8 +190,13 @@ def _hub_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
 # --------------------------------------------------------------------------- to tokens
 
 
-def sequences(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: int) -> list[Example]:
-    """Every prompt with each of its completions.
+def sequences(
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    begins: tuple[int, ...] = (),
+) -> list[Example]:
+    """Every prompt, after the ids `begins`, with each of its completions.
 
     Raises:
         ConfigError: one is longer than `context`.
@@ -203,7 +208,7 @@ def sequences(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: in
     answers = iter(_encode([f" {text}" for text in completions], tokenizer))
     found = []
     for pair, prompt in zip(pairs, prompts, strict=True):
-        given = [*prompt, end]
+        given = [*begins, *prompt, end]
         for text in pair.completions:
             found.append(Example(pair.id, [*given, *next(answers), end], len(given), text))
     longest = max(found, key=lambda one: one.length)
@@ -215,9 +220,11 @@ def sequences(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: in
     return found
 
 
-def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, begins: tuple[int, ...] = ()
+) -> list[int]:
     """What a model is given to complete."""
-    return [*_encode([prompt], tokenizer)[0], tokenizer.eos_token_id]
+    return [*begins, *_encode([prompt], tokenizer)[0], tokenizer.eos_token_id]
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -228,7 +235,11 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 
 
 def blocks(
-    pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: int, packing: str
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    packing: str,
+    begins: tuple[int, ...] = (),
 ) -> pa.Table:
     """Training blocks: inputs, targets (IGNORE over prompts and padding), positions, num_predicted.
 
@@ -237,7 +248,7 @@ def blocks(
     but their ids. With `padded` a block is a sequence, as long as it is.
     """
     end = tokenizer.eos_token_id
-    found = sequences(pairs, tokenizer, context)
+    found = sequences(pairs, tokenizer, context, begins)
     order = sorted(
         range(len(found)),
         key=lambda i: hashlib.sha256(f"{found[i].pair}#{found[i].completion}".encode()).digest(),
@@ -272,12 +283,17 @@ def _targets(one: Example) -> list[int]:
     return [IGNORE] * (one.num_prompt - 1) + one.ids[one.num_prompt :]
 
 
-def evaluated(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, context: int) -> pa.Table:
+def evaluated(
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    begins: tuple[int, ...] = (),
+) -> pa.Table:
     """One row a sequence, as `data` has documents; words and bytes are the completion's.
 
     `first` is the id before `tokens`, of which the first `skipped` are the prompt's.
     """
-    found = sequences(pairs, tokenizer, context)
+    found = sequences(pairs, tokenizer, context, begins)
     return pa.table(
         {
             "id": [one.pair for one in found],

@@ -11,17 +11,23 @@ hf_guide    Hugging Face, "Perplexity of fixed-length models". All rows, empty o
             own weights, which take one from every window. Earlier versions of the guide weighted by
             trg, or not at all, and printed 16.45 where it now has 16.44.
 lm_eval     lm-evaluation-harness, task `wikitext` version 2. Pages as EleutherAI/
-            wikitext_document_level has them, each by itself after one prefix token, the text
-            detokenised. Windows of C predictions do not overlap but for a page's last one, whose
-            context reaches back. Words, the pieces between runs of white space, and bytes are of
-            the page before detokenisation: exp(nats / words), exp(nats / bytes).
+            wikitext_document_level has them, each by itself after one prefix token (BOS where the
+            tokenizer has one, else EOS), the text detokenised. It is encoded with the special
+            tokens that the tokenizer adds by itself, as HFLM.tok_encode does: where it puts BOS in
+            front, that BOS follows the prefix token and is predicted, too. Windows of C predictions
+            do not overlap but for a page's last one, whose context reaches back. Words, the pieces
+            between runs of white space, and bytes are of the page before detokenisation:
+            exp(nats / words), exp(nats / bytes).
 gpt2_paper  Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 3.1:
             invertible de-tokenisers, and nats per unit of the original text. The paper says no
             more, so this is like it, not it. Our choices: `detokenise` for the lines that come back
             by `retokenise`, the others as they are; lines joined by "\\n" into one sequence after
-            one end-of-text token; the windows of `harness.evaluate`; words are white-space tokens
-            plus one a line for its end, as WikiText counts itself (245,569 in its test set). The
-            paper's figures are of the text with <unk>: data.config_name=wikitext-2-v1.
+            one end-of-text token (BOS where the tokenizer puts it in front, as `harness.prefix` has
+            it); the windows of `harness.evaluate`; words are white-space tokens plus one a line for
+            its end, as WikiText counts itself (245,569 in its test set). The paper's figures are of
+            the text with <unk>: data.config_name=wikitext-2-v1.
+
+evaluate.prefix is of `documents` alone: a protocol says itself what its text follows.
 
 Legend: C context, S stride, in tokens.
 """
@@ -39,9 +45,10 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents, evaluate
+from harness import documents, evaluate, prefix
 from harness.config import ConfigError, RunConfig
 from harness.evaluate import Window
+from harness.probes import PADDED
 
 
 @dataclass(frozen=True)
@@ -123,11 +130,14 @@ def lm_eval(rows: list[str], tokenizer: PreTrainedTokenizerBase, context: int, s
     """Pages, detokenised, each after the prefix token; divided by what the page was before."""
     found = pages(rows)
     # HFLM's prefix_token_id.
-    prefix = tokenizer.bos_token_id
-    if prefix is None:
-        prefix = tokenizer.eos_token_id
+    first = tokenizer.bos_token_id
+    if first is None:
+        first = tokenizer.eos_token_id
+    begin = str(tokenizer.decode([first]))
+    texts = [detokenise_as_lm_eval(page) for page in found]
     sequences = [
-        np.array([prefix, *_ids(tokenizer, detokenise_as_lm_eval(page))]) for page in found
+        np.array([first, *_ids(tokenizer, text, special=not text.startswith(begin))])
+        for text in texts
     ]
     facts = {
         "name": "lm_eval",
@@ -202,7 +212,7 @@ def gpt2_paper(
         comes_back = retokenise(plain) == line
         lines.append(plain if comes_back else line)
         kept += not comes_back
-    sequence = np.array([tokenizer.eos_token_id, *_ids(tokenizer, "\n".join(lines))])
+    sequence = np.array([prefix.find(tokenizer).id, *_ids(tokenizer, "\n".join(lines))])
     facts = {
         "name": "gpt2_paper",
         "headline": "word_perplexity",
@@ -293,9 +303,9 @@ def _split(chunk: str) -> list[str]:
     return [*head, *core.split(" "), *tail]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text of any length, nothing added."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text of any length, with the tokenizer's `special` tokens or nothing added."""
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     ids: list[int] = tokenizer(text, **options)["input_ids"]
     return ids
 
@@ -312,6 +322,7 @@ def measure(
     *,
     batch_tokens: int,
     precision: str,
+    batching: str = PADDED,
     accelerator: Accelerator | None = None,
 ) -> dict[str, Any]:
     """The protocol's facts with nll_nats, num_tokens, perplexity, per word and per byte.
@@ -319,7 +330,12 @@ def measure(
     `headline` names the figure that the protocol's source prints.
     """
     nll = evaluate.window_nll(
-        prepared, text.windows, text.ids, batch_tokens=batch_tokens, accelerator=accelerator
+        prepared,
+        text.windows,
+        text.ids,
+        batch_tokens=batch_tokens,
+        batching=batching,
+        accelerator=accelerator,
     )
     count = np.array([w.scored for w in text.windows])
     total, num_tokens = float(nll.sum()), int(count.sum())

@@ -8,12 +8,16 @@ run.command, run.resumed_at (steps), run.identity, run.configuration (the same f
 configuration on the same text and weights), run.contents.KEY (`harness.contents`),
 train.{micro_batch, micro_batch_asked}, method.name, parameters.total, parameters.trainable,
 memory.peak_bytes, memory.by_category (bytes), speed.tokens_per_second, speed.train_seconds,
-quality.step0.validation.perplexity, quality.validation.perplexity, quality.test.{nll_nats,
-num_tokens, perplexity, word_perplexity, bits_per_byte}, quality.also.NAME.{before, after} with the
-same, quality.test_protocol (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l,
-cider, skipped, num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride,
-tokenizer}, environment.{commit, versions, hardware, runs_beside, sharded}, saved (names of folders),
-problems (what failed after the test set was read, in words; absent where nothing did).
+quality.step0.validation.perplexity (the adapted model before its first step),
+quality.base.validation (the base; the same where the method starts as nothing),
+quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, word_perplexity,
+bits_per_byte}, quality.also.NAME.{before, step0, after} with the same (the base, the adapted model
+before its first step where that is another, and after), quality.test_protocol
+(`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
+num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride,
+prefix.{name, id}, tokenizer}, environment.{commit, versions, hardware, runs_beside, sharded},
+saved (names of folders), problems (what failed after the test set was read, in words; absent where
+nothing did).
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ class Standing:
             "state": dataclasses.asdict(self.state),
             "at_evaluation": self.at_evaluation,
             "step0": self.quality["step0"],
+            "base": self.quality.get("base"),
             "also": self.quality["also"],
             "process": self.process.by_phase,
             "processes": self.accelerator.num_processes,
@@ -121,6 +122,8 @@ class Standing:
         self.state.resumed_at.append(self.state.step)
         self.at_evaluation = facts["at_evaluation"]
         self.quality = {"step0": facts["step0"], "also": facts["also"]}
+        if base := facts.get("base"):
+            self.quality["base"] = base
         self.process.go_on(facts["process"])
         self.best = (tensors["best/nll"].numpy(), tensors["best/num_tokens"].numpy())
         checkpoint.restore(self.model, optimizer, tensors)

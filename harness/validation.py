@@ -35,6 +35,7 @@ CHOICES = {
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
     "train.on_oom": ("halve", "fail"),
+    "evaluate.prefix": ("auto", "bos", "eos", "none"),
     "evaluate.protocol": ("documents", "hf_guide", "lm_eval", "gpt2_paper"),
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),

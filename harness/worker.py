@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from harness import (
+    before,
     checkpoint,
     composition,
     contents,
@@ -42,6 +43,8 @@ from harness import (
     network,
     pairs,
     predict,
+    prefix,
+    probes,
     protocols,
     results,
     shard,
@@ -187,22 +190,33 @@ def perform(
 
     # ----------------------------------------------------------------------- data
     tokenizer = models.load_tokenizer(run.model, model_config)
+    first = prefix.find(tokenizer, run.evaluate.prefix)
     with accelerator.main_process_first():
-        text = data.prepare(run.data, tokenizer, test=run.evaluate.test)
+        text = data.prepare(run.data, tokenizer, test=run.evaluate.test, begins=first.begins)
         further = {
-            name: data.prepare_test(cfg, tokenizer) for name, cfg in run.evaluate.also.items()
+            name: data.prepare_test(cfg, tokenizer, begins=first.begins)
+            for name, cfg in run.evaluate.also.items()
         }
         by_protocol = protocols.read(run, tokenizer)
     context = run.evaluation_context
     stride = run.evaluate.stride or context
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
-    result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}
+    result["evaluation"] = {
+        "context": context,
+        "stride": stride,
+        "prefix": first.recorded(),
+        "tokenizer": text.tokenizer,
+    }
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
 
     # ----------------------------------------------------------------------- model and method
     set_seed(run.seed)
     base = models.load_model(run, model_config)
     result["parameters"] = {"base": models.count_parameters(base).total}
+    room = None if most is None else most - methods.num_virtual_tokens(run)
+    with accelerator.autocast():
+        changes = run.method.name not in ("none", "full")
+        at_base = before.Base(base, run, room) if changes else None
     model = methods.adapt(base, run)
     merged = wants_merged(run, models.wants_unfused(run, model_config))
     if merged and (reason := merging.obstacle(model)):
@@ -233,22 +247,28 @@ def perform(
     # Prepared once, so that every method is evaluated at the same precision, at every step.
     with accelerator.autocast():
         bare = loss.NextToken(model, run.train.label_smoothing)
-        if run.data.source == "pairs" and run.data.packing == "packed" and not bare.packs():
-            raise ConfigError(
-                f"data.packing=packed: {run.model.name} with method={run.method.name} cannot keep "
-                "the sequences of a block apart; set data.packing=padded"
-            )
-    prompts = []
+        result["model"]["causal"] = probes.check_causal(bare, run.model.name, model_config, room)
+        batch_tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
+        batching = probes.batching(
+            bare, run.model.name, model_config, min(context, batch_tokens // 2)
+        )
+        log.info("evaluation batches: %s", batching)
+        if run.data.source == "pairs":
+            probes.check_blocks(bare, run, model_config)
+    prompts, together = [], probes.PADDED
     if run.evaluate.generate:
         prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
-        room = None if most is None else most - methods.num_virtual_tokens(run)
-        generation.check(model, tokenizer, prompts, run.evaluate.generate, accelerator, room)
+        together = generation.check(
+            model, tokenizer, prompts, run.evaluate.generate, accelerator, room, first.begins
+        )
     contents.check(run)  # again, now that all of it was read
     if run.launch.sharded:
         prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         prepared = shard.shard(prepared, accelerator)
     else:
         prepared = accelerator.prepare_model(bare, evaluation_mode=counted.trainable == 0)
+    with accelerator.autocast():
+        unadapted = at_base and at_base.apart(bare, prepared, model_config, accelerator)
     optimizer = None
     if counted.trainable:
         optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
@@ -264,13 +284,15 @@ def perform(
         standing,
         context=context,
         stride=stride,
-        bos=tokenizer.eos_token_id,
-        batch_tokens=run.evaluate.batch_tokens or evaluate.batch_tokens(model_config),
+        bos=first.id,
+        batch_tokens=batch_tokens,
+        batching=batching,
+        unadapted=unadapted or None,
     )
     setup_seconds = time.perf_counter() - began
     with standing.metrics:
         if state.validated < 0:
-            held_out.read_further("before")
+            held_out.read_before()
         process.turn("train")
         train.train(
             prepared,
@@ -288,7 +310,7 @@ def perform(
             quiet=quiet,
         )
         standing.take_best()  # from here on with the weights that validation chose
-        held_out.read_further("after")
+        held_out.read_after()
     result["run"]["resumed_at"] = state.resumed_at
     result["train"] = {
         "micro_batch_asked": run.train.micro_batch,
@@ -310,6 +332,7 @@ def perform(
                 prepared,
                 by_protocol,
                 batch_tokens=held_out.batch_tokens,
+                batching=held_out.batching,
                 precision=precision,
                 accelerator=accelerator,
             )
@@ -317,7 +340,7 @@ def perform(
         process.turn("generate")
         with kept_result(result, "evaluate.generate failed", when=alone):
             completed = generation.complete(
-                model, tokenizer, prompts, run.evaluate.generate, accelerator
+                model, tokenizer, prompts, run.evaluate.generate, accelerator, together, first.begins
             )
             if accelerator.is_main_process:
                 result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)

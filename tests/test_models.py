@@ -1,18 +1,25 @@
 """What is done to a model for the sake of speed and memory leaves its function as it is."""
 
 import math
+import re
 import shutil
 
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 from transformers.activations import ACT2FN
 
 from harness import environment, models, results
-from harness.config import ConfigError, TrainConfig
+from harness.config import ASSETS_DIR, CONF_DIR, ConfigError, TargetsConfig, TrainConfig
 from harness.loss import NextToken
 from harness.memory import LiveTensors
-from harness.methods import adapt
+from harness.methods import adapt, targets
 
 PROMPTS = [
     "method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4",
@@ -186,3 +193,30 @@ def test_what_has_no_blocks_cannot_be_compiled(make_run):
     model = models.load_model(run, models.load_config(run.model))
     with pytest.raises(ConfigError, match=r"train\.compile=true: .*set it to false"):
         models.compile_blocks(model)
+
+
+def test_a_language_model_with_eyes_is_refused_and_can_be_saved_by_itself(tmp_path, make_run):
+    """By the lines of conf/README.md; its logits are those of the whole model on text."""
+    torch.manual_seed(0)
+    parts = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": 4096, "num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 16}
+    sight = {"intermediate_size": 32, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=parts | text, vision_config=parts | sight, mm_tokens_per_image=4,
+        image_token_index=4000, boi_token_index=4001, eoi_token_index=4002,
+    )  # fmt: skip
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini").save_pretrained(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="gemma3 model takes more than text"):
+        models.load_config(make_run("model=local", f"model.path={tmp_path}/whole").model)
+    with pytest.raises(ConfigError, match=r"several stacks of layers \(model\.language_model"):
+        targets.resolve(whole, TargetsConfig("q", ["self_attn.q_proj"]))
+    page = (CONF_DIR / "README.md").read_text("utf-8")
+    (lines,) = re.findall(r"```python\n(.*?AutoModelForImageTextToText.*?)```", page, re.DOTALL)
+    exec(lines, {"SOURCE": str(tmp_path / "whole"), "FOLDER": str(tmp_path / "text")})
+    run = make_run("model=local", f"model.path={tmp_path}/text")
+    alone = models.load_model(run, models.load_config(run.model)).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(alone(ids).logits, whole(input_ids=ids).logits)

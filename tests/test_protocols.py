@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from omegaconf import OmegaConf
 from test_evaluate import Rank
+from test_prefix import with_bos
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from harness import documents, evaluate, protocols, results
@@ -174,9 +175,11 @@ def test_the_text_is_detokenised_as_by_lm_eval(rows, wikitext):
         assert protocols.detokenise_as_lm_eval(page) == exact != page
 
 
-@pytest.mark.parametrize("context", [64, 256])
-def test_lm_eval_is_lm_evals_own_task(model, tokenizer, rows, wikitext, context):
+@pytest.mark.parametrize(("context", "adds_bos"), [(64, False), (256, False), (64, True)])
+def test_lm_eval_is_lm_evals_own_task(model, tokenizer, rows, wikitext, context, adds_bos):
     """Its task's functions, its model's rolling log-likelihood and its aggregation."""
+    if adds_bos:
+        tokenizer = with_bos()
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate as run
     from lm_eval.models.huggingface import HFLM

@@ -68,6 +68,12 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
         in_layers = [match[1] for name in matches if (match := re.search(r"\.(\d+)\.", name))]
         if len(set(in_layers)) < len(in_layers):
             same = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in matches})
+            if len(same) == 1:  # the same name in two stacks of layers
+                stacks = sorted({re.sub(r"\.\d+\..*$", "", name) for name in matches})
+                raise ConfigError(
+                    f"targets={targets.name}: '{suffix}' is in several stacks of layers "
+                    f"({', '.join(stacks)}), which a module's name in a layer cannot tell apart"
+                )
             raise ConfigError(
                 f"targets={targets.name}: '{suffix}' matches several matrices of a layer; "
                 f"write one of: {', '.join(same)}"

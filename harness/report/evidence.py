@@ -2,7 +2,7 @@
 
 Every number here comes from the runs' `documents-*.parquet`; `harness.stats` and
 `harness.ranking` have the statistics. Runs whose evaluation differs (documents, context, stride,
-tokenizer) are refused.
+prefix, tokenizer) are refused.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def also(rows: Iterable[Row]) -> list[str]:
 
 
 def before(rows: Sequence[Row], on: Evidence) -> dict[str, stats.Interval]:
-    """Log-perplexity on a further text before the first step, by row's name."""
+    """Log-perplexity of the base on a further text, by row's name (`forgetting` of older runs)."""
     shown = [row for row in rows if row.name in on.intervals]
     found = stats.intervals([evaluation(row, on.text, "before") for row in shown])
     return {interval.name: interval for interval in found}
@@ -208,8 +208,9 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
     """Log-perplexity on a further text less that of the base model, by row's name, and of which.
 
     The base is the row of method `none`, Holm-adjusted with all pairs. Without such a row it is the
-    row's own model before its first step (after truncation, if it is truncated), adjusted over
-    the rows that moved. Raises as `gather` does.
+    base as the row's own runs measured it, adjusted over the rows that moved. (Older runs measured
+    their own model before its first step, which a truncation or a prompt has changed already.)
+    Raises as `gather` does.
     """
     base = [row.name for row in rows if row.values["method.name"] == "none"]
     if len(base) == 1 and base[0] in on.intervals:
@@ -228,7 +229,8 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
     changed = {
         name: replace(c, adjusted_p=p) for (name, c), p in zip(moved.items(), adjusted, strict=True)
     }
-    return found | changed, "before the first step"
+    measured = all(results.get(record, "quality.base") for row in rows for record in row.records)
+    return found | changed, "the base model" if measured else "before the first step"
 
 
 def evaluation(row: Row, text: str, when: str = "after") -> stats.Evaluation:
@@ -273,6 +275,8 @@ def _of_run(run_dir: Path, record: dict[str, Any], text: str, when: str) -> stat
     if told is not None and not np.isclose(summed, told, rtol=1e-9):
         raise ConfigError(f"{path} sums to {summed} nats, and result.json says {told}")
     settings = dict(record.get("evaluation") or {})
+    # Of runs from before it could be asked for it is the end-of-text token.
+    settings["prefix"] = results.get(settings, "prefix.name") or "eos"
     if text == "test":
         settings["data"] = record["data"]["name"]
     tokens = table["num_tokens"].to_numpy(np.int64)
