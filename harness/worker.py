@@ -201,7 +201,7 @@ def perform(
     model = methods.adapt(base, run)
     if not run.launch.sharded:  # or else the device need not hold all of it
         model = model.to(accelerator.device)
-    result["method"] |= methods.svd_facts(model)
+    result["method"] |= methods.svd_facts(model) | methods.trained_alone(model, run)
     counted = models.count_parameters(model)
     result["parameters"] |= {
         "total": counted.total,
@@ -209,7 +209,7 @@ def perform(
         "trainable_percent": counted.trainable_percent,
         "factored": methods.factored_total(model),  # with U, D, V in place of W; else None
     }
-    log.info("parameters: %s", result["parameters"])
+    log.info("parameters: %s, of %s", result["parameters"], result["method"].get("trained", "all"))
     if accelerator.process_index:  # the same start, and dropout of its own
         set_seed(run.seed + accelerator.process_index * 1_000_003)
     models.checkpoint_activations(model, run.train)
