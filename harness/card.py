@@ -269,6 +269,7 @@ def _facts(run: Saved) -> str:
         "revision": cfg.model.revision,
         "method": method["label"],
         "targets": method["targets"] and f"{method['targets']} ({', '.join(cfg.targets.modules)})",
+        "trained alone": ", ".join(getattr(cfg.method, "train_only", ())),
         "rank": rank,
         "trained parameters": f"{parameters['trainable']:,} of {parameters['total']:,} "
         f"({parameters['trainable_percent']:.3g} %)",

@@ -115,6 +115,13 @@ class NoMethod(MethodConfig):
 
 
 @dataclass(frozen=True)
+class FullMethod(MethodConfig):
+    """Every weight of the base, or with `train_only` the weights that it names."""
+
+    train_only: list[str] = field(default_factory=list)  # of harness.methods.train_only; [] = all
+
+
+@dataclass(frozen=True)
 class LoraMethod(MethodConfig):
     """LoRA; the names are PEFT's without their prefix."""
 
@@ -190,7 +197,7 @@ class UdvMethod(SvdMethod):
 
 METHODS: dict[str, type[MethodConfig]] = {
     "none": NoMethod,
-    "full": MethodConfig,
+    "full": FullMethod,
     "lora": LoraMethod,
     "udv": UdvMethod,
     "truncate": SvdMethod,

@@ -87,6 +87,8 @@ def main(arguments: list[str]) -> int:
     if (factored := methods.factored_total(model)) is not None:
         print(f"factored   {factored:,} (U, D and V in place of each W)")
     print(f"trainable  {counted.trainable:,} ({counted.trainable_percent:.4f} %)")
+    for sentence in methods.trained_alone(model, run).get("tied", ()):
+        print(f"tied       {sentence}")
     return 0
 
 

@@ -24,6 +24,7 @@ from harness import gguf, network, roles
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
+    FullMethod,
     ModelConfig,
     RunConfig,
     TrainConfig,
@@ -242,9 +243,13 @@ def wants_unfused(run: RunConfig, config: PretrainedConfig) -> bool:
     """Whether q, k and v are to be three matrices: if asked for, or if a target names one alone."""
     if run.model.unfuse_qkv != "auto":
         return bool(run.model.unfuse_qkv)
-    if not run.method.takes_targets:
+    if isinstance(run.method, FullMethod):
+        table = roles.SUFFIXES.get(config.model_type, {})
+        named = [table.get(entry, entry) for entry in run.method.train_only]
+    elif run.method.takes_targets:
+        named = roles.modules_of(run.targets, config.model_type) or []
+    else:
         return False
-    named = roles.modules_of(run.targets, config.model_type) or []
     return any(name in UNFUSED_TARGETS.values() for name in named)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.config import (
     SECTIONS,
+    FullMethod,
     LoraMethod,
     MethodConfig,
     PeftMethod,
@@ -84,6 +85,9 @@ def _values(run: RunConfig) -> dict[str, Any]:
         del values["train"][key]
     if isinstance(run.method, LoraMethod):
         values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one
+    if isinstance(run.method, FullMethod):  # a set; and without it the run that it was before
+        only = sorted(set(values["method"].pop("train_only")))
+        values["method"] |= {"train_only": only} if only else {}
     if not run.method.takes_targets:
         del values["targets"]
     if not run.method.trains:
@@ -116,6 +120,8 @@ def label(method: MethodConfig) -> str:
         return method.peft_type.lower()
     if isinstance(method, UdvMethod):
         return f"udv-{method.train}" + ("-keep" if method.residual == "keep" else "")
+    if isinstance(method, FullMethod) and method.train_only:
+        return f"full-only-{'+'.join(sorted(set(method.train_only)))}"
     return method.name
 
 

@@ -183,8 +183,8 @@ def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> 
         for key, value in vars(method).items()
         if key not in COLUMNS and value != defaults.get(key)
     }
-    if "train" in defaults:
-        variant.pop("train", None)  # which the label says
+    for key in ("train", *([] if method.label else ["train_only"])):
+        variant.pop(key, None)  # which the label says
     scale = method.lora_alpha / method.r if isinstance(method, LoraMethod) else None
     rank = str(method.r) if isinstance(method, LoraMethod) else getattr(method, "kept", None)
     targeted = targets if method.takes_targets else None

@@ -13,6 +13,7 @@ from harness.config import (
     ASSETS_DIR,
     ConfigError,
     DataConfig,
+    FullMethod,
     LoraMethod,
     PeftMethod,
     RunConfig,
@@ -133,6 +134,14 @@ def validate(run: RunConfig) -> None:
             "model.frozen_dtype=bf16 with train.precision=fp32: fp32 products need fp32 weights; "
             "set train.precision=bf16"
         )
+    if isinstance(run.method, FullMethod) and run.method.train_only:
+        empty = [entry for entry in run.method.train_only if not entry.strip()]
+        _require(not empty, "method.train_only", run.method.train_only, "names that are not empty")
+        if model.frozen_dtype == "bf16":
+            raise ConfigError(
+                "model.frozen_dtype=bf16 with method.train_only: the base is loaded in one dtype, "
+                "and what trains of it must be fp32; set model.frozen_dtype=fp32"
+            )
     _require(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "0 or more")
     _require(
         train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null"

@@ -229,7 +229,7 @@ def perform(
         checkpoint.keep_initial(model, run_dir)
     if not run.launch.sharded:  # or else the device need not hold all of it
         model = model.to(accelerator.device)
-    result["method"] |= methods.svd_facts(model)
+    result["method"] |= methods.svd_facts(model) | methods.trained_alone(model, run)
     counted = models.count_parameters(model)
     result["parameters"] |= {
         "total": counted.total,
@@ -237,7 +237,7 @@ def perform(
         "trainable_percent": counted.trainable_percent,
         "factored": methods.factored_total(model),  # with U, D, V in place of W; else None
     }
-    log.info("parameters: %s", result["parameters"])
+    log.info("parameters: %s, of %s", result["parameters"], result["method"].get("trained", "all"))
     if accelerator.process_index:  # the same start, and dropout of its own
         set_seed(run.seed + accelerator.process_index * 1_000_003)
     models.checkpoint_activations(model, run.train)
@@ -340,7 +340,13 @@ def perform(
         process.turn("generate")
         with kept_result(result, "evaluate.generate failed", when=alone):
             completed = generation.complete(
-                model, tokenizer, prompts, run.evaluate.generate, accelerator, together, first.begins
+                model,
+                tokenizer,
+                prompts,
+                run.evaluate.generate,
+                accelerator,
+                together,
+                first.begins,
             )
             if accelerator.is_main_process:
                 result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)

@@ -14,9 +14,11 @@ from scipy import stats as scipy_stats
 
 from harness import compose, results
 from harness.config import REPOSITORY, ConfigError
+from harness.report.table import rows
 
 sys.path.insert(0, str(REPOSITORY / "experiments" / "claims"))
 import budgets
+import seven
 import statements
 import verdicts
 
@@ -138,7 +140,7 @@ def test_the_verdicts_are_the_truth_of_the_runs(tmp_path, monkeypatch, configure
     named = [path.name for path in out.glob("*.png")]
     assert {name[0] for name in named} == set("1234567")
     page = (out / "README.md").read_text()
-    assert all(f"]({name})" in page for name in named) and page.count("\n## ") == 8
+    assert all(f"]({name})" in page for name in named) and page.count("\n## ") == 9
     marked = " ".join(re.findall(r"^\| ([^|]+) \| ~", page, re.M))  # rates for 80 steps, at 240
     assert "in three times its steps" in marked and "at equal steps (80)" not in marked
     rows = list(csv.DictReader((out / "runs.csv").open()))
@@ -153,6 +155,38 @@ def test_the_opposite_truth_turns_them(tmp_path, monkeypatch, configured, capsys
     assert (
         found["in 80 steps with all of the text, full is better than LoRA r=1"] == "does not hold"
     )
+
+
+@pytest.mark.parametrize(("of_rank", "verdict"), [(0.6, "holds"), (0.0, "cannot be told")])
+def test_with_the_control_the_verdict_on_the_rank_is_of_the_rank(
+    tmp_path, configured, monkeypatch, of_rank, verdict
+):
+    """Both leave frozen what costs 0.6 nats per token; the rank of LoRA may cost as much again."""
+
+    def nll(run, better):
+        if run.method.name == "full":
+            return FULL + (0.6 if run.method.train_only else 0.0)
+        return 5.0 if run.method.name == "none" else FULL + 0.6 + of_rank
+
+    monkeypatch.setitem(globals(), "truth", nll)
+    needed = [
+        run for run in configured["claims"]
+        if run.method.name in ("none", "full", "lora") and run.train.micro_batch == 8
+        and run.targets.name == "all" and run.train.steps >= 80
+    ]  # fmt: skip
+    for run in needed:
+        write(tmp_path, run)
+    alone = seven.expressiveness(statements.Runs(tmp_path, rows(tmp_path)))
+    assert alone.verdict() == "holds" and "no verdict on the rank alone" in " ".join(alone.remarks)
+    same = "method=full method.train_only=[matrices] train.steps=80 train.lr=2e-3 evaluate.every=10"
+    for seed in range(3):
+        write(tmp_path, compose(*same.split(), f"seed={seed}")[0])
+    claim = seven.expressiveness(statements.Runs(tmp_path, rows(tmp_path)))
+    found = dict(zip([s.text for s in claim.statements], claim.verdicts(), strict=True))
+    assert claim.verdict() == verdict and len(claim.statements) == len(alone.statements) + 4
+    frozen = "full fine-tuning is better than LoRA's matrices at full rank, the rest frozen"
+    assert found[frozen] == "holds"
+    assert found["in 80 steps with all of the text, full is better than LoRA r=64"] == "holds"
 
 
 def row(name, needs):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from harness import methods, models
@@ -177,9 +178,14 @@ def test_every_run_of_every_experiment_is_valid_for_its_model(name, asked_for):
         grids = cfg.hydra.sweeper.grids or [{}]
         names = []
         for grid in grids:
-            keys, values = list(grid), [str(value).split(",") for value in grid.values()]
-            for cell in itertools.product(*values):
-                overrides = [f"{k}={v}" for k, v in zip(keys, cell, strict=True)]
+            asked = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in grid.items()])
+            values = [
+                [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()]
+                if o.is_sweep_override()
+                else [o.input_line]
+                for o in asked
+            ]
+            for overrides in itertools.product(*values):
                 run = models.without_files(from_hydra(compose("config", [*needed, *overrides])))
                 assert methods.check(models.on_meta(run, models.load_config(run.model)), run)
                 names.append(run_name(run))

@@ -167,8 +167,9 @@ def scarcity(runs: Runs) -> Claim:
         else f"{cap} MiB: nothing"
         for cap in CAPS
     ]
-    measured = []
+    measured, processes = [], []
     for row in (runs.one("full", micro_batch=1), runs.one("lora", 8, micro_batch=1)):
+        processes.append(float(row.values["memory.process_peak_bytes"] or 0) / MIB)
         twin = runs.one(row.values["method.label"], row.values["method.rank"])
         seeds = [r["config"]["seed"] for r in twin.records]
         same = twin.records[seeds.index(row.records[0]["config"]["seed"])]
@@ -245,7 +246,10 @@ def scarcity(runs: Runs) -> Claim:
         f"fine-tuning's 20, LoRA would need {shorter:.1f} times as many in that time, at what it "
         "gains between 20 and 80.",
         f"Best under a cap: {'; '.join(caps)}. That is one block a pass; with train.checkpointing "
-        f"full fine-tuning would fit {again[0]:.0f} MiB, and LoRA r=8 {again[1]:.0f}.",
+        f"full fine-tuning would fit {again[0]:.0f} MiB, and LoRA r=8 {again[1]:.0f}. The caps are "
+        "on live tensors. A process takes far more: the processes of these runs took "
+        f"{min(processes):.0f} to {max(processes):.0f} MiB, so that no cap of this list could have "
+        "been set on one.",
         f"One block a pass is the same step: {'; '.join(measured)}.",
         f"At GPT-2's own sizes, predicted, one block of 256 tokens: {', '.join(sizes)} (LoRA r=8 "
         "of every matrix). What a process takes beyond its live tensors comes on top.",

@@ -21,6 +21,7 @@ from harness.report.figures import Figure, Series
 from harness.report.table import Row
 
 MIB = 2**20
+CONTROL = "full-only-matrices"  # the matrices of LoRA at full rank, all else frozen
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Runs:
         """The row of a method; raises ConfigError where it has not been run."""
         asked = {
             "method.label": label, "method.rank": None if rank is None else str(rank),
-            "method.targets": None if label in ("full", "none") else targets,
+            "method.targets": None if label in ("full", "none", CONTROL) else targets,
         }  # fmt: skip
         for row in self.rows:
             config = row.records[0]["config"]
@@ -49,6 +50,11 @@ class Runs:
         wanted = f"{label} {targets} {rank or ''} steps={steps} train_share={share}"
         names = [row.name for row in self.rows]
         raise ConfigError(f"{self.folder} has no finished {wanted}; {nearest(wanted, names)}")
+
+    def control(self) -> Row | None:
+        """The row of the control, if it has been run: the sweep of claims does not have it."""
+        there = any(row.values["method.label"] == CONTROL for row in self.rows)
+        return self.one(CONTROL) if there else None
 
 
 def short(row: Row) -> str:

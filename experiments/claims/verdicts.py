@@ -47,6 +47,22 @@ METHOD = (
     "[results.csv](results.csv), which name their runs; [runs.csv](runs.csv) has every run's own "
     "numbers, [figures.csv](figures.csv) the points of the figures."
 )
+LATER = (
+    "LoRA differs from full fine-tuning in two things: its rank, and that embeddings, positions, "
+    "norms and biases, 26 % of the parameters, stay frozen. The statements above compare the two "
+    "methods as they are used. None of them separates rank and frozen parts. So the verdict of "
+    "claim 7 is of both together, and no verdict on the rank alone; and so are the gaps of claim 1 "
+    "(perplexity at equal steps), claim 4 (steps to a perplexity) and claim 6 (after 20, 80 and "
+    "240 steps).",
+    "The control trains LoRA's matrices at full rank and freezes the rest: `method=full "
+    "method.train_only=[matrices]`. `python -m harness experiment=main_seeds_control` runs it "
+    "beside full fine-tuning and LoRA. Where the folder of this experiment has runs of it, the "
+    "first statements of claim 7 are of the rank alone.",
+    "In claim 5 LoRA r=1 is on `c_attn`, which is not its best place: at 32,768 parameters and one "
+    "rate `c_attn` has 82.1 ([main](../main/README.md), second record) and `o` 76.5 "
+    "([targets_sweep](../targets_sweep/README.md)). That D is better than LoRA at equal parameters "
+    "is shown for `c_attn` alone.",
+)
 BRIEF = (
     "The same in brief, three seeds, rates of [lstm_lora](../lstm_lora/README.md); lines of "
     "[lstm.csv](lstm.csv)."
@@ -92,6 +108,8 @@ def page(claims: Sequence[Claim], brief: Claim, runs: Runs, other: Runs) -> str:
         ]
         lines += [f"![{f.axes.title}]({f.axes.key}.png)" for f in claim.figures]
         lines += [line for remark in claim.remarks for line in ("", *wrapped(remark))]
+    lines += ["", "## Later (2026-11-28): rank, and what stays frozen"]
+    lines += [line for paragraph in LATER for line in ("", *wrapped(paragraph))]
     lines += ["", f"## {brief.title}", "", *wrapped(BRIEF), ""]
     lines += [*table(brief, brief.verdicts(), HERE / "lstm.csv", other), ""]
     lines += [*provenance(runs, other), ""]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from harness import roles
 from harness.config import (
     ConfigError,
+    FullMethod,
     LoraMethod,
     PeftMethod,
     RunConfig,
@@ -25,7 +26,7 @@ from harness.config import (
     UdvMethod,
     nearest,
 )
-from harness.methods import fields, lora_layer, refusals, svd, targets, tying, udv
+from harness.methods import fields, lora_layer, refusals, svd, targets, train_only, tying, udv
 
 
 def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -53,7 +54,13 @@ def _none(model: PreTrainedModel, run: RunConfig) -> nn.Module:
 
 
 def _full(model: PreTrainedModel, run: RunConfig) -> nn.Module:
-    return model.requires_grad_(True)
+    assert isinstance(run.method, FullMethod)
+    if not run.method.train_only:
+        return model.requires_grad_(True)
+    model.requires_grad_(False)
+    for parameter in train_only.select(model, run.method.train_only).values():
+        parameter.requires_grad_(True)
+    return model
 
 
 def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -233,6 +240,15 @@ def _check_ranks(fields: dict[str, Any], matched: targets.Targets) -> None:
     rank = fields.get("r")
     if isinstance(rank, int) and rank > limit:
         raise ConfigError(f"method.r={rank}: {name} allows a rank of {limit} at most")
+
+
+def trained_alone(model: nn.Module, run: RunConfig) -> dict[str, Any]:
+    """Of `method.train_only`: the kinds of weights that train, and which of them are tied."""
+    if not getattr(run.method, "train_only", None):
+        return {}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in trained)
+    return {"trained": list(kinds), "tied": train_only.tied(model)}
 
 
 def svd_facts(model: nn.Module) -> dict[str, Any]:

@@ -163,7 +163,9 @@ def _references(rows: Sequence[Row], test: Evidence) -> list[tuple[str, str, flo
             test.intervals[row.name].perplexity[0],
         )
         for row in rows
-        if row.values["method.name"] in REFERENCES and row.name in test.intervals
+        if row.values["method.name"] in REFERENCES
+        and row.name in test.intervals
+        and not row.records[0]["config"]["method"].get("train_only")  # a part of full fine-tuning
     ]
 
 

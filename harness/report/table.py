@@ -47,7 +47,7 @@ WRITTEN = "quality.generation.tokens_per_second"  # likewise, in the CSV alone
 NUM_TEXT = 3  # the first columns, which are text
 SHOWN = {"train.lr"} | {
     f"method.{key}"
-    for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual")
+    for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual", "train_only")
 }
 SHARED = "environment.runs_beside"
 MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move

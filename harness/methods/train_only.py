@@ -1,0 +1,112 @@
+"""What `method=full method.train_only=[…]` trains of a model; all other weights are frozen.
+
+    method.train_only=[matrices]               the weights that LoRA with targets=all adapts
+    method.train_only=[embeddings,positions]   roles and kinds together
+    method.train_only=[mlp.c_fc.weight,h.0]    names of parameters or modules, from their end
+
+An entry is a role of `harness.roles` (the weight of each such matrix, without its bias), a kind of
+`KINDS`, or the name of a parameter or of a module (then all that is in it). A name may leave out
+its beginning, at a dot, and `*` stands for anything but a dot.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from harness import roles
+from harness.config import ConfigError, TargetsConfig, nearest
+from harness.methods import targets
+
+KINDS = {
+    "matrices": "weights of the matrices in the layers, as targets=all names them",
+    "positions": "learned position embeddings",
+    "norms": "weights and biases of the normalisation layers",
+    "biases": "every bias, those of the normalisation layers among them",
+}
+MATRICES = ["qkv", "o", "mlp_in", "gate", "mlp_out"]  # conf/targets/all.yaml
+
+
+def select(model: PreTrainedModel, entries: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters that `entries` name, by their names; a tied one is there once.
+
+    Raises:
+        ConfigError: an entry that matches nothing, with the nearest name.
+    """
+    there = names(model)
+    wanted = {id(parameter) for entry in entries for parameter in _matches(model, entry)}
+    return {found[0]: parameter for parameter, found in there.items() if id(parameter) in wanted}
+
+
+def names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with all of its names: a tied one has several."""
+    found: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[parameter].append(name)
+    return dict(found)
+
+
+def tied(model: nn.Module) -> list[str]:
+    """A sentence for every parameter that trains under more names than one."""
+    return [
+        f"{' and '.join(found)} are one weight: it trains, and counts once"
+        for parameter, found in names(model).items()
+        if parameter.requires_grad and len(found) > 1
+    ]
+
+
+def _matches(model: PreTrainedModel, entry: str) -> list[nn.Parameter]:
+    """The parameters of one entry, at least one."""
+    if entry in ("embeddings", "head"):
+        module = getattr(model, f"get_{'in' if entry == 'embeddings' else 'out'}put_embeddings")()
+        found = [] if module is None else [module.weight]
+    elif entry in roles.ROLES or entry == "matrices":
+        named = TargetsConfig(entry, roles=MATRICES if entry == "matrices" else [entry])
+        try:
+            modules = targets.resolve(model, named).shapes
+        except ConfigError as error:
+            reason = str(error).removeprefix(f"targets={entry}: ")
+            raise ConfigError(f"method.train_only: {entry}: {reason}") from error
+        found = [model.get_parameter(f"{name}.weight") for name in modules]
+    elif entry == "positions":
+        found = [
+            parameter
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and re.search(r"wpe$|position", name)
+            for parameter in module.parameters()
+        ]
+    elif entry == "norms":
+        found = [
+            parameter
+            for module in model.modules()
+            if "Norm" in type(module).__name__
+            for parameter in module.parameters()
+        ]
+    elif entry == "biases":
+        found = [p for name, p in _all(model) if name.rpartition(".")[2].startswith("bias")]
+    else:
+        pattern = re.escape(entry.strip(".")).replace(r"\*", "[^.]*")
+        found = [p for name, p in _all(model) if re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name)]
+    if not found:
+        raise ConfigError(f"method.train_only: '{entry}' matches no weight; {_hint(model, entry)}")
+    return found
+
+
+def _all(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def _hint(model: nn.Module, entry: str) -> str:
+    """The nearest role, kind or name; or else the roles and kinds there are."""
+    words = [*KINDS, *roles.ROLES]
+    ends = set()
+    for name, _ in _all(model):
+        pieces = re.sub(r"\.\d+(?=\.)", ".*", name).split(".")
+        ends |= {".".join(pieces[i:j]) for j in (len(pieces) - 1, len(pieces)) for i in range(j)}
+    if difflib.get_close_matches(entry, ends | set(words), n=1, cutoff=0.6):
+        return nearest(entry, ends | set(words))
+    return f"{nearest(entry, words, most=len(words))}, or name parameters or modules of the model"

@@ -1,0 +1,467 @@
+"""Numbers that the pages quote, computed again from the records that they are quoted from.
+
+A quote is a phrase of a page with a place for every number. The number is computed from a record,
+put into its place, and the phrase must then be in the page. So a number that is changed in the page
+fails, and so does a phrase that is rewritten without its quote.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+
+from harness import rates
+from harness.config import REPOSITORY
+
+EXPERIMENTS = REPOSITORY / "experiments"
+TEST, VALIDATION = "quality.test.perplexity", "quality.validation.perplexity"
+STEP0 = "quality.step0.validation.perplexity"
+PEAK, PROCESS = "memory.peak_bytes", "memory.process_peak_bytes"
+TRAINABLE, PERCENT = "parameters.trainable", "parameters.trainable_percent"
+
+
+@cache
+def records(file: str) -> list[dict[str, str]]:
+    """The lines of a CSV under experiments/."""
+    with (EXPERIMENTS / file).open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def cell(file: str, column: str, **where: str) -> float:
+    """The number in `column` of the one line in which every column of `where` has its value."""
+    names = {"label": "method.label", "targets": "method.targets", "rank": "method.rank",
+             "alpha": "method.alpha", "lr": "method.lr", "text": "text"}  # fmt: skip
+    found = records(file)
+    for key, value in where.items():
+        name = names.get(key, key) if names.get(key, key) in found[0] else key
+        found = [line for line in found if line[name] == value]
+    assert len(found) == 1, (file, where, len(found))
+    return float(found[0][column])
+
+
+def nats(file: str, column: str, one: dict[str, str], other: dict[str, str]) -> float:
+    """Log of the ratio of two perplexities."""
+    return math.log(cell(file, column, **one) / cell(file, column, **other))
+
+
+def row(label: str, targets: str = "", rank: str = "", **more: str) -> dict[str, str]:
+    """What tells a line of results.csv from the others."""
+    return {"label": label, "targets": targets, "rank": rank, **more}
+
+
+def line(number: int, column: str = TEST) -> float:
+    """A number of a line of the claims' results.csv, as its page counts lines."""
+    return float(records("claims/results.csv")[number - 2][column])
+
+
+def pair(file: str, a: str, b: str, column: str = "difference_nats_per_token") -> float:
+    """A number of a comparison on test."""
+    return cell(file, column, a=a, b=b, text="test")
+
+
+def step(side: str, method: str, precision: str, column: str, shape: str = "gpt2") -> float:
+    """A number of the bench of the training step."""
+    return cell("bench/training_step/results.csv", column, shape=shape, side=side, method=method,
+                precision=precision)  # fmt: skip
+
+
+def faster(method: str, here: str, there: str, shape: str = "gpt2") -> float:
+    """Tokens a second of the harness over those of the Trainer."""
+    return step("harness", method, here, "tokens_per_second", shape) / step(
+        "trainer", method, there, "tokens_per_second", shape
+    )
+
+
+def leaner(method: str, here: str, there: str, shape: str = "gpt2") -> float:
+    """Resident memory of the harness over that of the Trainer."""
+    return step("harness", method, here, "rss_mib", shape) / step(
+        "trainer", method, there, "rss_mib", shape
+    )
+
+
+def head(file: str, way: str, column: str, kind: str = "frozen", **more: str) -> float:
+    """A number of the bench of the loss."""
+    return cell(f"bench/loss/{file}.csv", column, head=kind, way=way, **more)
+
+
+def aligned(way: str, column: str, kind: str = "frozen", rows: str = "aligned") -> float:
+    """The same on the GPU, in bf16."""
+    return head("h100", way, column, kind, precision="bf16", rows=rows)
+
+
+def tuned(family: str, targets: str | None = None, rank: str | None = None, scale: Any = None):
+    """An entry of the rates that were found."""
+    found = [t for t in rates.read("gpt2_mini_kjv").tuned
+             if (t.family, t.targets, t.rank) == (family, targets, rank)
+             and scale in (None, t.scale)]  # fmt: skip
+    assert len(found) == 1
+    return found[0]
+
+
+def times_full(*which: Any) -> float:
+    """A tuned rate over full fine-tuning's."""
+    return tuned(*which).lr / tuned("full").lr
+
+
+def pretrained(path: str) -> float:
+    """A number of the pretraining's result.json."""
+    found = json.loads((EXPERIMENTS / "pretrain_gpt2_mini" / "result.json").read_text("utf-8"))
+    for key in path.split("."):
+        found = found[key]
+    return float(found)
+
+
+def nats_per_token(split: str) -> float:
+    """Of the pretrained model."""
+    quality = f"quality.{split}"
+    return pretrained(f"{quality}.nll_nats") / pretrained(f"{quality}.num_tokens")
+
+
+def smollm_gain() -> float:
+    """Per cent of SmolLM2's gain on validation that is there after 15 of 30 steps."""
+    nll = [float(point["validation_nll"]) for point in records("smollm2_kjv/curves.csv")]
+    return 100 * (nll[0] - nll[1]) / (nll[0] - nll[2])
+
+
+def e2e_gain() -> float:
+    """Per cent of its gain on E2E that is there after 10 of 20 steps."""
+    nll = [float(point["validation_nll"]) for point in records("smollm2_e2e/curves.csv")]
+    return 100 * (nll[0] - nll[1]) / (nll[0] - nll[2])
+
+
+def told_apart() -> tuple[int, int]:
+    """Pairs of main_seeds that differ significantly, and all."""
+    pairs = [p for p in records("main_seeds/comparisons.csv") if p["text"] == "test"]
+    return sum(bool(p["better"]) for p in pairs), len(pairs)
+
+
+@dataclass(frozen=True)
+class Quote:
+    """A phrase of a page with a place for every number, and how the numbers are computed."""
+
+    page: str
+    phrase: str
+    numbers: Callable[[], Any]  # a number, or a tuple of them
+
+
+SEEDS, RANKS, SHARES = "main_seeds/results.csv", "udv_rank/results.csv", "truncation_curve/"
+RUNS, THIRD, SECOND = "claims/runs.csv", "main/results-tuned.csv", "main/results-with-udv.csv"
+SHARES += "results.csv"
+LSTM, TARGETS = "lstm_lora/results.csv", "targets_sweep/results.csv"
+NONE, FULL = row("none"), row("full")
+D64, D = row("udv-d", "all", "64"), row("udv-d", "all", "full")
+INDEX = "experiments/README.md"
+
+
+def page(name: str) -> str:
+    """The page of an experiment."""
+    return f"experiments/{name}/README.md"
+
+
+QUOTES = (
+    # README: its table is tests/test_readme.py's.
+    Quote("README.md", "does much for {:,.0f} parameters", lambda: cell(SEEDS, TRAINABLE, **D)),
+    # pretraining
+    Quote(page("pretrain_gpt2_mini"), "{:.4f} nats per token of the test documents, perplexity "
+          "{:.2f}, {:.3f} bits per byte",
+          lambda: (nats_per_token("test"), pretrained(TEST),
+                   pretrained("quality.test.bits_per_byte"))),
+    Quote(page("pretrain_gpt2_mini"), "which chose the checkpoint, {:.4f} nats, {:.2f}, {:.3f}",
+          lambda: (nats_per_token("validation"), pretrained(VALIDATION),
+                   pretrained("quality.validation.bits_per_byte"))),
+    Quote(page("pretrain_gpt2_mini"), "{:.1f} M tokens (three passes over 8.7 M tokens of "
+          "docstrings) in {:.0f} minutes",
+          lambda: (pretrained("speed.tokens") / 1e6, pretrained("speed.train_seconds") / 60)),
+    Quote(INDEX, "{:.0f} M tokens in {:.0f} minutes: perplexity {:.2f} on test docstrings, {:.2f} "
+          "on validation",
+          lambda: (pretrained("speed.tokens") / 1e6, pretrained("speed.train_seconds") / 60,
+                   pretrained(TEST), pretrained(VALIDATION))),
+    # main
+    Quote(INDEX, "full {:.1f}, LoRA r=64 on all {:.1f}, r=8 {:.1f} to {:.1f}; attention alone "
+          "{:.1f}; D alone {:.1f} with {:.1f} % of the parameters",
+          lambda: (cell(THIRD, TEST, **FULL), cell(THIRD, TEST, **row("lora", "all", "64")),
+                   cell(THIRD, TEST, **row("lora", "all", "8", alpha="32.0")),
+                   cell(THIRD, TEST, **row("lora", "all", "8", alpha="16.0")),
+                   cell(THIRD, TEST, **row("lora", "attn", "8")), cell(THIRD, TEST, **D),
+                   cell(THIRD, PERCENT, **D))),
+    Quote(page("main"), "(alpha=1r {:.1f} to {:.1f}, MLP alone {:.1f} to {:.1f}, `c_attn` {:.1f} "
+          "to {:.1f})",
+          lambda: tuple(cell(file, TEST, **one) for one in (
+              row("lora", "all", "8", alpha="8.0"), row("lora", "mlp", "8"),
+              row("lora", "c_attn", "8")) for file in (SECOND, THIRD))),
+    Quote(page("main"), "D alone at full rank takes test perplexity from {:.0f} to {:.1f} with "
+          "{:,.0f} parameters, {:.1f} %, where LoRA r=1 needs {:,.0f} for {:.1f};",
+          lambda: (cell(SECOND, TEST, **NONE), cell(SECOND, TEST, **D),
+                   cell(SECOND, TRAINABLE, **D), cell(SECOND, PERCENT, **D),
+                   cell(SECOND, TRAINABLE, **row("lora", "all", "1")),
+                   cell(SECOND, TEST, **row("lora", "all", "1")))),
+    Quote(page("main"), "costs so much ({:.0f} untrained) that D wins back no more than {:.0f}, "
+          "where LoRA on attention alone reaches {:.1f}",
+          lambda: (cell(SECOND, TEST, **row("truncate", "all", "64")), cell(SECOND, TEST, **D64),
+                   cell(SECOND, TEST, **row("lora", "attn", "8")))),
+    # main_seeds
+    Quote(page("main_seeds"), "{} of {} pairs differ significantly", told_apart),
+    Quote(page("main_seeds"), "Full fine-tuning is best ({:.1f}), LoRA r=64 on all matrices second "
+          "({:.1f}, a fifth of the parameters)",
+          lambda: (cell(SEEDS, TEST, **FULL), cell(SEEDS, TEST, **row("lora", "all", "64")))),
+    Quote(INDEX, "[{} of {} pairs; not LoRA's alphas at r=8", told_apart),
+    # tune
+    Quote(page("tune"), "LoRA's is {:.0f} times full fine-tuning's at r=8",
+          lambda: times_full("lora", "all", "8", 2.0)),
+    Quote(page("tune"), "{:.0f} times at r=1, and only {:.1f} times at r=64",
+          lambda: (times_full("lora", "all", "1"), times_full("lora", "all", "64"))),
+    Quote(page("tune"), "D alone wants {:.0f} times full fine-tuning's",
+          lambda: times_full("udv-d", "all", "full")),
+    Quote(page("tune"), "On the MLP twice the rate ends hardly below the start ({:.3f} against "
+          "{:.3f}), at r=64 at {:.3f}, and on `c_attn` it still works ({:.3f})",
+          lambda: (tuned("lora", "mlp", "8").grid[0.04], math.log(cell(SEEDS, STEP0, **NONE)),
+                   tuned("lora", "all", "64").grid[0.01], tuned("lora", "c_attn", "8").grid[0.04])),
+    Quote(INDEX, "LoRA's {:.0f} times full fine-tuning's at r=8, {:.0f} at r=1, {:.1f} at r=64; D "
+          "alone {:.0f} times",
+          lambda: (times_full("lora", "all", "8", 2.0), times_full("lora", "all", "1"),
+                   times_full("lora", "all", "64"), times_full("udv-d", "all", "full"))),
+    # truncation
+    Quote(page("truncation_curve"), "validation perplexity goes from {:.2f} to {:.2f}, which is "
+          "{:.2f} nats per token; with a quarter it is {:.0f} and with an eighth {:,.0f}",
+          lambda: (cell(SHARES, VALIDATION, **NONE),
+                   cell(SHARES, VALIDATION, **row("truncate", "all", "0.5")),
+                   nats(SHARES, VALIDATION, row("truncate", "all", "0.5"), NONE),
+                   cell(SHARES, VALIDATION, **row("truncate", "all", "0.25")),
+                   cell(SHARES, VALIDATION, **row("truncate", "all", "0.125")))),
+    Quote(page("truncation_curve"), "cheapest to truncate ({:.2f} at a quarter, {:.2f} at an "
+          "eighth), the MLP's first matrix the most expensive ({:.2f} and {:.0f})",
+          lambda: tuple(cell(SHARES, VALIDATION, **row("truncate", kind, share))
+                        for kind in ("o", "c_fc") for share in ("0.25", "0.125"))),
+    Quote(INDEX, "half the rank costs {:.2f} nats per token",
+          lambda: nats(SHARES, VALIDATION, row("truncate", "all", "0.5"), NONE)),
+    # udv_rank
+    Quote(page("udv_rank"), "costs {:.2f} nats per token (validation perplexity {:.0f} to {:.0f}), "
+          "and training its 1,024 diagonal elements wins back {:.2f} (to {:.0f}): hardly more. "
+          "Beside the residual as many elements reach {:.0f}",
+          lambda: (math.log(cell(RANKS, STEP0, **D64) / cell(RANKS, STEP0, **FULL)),
+                   cell(RANKS, STEP0, **FULL), cell(RANKS, STEP0, **D64),
+                   math.log(cell(RANKS, STEP0, **D64) / cell(RANKS, VALIDATION, **D64)),
+                   cell(RANKS, VALIDATION, **D64),
+                   cell(RANKS, VALIDATION, **row("udv-d-keep", "all", "64")))),
+    Quote(page("udv_rank"), "it reaches {:.1f} on test with {:,.0f} elements, where LoRA r=1 on "
+          "`c_attn` with as many reaches {:.1f}",
+          lambda: (cell(RANKS, TEST, **D), cell(RANKS, TRAINABLE, **D),
+                   cell(RANKS, TEST, **row("lora", "c_attn", "1")))),
+    Quote(page("udv_rank"), "it has {:.1f} there ([main](../main/README.md), second record) and "
+          "{:.1f} on `o`",
+          lambda: (cell(SECOND, TEST, **row("lora", "c_attn", "8")),
+                   cell(TARGETS, TEST, **row("lora", "o", "16")))),
+    Quote(page("udv_rank"), "stays behind it: {:.1f} against {:.1f} at 0.52 M, {:.1f} against "
+          "{:.1f} at 1.05 M; full fine-tuning {:.1f}",
+          lambda: (cell(RANKS, TEST, **row("udv-udv", "all", "32")),
+                   cell(RANKS, TEST, **row("lora", "all", "32")),
+                   cell(RANKS, TEST, **row("udv-udv", "all", "64")),
+                   cell(RANKS, TEST, **row("lora", "all", "64")), cell(RANKS, TEST, **FULL))),
+    Quote(INDEX, "D at full rank has {:.1f} with {:,.0f} parameters, LoRA of c_attn with as many "
+          "{:.1f}",
+          lambda: (cell(RANKS, TEST, **D), cell(RANKS, TRAINABLE, **D),
+                   cell(RANKS, TEST, **row("lora", "c_attn", "1")))),
+    # targets
+    Quote(page("targets_sweep"), "test perplexity {:.0f} for q or k, {:.1f} for q and v, {:.1f} "
+          "for all four. Unlike there, the output matrix by itself ({:.1f})",
+          lambda: tuple(cell(TARGETS, TEST, **row("lora", name, rank)) for name, rank in (
+              ("q", "16"), ("qv", "8"), ("qkvo", "4"), ("o", "16")))),
+    Quote(INDEX, "q and k are the wrong place ({:.0f} against {:.1f} for all four); o alone has "
+          "{:.1f}",
+          lambda: tuple(cell(TARGETS, TEST, **row("lora", name, rank)) for name, rank in (
+              ("k", "16"), ("qkvo", "4"), ("o", "16")))),
+    # lstm
+    Quote(page("lstm_lora"), "test perplexity of {:.1f} with {:.1f} % of the parameters, lower "
+          "than training everything ({:.1f})",
+          lambda: (cell(LSTM, TEST, **row("lora", "lstm_ends", "64")),
+                   cell(LSTM, PERCENT, **row("lora", "lstm_ends", "64")),
+                   cell(LSTM, TEST, **FULL))),
+    Quote(page("lstm_lora"), "({:,.0f}) and the 1,024 singular values ({:,.0f}) learn little: "
+          "{:.2f} and {:.2f} of the {:.2f} nats per token",
+          lambda: (cell(LSTM, TEST, **row("lora", "lstm_core", "64")),
+                   cell(LSTM, TEST, **row("udv-d", "lstm", "full")),
+                   nats(LSTM, TEST, NONE, row("lora", "lstm_core", "64")),
+                   nats(LSTM, TEST, NONE, row("udv-d", "lstm", "full")),
+                   nats(LSTM, TEST, NONE, FULL))),
+    Quote(INDEX, "beats full training in 80 steps ({:.0f} against {:.0f})",
+          lambda: (cell(LSTM, TEST, **row("lora", "lstm_ends", "64")), cell(LSTM, TEST, **FULL))),
+    # SmolLM2 and E2E
+    Quote(page("smollm2_kjv"), "from {:.1f} to {:.1f}: {:.3f} nats per token, {:.3f} to {:.3f} "
+          "over documents, p = {:.3f}",
+          lambda: (cell("smollm2_kjv/results.csv", TEST, label="none"),
+                   cell("smollm2_kjv/results.csv", TEST, label="lora"),
+                   *(float(records("smollm2_kjv/comparisons.csv")[0][name]) for name in (
+                       "difference_nats_per_token", "low", "high", "p")))),
+    Quote(page("smollm2_kjv"), "On validation {:.0f} % of the gain is there after the first 15 "
+          "steps", smollm_gain),
+    Quote(INDEX, "test perplexity from {:.1f} to {:.1f} with {:.2f} % of the parameters",
+          lambda: (cell("smollm2_kjv/results.csv", TEST, label="none"),
+                   cell("smollm2_kjv/results.csv", TEST, label="lora"),
+                   cell("smollm2_kjv/results.csv", PERCENT, label="lora"))),
+    Quote(page("smollm2_e2e"), "Of the gain in nats {:.0f} % came with the first ten", e2e_gain),
+    Quote(page("smollm2_e2e"), "from {:.1f} to {:.2f}: {:.2f} nats per token",
+          lambda: (cell("smollm2_e2e/results.csv", TEST, label="none"),
+                   cell("smollm2_e2e/results.csv", TEST, label="lora"),
+                   pair("smollm2_e2e/comparisons.csv", "none", "lora attn r=8"))),
+    Quote(INDEX, "perplexity of the references from {:.1f} to {:.2f}; the base model says nothing, "
+          "the adapted one writes sentences (BLEU {:.1f} on 21 prompts)",
+          lambda: (cell("smollm2_e2e/results.csv", TEST, label="none"),
+                   cell("smollm2_e2e/results.csv", TEST, label="lora"),
+                   cell("smollm2_e2e/results.csv", "quality.generation.bleu", label="lora"))),
+    Quote(page("e2e_methods"), "({:.2f}), LoRA r=8 of every matrix is second with {:.0f} % of the "
+          "parameters ({:.2f}; {:.3f} nats per token, {:.3f} to {:.3f})",
+          lambda: (cell("e2e_methods/results.csv", TEST, label="full"),
+                   cell("e2e_methods/results.csv", PERCENT, label="lora"),
+                   cell("e2e_methods/results.csv", TEST, label="lora"),
+                   *(-pair("e2e_methods/comparisons.csv", "full", "lora all r=8", name)
+                     for name in ("difference_nats_per_token", "high", "low")))),
+    Quote(INDEX, "full {:.2f}, LoRA r=8 {:.2f}, D alone {:.2f} per token; by BLEU LoRA ({:.1f}) is "
+          "ahead of full ({:.1f})",
+          lambda: (*(cell("e2e_methods/results.csv", TEST, label=label)
+                     for label in ("full", "lora", "udv-d")),
+                   *(cell("e2e_methods/results.csv", "quality.generation.bleu", label=label)
+                     for label in ("lora", "full")))),
+    # the benches
+    Quote(page("bench/training_step"), "LoRA's step in fp32 is {:.2f} times as fast",
+          lambda: faster("lora", "fp32", "fp32")),
+    Quote(page("bench/training_step"), "with {:.2f} of its resident memory. In bf16 it is {:.2f} "
+          "times as fast as the Trainer's in bf16 with {:.2f} of its memory ({:.2f} with frozen "
+          "weights in bf16)",
+          lambda: (leaner("lora", "fp32", "fp32"), faster("lora", "bf16", "bf16"),
+                   leaner("lora", "bf16", "bf16"), leaner("lora", "bf16-frozen", "bf16"))),
+    Quote(page("bench/training_step"), "Full fine-tuning in fp32 is {:.2f} times as fast with "
+          "{:.2f}", lambda: (faster("full", "fp32", "fp32"), leaner("full", "fp32", "fp32"))),
+    Quote(page("bench/training_step"), "step runs at {:.0f} % of the rate",
+          lambda: 100 * step("harness", "lora", "fp32", "share_of_gemm")),
+    Quote(INDEX, "LoRA {:.2f} times as fast in fp32 with {:.2f} of the memory, {:.2f} times in "
+          "bf16 with {:.2f}; {:.0f} % of the machine's GEMM rate",
+          lambda: (faster("lora", "fp32", "fp32"), leaner("lora", "fp32", "fp32"),
+                   faster("lora", "bf16", "bf16"), leaner("lora", "bf16", "bf16"),
+                   100 * step("harness", "lora", "fp32", "share_of_gemm"))),
+    Quote(page("bench/loss"), "256 tokens take {:.2f} of the memory of whole logits with a frozen "
+          "head, {:.2f} with a trained one, and {:.2f} and {:.2f} of the time of torch's own",
+          lambda: tuple(head("results-cpu", "ours, 256 tokens", column, kind)
+                        / head("results-cpu", other, column, kind)
+                        for other, column in (("whole logits", "peak_mib"),
+                                              ("torch linear_cross_entropy", "ms"))
+                        for kind in ("frozen", "trained"))),
+    Quote(page("bench/loss"), "twice as many save {:.0f} % of the time with a frozen head, for "
+          "{:.1f} times the memory",
+          lambda: (100 - 100 * head("results-cpu", "ours, 512 tokens", "ms")
+                   / head("results-cpu", "ours, 256 tokens", "ms"),
+                   head("results-cpu", "ours, 512 tokens", "peak_mib")
+                   / head("results-cpu", "ours, 256 tokens", "peak_mib"))),
+    Quote(page("bench/loss"), "made ours {:.1f} times as fast",
+          lambda: aligned("ours, 1024 tokens", "ms", rows="as they are")
+          / aligned("ours, 1024 tokens", "ms")),
+    Quote(page("bench/loss"), "{:.1f} times the memory (frozen head); larger chunks than ours save "
+          "up to {:.0f} % (frozen) and {:.0f} % (trained), for {:.1f} to {:.0f} times the memory",
+          lambda: (aligned("whole logits, compiled", "peak_mib")
+                   / aligned("ours, 1024 tokens", "peak_mib"),
+                   *(100 - 100 * aligned("ours, 16384 tokens", "ms", kind)
+                     / aligned("ours, 1024 tokens", "ms", kind) for kind in ("frozen", "trained")),
+                   aligned("ours, 2048 tokens", "peak_mib", "trained")
+                   / aligned("ours, 1024 tokens", "peak_mib", "trained"),
+                   aligned("ours, 16384 tokens", "peak_mib")
+                   / aligned("ours, 1024 tokens", "peak_mib"))),
+    Quote(INDEX, "whole logits, compiled, take {:.1f} of that",
+          lambda: aligned("whole logits, compiled", "ms") / aligned("ours, 1024 tokens", "ms")),
+    Quote(page("bench/prediction"), "the predicted peak of a training step is {:.3f} to {:.3f} of "
+          "the measured one, and of evaluation {:.3f} to {:.3f}",
+          lambda: tuple(extreme(float(r[f"{phase}_ratio"])
+                                for r in records("bench/prediction/h100.csv"))
+                        for phase in ("train", "evaluate") for extreme in (min, max))),
+    Quote(page("bench/sweep_overhead"), "a run costs {:.2f} s beyond its optimizer steps and "
+          "evaluation, {:.1f} times less than a plain process",
+          lambda: (cell("bench/sweep_overhead/results.csv", "sweep_later_s", round="1"),
+                   cell("bench/sweep_overhead/results.csv", "ratio", round="1"))),
+    # claims: its page is written by experiments/claims/verdicts.py; here is what it says besides
+    Quote(page("claims"), "the processes of these runs took {:.0f} to {:.0f} MiB",
+          lambda: (line(15, PROCESS) / 2**20, line(9, PROCESS) / 2**20)),
+    Quote(page("claims"), "at the peak of a step | 16, 8 |", tuple),
+    Quote(page("claims"), "{:.0f} MiB against {:.0f} at the peak of a step",
+          lambda: (line(16, PEAK) / 2**20, line(8, PEAK) / 2**20)),
+    Quote(page("claims"), "{:.1f} against {:.1f}: +0.325 nats per token",
+          lambda: (line(19), line(8))),
+    Quote(page("claims"), "{:.1f} against {:.1f}: -0.193 nats per token",
+          lambda: (line(27), line(25))),
+    Quote(INDEX, "where live tensors must stay below {:.0f} MiB only LoRA fits",
+          lambda: line(9, PEAK) / 2**20),
+)  # fmt: skip
+
+
+@cache
+def text_of(name: str) -> str:
+    """A page on one line."""
+    return re.sub(r"\s+", " ", (REPOSITORY / name).read_text("utf-8"))
+
+
+@pytest.mark.parametrize("quote", QUOTES, ids=lambda q: f"{q.page}: {q.phrase[:40]}")
+def test_a_quoted_number_is_the_recorded_one(quote):
+    numbers = quote.numbers()
+    said = quote.phrase.format(*(numbers if isinstance(numbers, tuple) else (numbers,)))
+    assert said in text_of(quote.page), f"{quote.page} does not say: {said}"
+
+
+def test_a_number_that_is_another_would_be_seen():
+    quote = next(q for q in QUOTES if q.numbers is smollm_gain)
+    for value in (50.0, smollm_gain() - 1):
+        assert quote.phrase.format(value) not in text_of(quote.page)
+
+
+# Tables of the pages, and the file that each is of; the columns that are checked, by their heading.
+TABLES = {
+    "main": {10: "results.csv", 15: "results-tuned.csv"},
+    "main_seeds": {15: "results.csv"}, "udv_rank": {15: "results.csv"},
+    "targets_sweep": {7: "results.csv"}, "lstm_lora": {8: "results.csv"},
+    "truncation_curve": {26: "results.csv"}, "e2e_methods": {4: "results.csv"},
+    "smollm2_kjv": {2: "results.csv"}, "smollm2_e2e": {2: "results.csv"},
+}  # fmt: skip
+COLUMNS: dict[str, Callable[[dict[str, str]], str]] = {
+    "test": lambda r: f"{float(r[TEST]):.2f}",
+    "validation": lambda r: f"{float(r[VALIDATION]):.2f}",
+    "val": lambda r: f"{float(r[VALIDATION]):.2f}",
+    "trainable": lambda r: f"{float(r[TRAINABLE]):,.0f}",
+    "%": lambda r: f"{float(r[PERCENT]):.2f}",
+    "peak MiB": lambda r: f"{float(r[PEAK]) / 2**20:,.0f}",
+    "step 0": lambda r: f"{float(r[STEP0]):.2f}",
+    "validation, step 0": lambda r: f"{float(r[STEP0]):.2f}",
+    "validation at step 0": lambda r: f"{float(r[STEP0]):.2f}",
+    **{label: lambda r, name=name: f"{float(r[f'quality.generation.{name}']):.2f}"
+       for label, name in {"BLEU": "bleu", "NIST": "nist", "METEOR": "meteor",
+                           "ROUGE-L": "rouge_l", "CIDEr": "cider"}.items()},
+}  # fmt: skip
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The tables of methods of a page, as lines by heading."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        split = [[c.strip() for c in row.strip("|").split("|")] for row in block.splitlines()]
+        if split[0][0] == "method" and len(split) > 2:
+            found.append([dict(zip(split[0], row, strict=True)) for row in split[2:]])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "file"), [(n, k, f) for n, files in TABLES.items() for k, f in files.items()]
+)
+def test_a_table_of_a_page_is_of_its_record(name, length, file):
+    """Every number of every line, as a set of lines: their order is the page's own."""
+    shown = tables((EXPERIMENTS / name / "README.md").read_text("utf-8"))
+    matching = [table for table in shown if len(table) == length]
+    assert matching
+    recorded = records(f"{name}/{file}")
+    for table in matching[:1]:
+        headings = [heading for heading in table[0] if heading in COLUMNS]
+        assert "test" in headings
+        lines = sorted(tuple(line[h] for h in headings) for line in table)
+        assert lines == sorted(tuple(COLUMNS[h](r) for h in headings) for r in recorded)
