@@ -13,7 +13,6 @@ Of a source that is not split already, no two splits share a prompt.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import re
@@ -27,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents
+from harness import documents, records
 from harness.config import ConfigError, DataConfig, nearest
 from harness.loss import IGNORE
 
@@ -118,7 +117,9 @@ def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
         return {"train": list(_rows(files[0], cfg))}
     by_split: dict[str, Path] = {}
     for file in files if not cfg.split_names else []:
-        if (split := STEMS.get(file.stem)) and (other := by_split.setdefault(split, file)) != file:
+        if (split := STEMS.get(records.stem(file))) and (
+            other := by_split.setdefault(split, file)
+        ) != file:
             raise ConfigError(
                 f"data.path={cfg.path}: {other} and {file} could both be its {split} split; say "
                 "which is which: '+data.split_names={train: FILE, test: FILE}'"
@@ -138,26 +139,30 @@ def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
 
 def _rows(file: Path, cfg: DataConfig) -> Iterator[tuple[str, list[str]]]:
     """(prompt, completions) of a file of `prompt||completion` lines, or of records."""
-    try:
-        if file.suffix == ".txt":
-            for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
-                if not line.strip():
-                    continue
-                prompt, found, completion = line.partition(cfg.separator)
-                if not found:
-                    raise ConfigError(
-                        f"{file}, line {number}: no {cfg.separator!r} between prompt and "
-                        f"completion in {line[:60]!r}; set data.separator"
-                    )
-                yield prompt, [completion]
-            return
-        records = documents.records(file)
-        for number, record in enumerate(records, 1):
-            yield _fields(record, cfg, f"{file}, record {number}")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data.path: {file} is not UTF-8 text ({error.reason})") from error
-    except csv.Error as error:
-        raise ConfigError(f"data.path: {file} is not a CSV file ({error})") from error
+    if records.kind(file) != ".txt":
+        for where, record in records.records(file):
+            yield _filled(_fields(record, cfg, where), where)
+        return
+    for number, line in enumerate(records.text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        prompt, found, completion = line.partition(cfg.separator)
+        if not found:
+            raise ConfigError(
+                f"{where}: no {cfg.separator!r} between prompt and completion in {line[:60]!r}; "
+                "set data.separator"
+            )
+        yield _filled((prompt, [completion]), where)
+
+
+def _filled(row: tuple[str, list[str]], where: str) -> tuple[str, list[str]]:
+    """`row`; raises ConfigError where its prompt or all of its completions are empty."""
+    prompt, completions = row
+    if not prompt.strip() or not any(text.strip() for text in completions):
+        what = "completion" if prompt.strip() else "prompt"
+        raise ConfigError(f"{where}: the {what} is empty; leave the record out of the file")
+    return row
 
 
 def _fields(record: dict[str, Any], cfg: DataConfig, where: str) -> tuple[str, list[str]]:
@@ -171,18 +176,41 @@ def _fields(record: dict[str, Any], cfg: DataConfig, where: str) -> tuple[str, l
             )
     slots = record[cfg.prompt_field]
     if isinstance(slots, list):  # of texts, or of triples
-        slots = " | ".join(" : ".join(s) if isinstance(s, list) else str(s) for s in slots)
-    name = next((name for name in either if record[name]), either[0])
+        slots = " | ".join(
+            " : ".join(_texts(slot, where, cfg.prompt_field)) if isinstance(slot, list) else slot
+            for slot in _texts(slots, where, cfg.prompt_field, nested=True)
+        )
+    (prompt,) = _texts([slots], where, cfg.prompt_field)
+    name = next((name for name in either if record[name] not in (None, "", [])), either[0])
     completions = record[name] if isinstance(record[name], list) else [record[name]]
-    for text in (slots, *completions):
-        if not isinstance(text, str):
-            raise ConfigError(f"{where}: {text!r} is neither text nor a list of texts")
-    return slots, completions
+    return prompt, _texts(completions, where, name)
+
+
+def _texts(values: list[Any], where: str, name: str, *, nested: bool = False) -> list[Any]:
+    """Texts with their line ends unified; with `nested`, lists among them stay as they are.
+
+    Raises:
+        ConfigError: one is neither.
+    """
+    for value in values:
+        if isinstance(value, dict):
+            chat = {"role", "content"} <= set(value)
+            why = "; chat messages are not rendered: give the text that they become" * chat
+            raise ConfigError(
+                f"{where}: {name}: expected text or a list of texts, found {str(value)[:60]}{why}"
+            )
+    return [
+        value if nested and isinstance(value, list) else records.checked(value, where, name)
+        for value in values
+    ]
 
 
 def _hub_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
     return {
-        name: [_fields(row, cfg, f"{cfg.id} {source}") for row in rows]
+        name: [
+            _fields(row, cfg, f"{cfg.id}, {source} record {number}")
+            for number, row in enumerate(rows, 1)
+        ]
         for name, (source, rows) in documents.hub_splits(cfg).items()
     }
 
