@@ -14,7 +14,6 @@ Of a source that is not split already, no two splits share a prompt.
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,6 @@ from harness import documents, records
 from harness.config import ConfigError, DataConfig, nearest
 from harness.loss import IGNORE
 
-log = logging.getLogger(__name__)
 STEMS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation",
          "test": "test"}  # fmt: skip
 E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -77,12 +75,6 @@ def read(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> dict[str,
     for name in splits:
         if not found[name]:
             raise ConfigError(f"data={cfg.name}: the {name} split has no pair")
-    seen = {pair.prompt for name in splits if name != "train" for pair in found[name]}
-    if twice := [pair.prompt for pair in found["train"] if pair.prompt in seen]:
-        log.warning(
-            "data=%s: the source has %d prompts in training and in another split too, the first %r",
-            cfg.name, len(twice), twice[0][:60],
-        )  # fmt: skip
     return {name: found[name] for name in splits}
 
 
@@ -111,10 +103,19 @@ def styled(prompt: str, cfg: DataConfig) -> str:
 
 
 def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
-    """Rows by split: of the folder's files that split_names or their own names say, or one file."""
+    return {split: list(_rows(file, cfg)) for split, file in _files(cfg).items()}
+
+
+def left_out(cfg: DataConfig) -> list[Path]:
+    """The files of `cfg.path` that are no split's."""
+    return sorted(set(documents.find_files(cfg.path)) - set(_files(cfg).values()))
+
+
+def _files(cfg: DataConfig) -> dict[str, Path]:
+    """By split, the folder's files that split_names or their own names say; or one file."""
     files = documents.find_files(cfg.path)
     if len(files) == 1 and not cfg.split_names:
-        return {"train": list(_rows(files[0], cfg))}
+        return {"train": files[0]}
     by_split: dict[str, Path] = {}
     for file in files if not cfg.split_names else []:
         if (split := STEMS.get(records.stem(file))) and (
@@ -128,13 +129,18 @@ def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
     for split, name in cfg.split_names.items():
         if name not in names:
             raise ConfigError(f"data.split_names.{split}={name}: {nearest(name, names)}")
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"data.split_names.{split}={name}: {names.count(name)} files in {cfg.path} are "
+                "called so; give them names of their own"
+            )
         by_split[split] = files[names.index(name)]
     if "train" not in by_split:
         raise ConfigError(
             f"data.path={cfg.path}: no training file among {', '.join(names[:12])}; say which is "
             "which: '+data.split_names={train: FILE, test: FILE}'"
         )
-    return {split: list(_rows(file, cfg)) for split, file in by_split.items()}
+    return by_split
 
 
 def _rows(file: Path, cfg: DataConfig) -> Iterator[tuple[str, list[str]]]:

@@ -95,12 +95,11 @@ def find_files(path: str | None) -> list[Path]:
 
 
 def left_out(path: str | None) -> list[Path]:
-    """The files of the folder `path` that `find_files` does not read, but for hidden ones."""
+    """The files of the folder `path` that `find_files` does not read; hidden ones do not count."""
     root = Path(path or "").expanduser()
     if not path or not root.is_dir():
         return []
-    others = [file for file in _walk(root) if not (kind(file) and file.is_file())]
-    return [f for f in others if not any(p.startswith(".") for p in f.relative_to(root).parts)]
+    return [file for file in _walk(root) if not (kind(file) and file.is_file())]
 
 
 def names(files: Sequence[Path], path: str | None) -> list[str]:
@@ -123,6 +122,8 @@ def names(files: Sequence[Path], path: str | None) -> list[str]:
 def _walk(root: Path) -> list[Path]:
     """All files in a folder and in the folders that are linked in it, sorted, each real one once.
 
+    What is hidden, such as a cache, is no text of the folder.
+
     Raises:
         ConfigError: a folder cannot be listed.
     """
@@ -141,8 +142,9 @@ def _walk(root: Path) -> list[Path]:
                 inner.clear()
                 continue
             walked.add(real)
+            inner[:] = [name for name in inner if not name.startswith(".")]
             waiting += [Path(folder, name) for name in sorted(inner) if _is_link(folder, name)]
-            for name in sorted(files):
+            for name in sorted(name for name in files if not name.startswith(".")):
                 (links if _is_link(folder, name) else found).append(Path(folder, name))
     return sorted(_once([*found, *sorted(links)]))
 

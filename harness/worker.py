@@ -192,7 +192,12 @@ def perform(
     stride = run.evaluate.stride or context
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
     result["evaluation"] = {"context": context, "stride": stride, "tokenizer": text.tokenizer}
+    result["data"] |= text.facts
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
+    said = [said for cfg in run.evaluate.also.values() for said in data.left_out(cfg)[1]]
+    for warning in [*text.warnings, *said] if accelerator.is_main_process else []:
+        log.warning(warning)
+        print(f"warning: {warning}", file=sys.stderr)
 
     # ----------------------------------------------------------------------- model and method
     set_seed(run.seed)
