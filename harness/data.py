@@ -34,7 +34,7 @@ CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached ta
 
 @dataclass(frozen=True)
 class Data:
-    """The text of one run, as tokens on disk. Splits never share a document."""
+    """The text of one run, as tokens on disk."""
 
     blocks: Dataset  # train: `tokens`, context + 1 ids; or what `pairs.blocks` has
     held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document

@@ -1,7 +1,8 @@
 """Where text comes from: every source gives documents, split once into train, validation and test.
 
-No two splits share a document. A source that is not split already is split by `split`, a rule that
-depends on nothing but the documents' ids: every method, seed and machine sees the same split.
+A source that is not split already is split by `split`, so that no two splits share a text; the rule
+depends on nothing but the documents' ids and which of them are copies: every method, seed and
+machine sees the same split. Copies in a source that comes split are counted (`harness.overlap`).
 """
 
 from __future__ import annotations

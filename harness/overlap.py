@@ -30,7 +30,7 @@ SPAN = 50  # tokens
 SHINGLE = 13  # tokens
 NEAR_SHARE = 0.05  # of a split's documents, above which near-duplicates are warned of
 PACKAGED = ("kjv", "docstrings")  # texts that repeat themselves, as recorded
-CHUNK = 2**20  # tokens at a time
+CHUNK = 2**18  # tokens at a time
 FILTER_BITS = 22
 FORMAT = "1"  # part of the cache's key; raise it when what is counted changes
 UInts = NDArray[np.uint64]
@@ -71,8 +71,9 @@ def near(blocks: Dataset, held_out: dict[str, Dataset], cache_dir: str) -> dict[
     with suppress(OSError, ValueError):
         return dict(json.loads(kept.read_text("utf-8")))
     found = shared({name: list(_spans(table)) for name, table in held_out.items()}, _train(blocks))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(found))
+    with suppress(OSError):  # a cache that is for reading only
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(found))
     return found
 
 
@@ -83,25 +84,19 @@ def shared(
 
     `training` is one text in pieces, which are joined.
     """
-    hashes = {
-        name: [(key, _hashes(ids)) for key, ids in documents]
-        for name, documents in held_out.items()
-    }
-    every = [found for documents in hashes.values() for _, found in documents]
-    known = np.unique(np.concatenate([np.empty(0, np.uint64), *every]))
-    there = _present(known, training)
-    return {
-        name: list(
-            dict.fromkeys(
-                key
-                for key, found in documents
-                if len(found)
-                and _longest_run(there[np.searchsorted(known, found)])
-                >= min(SPAN - SHINGLE + 1, len(found))
-            )
-        )
-        for name, documents in hashes.items()
-    }
+    every = [ids for documents in held_out.values() for _, ids in documents]
+    hashes = _hashes(np.concatenate([np.empty(0, np.int64), *every]))
+    known = np.unique(hashes)  # those across two documents do no harm: none looks at them
+    there = _present(known, training)[np.searchsorted(known, hashes)]
+    found: dict[str, list[str]] = {name: [] for name in held_out}
+    start = 0
+    for name, documents in held_out.items():
+        for key, ids in documents:
+            hits = there[start : start + max(0, len(ids) - SHINGLE + 1)]
+            start += len(ids)
+            if hits.any() and _longest_run(hits) >= min(SPAN - SHINGLE + 1, len(hits)):
+                found[name].append(key)
+    return {name: list(dict.fromkeys(keys)) for name, keys in found.items()}
 
 
 def _hashes(ids: NDArray[Any]) -> UInts:
@@ -147,9 +142,13 @@ def _longest_run(hits: NDArray[np.bool_]) -> int:
 def _spans(table: Dataset) -> Iterator[tuple[str, NDArray[Any]]]:
     """(id, tokens) of held-out documents; of pairs, each completion without its end."""
     paired = "skipped" in table.column_names
-    for row in table.with_format("numpy"):
-        ids = row["tokens"]
-        yield str(row["id"]), ids[int(row["skipped"]) : -1] if paired else ids
+    column = table.data.column("tokens").combine_chunks()
+    ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
+    ends = np.cumsum(lengths)
+    skipped = table.data.column("skipped").to_numpy() if paired else np.zeros_like(lengths)
+    keys = table.data.column("id").to_pylist()
+    for key, end, length, given in zip(keys, ends, lengths, skipped, strict=True):
+        yield str(key), ids[end - length + given : end - paired]
 
 
 def _train(blocks: Dataset) -> Iterator[NDArray[Any]]:
