@@ -78,7 +78,7 @@ class DataConfig:
     cache_dir: str = ".cache"  # tokenised blocks, by content hash
     # text_files
     path: str | None = None  # file, folder or glob
-    text_field: str = "text"  # field of .jsonl, .csv and .parquet
+    text_field: str = "text"  # field of records
     document_separator: str | None = None  # splits a .txt file into documents; null = one file, one
     # hub
     id: str | None = None

@@ -20,7 +20,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from harness import digests, documents, gguf, network
+from harness import digests, gguf, network, records
 from harness.config import ASSETS_DIR, ConfigError, DataConfig, ModelConfig, RunConfig
 
 # Of a model's folder, what `transformers` does not read for a causal language model in PyTorch.
@@ -53,9 +53,9 @@ def text_of(cfg: DataConfig) -> str:
     if cfg.source == "kjv":
         return _versions([KJV_PACKAGE])
     if cfg.source in ("text_files", "pairs") and cfg.path:
-        files = documents.find_files(cfg.path)
+        files = records.find_files(cfg.path)
         if cfg.source == "text_files":
-            named = documents.named(files)  # by which documents are split
+            named = list(zip(records.names(files, cfg.path), files, strict=True))  # which split it
         elif len(files) == 1 and not cfg.split_names:
             named = [(files[0].suffix, files[0])]  # pairs are split by their place in the file
         else:

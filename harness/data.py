@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents, pairs
+from harness import documents, overlap, pairs, records
 from harness.config import ConfigError, DataConfig
 from harness.loss import IGNORE
 
@@ -34,13 +34,15 @@ CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached ta
 
 @dataclass(frozen=True)
 class Data:
-    """The text of one run, as tokens on disk. Splits never share a document."""
+    """The text of one run, as tokens on disk."""
 
     blocks: Dataset  # train: `tokens`, context + 1 ids; or what `pairs.blocks` has
     held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document
     num_documents: dict[str, int]  # by split
     tokenized: bool  # whether anything was tokenised now, rather than found in the cache
     tokenizer: str  # twelve digits that change with its vocabulary, merges or end-of-text token
+    facts: dict[str, Any] = field(default_factory=dict)  # for result.json: copies, files left out
+    warnings: list[str] = field(default_factory=list)  # what the user is to know of the text
 
     @property
     def num_blocks(self) -> int:
@@ -101,13 +103,33 @@ def prepare(
     wanted = documents.SPLITS if test else ("train", "validation")
     fingerprint = _tokenizer_fingerprint(tokenizer)
     tables, counts, fresh = {}, {}, False
+    texts: dict[str, list[documents.Document]] = {}  # what must not be in two splits
     read = pairs.read if cfg.source == "pairs" else documents.read
     for name, docs in read(cfg, wanted).items():
         block = cfg.context if name == "train" else 0
         tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block, begins)
         counts[name] = len(docs)
         fresh = fresh or new
-    return Data(tables.pop("train"), tables, counts, fresh, fingerprint[:12])
+        texts[name] = [(doc.id, doc.prompt) if isinstance(doc, pairs.Pair) else doc for doc in docs]
+    blocks = tables.pop("train")
+    copies, warnings = overlap.facts(cfg, texts, blocks, tables)
+    files, said = left_out(cfg)
+    return Data(blocks, tables, counts, fresh, fingerprint[:12], copies | files, [*said, *warnings])
+
+
+def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
+    """The files of a folder that are not read, for result.json and as a warning."""
+    if cfg.source not in ("text_files", "pairs") or not cfg.path:
+        return {}, []
+    files = records.left_out(cfg.path)
+    if cfg.source == "pairs":
+        files = sorted({*files, *pairs.left_out(cfg)})
+    if not files:
+        return {}, []
+    names = ", ".join(str(file) for file in files[:5]) + ", …" * (len(files) > 5)
+    said = f"data.path={cfg.path}: {len(files)} file(s) are left out: {names}"
+    first = [str(file) for file in files[:100]]
+    return {"left_out": {"files": len(files), "first": first}}, [said]
 
 
 def prepare_test(

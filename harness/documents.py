@@ -1,28 +1,26 @@
 """Where text comes from: every source gives documents, split once into train, validation and test.
 
-No two splits share a document. A source that is not split already is split by `split`, a rule that
-depends on nothing but the documents' ids: every method, seed and machine sees the same split.
+A source that is not split already is split by `split`, so that no two splits share a text; the rule
+depends on nothing but the documents' ids and which of them are copies: every method, seed and
+machine sees the same split. Copies in a source that comes split are counted (`harness.overlap`).
 """
 
 from __future__ import annotations
 
 import ast
-import csv
-import difflib
-import glob
 import hashlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from harness import records
 from harness.config import ConfigError, DataConfig, nearest
-
-TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+from harness.records import find_files
 
 Document = tuple[str, str]  # (id, text)
 Splits = dict[str, list[Document]]  # of SPLITS -> documents
@@ -52,28 +50,61 @@ def _place(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def split(documents: list[Document], validation_share: float, test_share: float) -> Splits:
+def split(
+    documents: list[Document],
+    validation_share: float,
+    test_share: float,
+    document_chars: int | None = None,
+) -> Splits:
     """Documents ordered by the SHA-256 of their id: the first are test, the next validation.
 
     Shares are of the number of documents, at least one each. Training keeps the source's order.
+    Documents that are the same, as far as `document_chars`, stay together: no text is in two
+    splits. They have the place of the one whose id comes first; where a share has no room for all
+    of them, the next split has them. Without copies every document has a place of its own.
 
     Raises:
-        ConfigError: fewer than three documents.
+        ConfigError: fewer than three different documents.
     """
-    if len(documents) < 3:
+    copies: dict[str, list[Document]] = {}
+    for document in documents:
+        copies.setdefault(document[1][:document_chars], []).append(document)
+    if len(copies) < 3:
+        different = f", {len(copies)} different," if len(copies) < len(documents) else ""
         raise ConfigError(
-            f"{len(documents)} document(s) cannot be split into train, validation and test: give "
-            "at least 3 files or records, or set data.document_separator to split a .txt file"
+            f"{len(documents)} document(s){different} cannot be split into train, validation and "
+            "test: give at least 3 files or records, or set data.document_separator to split a "
+            ".txt file"
         )
-    ranked = sorted(documents, key=lambda doc: _place(doc[0]))
-    num_test = max(1, round(test_share * len(ranked)))
-    num_validation = max(1, round(validation_share * len(ranked)))
-    test, validation = ranked[:num_test], ranked[num_test : num_test + num_validation]
+    ranked = sorted(copies.values(), key=lambda group: _place(min(group)[0]))
+    test, ranked = _first(ranked, max(1, round(test_share * len(documents))))
+    validation, ranked = _first(ranked, max(1, round(validation_share * len(documents))))
     held_out = {name for name, _ in test + validation}
     train = [doc for doc in documents if doc[0] not in held_out]
     if not train:
         raise ConfigError(f"no training documents left of {len(documents)}: lower the shares")
     return {"train": train, "validation": validation, "test": test}
+
+
+def _first(groups: list[list[Document]], room: int) -> tuple[list[Document], list[list[Document]]]:
+    """The documents of the first groups that there is room for, and the groups that are left.
+
+    Where there is room for none, the smallest.
+    """
+    taken: list[list[Document]] = []
+    left: list[list[Document]] = []
+    for group in groups:
+        fits = len(group) <= room
+        room -= len(group) * fits
+        (taken if fits else left).append(group)
+    if not taken and groups:
+        taken = [min(groups, key=len)]
+        left = [group for group in groups if group is not taken[0]]
+    return [document for group in taken for document in group], left
+
+
+def _split(documents: list[Document], cfg: DataConfig) -> Splits:
+    return split(documents, cfg.validation_share, cfg.test_share, cfg.document_chars)
 
 
 # --------------------------------------------------------------------------- King James text
@@ -100,133 +131,42 @@ def kjv(cfg: DataConfig) -> Splits:
     for chapter, start in first.items():
         text = bible.scripture_content[start : last[chapter]].translate(without_brackets).strip()
         documents.append((f"kjv/{chapter // 1000:02d}.{chapter % 1000:03d}", text))
-    return split(documents, cfg.validation_share, cfg.test_share)
+    return _split(documents, cfg)
 
 
 # --------------------------------------------------------------------------- the user's own files
 
 
-def find_files(path: str | None) -> list[Path]:
-    """Files that `path` (a file, a folder or a glob) names, sorted; raises ConfigError if none."""
-    if not path:
-        raise ConfigError("data=text_files needs data.path: a file, a folder or a glob")
-    root = Path(path).expanduser()
-    if root.is_file():
-        files = [root]
-    elif root.is_dir():
-        files = sorted(f for f in root.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file())
-        if not files:
+def _texts(file: Path, cfg: DataConfig) -> Iterator[tuple[str, Any]]:
+    """(where, text) of every document of one file, in order; None where a record has none."""
+    if records.kind(file) == ".txt":
+        whole, cut = records.text(file), cfg.document_separator
+        for number, piece in enumerate(whole.split(cut) if cut else [whole], 1):
+            yield f"{file}, document {number}", piece
+        return
+    for where, record in records.records(file, [cfg.text_field]):
+        if cfg.text_field not in record:
             raise ConfigError(
-                f"data.path={path}: no {', '.join(TEXT_SUFFIXES)} files in this folder"
+                f"data.text_field={cfg.text_field}: {where} has no such field; "
+                f"{nearest(cfg.text_field, list(record))}"
             )
-    else:
-        files = sorted(Path(f) for f in glob.glob(str(root), recursive=True) if os.path.isfile(f))
-        if not files:
-            beside = [f.name for f in root.parent.glob("*")] if root.parent.is_dir() else []
-            close = difflib.get_close_matches(root.name, beside, n=1)
-            hint = f"; did you mean '{root.parent / close[0]}'?" if close else ""
-            raise ConfigError(f"data.path={path}: no such file or folder{hint}")
-    for file in files:
-        if file.suffix not in TEXT_SUFFIXES:
-            raise ConfigError(f"data.path: {file} is not one of {', '.join(TEXT_SUFFIXES)}")
-        if not os.access(file, os.R_OK):
-            raise ConfigError(f"data.path: {file} cannot be read (permission)")
-        if file.stat().st_size == 0:
-            raise ConfigError(f"data.path: {file} is empty")
-        if file.suffix != ".parquet":
-            with file.open("rb") as stream:
-                if b"\0" in stream.read(8192):
-                    raise ConfigError(f"data.path: {file} is binary, not text")
-    return files
-
-
-def named(files: Sequence[Path]) -> list[tuple[str, Path]]:
-    """(name, file): the name that documents have, by which they are split.
-
-    It is the real path within the folder that all of them are in, however they were spelled.
-    """
-    root = Path(os.path.commonpath([file.resolve().parent for file in files]))
-    return [(file.resolve().relative_to(root).as_posix(), file) for file in files]
-
-
-def _records(file: Path, cfg: DataConfig) -> Iterator[str]:
-    """The texts of one file, in order."""
-    if file.suffix == ".txt":
-        text = file.read_text("utf-8-sig")  # a byte-order mark is not text
-        yield from text.split(cfg.document_separator) if cfg.document_separator else [text]
-        return
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            names = pq.read_schema(file).names
-        except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"data.path: {file} is not a parquet file ({error})") from error
-        if cfg.text_field not in names:
-            raise ConfigError(_no_field(file, cfg.text_field, names))
-        column = pq.read_table(file, columns=[cfg.text_field])[cfg.text_field]
-        yield from (value or "" for value in column.to_pylist())
-        return
-    for row in records(file):
-        if cfg.text_field not in row:
-            raise ConfigError(_no_field(file, cfg.text_field, list(row)))
-        yield row[cfg.text_field] or ""
-
-
-def records(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl, .csv or .parquet file, in order."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        yield from pq.read_table(file).to_pylist()
-        return
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the default's 128 KiB
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        yield from csv.DictReader(stream) if file.suffix == ".csv" else _json_lines(file, stream)
-
-
-def _json_lines(file: Path, stream: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise ConfigError(f"{file}, line {number}: not JSON ({reason})") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{file}, line {number}: expected a JSON object, found {line[:40]!r}")
-        yield row
-
-
-def _no_field(file: Path, name: str, names: list[str]) -> str:
-    return f"data.text_field={name}: {file} has no such field; {nearest(name, names)}"
+        yield where, record[cfg.text_field]
 
 
 def text_files(cfg: DataConfig) -> Splits:
-    """The user's own .txt, .jsonl, .csv or .parquet files, split by document.
+    """The user's own files (`records.KINDS`), split by document.
 
     A .txt file is one document, or several when `document_separator` is set; a record of the other
-    formats is one.
+    formats is one. Records that hold null or white space are no documents.
     """
+    files = find_files(cfg.path)
     documents = []
-    for name, file in named(find_files(cfg.path)):
-        try:
-            texts = list(_records(file, cfg))
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"data.path: {file} is not UTF-8 text ({error.reason})") from error
-        except csv.Error as error:
-            raise ConfigError(f"data.path: {file} is not a CSV file ({error})") from error
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise ConfigError(f"{file}, record {number}: {cfg.text_field} is {kind}, not text")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ConfigError(f"{file}, record {number}: a lone surrogate is not text")
+    for name, file in zip(records.names(files, cfg.path), files, strict=True):
+        for number, (where, value) in enumerate(_texts(file, cfg)):
+            text = "" if value is None else records.checked(value, where, cfg.text_field)
             if text.strip():
                 documents.append((f"{name}#{number}", text))
-    return split(documents, cfg.validation_share, cfg.test_share)
+    return _split(documents, cfg)
 
 
 # --------------------------------------------------------------------------- the hub
@@ -238,6 +178,8 @@ def _load_hub(cfg: DataConfig) -> Any:
 
     from harness import network
 
+    if Path(str(cfg.id)).is_dir():  # `datasets` takes what is broken for something else
+        records.check_folder(Path(str(cfg.id)))
     try:
         return datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -272,14 +214,13 @@ def hub(cfg: DataConfig) -> Splits:
         if cfg.text_field not in rows.column_names:
             names = rows.column_names
             raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
-        texts = rows[cfg.text_field]
         documents[name] = [
             (f"{source}/{i}", text)
-            for i, text in enumerate(texts)
-            if isinstance(text, str) and text.strip()
+            for i, text in enumerate(_column(cfg, source, rows[cfg.text_field]))
+            if text.strip()
         ]
     if len(documents) < 3:
-        cut = split(documents["train"], cfg.validation_share, cfg.test_share)
+        cut = _split(documents["train"], cfg)
         if "validation" not in documents and "test" not in documents:
             return cut
         missing = "validation" if "validation" not in documents else "test"
@@ -287,6 +228,20 @@ def hub(cfg: DataConfig) -> Splits:
         held_out = {name for name, _ in cut[missing]}
         documents["train"] = [doc for doc in documents["train"] if doc[0] not in held_out]
     return documents
+
+
+def _column(cfg: DataConfig, split: str, values: Iterable[Any]) -> Iterator[str]:
+    """The texts of a column, "" where it holds null; of a folder's files with their ends unified.
+
+    A data set of the hub is what it says it is: published figures are of its text as it is.
+    """
+    own = Path(str(cfg.id)).is_dir()
+    for number, value in enumerate(values, 1):
+        if value is None:
+            yield ""
+            continue
+        text = records.checked(value, f"{cfg.id}, {split} record {number}", str(cfg.text_field))
+        yield text if own else value
 
 
 def raw_rows(cfg: DataConfig, split: str) -> list[str]:
@@ -299,7 +254,7 @@ def raw_rows(cfg: DataConfig, split: str) -> list[str]:
         ConfigError: no such split.
     """
     if cfg.source == "text_files":
-        lines = find_files(cfg.path)[0].read_text("utf-8-sig").split("\n")
+        lines = records.text(find_files(cfg.path)[0]).split("\n")
         rows = [f"{line}\n" for line in lines[:-1]] + [lines[-1]]
         return [row if row.strip() else "" for row in rows if row]
     source = cfg.split_names.get(split, split)
@@ -311,7 +266,7 @@ def raw_rows(cfg: DataConfig, split: str) -> list[str]:
     names = loaded[source].column_names
     if cfg.text_field not in names:
         raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
-    rows = [row or "" for row in loaded[source][cfg.text_field]]
+    rows = list(_column(cfg, source, loaded[source][cfg.text_field]))
     if Path(str(cfg.id)).is_dir():  # lines of text files come without their ends
         rows = [f"{row.removesuffix(chr(10))}\n" if row.strip() else "" for row in rows]
     return rows
@@ -349,7 +304,7 @@ def docstrings(cfg: DataConfig) -> Splits:
         scratch = cached.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(documents), "utf-8")
         scratch.replace(cached)
-    return split(documents, cfg.validation_share, cfg.test_share)
+    return _split(documents, cfg)
 
 
 def _parse(files: list[tuple[str, str]]) -> list[Document]:

@@ -13,9 +13,7 @@ Of a source that is not split already, no two splits share a prompt.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import logging
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -27,11 +25,10 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents
+from harness import documents, records
 from harness.config import ConfigError, DataConfig, nearest
 from harness.loss import IGNORE
 
-log = logging.getLogger(__name__)
 STEMS = {"train": "train", "valid": "validation", "validation": "validation", "dev": "validation",
          "test": "test"}  # fmt: skip
 E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
@@ -78,12 +75,6 @@ def read(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> dict[str,
     for name in splits:
         if not found[name]:
             raise ConfigError(f"data={cfg.name}: the {name} split has no pair")
-    seen = {pair.prompt for name in splits if name != "train" for pair in found[name]}
-    if twice := [pair.prompt for pair in found["train"] if pair.prompt in seen]:
-        log.warning(
-            "data=%s: the source has %d prompts in training and in another split too, the first %r",
-            cfg.name, len(twice), twice[0][:60],
-        )  # fmt: skip
     return {name: found[name] for name in splits}
 
 
@@ -112,13 +103,24 @@ def styled(prompt: str, cfg: DataConfig) -> str:
 
 
 def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
-    """Rows by split: of the folder's files that split_names or their own names say, or one file."""
+    return {split: list(_rows(file, cfg)) for split, file in _files(cfg).items()}
+
+
+def left_out(cfg: DataConfig) -> list[Path]:
+    """The files of `cfg.path` that are no split's."""
+    return sorted(set(documents.find_files(cfg.path)) - set(_files(cfg).values()))
+
+
+def _files(cfg: DataConfig) -> dict[str, Path]:
+    """By split, the folder's files that split_names or their own names say; or one file."""
     files = documents.find_files(cfg.path)
     if len(files) == 1 and not cfg.split_names:
-        return {"train": list(_rows(files[0], cfg))}
+        return {"train": files[0]}
     by_split: dict[str, Path] = {}
     for file in files if not cfg.split_names else []:
-        if (split := STEMS.get(file.stem)) and (other := by_split.setdefault(split, file)) != file:
+        if (split := STEMS.get(records.stem(file))) and (
+            other := by_split.setdefault(split, file)
+        ) != file:
             raise ConfigError(
                 f"data.path={cfg.path}: {other} and {file} could both be its {split} split; say "
                 "which is which: '+data.split_names={train: FILE, test: FILE}'"
@@ -127,37 +129,46 @@ def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
     for split, name in cfg.split_names.items():
         if name not in names:
             raise ConfigError(f"data.split_names.{split}={name}: {nearest(name, names)}")
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"data.split_names.{split}={name}: {names.count(name)} files in {cfg.path} are "
+                "called so; give them names of their own"
+            )
         by_split[split] = files[names.index(name)]
     if "train" not in by_split:
         raise ConfigError(
             f"data.path={cfg.path}: no training file among {', '.join(names[:12])}; say which is "
             "which: '+data.split_names={train: FILE, test: FILE}'"
         )
-    return {split: list(_rows(file, cfg)) for split, file in by_split.items()}
+    return by_split
 
 
 def _rows(file: Path, cfg: DataConfig) -> Iterator[tuple[str, list[str]]]:
     """(prompt, completions) of a file of `prompt||completion` lines, or of records."""
-    try:
-        if file.suffix == ".txt":
-            for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
-                if not line.strip():
-                    continue
-                prompt, found, completion = line.partition(cfg.separator)
-                if not found:
-                    raise ConfigError(
-                        f"{file}, line {number}: no {cfg.separator!r} between prompt and "
-                        f"completion in {line[:60]!r}; set data.separator"
-                    )
-                yield prompt, [completion]
-            return
-        records = documents.records(file)
-        for number, record in enumerate(records, 1):
-            yield _fields(record, cfg, f"{file}, record {number}")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data.path: {file} is not UTF-8 text ({error.reason})") from error
-    except csv.Error as error:
-        raise ConfigError(f"data.path: {file} is not a CSV file ({error})") from error
+    if records.kind(file) != ".txt":
+        for where, record in records.records(file):
+            yield _filled(_fields(record, cfg, where), where)
+        return
+    for number, line in enumerate(records.text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        prompt, found, completion = line.partition(cfg.separator)
+        if not found:
+            raise ConfigError(
+                f"{where}: no {cfg.separator!r} between prompt and completion in {line[:60]!r}; "
+                "set data.separator"
+            )
+        yield _filled((prompt, [completion]), where)
+
+
+def _filled(row: tuple[str, list[str]], where: str) -> tuple[str, list[str]]:
+    """`row`; raises ConfigError where its prompt or all of its completions are empty."""
+    prompt, completions = row
+    if not prompt.strip() or not any(text.strip() for text in completions):
+        what = "completion" if prompt.strip() else "prompt"
+        raise ConfigError(f"{where}: the {what} is empty; leave the record out of the file")
+    return row
 
 
 def _fields(record: dict[str, Any], cfg: DataConfig, where: str) -> tuple[str, list[str]]:
@@ -171,18 +182,41 @@ def _fields(record: dict[str, Any], cfg: DataConfig, where: str) -> tuple[str, l
             )
     slots = record[cfg.prompt_field]
     if isinstance(slots, list):  # of texts, or of triples
-        slots = " | ".join(" : ".join(s) if isinstance(s, list) else str(s) for s in slots)
-    name = next((name for name in either if record[name]), either[0])
+        slots = " | ".join(
+            " : ".join(_texts(slot, where, cfg.prompt_field)) if isinstance(slot, list) else slot
+            for slot in _texts(slots, where, cfg.prompt_field, nested=True)
+        )
+    (prompt,) = _texts([slots], where, cfg.prompt_field)
+    name = next((name for name in either if record[name] not in (None, "", [])), either[0])
     completions = record[name] if isinstance(record[name], list) else [record[name]]
-    for text in (slots, *completions):
-        if not isinstance(text, str):
-            raise ConfigError(f"{where}: {text!r} is neither text nor a list of texts")
-    return slots, completions
+    return prompt, _texts(completions, where, name)
+
+
+def _texts(values: list[Any], where: str, name: str, *, nested: bool = False) -> list[Any]:
+    """Texts with their line ends unified; with `nested`, lists among them stay as they are.
+
+    Raises:
+        ConfigError: one is neither.
+    """
+    for value in values:
+        if isinstance(value, dict):
+            chat = {"role", "content"} <= set(value)
+            why = "; chat messages are not rendered: give the text that they become" * chat
+            raise ConfigError(
+                f"{where}: {name}: expected text or a list of texts, found {str(value)[:60]}{why}"
+            )
+    return [
+        value if nested and isinstance(value, list) else records.checked(value, where, name)
+        for value in values
+    ]
 
 
 def _hub_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
     return {
-        name: [_fields(row, cfg, f"{cfg.id} {source}") for row in rows]
+        name: [
+            _fields(row, cfg, f"{cfg.id}, {source} record {number}")
+            for number, row in enumerate(rows, 1)
+        ]
         for name, (source, rows) in documents.hub_splits(cfg).items()
     }
 

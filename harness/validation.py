@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness import gguf
+from harness import gguf, records
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -290,7 +290,7 @@ def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:
         )
     if data.source == "text_files":
         files = find_files(data.path)
-        if len(files) != 1 or files[0].suffix != ".txt":
+        if len(files) != 1 or records.kind(files[0]) != ".txt":
             raise ConfigError(f"{where}: expected data.path to be one .txt file, the test set")
         if run.method.trains:
             raise ConfigError(

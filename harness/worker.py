@@ -207,7 +207,12 @@ def perform(
         "prefix": first.recorded(),
         "tokenizer": text.tokenizer,
     }
+    result["data"] |= text.facts
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
+    said = [said for cfg in run.evaluate.also.values() for said in data.left_out(cfg)[1]]
+    for warning in [*text.warnings, *said] if accelerator.is_main_process else []:
+        log.warning(warning)
+        print(f"warning: {warning}", file=sys.stderr)
 
     # ----------------------------------------------------------------------- model and method
     set_seed(run.seed)

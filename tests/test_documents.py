@@ -1,4 +1,6 @@
+import hashlib
 import json
+import random
 
 import pandas as pd
 import pytest
@@ -38,6 +40,57 @@ def test_the_split_depends_on_the_ids_alone():
     assert [d for d in docs if d in one["train"]] == one["train"]  # the source's order
     with pytest.raises(ConfigError, match="2 document"):
         documents.split(docs[:2], 0.1, 0.1)
+
+
+def test_the_split_of_kjv_is_the_recorded_one(kjv):
+    digests = {k: hashlib.sha256(repr(docs).encode()).hexdigest()[:16] for k, docs in kjv.items()}
+    assert digests == {
+        "train": "744868f61c66dd0f",
+        "validation": "0c9764a72f2c6e21",
+        "test": "fee35663d5e92ed8",
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_two_splits_share_a_text_and_without_copies_nothing_moves(seed):
+    draw = random.Random(seed)
+    kinds = draw.choice([4, 20, 200])
+    docs = [(f"a.jsonl#{i}", f"text {draw.randrange(kinds)}") for i in range(200)]
+    validation_share, test_share = draw.choice([0.01, 0.05, 0.2]), draw.choice([0.02, 0.1, 0.2])
+    found = documents.split(docs, validation_share, test_share)
+    assert sorted(doc for part in found.values() for doc in part) == sorted(docs)
+    assert [doc for doc in docs if doc in found["train"]] == found["train"]
+    texts = {name: {text for _, text in part} for name, part in found.items()}
+    assert all(texts.values())
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
+    assert not texts["validation"] & texts["test"]
+    alone = [text for _, text in docs]
+    largest = max(alone.count(text) for text in texts["test"] | texts["validation"])
+    for name, share in (("test", test_share), ("validation", validation_share)):
+        room = round(share * 200)
+        assert len(found[name]) <= max(room, largest)
+        if largest <= room and kinds == 200:
+            assert len(found[name]) == room
+    # Copies apart: the documents in the order of SHA-256 of their ids, as it always was.
+    unlike = [(key, f"{text} of {key}") for key, text in docs]
+    ranked = sorted(unlike, key=lambda doc: hashlib.sha256(doc[0].encode()).digest())
+    first, second = round(test_share * 200), round(validation_share * 200)
+    found = documents.split(unlike, validation_share, test_share)
+    assert found["test"] == ranked[:first]
+    assert found["validation"] == ranked[first : first + second]
+
+
+def test_copies_are_those_of_the_text_that_is_used():
+    docs = [(f"d{i}", f"{'ab cd ef gh'[i % 4 * 3 :][:2]} and {i}") for i in range(40)]
+    whole = documents.split(docs, 0.05, 0.05)
+    assert [len(whole[name]) for name in documents.SPLITS] == [36, 2, 2]
+    cut = documents.split(docs, 0.05, 0.05, document_chars=2)
+    assert [len(cut[name]) for name in documents.SPLITS] == [20, 10, 10]
+    assert all(
+        len({text[:2] for _, text in part}) == 1 for name, part in cut.items() if name != "train"
+    )
+    with pytest.raises(ConfigError, match=r"40 document\(s\), 1 different, cannot be split"):
+        documents.split([(key, "same") for key, _ in docs], 0.05, 0.05)
 
 
 def test_a_smaller_share_of_the_training_text_is_within_a_larger_and_moves_nothing_else(kjv):
@@ -147,9 +200,9 @@ def test_parsed_docstrings_are_kept_and_a_smaller_share_stays_within_the_larger(
     large = read(0.2)
     (kept,) = (tmp_path / "docstrings").iterdir()
     texts = json.loads(kept.read_text())
-    kept.write_text(json.dumps([[name, "kept"] for name, _ in texts]))
+    kept.write_text(json.dumps([[name, f"{i:02d} kept"] for i, (name, _) in enumerate(texts)]))
     small = read(0.1)
-    assert {text for docs in small.values() for _, text in docs} == {"kept"}
+    assert {text[2:] for docs in small.values() for _, text in docs} == {" kept"}
     held_out = {name for split in ("validation", "test") for name, _ in small[split]}
     assert held_out <= {name for name, _ in large["test"]}
     # A test share of twice the size is test and validation together: conf/data/docstrings_held_out.
@@ -160,7 +213,7 @@ def test_parsed_docstrings_are_kept_and_a_smaller_share_stays_within_the_larger(
     )  # fmt: skip
     test = documents.read(cfg, ("test",))
     assert {name for name, _ in test["test"]} == both and set(test) == {"test"}
-    assert {text for _, text in test["test"]} == {"ke"}
+    assert {len(text) for _, text in test["test"]} == {2}
 
 
 def test_byte_order_marks_and_long_fields_are_read(tmp_path):

@@ -121,6 +121,85 @@ def test_a_file_that_is_no_file_of_pairs_is_named(cfg, lines_file, text, said):
         pairs.read(cfg)
 
 
+def test_a_line_of_pairs_ends_where_python_s_text_files_have_a_line_end(cfg, lines_file):
+    odd = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1e"
+    lines = [f"describe {i}||it is {i}{odd}see also||another line" for i in range(9)]
+    for end in ("\n", "\r\n", "\r"):
+        lines_file.write_bytes("\ufeff".encode() + end.join(lines).encode())
+        with lines_file.open(encoding="utf-8-sig") as stream:
+            expected = {tuple(line.rstrip("\n").split("||", 1)) for line in stream}
+        found = [pair for split in pairs.read(cfg).values() for pair in split]
+        assert {(pair.prompt, *pair.completions) for pair in found} == expected
+        assert len(expected) == 9
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+MESSAGES = '[{"role": "user", "content": "hello"}]'
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (f'{{"prompt": {MESSAGES}, "completion": "b"}}', "prompt: expected text.*chat messages"),
+        (
+            f'{{"prompt": "a", "completion": {MESSAGES}}}',
+            "completion: expected text.*chat messages",
+        ),
+        (
+            '{"prompt": {"role": "user", "content": "x"}, "completion": "b"}',
+            "chat messages are not",
+        ),
+        ('{"prompt": {"a": 1}, "completion": "b"}', "prompt: expected text or a list of texts"),
+        ('{"prompt": 3, "completion": "b"}', "prompt is int, not text"),
+        ('{"prompt": null, "completion": "b"}', "prompt is null, not text"),
+        ('{"prompt": ["a", 3], "completion": "b"}', "prompt is int, not text"),
+        ('{"prompt": [["a", null]], "completion": "b"}', "prompt is null, not text"),
+        ('{"prompt": [["a", ["b"]]], "completion": "b"}', "prompt is list, not text"),
+        ('{"prompt": "a", "completion": 0}', "completion is int, not text"),
+        ('{"prompt": "a", "completion": null}', "completion is null, not text"),
+        ('{"prompt": "a", "completion": ["b", 3]}', "completion is int, not text"),
+        ('{"prompt": "a", "completion": "\\ud83d y"}', r"completion: a lone surrogate .*\\ud83d"),
+        ('{"prompt": "a \\udc00", "completion": "y"}', "prompt: a lone surrogate"),
+        ('{"prompt": " ", "completion": "b"}', "the prompt is empty"),
+        ('{"prompt": "a", "completion": "\\n"}', "the completion is empty"),
+        ('{"prompt": "a", "completion": []}', "the completion is empty"),
+        ('{"prompt": "a"}', "has no such field; choose one of: prompt"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "'prompt' twice"),
+    ],
+)
+def test_a_record_that_is_no_pair_is_refused_with_file_and_line(cfg, tmp_path, record, said):
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * 3 + "\n" + record + "\n")
+    with pytest.raises(ConfigError, match=said) as error:
+        pairs.read(replace(cfg, path=str(path)))
+    assert "a.jsonl, line 5" in str(error.value)
+
+
+def test_pairs_are_the_same_in_every_format(cfg, tmp_path, lines_file):
+    table = pd.DataFrame(LINES, columns=["prompt", "completion"])
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_json(tmp_path / "A.JSONL.gz", orient="records", lines=True, compression="gzip")
+    table.to_json(tmp_path / "a.json", orient="records")
+    expected = pairs.read(cfg)
+    for name in ("a.csv", "a.parquet", "A.JSONL.gz", "a.json"):
+        assert pairs.read(replace(cfg, path=str(tmp_path / name))) == expected
+
+
+def test_files_that_are_no_split_s_are_told_and_names_twice_are_refused(cfg, lines_file, tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("Train.TXT", "more/test.txt", "more/x/data.txt", "data.txt", "README.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(lines_file.read_text())
+    named = replace(cfg, path=str(folder))
+    assert len(pairs.read(named)["test"]) == 12
+    facts, (said,) = data.left_out(named)
+    assert facts["left_out"]["files"] == 3
+    assert all(name in said for name in ("README.md", "folder/data.txt", "x/data.txt"))
+    with pytest.raises(ConfigError, match=r"2 files in .* are called so"):
+        pairs.read(replace(named, split_names={"train": "data.txt"}))
+
+
 def test_a_sequence_is_prompt_end_completion_end(cfg, tokenizer):
     (pair, *_) = pairs.read(cfg)["train"]
     first = pairs.sequences([pair], tokenizer, 96)[0]
