@@ -11,7 +11,7 @@ quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, w
 bits_per_byte}, quality.also.NAME.{before, after} with the same, quality.test_protocol
 (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
 num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride, tokenizer},
-environment.{commit, versions, hardware, runs_beside, sharded}.
+environment.{commit, versions, hardware, runs_beside (null: not counted), sharded}.
 """
 
 from __future__ import annotations
