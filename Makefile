@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-stats lint bench gpt2_mini clean
+.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-stats test-oldest lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -18,7 +18,7 @@ setup: .venv/installed ## create .venv and install the project with the pinned c
 	@touch .venv/installed
 
 experiment: setup ## run an experiment and print its table (EXPERIMENT=main, about 12 minutes)
-	$(RUN) -m harness experiment=$(EXPERIMENT)
+	$(RUN) -m harness "experiment=$(EXPERIMENT)"
 
 claims: setup ## put seven claims for low-rank adaptation to the test (about 100 minutes; goes on after a stop)
 	$(RUN) -m harness experiment=claims
@@ -29,10 +29,10 @@ tune: setup ## search learning rates on validation, write conf/rates (about 40 m
 	$(RUN) -m harness experiment=tune
 
 report: setup ## tables, figures and the page of an experiment (EXPERIMENT=main)
-	$(RUN) -m harness.report outputs/$(EXPERIMENT)
+	$(RUN) -m harness.report "outputs/$(EXPERIMENT)"
 
 wandb-sync: setup ## upload an experiment's offline W&B runs, each once (EXPERIMENT=main)
-	cd outputs/$(EXPERIMENT) && $(CURDIR)/$(RUN) -m wandb sync --yes
+	cd "outputs/$(EXPERIMENT)" && "$(CURDIR)/$(RUN)" -m wandb sync --yes
 
 verify-published: setup ## published perplexities of GPT-2 beside ours (ONLY=gpt2, about 30 minutes; weights from the hub)
 	$(RUN) -m harness.verify $(if $(ONLY),--only $(ONLY))
@@ -53,6 +53,13 @@ test-launchers: setup ## sweeps by joblib, Ray and submitit (about 8 minutes wit
 test-peft: setup ## PEFT's own common tests over udv and the fused LoRA layer (about 2 minutes)
 	$(RUN) -m pytest tests/peft_suite.py
 
+test-oldest: setup ## the oldest versions that pyproject.toml allows, beside the pinned torch (about 10 minutes with their installation)
+	$(PYTHON) -m venv .venv-oldest
+	$(RUN) tests/oldest.py > .venv-oldest/bounds.txt
+	grep '^torch==' constraints.txt >> .venv-oldest/bounds.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/bounds.txt --editable ".[dashboard,tensorboard]" pytest loralib gguf
+	.venv-oldest/bin/python -m pytest tests/test_config.py tests/test_count.py tests/test_data.py tests/test_evaluate.py tests/test_loss.py tests/test_lstm.py tests/test_models.py tests/test_train.py tests/test_roles.py tests/test_dashboard.py tests/test_stats.py tests/methods/test_methods.py tests/methods/test_lora_layer.py tests/methods/test_udv.py tests/methods/test_udv_adapters.py tests/test_api.py
+
 test-stats: setup ## calibration of the statistics by simulation (about 11 minutes)
 	$(RUN) -m pytest -m stats --capture=no tests/test_stats.py
 
@@ -71,4 +78,4 @@ gpt2_mini: setup ## pretrain the shipped model again: tokenizer, 26 M tokens, pa
 	$(RUN) experiments/pretrain_gpt2_mini/build.py package outputs/pretrain_gpt2_mini/pretrain
 
 clean: ## delete the environment and the cache; outputs stay
-	rm -rf .venv .cache
+	rm -rf .venv .venv-oldest .cache

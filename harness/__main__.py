@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402 - after the si
 
 from harness import composition, launch  # noqa: E402 - after the signal's handler
 from harness.config import CONF_DIR, ConfigError  # noqa: E402 - after the signal's handler
-from harness.console import ended  # noqa: E402 - after the signal's handler
+from harness.console import ended, reason  # noqa: E402 - after the signal's handler
 
 
 def main() -> int:
@@ -50,7 +50,8 @@ def main() -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"error: {error.filename or 'outputs_dir'}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with what is not finished", file=sys.stderr)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import math
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,8 @@ def _hydra() -> Iterator[ConfigLoaderImpl]:
 def plan(run: RunConfig) -> Prediction | None:
     """Parameters, memory by category and FLOPs of `run`, before it runs; needs no weights.
 
+    Held-out text that is on this machine is read for the size of its batches.
+
     None where only a run can tell (`harness.predict.predict`). torch's threads and Accelerate's
     state are left as they were.
 
@@ -93,7 +95,9 @@ def plan(run: RunConfig) -> Prediction | None:
     from harness import predict  # which needs torch
 
     with _quiet(), _as_they_were():
-        return predict.predict(*predict.setting(run))
+        plain, model_config, accelerator = predict.setting(run)
+        evaluated = predict.largest_batch(run, model_config)
+        return predict.predict(plain, model_config, accelerator, evaluated)
 
 
 @contextmanager
@@ -146,6 +150,9 @@ def run(run: RunConfig) -> dict[str, Any]:
 def collect(folder: str | Path) -> pd.DataFrame:
     """A row a configuration with a finished run in `folder`: the columns of its results.csv.
 
+    Text stays text, whatever it looks like, and numbers numbers; what is not there is NaN. Only
+    method.rank, which is text in a result ("8", "full"), is a number where every row has one.
+
     Raises:
         ConfigError: there is no such folder, or no finished run in it.
     """
@@ -154,7 +161,13 @@ def collect(folder: str | Path) -> pd.DataFrame:
     found = evidence.find(Path(folder).expanduser())
     if not found.rows:
         raise ConfigError(f"{folder}: no finished run; outputs/<experiment_name> has an experiment")
-    return pd.read_csv(io.StringIO(summary.results_csv(found)))
+    names, lines = summary.results_lines(found)
+    frame = pd.DataFrame(
+        [[math.nan if value is None else value for value in line] for line in lines], columns=names
+    )
+    with suppress(ValueError):
+        frame["method.rank"] = pd.to_numeric(frame["method.rank"])
+    return frame
 
 
 def _is_sweep(text: str) -> bool:

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness import documents, overlap, pairs, records
 from harness.config import ConfigError, DataConfig
+from harness.console import reason
 from harness.loss import IGNORE
 
 log = logging.getLogger(__name__)
@@ -140,6 +142,40 @@ def prepare_test(
     return _table(cfg, docs, tokenizer, _tokenizer_fingerprint(tokenizer), 0, begins)[0]
 
 
+AT_HAND_BYTES = 64 * 2**20  # of files that a prediction reads; more fill every batch
+
+
+def held_out_sizes(
+    cfg: DataConfig, splits: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int] | None]:
+    """Tokens of every document of some held-out `splits`, if the text is on this machine.
+
+    Nothing is cached. Without a `tokenizer` bytes stand for tokens, of which no document has more.
+    None for each split whose text is not at hand, cannot be read, or is long.
+    """
+    unknown: list[list[int] | None] = [None] * len(splits)
+    try:
+        if cfg.source in ("text_files", "pairs") and not cfg.id:
+            if sum(file.stat().st_size for file in documents.find_files(cfg.path)) > AT_HAND_BYTES:
+                return unknown
+        elif cfg.source != "kjv":
+            return unknown
+        if cfg.source == "pairs":
+            if tokenizer is None:
+                return unknown
+            tables = [
+                pairs.evaluated(rows, tokenizer, cfg.context)
+                for rows in pairs.read(cfg, splits).values()
+            ]
+            return [pc.list_value_length(table["tokens"]).to_pylist() for table in tables]
+        found = documents.read(cfg, splits)
+    except (ConfigError, OSError):
+        return unknown
+    if tokenizer is None:
+        return [[len(text.encode()) for _, text in docs] for docs in found.values()]
+    return [[len(ids) for ids in _encode(docs, tokenizer)] for docs in found.values()]
+
+
 def _table(
     cfg: DataConfig,
     docs: list[Any],
@@ -207,7 +243,7 @@ def _save(dataset: Dataset, folder: Path) -> None:
         scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".writing-")
     except OSError as error:
         raise ConfigError(
-            f"data.cache_dir: cannot write {folder.parent} ({error.strerror})"
+            f"data.cache_dir: cannot write {folder.parent} ({reason(error)})"
         ) from error
     dataset.save_to_disk(scratch)
     try:
@@ -271,6 +307,11 @@ def _tokenize(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase
             "num_bytes": [len(text.encode()) for _, text in docs],
         }
     )
+
+
+def document_sizes(dataset: Dataset) -> list[int]:
+    """Tokens of every document of a held-out split."""
+    return list(pc.list_value_length(dataset.data.column("tokens")).to_pylist())
 
 
 def num_tokens(dataset: Dataset) -> int:

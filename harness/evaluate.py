@@ -57,6 +57,17 @@ def windows(num_tokens: list[int], context: int, stride: int) -> Iterator[Window
             done = end
 
 
+def batch_shapes(
+    num_tokens: list[int], context: int, stride: int, batch_tokens: int
+) -> list[tuple[int, int]]:
+    """(windows, tokens of the longest) of every batch that `document_nll` makes of a text.
+
+    In its order: the first one, whose memory a run follows, has the longest windows.
+    """
+    todo = list(windows(num_tokens, context, stride))
+    return [(len(batch), _width(todo[batch[0]])) for batch in _batches(todo, batch_tokens)]
+
+
 def batch_tokens(config: PretrainedConfig) -> int:
     """Tokens of an evaluation batch whose activations fit ACTIVATION_BYTES.
 
@@ -141,7 +152,7 @@ def window_nll(
 
     `prepared` is a `NextToken`. `ids` gives a window's inputs and one id more, the last target.
     `batching` is how windows may share a batch (`probes.batching`). `following` is
-    entered around the first batch, the largest one.
+    entered around the first batch, which has the longest windows.
     """
     device = next(prepared.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)

@@ -33,7 +33,7 @@ from harness import models, saved
 from harness.card import Exported, card
 from harness.composition import explain
 from harness.config import ConfigError
-from harness.console import ended
+from harness.console import ended, reason
 from harness.methods import UNFIT, joined_lora, tying
 from harness.saved import ADAPTER, Saved
 from harness.unfuse import fuse_qkv, is_unfused
@@ -63,7 +63,7 @@ def export(run_dir: Path, out: Path, *, merge: bool) -> Exported:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     except OSError as error:
-        raise ConfigError(f"{out}: cannot write there ({error.strerror})") from error
+        raise ConfigError(f"{out}: cannot write there ({reason(error)})") from error
     try:
         exported = _write_whole(run, scratch) if whole else _write_adapter(run, scratch)
         run.tokenizer.save_pretrained(scratch)
@@ -288,7 +288,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or asked.out}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or asked.out}: {reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

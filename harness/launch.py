@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness import composition, config, contents, lock, naming, progress, results, start, tracking
 from harness.config import ConfigError, RunConfig
+from harness.console import reason
 
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
 WORTH_RETRYING = ("killed", "oom", "disk")
@@ -110,7 +111,7 @@ def _go_to(folder: str) -> None:
     except OSError as error:
         raise ConfigError(
             f"{folder}, where the sweep was started, is not on {socket.gethostname()} "
-            f"({error.strerror}): start it in a folder that all machines share"
+            f"({reason(error)}): start it in a folder that all machines share"
         ) from error
 
 
@@ -153,7 +154,7 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
 
 def _unwritable(run: RunConfig, error: OSError) -> Outcome:
     """A full disk is a failure like any other; whatever else hinders writing is a ConfigError."""
-    message = f"outputs_dir={run.outputs_dir}: cannot write {run.run_dir} ({error.strerror})"
+    message = f"outputs_dir={run.outputs_dir}: cannot write {run.run_dir} ({reason(error)})"
     if error.errno in results.DISK_ERRORS:
         return Outcome(run.run_dir, "failed", message, "disk")
     raise ConfigError(message) from error
@@ -284,7 +285,7 @@ def _record(
     try:
         results.write(run_dir, record)
     except OSError as error:
-        record["failure"] = {"class": "disk", "message": f"{run_dir}: {error.strerror}"}
+        record["failure"] = {"class": "disk", "message": f"{run_dir}: {reason(error)}"}
     return record
 
 

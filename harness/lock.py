@@ -13,12 +13,15 @@ import json
 import logging
 import os
 import socket
-import tempfile
+import sys
 import time
 from contextlib import suppress
 from multiprocessing import reduction
 from pathlib import Path
 from typing import IO, Any
+
+from harness import scratch
+from harness.config import ConfigError
 
 CLAIM_NAME = ".claim"
 RANKS_NAME = ".ranks"
@@ -136,12 +139,6 @@ def _is_locked(path: Path) -> bool:
 # ------------------------------------------------------------------- runs beside one another
 
 
-def _machine_folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"peft-harness-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
 _slots: list[tuple[int, IO[str]]] = []  # this process's own, held open
 
 
@@ -149,9 +146,15 @@ def slot(number: int) -> int:
     """A number below `number` that no other process of this machine has, until this one ends.
 
     Where all are taken it is 0.
+
+    Raises:
+        ConfigError: the folder in which they are taken is not this user's own.
     """
     for index in range(0 if _slots else number):
-        stream = (_machine_folder() / f"slot-{index}").open("a")
+        try:
+            stream = (scratch.machine_folder() / f"slot-{index}").open("a")
+        except OSError as error:
+            raise ConfigError(f"the GPUs cannot be divided among runs: {error}") from error
         if not _is_held(stream):
             _slots.append((index, stream))
             break
@@ -171,11 +174,11 @@ class Beside:
     """Counts the most runs of this user that were under way at once, from now on.
 
     Every run has a file that it holds locked; whoever starts writes into all of them how many there
-    are now. Containers that do not share the folder for temporary files do not see each other.
+    are now. Programs that do not share `scratch.machine_folder` do not see each other.
     """
 
     def __init__(self) -> None:
-        self._folder = _machine_folder()
+        self._folder = scratch.machine_folder()
         with (self._folder / "lock").open("w") as door:
             fcntl.flock(door, fcntl.LOCK_EX)
             active = []
@@ -208,9 +211,10 @@ class Beside:
 
 
 def beside() -> Beside | None:
-    """Begin to count, or None where the folder for temporary files does not allow it."""
+    """Begin to count, or None, with a warning, where the folder for it is not to be had."""
     try:
         return Beside()
     except OSError as error:
         log.warning("the runs beside this one are not counted: %s", error)
+        print(f"warning: the runs beside this one are not counted: {error}", file=sys.stderr)
         return None

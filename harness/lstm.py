@@ -23,8 +23,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import MiCALinearVariant
+from peft.tuners.lora import LoraLayer, variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
@@ -36,7 +35,6 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 # PEFT's methods whose layer is x -> (W + get_delta_weight) x + b, in training too, with gradients
@@ -162,6 +160,24 @@ def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
     return any(adapter in store for store in stores if hasattr(store, "keys"))
 
 
+MICA: Any = getattr(variants, "MiCALinearVariant", ())  # none before peft 0.20
+
+
+def _kept(hidden: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    """(B, T, d) at the last `positions` (0: at all), or at those that a tensor names.
+
+    The tensor is of one dimension, or has a row of positions, or a mask, for every sequence: a mask
+    leaves (number of positions, d). As transformers' models take it.
+    """
+    if isinstance(positions, int):
+        return hidden[:, -positions:]
+    if positions.ndim == 1:
+        return hidden[:, positions]
+    if positions.dtype == torch.bool:
+        return hidden[positions]
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
 def _check_additive(layer: Any, adapter: str, name: str) -> None:
     """Refuse an adapter that adding its delta to the weight would get wrong."""
     # PEFT's own layer, or the one that ours extends.
@@ -172,7 +188,7 @@ def _check_additive(layer: Any, adapter: str, name: str) -> None:
     package, _, rest = owner.partition(".tuners.")
     method = rest.partition(".")[0] if package == "peft" else type(layer).__name__
     variant = layer.lora_variant.get(adapter) if isinstance(layer, LoraLayer) else None
-    if variant is not None and not isinstance(variant, MiCALinearVariant):
+    if variant is not None and not isinstance(variant, MICA):
         method = type(variant).__name__
     if not hasattr(layer, "get_delta_weight") or (package == "peft" and method not in ADDITIVE):
         raise TypeError(
@@ -268,7 +284,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
             _check_padding(attention_mask)
         x = self.dropout(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
         hidden = self.dropout(self.lstm(x))
-        logits = self.head(slice_logits_to_keep(hidden, logits_to_keep))
+        logits = self.head(_kept(hidden, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)

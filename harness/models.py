@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,6 +153,17 @@ def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedToke
             f"of {config.vocab_size}"
         )
     return tokenizer
+
+
+def tokenizer_at_hand(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer if it ships with the package or is a folder here, or else None."""
+    source = cfg.tokenizer or cfg.asset or (None if cfg.gguf else cfg.path)
+    if not source or not ((ASSETS_DIR / source).is_dir() or Path(source).expanduser().is_dir()):
+        return None
+    try:
+        return load_tokenizer(cfg, config)
+    except ConfigError:
+        return None
 
 
 def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -236,10 +237,10 @@ def _meteor(candidates: list[str], references: list[list[str]]) -> float:
     except ImportError as error:
         raise _missing(error) from error
 
-    with _java(
+    with _plain_path(Path(meteor.__file__).parent) as folder, _java(
         "-Xmx1G", "-XX:+UseSerialGC",  # 0.6 GB resident, where pycocoevalcap's -Xmx2G takes 1.4
         "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm",
-        folder=Path(meteor.__file__).parent,
+        folder=folder,
     ) as process:  # fmt: skip
         commands, lines = process.stdin, process.stdout
         assert commands is not None and lines is not None
@@ -268,6 +269,29 @@ def _meteor(candidates: list[str], references: list[list[str]]) -> float:
 
 
 # --------------------------------------------------------------------------- Java
+
+
+@contextmanager
+def _plain_path(folder: Path) -> Iterator[Path]:
+    """A path to `folder` of plain characters: METEOR looks for its data by the URL of its jar.
+
+    A blank and what else a URL writes as %20 is not found there: then it is a link to the folder,
+    in a new folder of this user's own among the temporary ones, which is gone afterwards.
+
+    Raises:
+        UnavailableError: the folder for temporary files has such a path, too.
+    """
+    plain = re.compile(r"[\w./~-]*", re.ASCII)
+    if plain.fullmatch(str(folder)):
+        yield folder
+        return
+    places = [place for place in (tempfile.gettempdir(), "/tmp") if plain.fullmatch(place)]
+    if not places:
+        raise UnavailableError(f"METEOR does not run in {folder}: its path is not plain characters")
+    with tempfile.TemporaryDirectory(prefix="peft-harness-", dir=places[0]) as scratch:
+        link = Path(scratch, "package")
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     flop_registry,
-    register_flop_formula,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
@@ -39,22 +39,28 @@ from harness.results import write_atomically
 log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+Shape = tuple[int, int]  # of a batch: rows, tokens
 
 
-# Formulas that torch lacks, on shapes; of attention the masked half counts too.
-@register_flop_formula(aten.addmm_)
 def _in_place_product(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return int(2 * a[0] * a[1] * b[1])
+    return int(2 * a.shape[0] * a.shape[1] * b.shape[1])
 
 
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
 
 
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
+    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
+
+
+# Formulas that torch lacks; of attention the masked half counts too. They are kept here: torch's
+# own table belongs to the whole process, and takes one formula for an operation.
+FORMULAS: dict[Any, Callable[..., int]] = {
+    aten.addmm_: _in_place_product,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 @dataclass(frozen=True)
@@ -107,19 +113,25 @@ def setting(run: RunConfig) -> tuple[RunConfig, PretrainedConfig, Accelerator]:
 
 
 def predict(
-    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
+    run: RunConfig,
+    model_config: PretrainedConfig,
+    accelerator: Accelerator,
+    evaluated: Shape | None = None,
 ) -> Prediction | None:
     """Run one training step and one evaluation batch of `run` on fake tensors, and follow them.
 
-    `accelerator` gives the device and the precision. An LSTM's kernel has a workspace that its fake
-    counterpart does not show: its peak is predicted up to a sixth too low. None for what only a run
-    can tell: a rank by energy, methods that read the weights to be built, or look at values, which
-    fake tensors have not; and where ranks divide the model among them, which no fake tensor does.
+    The step is the one that a run follows: the second, or the only one, whose backward pass has no
+    optimizer state beside it. `evaluated` is the shape of the evaluation batch; None stands for a
+    full one, as a long text makes. `accelerator` gives the device and the precision. An LSTM's
+    kernel has a workspace that its fake counterpart does not show: its peak is predicted up to a
+    sixth too low. None for what only a run can tell: a rank by energy, methods that read the
+    weights to be built, or look at values, which fake tensors have not; and where ranks divide the
+    model among them, which no fake tensor does.
     """
     if getattr(run.method, "energy", None) is not None or run.launch.sharded:
         return None
     try:
-        return _followed(run, model_config, accelerator)
+        return _followed(run, model_config, accelerator, evaluated or full_batch(run, model_config))
     except methods.NeedsWeightsError:
         return None
     except ConfigError:
@@ -130,7 +142,7 @@ def predict(
 
 
 def _followed(
-    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
+    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator, evaluated: Shape
 ) -> Prediction:
     """The prediction of a run that can be followed."""
     model = methods.check(models.on_meta(run, model_config), run)
@@ -138,8 +150,6 @@ def _followed(
     bare = NextToken(model, run.train.label_smoothing)
     on_training: dict[str, Any] = {}
     on_evaluation: dict[str, Any] = {}
-    context = run.evaluation_context
-    tokens = run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
     prepared_before = len(accelerator._models)
     evaluate_flops = train_flops = 0.0
     # PEFT keeps the ids of its prompts outside of parameters and buffers: these stay real.
@@ -152,10 +162,11 @@ def _followed(
         if run.train.steps and trainable:
             prepared.train()
             optimizer = train.make_optimizer(model, run.train)
-            for parameter in trainable:  # a step that makes the optimizer's state
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            optimizer.zero_grad()
+            if run.train.steps > 1:  # a step that makes the optimizer's state
+                for parameter in trainable:
+                    parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()
+                optimizer.zero_grad()
             micro, length = run.train.micro_batch, run.data.context
             ids = torch.zeros(micro, length, dtype=torch.int64)
             packed = run.data.source == "pairs" and run.data.packing == "packed"
@@ -168,8 +179,8 @@ def _followed(
                 train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
                 train.apply(model, optimizer, accelerator, run.train)
             train_flops = flops.total / num_tokens
-        prepared.eval()  # after training has begun: the optimizer's state is there
-        ids = torch.zeros(max(1, tokens // context), context, dtype=torch.int64)
+        prepared.eval()  # after a step, if there is one: the optimizer's state is there
+        ids = torch.zeros(evaluated, dtype=torch.int64)
         ids = ids.to(accelerator.device)
         with torch.no_grad(), memory.measured(model, optimizer, on_evaluation), Flops() as flops:
             prepared(ids, ids)
@@ -179,6 +190,48 @@ def _followed(
         phase["by_category"]["activations"] += kept
     counted = models.count_parameters(model)
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
+
+
+def full_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
+    """The evaluation batch of a text that fills it with windows of the whole context."""
+    tokens, context = _batch_tokens(run, model_config), run.evaluation_context
+    return max(1, tokens // context), context
+
+
+def _batch_tokens(run: RunConfig, model_config: PretrainedConfig) -> int:
+    return run.evaluate.batch_tokens or evaluate.batch_tokens(model_config)
+
+
+def batches_of(
+    run: RunConfig, model_config: PretrainedConfig, num_tokens: list[int]
+) -> list[Shape]:
+    """The evaluation batches of a text with documents of `num_tokens`; none of an empty one."""
+    context = run.evaluation_context
+    stride, tokens = run.evaluate.stride or context, _batch_tokens(run, model_config)
+    return evaluate.batch_shapes(num_tokens, context, stride, tokens)
+
+
+def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
+    """The largest evaluation batch that `run` will make of its held-out texts, before it runs.
+
+    Texts that are on this machine are read, and tokenised where the tokenizer is, too; without it a
+    document is taken for as many tokens as it has bytes. A full batch stands for text that is not
+    here (a hub's), or is long, and for a published protocol, which joins documents. `run` is the
+    run as composed, with the files that `setting` leaves out.
+    """
+    full = full_batch(run, model_config)
+    if run.evaluate.protocol != "documents":
+        return full
+    splits = ("validation", "test") if run.evaluate.test else ("validation",)
+    asked = [(run.data, splits), *((cfg, ("test",)) for cfg in run.evaluate.also.values())]
+    tokenizer = models.tokenizer_at_hand(run.model, model_config)
+    found: list[Shape] = []
+    for cfg, wanted in asked:
+        for num_tokens in data.held_out_sizes(cfg, wanted, tokenizer):
+            if num_tokens is None:
+                return full
+            found += batches_of(run, model_config, num_tokens)
+    return max(found, key=lambda shape: (shape[0] * shape[1], shape), default=full)
 
 
 # What moves no byte: rates, seeds, the text itself. Sweeps over these ask for one prediction.
@@ -191,14 +244,21 @@ _NO_MATTER = {
 
 
 def recorded(
-    run: RunConfig, model_config: PretrainedConfig, accelerator: Accelerator
+    run: RunConfig,
+    model_config: PretrainedConfig,
+    accelerator: Accelerator,
+    evaluated: Shape | None = None,
 ) -> dict[str, Any] | None:
-    """`predict` as result.json records it, from data.cache_dir if this code has made it before."""
+    """`predict` as result.json records it, from data.cache_dir if this code has made it before.
+
+    `run` is the run as it was done: with the micro-batch that fitted.
+    """
     values: dict[str, Any] = {k: v for k, v in vars(run).items() if k in ("model", "targets")}
     for section, names in _NO_MATTER.items():
         fields = vars(getattr(run, section))
         values[section] = {k: v for k, v in fields.items() if k not in names}
-    values["trains"] = bool(run.train.steps)
+    values["steps"] = min(run.train.steps, 2)  # none, the first alone, or one after it
+    values["evaluated"] = evaluated or full_batch(run, model_config)
     values["blocks"] = [run.data.context, run.data.source == "pairs" and run.data.packing]
     values["on"] = [str(accelerator.device), accelerator.num_processes, environment.versions()]
     values["sharded"] = run.launch.sharded
@@ -208,7 +268,7 @@ def recorded(
     path = Path(run.data.cache_dir) / "predictions" / f"{digest.hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         return dict(json.loads(path.read_text("utf-8")))
-    found = predict(run, model_config, accelerator)
+    found = predict(run, model_config, accelerator, evaluated)
     if found is None:
         return None
     with suppress(OSError):  # a disk without room costs the next run half a second
@@ -218,7 +278,7 @@ def recorded(
 
 
 class Flops(TorchDispatchMode):
-    """Counts FLOPs by torch's formulas. FlopCounterMode does, too, and keeps tensors alive."""
+    """Counts FLOPs by formula. FlopCounterMode does, too, and keeps tensors alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +288,8 @@ class Flops(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
+        operation = func._overloadpacket
+        if formula := FORMULAS.get(operation) or flop_registry.get(operation):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 

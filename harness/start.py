@@ -15,15 +15,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from harness import config, lock
+from harness import config, lock, scratch
 from harness.config import RunConfig
 
 # glibc gives large blocks back to the system when they are freed and asks for them again: each
@@ -61,10 +61,7 @@ def _work(run: RunConfig, claim: lock.Claim, environment: dict[str, str], quiet:
 
 def fork(run: RunConfig, claim: lock.Claim, quiet: bool) -> tuple[Any, Callable[[], int]]:
     """A worker for a run of one process, and how to wait for its exit status."""
-    multiprocessing.set_start_method("forkserver", force=True)  # joblib's processes have their own
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.server"])
-    process: ForkServerProcess = context.Process(
+    process: ForkServerProcess = multiprocessing.get_context("forkserver").Process(
         target=_work, args=(run, claim, _device(run.launch.cores is not None), quiet)
     )
     for _ in range(10):
@@ -92,24 +89,48 @@ def _start(process: ForkServerProcess) -> None:
     """Fork from the server, which is started the first time.
 
     A Ctrl-C is for the controller and the workers: the server is deaf to it from its first import
-    on, and a worker hears it when it is ready to (`Stop.listen`). The caller's script, which
-    multiprocessing would run again in every worker, is hidden from it.
+    on, and a worker hears it when it is ready to (`Stop.listen`).
     """
-    before, script = dict(os.environ), sys.modules["__main__"]
-    os.environ.update(_environment())
-    try:
+    with _our_multiprocessing():
         resource_tracker.ensure_running()  # first, since it unblocks the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
-            forkserver.ensure_running()
+            _server.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        sys.modules["__main__"] = ModuleType("__main__")
         process.start()
+
+
+_server = forkserver.ForkServer()  # multiprocessing's own is the caller's
+_server.set_forkserver_preload(["harness.server"])
+
+
+@contextmanager
+def _our_multiprocessing() -> Iterator[None]:
+    """multiprocessing as workers are started by it; afterwards all is as the caller has it.
+
+    It has one server, one start method and one list of modules a process, and asks for them by
+    name. The workers' server is another one, at a socket whose path is short enough, with an
+    environment of its own; the caller's start method may be one that it does not know (joblib's);
+    and the caller's script, which would be run again in every worker, is hidden from it.
+    """
+    environment, script = dict(os.environ), sys.modules["__main__"]
+    method = multiprocessing.get_start_method(allow_none=True)
+    sockets: Any = connection  # whose stubs leave this function out
+    connect, address = forkserver.connect_to_new_process, sockets.arbitrary_address
+    try:
+        os.environ.update(_environment())
+        sys.modules["__main__"] = ModuleType("__main__")
+        multiprocessing.set_start_method("forkserver", force=True)
+        forkserver.connect_to_new_process = _server.connect_to_new_process
+        sockets.arbitrary_address = lambda family: str(scratch.socket_path())
+        yield
     finally:
+        forkserver.connect_to_new_process, sockets.arbitrary_address = connect, address
+        multiprocessing.set_start_method(method, force=True)
         sys.modules["__main__"] = script
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(environment)
 
 
 def _is_alive(pid: int) -> bool:

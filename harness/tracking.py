@@ -21,6 +21,7 @@ from typing import Any
 
 from harness import results
 from harness.config import RunConfig
+from harness.console import reason
 
 
 class Beside:
@@ -56,7 +57,7 @@ class Beside:
                 process.stdin.flush()
                 self._processes[name] = process
             except OSError as error:
-                print(f"{name}: not tracked ({error.strerror}); the runs go on", file=sys.stderr)
+                print(f"{name}: not tracked ({reason(error)}); the runs go on", file=sys.stderr)
         return self
 
     def __exit__(self, *error: Any) -> None:

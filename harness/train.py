@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from harness import config, memory, shard
 from harness.config import ConfigError, RunConfig, TrainConfig
@@ -71,12 +72,43 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * shape)
 
 
+# Vectors, and diagonals that scale, which PEFT holds in two dimensions: IA3's and BOFT's scales,
+# BEFT's biases, AdaLoRA's singular values, RandLoRA's diagonals (a row each), GLoRA's vectors.
+VECTORS = frozenset(
+    {"ia3_l", "boft_s", "beft_bias", "lora_E", "randlora_lambda", "randlora_gamma", "X"}
+)
+
+
+def is_matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix, which weight decay pulls to zero, and not a vector.
+
+    What it is decides, at any rank: LoRA's A (1, n) at r=1 is a factor of a matrix as at r=8, and
+    so is every factor that an adapter multiplies out; IA3's (1, n) scales a vector. Matrices are
+    weights, embeddings (prompts, too), factors and cores; vectors are biases, norms, UDV's D,
+    magnitudes, spectra and scales. A base model's own (1, n) is a matrix if it is the weight of a
+    linear layer or an embedding.
+    """
+    if parameter.ndim < 2 or VECTORS & set(name.split(".")):
+        return False
+    if sum(size > 1 for size in parameter.shape) > 1:
+        return True
+    owner = model.get_submodule(name.rpartition(".")[0])
+    adapter = type(owner).__module__.startswith("peft.")
+    kinds = (nn.Linear, nn.Embedding, Conv1D, nn.ParameterDict, nn.ParameterList)
+    return adapter or isinstance(owner, kinds)
+
+
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what trains; weight decay on matrices only, as is usual for GPT-2."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    """AdamW over what trains; weight decay on matrices only (`is_matrix`), as usual for GPT-2."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name for name, p in trainable.items() if is_matrix(model, name, p)}
+    decays, spared = (
+        [p for name, p in trainable.items() if (name in matrices) is wanted]
+        for wanted in (True, False)
+    )
+    groups: list[dict[str, Any]] = [
+        {"params": decays, "weight_decay": cfg.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +374,10 @@ def perform(
         "process_peak_by_phase": process.by_phase,
     }
     # After the peaks are read: it is quick, but it takes memory of its own.
-    predicted = predict.recorded(run, model_config, accelerator)
+    done = replace(run, train=replace(run.train, micro_batch=state.micro_batch))
+    validation = data.document_sizes(text.held_out["validation"])
+    batches = predict.batches_of(run, model_config, validation)  # of which the first was followed
+    predicted = predict.recorded(done, model_config, accelerator, batches[0] if batches else None)
     result["predicted"] = predicted
     # Of pairs tokens are those of completions, and FLOPs those of every position.
     if predicted and state.tokens_per_second and run.data.source != "pairs":

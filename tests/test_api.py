@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,3 +113,102 @@ def test_a_run_that_fails_is_an_exception_that_names_the_log(tmp_path):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ConfigError, match="no finished run"):
         collect(tmp_path)
+
+
+AS_BEFORE = """
+import json, logging, logging.config, os, signal, sys, threading
+import matplotlib, multiprocessing, torch
+from multiprocessing import connection, forkserver
+from accelerate.state import AcceleratorState, PartialState
+from torch.utils.flop_counter import flop_registry
+
+def other_library(*args, **kwargs):
+    return 7
+
+flop_registry[torch.ops.aten.addmm_] = other_library  # before harness is imported
+torch.set_num_threads(1)
+forkserver.set_forkserver_preload(["json"])
+
+def standing():
+    return {
+        "start method": multiprocessing.get_start_method(allow_none=True),
+        "server": [forkserver._forkserver._preload_modules, forkserver._forkserver._forkserver_pid],
+        "functions": [forkserver.connect_to_new_process, connection.arbitrary_address],
+        "logging": [logging.root.level, list(logging.root.handlers), logging.root.manager.disable],
+        "matplotlib": [matplotlib.get_backend(auto_select=False), dict(matplotlib.rcParams)],
+        "accelerate": [dict(PartialState._shared_state), dict(AcceleratorState._shared_state)],
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(n) for n in signal.valid_signals()],
+        "mask": signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        "folder": os.getcwd(),
+        "threads": torch.get_num_threads(),
+        "generator": torch.get_rng_state().tolist(),
+        "formulas": dict(flop_registry),
+        "main": sys.modules["__main__"],
+        "streams": [sys.stdout, sys.stderr, sys.excepthook, sys.path[:]],
+    }
+
+before = standing()
+def same(after_what):
+    now = standing()
+    assert [key for key in before if before[key] != now[key]] == [], after_what
+
+import harness
+same("import")
+short = ["train.steps=1", "data.document_chars=300", "data.validation_share=0.002",
+         "data.test_share=0.002", "data.context=32", "train.batch_tokens=64",
+         "train.micro_batch=2", "run_name=r", "train.threads=1"]
+(one,) = harness.compose(*short, "method.label=1e3", "experiment_name=x")
+same("compose")
+assert harness.plan(one).train_flops_per_token > 0
+same("plan")
+record = harness.run(one)
+assert record["status"] == "finished"
+same("run")
+found = harness.collect("outputs/x")
+same("collect")
+assert found["method.label"][0] == "1e3" and found["parameters.trainable"][0] == 131_072, found
+names = [name for name in sys.modules if name.partition(".")[0] == "plan"]
+assert not names
+for name in ("plan", "api", "planning", "predict", "worker", "launch", "results"):
+    __import__(f"harness.{name}")
+    assert [callable(getattr(harness, f)) for f in harness.__all__] == [True] * 4
+    assert {getattr(harness, f).__name__ for f in harness.__all__} == set(harness.__all__)
+print("as before")
+"""
+
+
+def test_a_notebooks_process_is_left_as_it_was(tmp_path):
+    """Import, compose, plan, run and collect; another library has a formula of its own, too."""
+    script = tmp_path / "notebook.py"
+    script.write_text(AS_BEFORE)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "svg"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("as before")
+
+
+def test_plan_is_the_function_whatever_is_imported():
+    """Python sets a package's attribute to each submodule that is imported, harness.plan too."""
+    for line in (
+        "import harness.plan", "from harness import plan", "import harness.planning",
+        "import importlib; importlib.import_module('harness.plan')", "import harness.api",
+    ):  # fmt: skip
+        code = f"{line}\nimport harness\nprint(harness.plan.__module__, harness.plan.__name__)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.split() == ["harness.api", "plan"], (line, done.stderr)
+
+
+def test_text_in_a_table_stays_text(tmp_path, monkeypatch):
+    """Labels that pandas' reader of CSV takes for a number or for nothing."""
+    labels = ["NA", "1e3", "007", "nan"]
+    rows = [[label, 1.5, None, "8" if label == "NA" else "2"] for label in labels]
+    names = ["method.label", "quality.test.perplexity", "method.lr", "method.rank"]
+    monkeypatch.setattr("harness.report.evidence.find", lambda _: SimpleNamespace(rows=rows))
+    monkeypatch.setattr("harness.report.summary.results_lines", lambda _: (names, rows))
+    found = collect(tmp_path)
+    assert list(found["method.label"]) == labels and list(found.columns) == names
+    assert found["quality.test.perplexity"].dtype == "float64"
+    assert found["method.lr"].isna().all() and list(found["method.rank"]) == [8, 2, 2, 2]

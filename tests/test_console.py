@@ -1,12 +1,14 @@
 """A command whose reader has gone, as `head` does."""
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from harness.config import REPOSITORY
+from harness.console import reason
 
 COMMAND = """
 import sys
@@ -35,8 +37,17 @@ def test_a_reader_that_leaves_early_gets_no_traceback(unbuffered, end):
 @pytest.mark.parametrize(("end", "status"), [("return 3", 3), ("sys.exit(2)", 2)])
 def test_a_status_is_the_commands_own_with_nobody_to_read(end, status):
     """With its output closed from the start Python has no sys.stdout."""
-    command = f"exec {sys.executable} -c '{COMMAND.format(end=end)}' >&-"
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(COMMAND.format(end=end))} >&-"
     done = subprocess.run(
         command, shell=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY
     )
     assert (done.returncode, done.stderr) == (status, b"")
+
+
+def test_an_error_of_a_library_is_told_by_its_message():
+    """multiprocessing raises OSError with a message alone: neither errno nor strerror."""
+    assert reason(OSError("AF_UNIX path too long")) == "AF_UNIX path too long"
+    assert reason(FileNotFoundError(2, "No such file or directory", "x")) == (
+        "No such file or directory"
+    )
+    assert reason(OSError()) == "OSError"

@@ -1,11 +1,14 @@
 """Claims and counts hold between processes, and end with them however they end."""
 
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from harness import config, lock, start
+from harness import config, lock, scratch, start
+from harness.config import ConfigError
 
 OTHER = """
 import sys
@@ -20,7 +23,8 @@ sys.stdin.read()
 @pytest.fixture
 def other(tmp_path, monkeypatch):
     """Start a process that does `body` and then waits; its folder for temporary files is ours."""
-    monkeypatch.setattr(lock.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     started = []
 
     def begin(body):
@@ -80,3 +84,89 @@ def test_every_process_of_a_machine_has_its_own_gpu(other, monkeypatch):
     assert start._device(divided=True) == {}
     for _, stream in lock._slots:
         stream.close()
+
+
+# ------------------------------------------------------------------------- whose the folder is
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """A folder for temporary files, with the name that the runs' folder will have in it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    return tmp_path, tmp_path / f"peft-harness-{os.getuid()}"
+
+
+def linked(folder):
+    (folder.parent / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def dangling(folder):
+    folder.symlink_to(folder.parent / "nowhere")
+
+
+def open_to_others(folder):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def of_another(folder):
+    if os.getuid():
+        pytest.skip("only root can make a folder of another user")
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 12345, 12345)
+
+
+@pytest.mark.parametrize(
+    ("made", "wrong"),
+    [
+        (linked, "a link"),
+        (dangling, "a link"),
+        (open_to_others, "mode 0777"),
+        (of_another, "another user (uid 12345)"),
+        (lambda folder: folder.write_text(""), "no folder"),
+    ],
+)
+def test_a_folder_that_another_user_may_have_made_is_refused(
+    temporary, monkeypatch, capsys, made, wrong
+):
+    _, folder = temporary
+    made(folder)
+    with pytest.raises(PermissionError) as told:
+        scratch.machine_folder()
+    assert wrong in str(told.value) and str(folder) in str(told.value)
+    assert lock.beside() is None  # the run goes on, and its result does not say 0
+    assert "not counted" in capsys.readouterr().err
+    monkeypatch.setattr(lock, "_slots", [])
+    with pytest.raises(ConfigError, match="GPUs cannot be divided"):  # two on one would be silent
+        lock.slot(2)
+    assert not list((folder.parent / "elsewhere").glob("*"))
+
+
+def test_the_runtime_folder_comes_first_if_it_is_ours(temporary, monkeypatch, tmp_path):
+    before, _ = temporary
+    runtime = tmp_path / "runtime"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    assert scratch.machine_folder().parent == before  # there is none
+    runtime.mkdir(mode=0o755)
+    assert scratch.machine_folder().parent == before  # it is open to others
+    runtime.chmod(0o700)
+    assert scratch.machine_folder().parent == runtime
+    assert scratch.machine_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_a_socket_has_a_short_path(temporary, monkeypatch):
+    """Where TMPDIR is longer than a socket's path may be, it is elsewhere, in a folder of ours."""
+    before, _ = temporary
+    long = before / ("d" * 120)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    path = scratch.socket_path()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+    assert not path.parent.is_relative_to(long) and not list(long.iterdir())
+    assert scratch.not_ours(path.parent) is None
+    monkeypatch.setattr(scratch, "SOCKET_BYTES", 5)
+    with pytest.raises(ConfigError, match="set TMPDIR to a shorter path"):
+        scratch.socket_path()

@@ -356,6 +356,31 @@ def test_all_metrics_of_made_up_words_are_those_of_the_definitions(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_with_a_blank_has_a_plain_one_for_as_long_as_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    (folder / "data").write_text("here")
+    with nlg._plain_path(folder) as plain:
+        assert " " not in str(plain) and (plain / "data").read_text() == "here"
+    assert not plain.exists() and (folder / "data").is_file() and len(list(tmp_path.iterdir())) == 1
+    with nlg._plain_path(tmp_path) as plain:
+        assert plain == tmp_path
+
+
+@needs_java
+@pytest.mark.slow
+def test_meteor_is_the_same_from_a_path_with_a_blank(tmp_path, monkeypatch):
+    """Its jar looks for its data by a URL, in which a blank is escaped, twice."""
+    from pycocoevalcap.meteor import meteor
+
+    there = nlg._meteor(["a b c d"], [["a b x d"]])
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "meteor").symlink_to(Path(meteor.__file__).parent)
+    monkeypatch.setattr(meteor, "__file__", str(tmp_path / "a b" / "meteor" / "meteor.py"))
+    assert nlg._meteor(["a b c d"], [["a b x d"]]) == there > 0
+
+
 @needs_java
 def test_ptb_tokens_are_those_of_pycocoevalcap():
     if not os.access(Path(coco.__file__).parent, os.W_OK):

@@ -1,19 +1,30 @@
 """What is predicted from fake tensors against what a real step of the same run takes."""
 
-import runpy
-from types import SimpleNamespace
+import dataclasses
+import json
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from harness import compose, data, memory, methods, models, predict, train
+from harness import (
+    compose,
+    composition,
+    data,
+    documents,
+    memory,
+    methods,
+    models,
+    planning,
+    predict,
+    results,
+    train,
+)
+from harness import plan as harness_plan
 from harness.config import ConfigError
 from harness.loss import NextToken
 
-# The command; imported, it would stand in the way of the function `harness.plan`.
-plan = SimpleNamespace(**runpy.run_module("harness.plan"))
 TINY = [
     "model=gpt2_mini_init", "model.architecture.n_embd=64", "model.architecture.n_layer=3",
     "model.architecture.vocab_size=1000", "model.architecture.n_positions=64",
@@ -72,8 +83,8 @@ def accelerator(run):
     )
 
 
-def measured(run, config, accelerate):
-    """Real tensors, the worker's order of events: the second optimizer step, then evaluation."""
+def measured(run, config, accelerate, evaluated=None):
+    """Real tensors, the worker's order of events: the second step or the only one, evaluation."""
     torch.manual_seed(0)
     model = methods.adapt(models.load_model(run, config), run)
     models.checkpoint_activations(model, run.train)
@@ -86,19 +97,20 @@ def measured(run, config, accelerate):
     def evaluate(optimizer):
         context = run.evaluation_context
         tokens = run.evaluate.batch_tokens or predict.evaluate.batch_tokens(config)
-        ids = torch.randint(0, config.vocab_size, (max(1, tokens // context), context))
+        shape = evaluated or (max(1, tokens // context), context)
+        ids = torch.randint(0, config.vocab_size, shape)
         ids = ids.to(accelerate.device)
         with torch.no_grad(), memory.measured(model, optimizer, on_evaluation):
             prepared.eval()(ids, ids)
 
-    if frozen:
+    if frozen or not run.train.steps:
         evaluate(None)
         return on_evaluation, on_evaluation
     optimizer = accelerate.prepare_optimizer(train.make_optimizer(model, run.train))
     prepared.train()
     shape = (run.train.micro_batch, run.data.context)
     number = run.train.batch_tokens // (shape[0] * shape[1])
-    for _ in range(2):
+    for _ in range(min(run.train.steps, 2)):
         report.clear()
         with memory.measured(model, optimizer, report):
             ids = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
@@ -123,6 +135,104 @@ def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
     assert main["peak_bytes"] == pytest.approx(expected["peak_bytes"], rel=0.05)
     for name in ("frozen_weights", "trainable_weights", "optimizer_state"):
         assert main["by_category"][name] == expected["by_category"][name], name
+
+
+@pytest.mark.parametrize("evaluated", [None, (3, 9)], ids=["long", "short"])
+@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("method", [["method=full"], ["method=lora"], [*UDV, "method.train=udv"]])
+def test_the_first_step_and_a_short_text_need_less(make_run, method, steps, evaluated):
+    run = make_run(*TINY, *method, f"train.steps={steps}", "evaluate.batch_tokens=2048")
+    config = models.load_config(run.model)
+    found = predict.predict(run, config, accelerator(run), evaluated)
+    expected, on_evaluation = measured(run, config, accelerator(run), evaluated)
+    assert found.peak_bytes == pytest.approx(expected["peak_bytes"], rel=0.05)
+    assert found.evaluate["peak_bytes"] == pytest.approx(on_evaluation["peak_bytes"], rel=0.05)
+    for name in memory.CATEGORIES[:4]:
+        main = found.train or found.evaluate
+        assert main["by_category"][name] == expected["by_category"][name], name
+
+
+def notes(path, documents, words):
+    """A file of `documents`, one a line."""
+    line = [
+        "river",
+        "stone",
+        "light",
+        "morning",
+        "people",
+        "walked",
+        "slowly",
+        "old",
+        "house",
+        "bread",
+    ]
+    texts = [
+        " ".join([f"Note {i}.", *(line[(i * j) % 10] for j in range(words))])
+        for i in range(documents)
+    ]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_an_evaluation_batch_is_no_larger_than_the_text(make_run, tmp_path, tokenizer):
+    """Two documents a split: what `datasets` and the tokenizer say of them is the batch."""
+    path = notes(tmp_path / "short.jsonl", 40, 30)
+    run = make_run("data=text_files", f"data.path={path}", "data.context=32", "evaluate.stride=16",
+                   "train.batch_tokens=256")  # fmt: skip
+    config = models.load_config(run.model)
+    sizes = [
+        [len(tokenizer(text)["input_ids"]) for _, text in documents.read(run.data)[split]]
+        for split in ("validation", "test")
+    ]
+    windows = max(sum(1 + -(-max(0, n - 32) // 16) for n in split) for split in sizes)
+    assert predict.largest_batch(run, config) == (windows, 32)
+    full = predict.full_batch(run, config)
+    assert full[0] > windows
+    # Two thousand words are longer than any batch, and so is what is not here to be read.
+    long = notes(tmp_path / "long.jsonl", 20, 20_000)
+    for other in (["data=text_files", f"data.path={long}"], ["data=wikitext2"]):
+        more = make_run(*other, "data.context=32", "train.batch_tokens=256")
+        assert predict.largest_batch(more, config) == full
+    # Without the tokenizer a byte is a token, which is an upper bound.
+    bare = dataclasses.replace(run, model=dataclasses.replace(run.model, asset=None, id="far/away"))
+    assert windows < predict.largest_batch(bare, config)[0] <= full[0]
+    assert predict.largest_batch(make_run("evaluate.protocol=hf_guide"), config)[1] == 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 1, 2, 80])
+@pytest.mark.parametrize("documents", [(30, 60), (200, 600)], ids=["short", "long"])
+@pytest.mark.parametrize("method", ["full", "lora", "udv"])
+def test_a_runs_prediction_is_what_it_took(finished_run, tmp_path, method, documents, steps):
+    path = notes(tmp_path / "notes.jsonl", *documents)
+    run_dir = finished_run(
+        f"method={method}", "data=text_files", f"data.path={path}", f"train.steps={steps}",
+        "data.validation_share=0.05", "data.test_share=0.05", "train.micro_batch=4",
+        "data.document_chars=null",
+    )  # fmt: skip
+    record = results.read(run_dir)
+    found, took = record["predicted"], record["memory"]
+    assert found["peak_bytes"] == pytest.approx(took["peak_bytes"], rel=0.05)
+    on_evaluation = took["evaluate"]["peak_bytes"]
+    assert found["evaluate_peak_bytes"] == pytest.approx(on_evaluation, rel=0.05)
+    planned = harness_plan(composition.load(run_dir / "config.yaml"))
+    assert planned.peak_bytes == pytest.approx(took["peak_bytes"], rel=0.05)
+    assert planned.evaluate["peak_bytes"] == pytest.approx(on_evaluation, rel=0.05)
+
+
+def test_what_was_halved_is_predicted_as_it_was_done(make_run, tmp_path):
+    """The recorded prediction is of the micro-batch that fitted, and of the steps taken."""
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    asked, done, one = (
+        make_run(*TINY, "method=full", cache, *more)
+        for more in (["train.micro_batch=8"], ["train.micro_batch=4"], ["train.steps=1"])
+    )
+    config = models.load_config(asked.model)
+    peaks = {
+        name: predict.recorded(run, config, accelerator(run))["peak_bytes"]
+        for name, run in (("asked", asked), ("done", done), ("one", one))
+    }
+    assert peaks["one"] < peaks["done"] < peaks["asked"]
 
 
 def test_an_lstm_is_predicted_without_the_workspace_of_its_kernel(make_run):
@@ -187,7 +297,7 @@ def test_a_sweep_over_seeds_and_rates_asks_for_one_prediction(make_run, tmp_path
 
 
 def test_what_looks_at_values_leaves_the_rest_of_the_table(capsys):
-    assert plan.main(["method=peft", "method.peft_type=WAVEFT,IA3"]) == 0
+    assert planning.main(["method=peft", "method.peft_type=WAVEFT,IA3"]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if "-s0-" in line]
     rows = {line.split("-")[0].strip(): line for line in table}
     assert "only a run can tell" in rows["waveft"] and "only a run" not in rows["ia3"]
@@ -203,13 +313,13 @@ def test_only_the_weights_can_tell_a_rank_by_energy(make_run):
     [("8GiB", 8 * 2**30), ("500MB", 5 * 10**8), ("1.5e9", 1.5e9), ("64 KiB", 65536), ("7B", 7)],
 )
 def test_sizes(text, size):
-    assert plan.parse_bytes(text) == size
+    assert planning.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["8 gigs", "", "-1GiB", "GiB", "1.2.3GiB", "."])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match=r"plan\.limit=.*8GiB"):
-        plan.parse_bytes(text)
+        planning.parse_bytes(text)
 
 
 def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
@@ -236,14 +346,14 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
     ],
 )
 def test_mistakes_are_answered_in_a_line(capsys, arguments, message):
-    assert plan.main(arguments) == 2
+    assert planning.main(arguments) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
 
 
 def test_runs_are_called_as_they_will_be(capsys):
     asked = ["method=none,lora"]
-    assert plan.main(asked) == 0
+    assert planning.main(asked) == 0
     shown = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert {run.run_dir.name for run in compose(*asked)} <= shown
 

@@ -1,5 +1,6 @@
 """The loop against a plain PyTorch loop, and its schedule, best checkpoint and failures."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import LoHaConfig, LoKrConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import train as training
 from harness.checkpoint import load_trained, save_trained
@@ -247,11 +251,102 @@ def test_a_global_batch_that_does_not_divide_among_ranks_is_refused(make_run):
         training.blocks_per_rank(run, 3)
 
 
-def test_weight_decay_spares_vectors(tiny):
-    optimizer = training.make_optimizer(tiny, TrainConfig(weight_decay=0.1))
+# What trains on one block of the tiny GPT-2, by the ends of names: what decays, and what does not.
+NORMS = {"ln_1.weight", "ln_2.weight", "ln_f.weight"}
+MATRICES = {"wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight", "c_proj.weight"}
+PEFT = "method=peft"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "decays", "spared"),
+    [
+        (["method=full"], MATRICES, NORMS | {"bias"}),
+        (["method=lora", "method.r=1"], {"lora_A.default.weight", "lora_B.default.weight"}, set()),
+        (["method=lora", "method.r=8"], {"lora_A.default.weight", "lora_B.default.weight"}, set()),
+        (
+            ["method=lora", "method.r=1", "method.use_dora=true", "method.bias=all"],
+            {"lora_A.default.weight", "lora_B.default.weight"},
+            {"lora_magnitude_vector.default.weight", "bias"},
+        ),
+        (
+            ["method=udv", "method.rank=1", "method.train=udv"],
+            {"udv_u.default", "udv_v.default"},
+            {"udv_d.default"},
+        ),
+        ([PEFT, "method.peft_type=IA3"], set(), {"ia3_l.default"}),
+        ([PEFT, "method.peft_type=VERA"], set(), {"vera_lambda_b.default", "_lambda_d.default"}),
+        (
+            [PEFT, "method.peft_type=RANDLORA", "+method.fields.r=4"],
+            set(),
+            {"randlora_lambda.default", "randlora_gamma.default"},
+        ),
+        (
+            [PEFT, "method.peft_type=PROMPT_TUNING", "+method.fields.num_virtual_tokens=1"],
+            {"prompt_encoder.default.embedding.weight"},
+            set(),
+        ),
+        ([PEFT, "method.peft_type=LN_TUNING"], set(), {"weight", "bias"}),
+    ],
+    ids=lambda value: " ".join(value).replace("method.", "") if isinstance(value, list) else "",
+)  # fmt: skip
+def test_weight_decay_is_of_matrices_by_what_they_are(tiny, make_run, overrides, decays, spared):
+    """A and B are factors at r=1 as at r=8, and IA3's (1, n) is a vector: against lists by hand."""
+    model = adapt(tiny, make_run(*overrides))
+    optimizer = training.make_optimizer(model, TrainConfig(weight_decay=0.1))
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    found = {0.1: set(), 0.0: set()}
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            assert group["weight_decay"] == (0.1 if p.ndim >= 2 else 0.0)
+        found[group["weight_decay"]] |= {names.pop(p) for p in group["params"]}
+    assert not names
+    for rate, ends in ((0.1, decays), (0.0, spared)):
+        assert {end for end in ends if any(name.endswith(end) for name in found[rate])} == ends
+        assert all(name.endswith(tuple(ends)) for name in found[rate]), found[rate]
+
+
+@pytest.mark.parametrize("config", [LoHaConfig(r=1), LoHaConfig(r=8), LoKrConfig(r=1)])
+def test_factors_that_an_adapter_multiplies_out_are_matrices_at_every_rank(config):
+    config.target_modules = ["0"]
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(15, 8)), config)
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert found and all(training.is_matrix(model, name, p) for name, p in found.items())
+
+
+def test_the_optimizer_has_all_that_trains_and_betas_of_its_own(tiny):
+    optimizer = training.make_optimizer(tiny, TrainConfig(weight_decay=0.1))
     counted = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
     assert counted == sum(p.numel() for p in tiny.parameters())
     assert SimpleNamespace(**optimizer.defaults).betas == (0.9, 0.999)
+
+
+@pytest.mark.slow
+def test_every_vector_of_peft_in_two_dimensions_is_known():
+    """At r=8 no factor has a side of 1: what has one is a vector, in every method that PEFT has."""
+    base = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    vectors, built = set(), 0
+    for kind, config_class in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        names = {field.name for field in dataclasses.fields(config_class)}
+        # ADAMSS takes its subspaces to pieces of rank 1; CPT has as many tokens as it is given.
+        if str(getattr(kind, "value", kind)) in ("ADAMSS", "CPT", "FROD"):
+            continue
+        asked = {
+            "target_modules": ["q_proj", "v_proj"], "feedforward_modules": ["v_proj"],
+            "num_virtual_tokens": 8, "total_step": 100, "r": 8,
+        }  # fmt: skip
+        fields = {key: value for key, value in asked.items() if key in names}
+        try:
+            with torch.device("meta"):
+                base_model = LlamaForCausalLM(base)
+            config = config_class(task_type="CAUSAL_LM", **fields)
+            model = get_peft_model(base_model, config, low_cpu_mem_usage=True)
+        except (ValueError, RuntimeError, TypeError, NotImplementedError, ImportError):
+            continue
+        built += 1
+        for name, p in model.named_parameters():
+            if p.requires_grad and p.ndim >= 2 and 0 < sum(size > 1 for size in p.shape) < 2:
+                vectors.add(name.split(".")[-2] if name.endswith(".default") else name)
+    refused = {"prefix_task_cols", "prefix_task_rows", "module_logits"}  # MULTITASK…, POLY
+    left = {n for n in vectors if n not in training.VECTORS and n.rpartition(".")[2] not in refused}
+    assert not left and built > 20 and {"ia3_l", "boft_s"} <= vectors

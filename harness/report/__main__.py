@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness import lock, results
 from harness.config import nearest
-from harness.console import ended
+from harness.console import ended, reason
 from harness.report import evidence, files, summary
 
 PERIOD_SECONDS = 10
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"error: {error.filename or folder}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or folder}: {reason(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

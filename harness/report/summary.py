@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import results, stats
+from harness.console import reason
 from harness.report import evidence as ev
 from harness.report import missing, table, views
 from harness.report.evidence import Evidence, Findings
@@ -267,7 +268,7 @@ def _save(findings: Findings) -> list[str]:
             else:
                 (findings.folder / name).unlink(missing_ok=True)
     except OSError as error:
-        print(f"not saved: {findings.folder / 'results.csv'}: {error.strerror}", file=sys.stderr)
+        print(f"not saved: {findings.folder / 'results.csv'}: {reason(error)}", file=sys.stderr)
         return []
     return list(files)
 
@@ -275,6 +276,11 @@ def _save(findings: Findings) -> list[str]:
 def results_csv(findings: Findings) -> str:
     """The text of results.csv."""
     return table.csv_text(findings.rows, _columns(findings.found))
+
+
+def results_lines(findings: Findings) -> tuple[list[str], list[list[Any]]]:
+    """The columns of results.csv and its lines, as values."""
+    return table.csv_lines(findings.rows, _columns(findings.found))
 
 
 def _columns(found: dict[str, Evidence]) -> dict[str, dict[str, Any]]:

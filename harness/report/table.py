@@ -268,16 +268,26 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
         print(SHARED_LEGEND)
 
 
-def csv_text(table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per configuration, columns named by their path in result.json, with its runs."""
+def csv_lines(
+    table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], list[list[Any]]]:
+    """Columns by their path in result.json, and one line per configuration, with its runs."""
     names = [path for path, _ in columns(table).values()]
     names += [WRITTEN] if any(row.values[WRITTEN] is not None for row in table) else []
     names += [*CSV_ONLY, "seeds", "also"]
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream)
-    writer.writerow(["name", *names, *beside, "runs"])
+    found = []
     for row in table:
         runs = " ".join(run_dir.name for run_dir in row.run_dirs)
         own = [*(row.values[name] for name in names), *(b.get(row.name) for b in beside.values())]
-        writer.writerow([row.name, *own, runs])
+        found.append([row.name, *own, runs])
+    return ["name", *names, *beside, "runs"], found
+
+
+def csv_text(table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]) -> str:
+    """`csv_lines` as the text of a CSV file."""
+    names, found = csv_lines(table, beside)
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow(names)
+    writer.writerows(found)
     return stream.getvalue()
