@@ -1,0 +1,58 @@
+"""conf/PEFT.md is what the installed PEFT does here."""
+
+import peft
+import pytest
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft_types import MODELS, names, refusal, table
+
+from harness.config import CONF_DIR
+
+PAGE = (CONF_DIR / "PEFT.md").read_text("utf-8")
+ROWS = {
+    cells[0]: dict(zip(MODELS, (cells[1], cells[3]), strict=True))
+    for line in PAGE.splitlines()
+    if line.startswith("| ") and "---" not in line
+    for cells in [[cell.strip() for cell in line[2:-1].split(" | ")]]
+    if cells[0] != "type"
+}
+of_this_peft = pytest.mark.skipif(
+    f"PEFT {peft.__version__}," not in PAGE, reason="conf/PEFT.md is of another PEFT"
+)
+
+
+@of_this_peft
+def test_the_table_has_every_method_and_its_refusals():
+    assert sorted(ROWS) == names()
+    for name, row in ROWS.items():
+        for model, cell in row.items():
+            if cell.startswith("refused: "):
+                assert refusal(name, model) == cell.removeprefix("refused: "), (name, model)
+
+
+@pytest.mark.slow  # two steps of 45 methods on two models
+@of_this_peft
+def test_the_table_is_true():
+    assert table() == PAGE
+
+
+@of_this_peft
+def test_what_tuners_ask_of_a_training_loop_is_known():
+    """A new hook of a tuner is to be looked at: whether it is called here, or refused."""
+    words = ("loss", "allocate", "callback", "optimizer", "after_step", "on_step")
+    found = {
+        (tuner.__name__, name)
+        for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values()
+        for name in set(dir(tuner)) - set(dir(BaseTuner))
+        if any(word in name.lower() for word in words)
+    }
+    assert found == {
+        ("LoraModel", "_get_kasa_loss"),  # trained on
+        ("LoraModel", "_get_monteclora_loss"),
+        ("AdaLoraModel", "_get_kasa_loss"),
+        ("AdaLoraModel", "_get_monteclora_loss"),
+        ("AdaLoraModel", "update_and_allocate"),  # refused
+        ("AdamssModel", "update_and_allocate"),
+        ("CPTEmbedding", "calculate_loss"),
+        ("ShadowModel", "shadow_auxiliary_loss"),
+    }
