@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from scipy import stats as scipy_stats
 
 from harness import rates
 from harness.config import REPOSITORY
@@ -143,6 +144,38 @@ def told_apart() -> tuple[int, int]:
     return sum(bool(p["better"]) for p in pairs), len(pairs)
 
 
+def split(r: int) -> tuple[float, ...]:
+    """Gap, rank and frozen parts of LoRA in nats, and these parts' share in %, all with ends."""
+    (found,) = (s for s in records("main_seeds_control/decomposition.csv")
+                if s["name"] == f"lora all r={r}")  # fmt: skip
+    numbers = [float(value) for name, value in found.items() if name != "name"]
+    return (*numbers[:9], *(100 * share for share in numbers[9:]))
+
+
+def steps_to_45() -> dict[str, list[float]]:
+    """Steps to validation perplexity 45 by row, a number a seed."""
+    found: dict[str, list[float]] = {}
+    for line in records("main_seeds_control/steps.csv"):
+        found.setdefault(line["row"], []).append(float(line["steps_to_45"] or "nan"))
+    return found
+
+
+def ratio_of_steps(one: str, other: str) -> tuple[float, float, float]:
+    """Mean ratio over paired seeds with scipy's t-interval, on logs."""
+    steps = steps_to_45()
+    logs = [math.log(a / b) for a, b in zip(steps[one], steps[other], strict=True)]
+    ends = scipy_stats.ttest_1samp(logs, 0).confidence_interval()
+    return tuple(math.exp(v) for v in (sum(logs) / len(logs), *ends))
+
+
+def forgotten(label: str, rank: str = "") -> float:
+    """Nats per token of the held-out docstrings since the base model."""
+    path = "quality.also.docstrings_held_out.after.perplexity"
+    targets = "all" if rank else ""
+    after = cell(CONTROL, path, **row(label, targets, rank))
+    return math.log(after / cell(SEEDS, path, **NONE))
+
+
 @dataclass(frozen=True)
 class Quote:
     """A phrase of a page with a place for every number, and how the numbers are computed."""
@@ -155,6 +188,7 @@ class Quote:
 SEEDS, RANKS, SHARES = "main_seeds/results.csv", "udv_rank/results.csv", "truncation_curve/"
 RUNS, THIRD, SECOND = "claims/runs.csv", "main/results-tuned.csv", "main/results-with-udv.csv"
 SHARES += "results.csv"
+CONTROL = "main_seeds_control/results.csv"
 LSTM, TARGETS = "lstm_lora/results.csv", "targets_sweep/results.csv"
 NONE, FULL = row("none"), row("full")
 D64, D = row("udv-d", "all", "64"), row("udv-d", "all", "full")
@@ -213,6 +247,59 @@ QUOTES = (
           "({:.1f}, a fifth of the parameters)",
           lambda: (cell(SEEDS, TEST, **FULL), cell(SEEDS, TEST, **row("lora", "all", "64")))),
     Quote(INDEX, "[{} of {} pairs; not LoRA's alphas at r=8", told_apart),
+    # main_seeds_control
+    *(Quote(page("main_seeds_control"), f"| r={r}" + " | {:.3f} ({:.3f} to {:.3f})" * 3
+            + " | {:.0f} % ({:.0f} to {:.0f}) |", lambda r=r: split(r)) for r in (1, 8, 64)),
+    Quote(page("main_seeds_control"), "costs {:.3f} nats per token ({:.3f} to {:.3f})",
+          lambda: split(64)[6:9]),
+    Quote(page("main_seeds_control"), "{:.0f} % ({:.0f} to {:.0f}) of the gap of LoRA r=64, {:.0f} "
+          "% ({:.0f} to {:.0f}) of the gap of r=8, and {:.0f} % ({:.0f} to {:.0f}) of the gap of "
+          "r=1. The rest is the rank: {:.0f} %, {:.0f} % and {:.0f} %",
+          lambda: (*split(64)[9:], *split(8)[9:], *split(1)[9:],
+                   *(100 - split(r)[9] for r in (64, 8, 1)))),
+    Quote(page("main_seeds_control"), "the control {:.2f}, full fine-tuning {:.2f}, LoRA {:.2f} to "
+          "{:.2f}", lambda: tuple(forgotten(*which) for which in (
+              ("full-only-matrices",), ("full",), ("lora", "1"), ("lora", "8")))),
+    Quote(page("main_seeds_control"), "r=64 forgets {:.2f} less than the control ({:.2f} to {:.2f}",
+          lambda: tuple(cell("main_seeds_control/comparisons.csv", name, text="docstrings_held_out",
+                             a="full-only-matrices", b="lora all r=64")
+                        for name in ("difference_nats_per_token", "low", "high"))),
+    Quote(page("main_seeds_control"), "nats per token 5e-4 {:.3f}, 1e-3 {:.3f}, 2e-3 {:.3f}, "
+          "**4e-3 {:.3f}**, 8e-3 {:.3f}",
+          lambda: tuple(nll for _, nll in sorted(tuned("full-only-matrices").grid.items()))),
+    Quote(page("main_seeds"), "{:.0f} % of the gap of LoRA r=64 to full fine-tuning is that "
+          "embeddings, positions, norms and biases stay frozen, {:.0f} % of that of r=8, {:.0f} % "
+          "of that of r=1", lambda: tuple(split(r)[9] for r in (64, 8, 1))),
+    Quote("README.md", "{:.0f} % of the gap of r=64 ({:.0f} to {:.0f}) is what stays frozen and "
+          "{:.0f} % its rank, of r=8 {:.0f} and {:.0f} %, of r=1 {:.0f} and {:.0f} %",
+          lambda: (*split(64)[9:], 100 - split(64)[9],
+                   *(n for r in (8, 1) for n in (split(r)[9], 100 - split(r)[9])))),
+    Quote("README.md", "| full-only-matrices | - | - | - | {:.3f} | {:,.0f} | {:.2f} | {:.0f} | "
+          "{:.2f} | {:.1f}-{:.1f} | - |",
+          lambda: tuple(cell(CONTROL, name, label="full-only-matrices") / unit for name, unit in (
+              ("method.lr", 1), (TRAINABLE, 1), (PERCENT, 1), (PEAK, 2**20), (TEST, 1),
+              (f"{TEST}_low", 1), (f"{TEST}_high", 1)))),
+    Quote(INDEX, "have {:.1f}, between full ({:.1f}) and LoRA r=64 ({:.1f}): {:.0f} % of the gap "
+          "of r=64 is what stays frozen, {:.0f} % of r=8's, {:.0f} % of r=1's",
+          lambda: (cell(CONTROL, TEST, label="full-only-matrices"),
+                   cell(CONTROL, TEST, label="full"),
+                   cell(CONTROL, TEST, **row("lora", "all", "64")),
+                   *(split(r)[9] for r in (64, 8, 1)))),
+    Quote(INDEX, "(of the gap of r=64 {:.0f} % is)", lambda: 100 - split(64)[9]),
+    Quote(page("claims"), "of the gap of LoRA r=64, {:.3f} nats per token, {:.0f} % ({:.0f} to "
+          "{:.0f}) is what stays frozen and {:.0f} % its rank; of r=8 {:.0f} and {:.0f} %, of r=1 "
+          "{:.0f} and {:.0f} %",
+          lambda: (split(64)[0], *split(64)[9:], 100 - split(64)[9],
+                   *(n for r in (8, 1) for n in (split(r)[9], 100 - split(r)[9])))),
+    Quote(page("claims"), "full fine-tuning {:.1f}, the control {:.1f}, LoRA r=64 {:.1f}, r=8 "
+          "{:.1f}.", lambda: tuple(sum(steps_to_45()[name]) / 3 for name in (
+              "full", "full-only-matrices", "lora all r=64", "lora all r=8"))),
+    Quote(page("claims"), "from the control (ratio {:.2f}, {:.2f} to {:.2f}); r=8 can ({:.2f}, "
+          "{:.2f} to {:.2f})",
+          lambda: (*ratio_of_steps("lora all r=64", "full-only-matrices"),
+                   *ratio_of_steps("lora all r=8", "full-only-matrices"))),
+    Quote(page("claims"), "better than LoRA r=1, 8 and 64 by {:.3f}, {:.3f} and {:.3f} nats",
+          lambda: tuple(split(r)[3] for r in (1, 8, 64))),
     # tune
     Quote(page("tune"), "LoRA's is {:.0f} times full fine-tuning's at r=8",
           lambda: times_full("lora", "all", "8", 2.0)),
@@ -420,7 +507,8 @@ def test_a_number_that_is_another_would_be_seen():
 # Tables of the pages, and the file that each is of; the columns that are checked, by their heading.
 TABLES = {
     "main": {10: "results.csv", 15: "results-tuned.csv"},
-    "main_seeds": {15: "results.csv"}, "udv_rank": {15: "results.csv"},
+    "main_seeds": {15: "results.csv"}, "main_seeds_control": {5: "results.csv"},
+    "udv_rank": {15: "results.csv"},
     "targets_sweep": {7: "results.csv"}, "lstm_lora": {8: "results.csv"},
     "truncation_curve": {26: "results.csv"}, "e2e_methods": {4: "results.csv"},
     "smollm2_kjv": {2: "results.csv"}, "smollm2_e2e": {2: "results.csv"},

@@ -1,0 +1,162 @@
+"""How much of LoRA's gap to full fine-tuning is its rank, and how much is what it leaves frozen.
+
+    python experiments/main_seeds_control/decomposition.py outputs/main_seeds_control
+
+The control trains, at full rank, the matrices that LoRA adapts, and freezes the rest. With the log-
+perplexities l of LoRA, c of the control and f of full fine-tuning
+
+    l - f = (l - c) + (c - f)        gap = rank + frozen parts
+
+Prints the table, and writes results.csv, decomposition.csv and steps.csv (steps of every run to a
+validation perplexity, log-perplexity taken as a line between readings) beside this file. The
+differences and their intervals are those of `harness.stats.compare`, paired by seed and document. The interval of a
+share s = (c - f) / (l - f) is Fieller's: every s at which c - f - s (l - f) cannot be told from 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy import optimize
+
+from harness import results, stats
+from harness.config import ConfigError
+from harness.report import evidence, summary
+from harness.report.table import Row, plain, rows, show
+
+HERE = Path(__file__).resolve().parent
+CONTROL = "full-only-matrices"
+LEVELS = (45, 70, 100)  # validation perplexities, as in experiments/claims
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The gap of one LoRA to full fine-tuning, nats per token, and the share of frozen parts."""
+
+    name: str
+    gap: stats.Comparison  # LoRA less full fine-tuning
+    rank: stats.Comparison  # LoRA less the control
+    frozen: stats.Comparison  # the control less full fine-tuning
+    share: tuple[float, float, float]  # of frozen parts, and its 95 % interval
+
+
+def share(
+    whole: stats.Evaluation, control: stats.Evaluation, low: stats.Evaluation
+) -> tuple[float, float, float]:
+    """(c - f) / (l - f) with its 95 % interval (Fieller, JRSS B 16, 1954).
+
+    Infinite ends where the gap itself cannot be told from 0.
+    """
+
+    def against(part: float) -> stats.Comparison:
+        mixed = dataclasses.replace(
+            whole, name="mixed", nll=(1 - part) * whole.nll + part * low.nll
+        )
+        return stats.compare(control, mixed)
+
+    point = stats.compare(control, whole).difference / stats.compare(low, whole).difference
+
+    def end(value: Callable[[float], float], direction: int) -> float:
+        reach = 1e-3
+        while value(point) * value(point + direction * reach) > 0:
+            reach *= 2
+            if reach > 1e3:
+                return direction * float("inf")
+        return float(optimize.brentq(value, *sorted((point, point + direction * reach))))
+
+    gap_sign = np.sign(stats.compare(low, whole).difference)
+    ends = (
+        end(lambda s: against(s).low if gap_sign > 0 else against(s).high, -1),
+        end(lambda s: against(s).high if gap_sign > 0 else against(s).low, +1),
+    )
+    return point, *ends
+
+
+def splits(found: list[Row]) -> list[Split]:
+    """One for every rank of LoRA.
+
+    Raises:
+        ConfigError: no full fine-tuning, no control, or runs of other seeds.
+    """
+    by_label = {label: [r for r in found if r.values["method.label"] == label]
+                for label in ("full", CONTROL, "lora")}  # fmt: skip
+    for label, there in by_label.items():
+        if not there or (label != "lora" and len(there) != 1):
+            raise ConfigError(f"expected one row of {label}, and there are {len(there)}")
+    whole, control = (
+        evidence.evaluation(by_label[label][0], "test") for label in ("full", CONTROL)
+    )
+    made = []
+    for row in by_label["lora"]:
+        low = evidence.evaluation(row, "test")
+        if not low.seeds == whole.seeds == control.seeds:
+            raise ConfigError(f"{row.name} has other seeds than full fine-tuning or the control")
+        pairs = ((low, whole), (low, control), (control, whole))
+        made.append(
+            Split(row.name, *(stats.compare(*pair) for pair in pairs), share(whole, control, low))
+        )
+    return made
+
+
+def steps_to(run_dir: Path, level: float) -> float | None:
+    """Steps of a run to a validation perplexity, or None where it does not get there."""
+    read = [(m["step"], m["eval/validation/nll"]) for m in results.read_metrics(run_dir)
+            if "eval/validation/nll" in m]  # fmt: skip
+    goal = math.log(level)
+    for (start, before), (end, after) in itertools.pairwise(read):
+        if before > goal >= after:
+            return float(start + (end - start) * (before - goal) / (before - after))
+    return None
+
+
+def write_steps(found: list[Row]) -> None:
+    """steps.csv."""
+    with (HERE / "steps.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["row", "seed", *(f"steps_to_{level}" for level in LEVELS)])
+        for row in found:
+            for run_dir, record in zip(row.run_dirs, row.records, strict=True):
+                steps = [steps_to(run_dir, level) for level in LEVELS]
+                writer.writerow([row.name, record["config"]["seed"], *steps])
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print(__doc__)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    folder = Path(arguments[0])
+    try:
+        findings = evidence.find(folder)
+        found = splits(rows(folder))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_steps(rows(folder))
+    (HERE / "results.csv").write_text(summary.results_csv(findings), "utf-8")
+    shown = plain(["LoRA"], ["gap, nats", "rank", "frozen parts", "share of frozen parts, %"])
+    with (HERE / "decomposition.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        parts = [
+            f"{part}{end}" for part in ("gap", "rank", "frozen") for end in ("", "_low", "_high")
+        ]
+        writer.writerow(["name", *parts, "share_frozen", "share_frozen_low", "share_frozen_high"])
+        for split in found:
+            ends = [(c.difference, c.low, c.high) for c in (split.gap, split.rank, split.frozen)]
+            writer.writerow([split.name, *(v for three in ends for v in three), *split.share])
+            cells = [f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in ends]
+            percent = [f"{100 * v:.0f}" for v in split.share]
+            shown.add_row(split.name, *cells, f"{percent[0]} ({percent[1]} to {percent[2]})")
+    show(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
