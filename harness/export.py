@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from harness import models, saved
+from harness import models, saved, weights
 from harness.card import Exported, card
 from harness.composition import explain
 from harness.config import ConfigError
@@ -139,7 +139,7 @@ def _write_whole(run: Saved, folder: Path) -> Exported:
     model.save_pretrained(folder)
     del model
     gc.collect()
-    again = AutoModelForCausalLM.from_pretrained(folder)
+    again, _ = weights.load(folder)
     _compare(probe(again), logits, "the saved model, loaded again,", share=0.0)
     return Exported(
         whole=True,
@@ -215,8 +215,8 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
     del model
     gc.collect()
     options = base_options(run)
-    plain = AutoModelForCausalLM.from_pretrained(saved.source(run.run), **options)
-    again = PeftModel.from_pretrained(plain, str(folder)).eval()
+    plain, _ = weights.load(saved.source(run.run), **options)
+    again = weights.load_adapter(plain, folder)
     # q, k and v apart are rounded as one where kernels depend on the number of columns.
     share = ROUNDING if joins or run.unfused else 0.0
     moved = _compare(probe(again), logits, "the adapter, loaded onto the published base,", share)

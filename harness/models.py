@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
 
-from harness import gguf, network, roles
+from harness import gguf, network, roles, weights
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -50,8 +52,11 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     """The model's configuration with the harness's choices written in: dropout and GELU.
 
     Raises:
-        ConfigError: the source is not there; says which models are.
+        ConfigError: the source is not there (says which models are), or it holds an adapter.
     """
+    if not cfg.architecture:
+        revision = cfg.revision if cfg.id else None
+        weights.refuse_adapter(source_of(cfg), revision)
     config = _config_as_saved(cfg)
     for name in dropout_fields(config):
         setattr(config, name, cfg.dropout)
@@ -114,7 +119,7 @@ def _config_as_saved(cfg: ModelConfig) -> PretrainedConfig:
                 known = [key for key in vars(plain) if not key.startswith("_")]
                 raise ConfigError(f"model.architecture.{name}: {nearest(name, known)}")
         return config
-    return _from_source(AutoConfig, cfg, source_of(cfg))
+    return _from_source(AutoConfig.from_pretrained, cfg, source_of(cfg))
 
 
 def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -130,7 +135,8 @@ def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedToke
         )
     if (ASSETS_DIR / source).is_dir():
         source = str(ASSETS_DIR / source)
-    tokenizer = _from_source(AutoTokenizer, cfg, source)
+    weights.refuse_pointers(Path(source, name) for name in weights.TOKENIZER_FILES)
+    tokenizer = _from_source(AutoTokenizer.from_pretrained, cfg, source)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {source} has no end-of-text token to join documents by"
@@ -150,13 +156,31 @@ def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
 
     In fp32, or in `model.frozen_dtype` where the method freezes the base. q, k and v come apart
     (`harness.unfuse`) where `wants_unfused` says so.
+
+    Raises:
+        ConfigError: the weights cannot be read, or (with `model.strict`) are not the model's.
     """
-    if run.model.architecture:
+    return load_with_misfits(run, config)[0]
+
+
+def load_with_misfits(
+    run: RunConfig, config: PretrainedConfig
+) -> tuple[PreTrainedModel, weights.Misfits]:
+    """`load_model`, and which weights are not the file's: none with `model.strict`."""
+    cfg = run.model
+    if cfg.architecture:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(run))
+        misfits = weights.Misfits([], [], [])
     else:
-        options = {"config": config, "dtype": dtype_of(run)}
-        model = _from_source(AutoModelForCausalLM, run.model, source_of(run.model), **options)
-    return _unfused(model) if wants_unfused(run, config) else model
+        options = {"config": config, "dtype": dtype_of(run), "strict": False}
+        model, misfits = _from_source(weights.load, cfg, source_of(cfg), **options)
+    if cfg.strict and misfits:
+        raise ConfigError(
+            f"model={cfg.name}: the weights in {source_of(cfg)} are not those of the model in its "
+            f"config.json: {misfits}. Put the right files there, or set "
+            "model.strict=false: what is missing is then drawn at random, and the result says what"
+        )
+    return (_unfused(model) if wants_unfused(run, config) else model), misfits
 
 
 def without_files(run: RunConfig) -> RunConfig:
@@ -246,8 +270,8 @@ def _unfused(model: PreTrainedModel) -> PreTrainedModel:
         raise ConfigError(f"model.unfuse_qkv: {error}") from error
 
 
-def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained(source)`, with an error that says which models there are instead."""
+def _from_source(read: Callable[..., Any], cfg: ModelConfig, source: str, **options: Any) -> Any:
+    """`read(source)`, a `from_pretrained`, with an error that says which models there are."""
     revision: dict[str, Any] = {}
     if cfg.revision and source == cfg.id:
         revision["revision"] = cfg.revision
@@ -256,7 +280,9 @@ def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> An
         _refuse_code_of_others(source, revision)
     try:
         # Said either way: left open, transformers would ask at the terminal.
-        return kind.from_pretrained(source, trust_remote_code=trusted, **revision, **options)
+        return read(source, trust_remote_code=trusted, **revision, **options)
+    except ConfigError:  # which says it all
+        raise
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
         if "trust_remote_code" in str(error):

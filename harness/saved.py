@@ -9,16 +9,10 @@ from typing import Any
 
 import transformers
 from accelerate.utils import set_seed
-from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from harness import composition, methods, models, network, results
+from harness import composition, methods, models, network, results, weights
 from harness.config import ASSETS_DIR, ConfigError, RunConfig, nearest
 from harness.methods.svd import CACHE_ENV
 
@@ -77,13 +71,13 @@ class Saved:
         training (`harness.methods.lora_layer`) and bit for bit with what PEFT loads elsewhere.
         """
         if self.run.method.trains and not self.has_adapter:
-            whole = AutoModelForCausalLM.from_pretrained(self.folder(MODEL))
+            whole, _ = weights.load(self.folder(MODEL))
             return _with_cache(whole).eval()
         base = self.base()
         if not self.has_adapter:
             return methods.adapt(base, self.run).eval()
         # Straight after the base, as in training: some starts are drawn and taken off its weights.
-        return PeftModel.from_pretrained(base, str(self.folder(ADAPTER))).eval()
+        return weights.load_adapter(base, self.folder(ADAPTER))
 
 
 def load(run_dir: Path) -> Saved:

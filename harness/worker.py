@@ -45,6 +45,7 @@ from harness import (
     shard,
     start,
     train,
+    weights,
 )
 from harness.config import ConfigError, RunConfig
 from harness.held_out import HeldOut
@@ -175,6 +176,8 @@ def perform(
     # Names and shapes are checked on the meta device, before anything is read or loaded.
     model_config = models.load_config(run.model)
     result["model"] |= models.facts(run.model, model_config)
+    if not run.model.architecture:
+        weights.check_files(models.source_of(run.model))
     most = models.max_context(model_config)
     methods.check_context(run, most)
     with suppress(methods.NeedsWeightsError):  # then on the real model
@@ -196,7 +199,13 @@ def perform(
 
     # ----------------------------------------------------------------------- model and method
     set_seed(run.seed)
-    base = models.load_model(run, model_config)
+    base, misfits = models.load_with_misfits(run, model_config)
+    if not run.model.strict:
+        result["model"]["weights"] = {"random": misfits.random, "left_out": misfits.unexpected}
+    if misfits:
+        warning = f"model.strict=false: {misfits}"
+        log.warning(warning)
+        print(f"warning: {warning}", file=sys.stderr)
     result["parameters"] = {"base": models.count_parameters(base).total}
     model = methods.adapt(base, run)
     if not run.launch.sharded:  # or else the device need not hold all of it
