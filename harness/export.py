@@ -29,7 +29,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from harness import models, saved, weights
+from harness import models, reloaded, saved, weights
 from harness.card import Exported, card
 from harness.composition import explain
 from harness.config import ConfigError
@@ -141,12 +141,14 @@ def _write_whole(run: Saved, folder: Path) -> Exported:
     gc.collect()
     again, _ = weights.load(folder)
     _compare(probe(again), logits, "the saved model, loaded again,", share=0.0)
+    measured = reloaded.compare(run, again.eval(), "the saved model, loaded again,")
     return Exported(
         whole=True,
         model_type=again.config.model_type,
         config_notes=trained_with,
         moved=moved,
         tied=bool(getattr(again.config, "tie_word_embeddings", False)),
+        measured=measured,
     )
 
 
@@ -219,13 +221,16 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
     again = weights.load_adapter(plain, folder)
     # q, k and v apart are rounded as one where kernels depend on the number of columns.
     share = ROUNDING if joins or run.unfused else 0.0
-    moved = _compare(probe(again), logits, "the adapter, loaded onto the published base,", share)
+    what = "the adapter, loaded onto the published base,"
+    moved = _compare(probe(again), logits, what, share)
+    measured = reloaded.compare(run, again, what)
     return Exported(
         whole=False,
         model_type=plain.config.model_type,
         base_options=options,
         joined_rank=next(iter(config.rank_pattern.values())) if joins else None,
         moved=moved,
+        measured=measured,
         peft_type=_kind(config),
     )
 
@@ -294,6 +299,7 @@ def main(arguments: list[str]) -> int:
         return 130
     size = sum(path.stat().st_size for path in asked.out.iterdir())
     print(f"{asked.out}: {exported.what}, {size / 2**20:.1f} MiB, loads with {exported.logits}")
+    print(exported.compared)
     return 0
 
 

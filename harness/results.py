@@ -10,7 +10,9 @@ speed.tokens_per_second, speed.train_seconds, quality.step0.validation.perplexit
 quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, word_perplexity,
 bits_per_byte}, quality.also.NAME.{before, after} with the same, quality.test_protocol
 (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
-num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride, tokenizer},
+num_prompts, num_tokens, seconds, tokens_per_second}, saved (folders), saved_check.{nats_per_token,
+failure} (`harness.reloaded`), model.weights.{random, left_out} (with model.strict=false),
+evaluation.{context, stride, tokenizer},
 environment.{commit, versions, hardware, runs_beside, sharded}.
 """
 

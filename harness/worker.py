@@ -41,6 +41,7 @@ from harness import (
     pairs,
     predict,
     protocols,
+    reloaded,
     results,
     shard,
     start,
@@ -50,6 +51,7 @@ from harness import (
 from harness.config import ConfigError, RunConfig
 from harness.held_out import HeldOut
 from harness.methods.svd import CACHE_ENV
+from harness.saved import Saved
 from harness.standing import SoFar, Standing
 from harness.stop import Stop
 
@@ -122,7 +124,19 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     results.write(run_dir, result)
     if code == 0:  # and not before: until then the run goes on from its last checkpoint
         results.clear(run_dir)
+        _confirm_saved(run, run_dir, result)
     return code
+
+
+def _confirm_saved(run: RunConfig | None, run_dir: Path, result: dict[str, Any]) -> None:
+    """Load what was saved and note in the result, which stands, whether it is the same model."""
+    if run is None or not result.get("saved"):
+        return
+    result["saved_check"] = reloaded.check(Saved(run_dir, run, result))
+    if failure := result["saved_check"]["failure"]:
+        print(f"warning: {failure}", file=sys.stderr)
+    with suppress(OSError):
+        results.write(run_dir, result)
 
 
 def failure_class(error: Exception) -> str:
@@ -343,6 +357,7 @@ def perform(
         alone = unfused or run.model.architecture or run.method.name == "truncate"
         merged = bool(alone) if run.save_merged == "auto" else run.save_merged == "always"
         result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
+        reloaded.keep(run_dir, text.held_out["validation"], standing.best, held_out.bos)
 
 
 if __name__ == "__main__":
