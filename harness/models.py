@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from harness import gguf, network, roles, weights
 from harness.config import (
@@ -52,12 +53,14 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     """The model's configuration with the harness's choices written in: dropout and GELU.
 
     Raises:
-        ConfigError: the source is not there (says which models are), or it holds an adapter.
+        ConfigError: the source is not there (says which models are), it holds an adapter, or its
+            weights are packed by a package that is not installed.
     """
     if not cfg.architecture:
         revision = cfg.revision if cfg.id else None
         weights.refuse_adapter(source_of(cfg), revision)
     config = _config_as_saved(cfg)
+    _check_packed(cfg, config)
     for name in dropout_fields(config):
         setattr(config, name, cfg.dropout)
     composed = _gelu_field(config)
@@ -65,6 +68,31 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
         setattr(config, composed, FUSED_GELU)
     config.use_cache = False
     return config
+
+
+def packing_of(config: PretrainedConfig) -> str | None:
+    """By which method the weights are quantised in their files, or None."""
+    packed = getattr(config, "quantization_config", None)
+    if not packed:
+        return None
+    fields = packed if isinstance(packed, dict) else vars(packed)
+    method = fields.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
+
+
+def _check_packed(cfg: ModelConfig, config: PretrainedConfig) -> None:
+    """Raise ConfigError where weights are quantised and cannot be read here; it names a package."""
+    packed = getattr(config, "quantization_config", None)
+    if not packed:
+        return
+    try:
+        AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment()
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise ConfigError(
+            f"model={cfg.name}: its weights are quantised ({packing_of(config)}), which "
+            f"cannot be read here: {reason}"
+        ) from error
 
 
 def dropout_fields(config: PretrainedConfig) -> list[str]:
@@ -338,9 +366,18 @@ def count_parameters(model: nn.Module) -> Parameters:
     """Elements of `model`'s parameters; `named_parameters` lists a tied tensor once."""
     parameters = list(model.parameters())
     return Parameters(
-        total=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(map(_elements, parameters)),
+        trainable=sum(_elements(p) for p in parameters if p.requires_grad),
     )
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Elements before they were packed: bitsandbytes holds two of 4 bits in a byte, as PEFT counts.
+
+    Source: `peft.PeftModel.get_nb_trainable_parameters`.
+    """
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
 def max_context(config: PretrainedConfig) -> int | None:

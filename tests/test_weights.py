@@ -4,7 +4,9 @@ Files are written by `safetensors` and read back by `transformers`, whose loadin
 is wrong; what may be left out is what published files leave out.
 """
 
+import importlib.util
 import json
+import re
 import shutil
 
 import pytest
@@ -13,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import models, naming, weights
+from harness import methods, models, naming, weights
 from harness.config import ASSETS_DIR, ConfigError
 
 FILE, ADAPTER_FILE = "model.safetensors", "adapter_model.safetensors"
@@ -251,3 +253,55 @@ def test_a_failed_allocation_is_no_fault_of_the_file(folder, monkeypatch):
     with pytest.raises(RuntimeError, match="allocate") as error:
         weights.load(folder)
     assert not isinstance(error.value, ConfigError)
+
+
+# --------------------------------------------------------------------------- quantised bases
+
+
+def quantised(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "package"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "optimum|gptqmodel"),
+        ({"quant_method": "awq", "bits": 4}, "gptqmodel|autoawq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "hqq"}, "hqq"),
+    ],
+    ids=["gptq", "awq", "bitsandbytes 4", "bitsandbytes 8", "hqq"],
+)
+def test_a_quantised_base_names_the_package_that_reads_it(folder, make_run, fields, package):
+    for name in package.replace("autoawq", "awq").split("|"):
+        if importlib.util.find_spec(name):
+            pytest.skip(f"{name} is installed")
+    quantised(folder, **fields)
+    run = make_run("model=local", f"model.path={folder}", "method=lora")
+    with pytest.raises(ConfigError, match=rf"quantised \({fields['quant_method']}\)") as error:
+        models.load_config(run.model)
+    assert re.search(rf"install.*({package})", str(error.value))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["full", "udv", "truncate"])
+def test_methods_that_need_the_weights_themselves_refuse_a_quantised_base(tiny, make_run, method):
+    tiny.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    run = make_run(f"method={method}")
+    with pytest.raises(ConfigError, match=rf"method={method}: gpt2_mini is quantised.*method=lora"):
+        methods.check(tiny.to("meta"), run)
+
+
+def test_packed_weights_are_counted_as_peft_counts_them(tiny):
+    class Params4bit(torch.nn.Parameter):  # by its name, as in PEFT
+        pass
+
+    for block in tiny.transformer.h:
+        packed = torch.zeros(block.mlp.c_fc.weight.numel() // 2, 1, dtype=torch.uint8)
+        block.mlp.c_fc.weight = Params4bit(packed, requires_grad=False)
+    model = get_peft_model(tiny, LoraConfig(target_modules=["attn.c_proj"], fan_in_fan_out=True))
+    found = models.count_parameters(model)
+    assert (found.trainable, found.total) == model.get_nb_trainable_parameters()
+    assert found.total > sum(p.numel() for p in model.parameters())
