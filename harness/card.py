@@ -36,7 +36,8 @@ class Exported:
 
     whole: bool  # a model, or else an adapter
     model_type: str
-    moved: float | None  # most that a logit differs from the run's own model; None: cannot differ
+    moved: float | None  # most that a logit differs from the run's model now; None: cannot differ
+    measured: float | None = None  # nats a token from what the run measured; None: nothing kept
     config_notes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # (in the run, the base)
     base_options: dict[str, Any] = field(default_factory=dict)  # of an adapter's base
     peft_type: str = ""  # of an adapter
@@ -54,6 +55,19 @@ class Exported:
         if not self.moved:
             return "identical logits"
         return f"the run's logits within {self.moved:.2g}"
+
+    @property
+    def compared(self) -> str:
+        """How its nats compare with those that the run measured, as a sentence."""
+        if self.measured is None:
+            return (
+                "Its nats are not compared with what the run measured: the run kept no documents "
+                "for that."
+            )
+        return (
+            "On a few validation documents its nats are those that the run measured, within "
+            f"{self.measured:.1g} a token."
+        )
 
 
 def card(run: Saved, exported: Exported) -> str:
@@ -150,7 +164,7 @@ def code(run: Saved, exported: Exported) -> str:
 def notes(run: Saved, exported: Exported) -> list[str]:
     """What a reader would not expect, of the folder and of how it differs from the run's model."""
     model, method = run.run.model, run.run.method
-    found = []
+    found = [exported.compared]
     if method.name == "truncate":
         found.append("The weights are dense, as large as the base's: rank-k products, multiplied.")
     elif exported.whole and run.has_adapter:

@@ -61,6 +61,7 @@ class ModelConfig:
     gguf: str | None = None  # name of the GGUF file, in the package or in path
     remote_code: str | None = None  # id or folder whose own code is to be run: the model's
     cache_dir: str = ".cache"  # what GGUF files are converted to, by content hash
+    strict: bool = True  # false: weights that are missing or do not fit are drawn at random
 
 
 @dataclass(frozen=True)

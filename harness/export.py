@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from harness import models, saved
+from harness import models, reloaded, saved, weights
 from harness.card import Exported, card
 from harness.composition import explain
 from harness.config import ConfigError
@@ -139,14 +139,16 @@ def _write_whole(run: Saved, folder: Path) -> Exported:
     model.save_pretrained(folder)
     del model
     gc.collect()
-    again = AutoModelForCausalLM.from_pretrained(folder)
+    again, _ = weights.load(folder)
     _compare(probe(again), logits, "the saved model, loaded again,", share=0.0)
+    measured = reloaded.compare(run, again.eval(), "the saved model, loaded again,")
     return Exported(
         whole=True,
         model_type=again.config.model_type,
         config_notes=trained_with,
         moved=moved,
         tied=bool(getattr(again.config, "tie_word_embeddings", False)),
+        measured=measured,
     )
 
 
@@ -215,17 +217,20 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
     del model
     gc.collect()
     options = base_options(run)
-    plain = AutoModelForCausalLM.from_pretrained(saved.source(run.run), **options)
-    again = PeftModel.from_pretrained(plain, str(folder)).eval()
+    plain, _ = weights.load(saved.source(run.run), **options)
+    again = weights.load_adapter(plain, folder)
     # q, k and v apart are rounded as one where kernels depend on the number of columns.
     share = ROUNDING if joins or run.unfused else 0.0
-    moved = _compare(probe(again), logits, "the adapter, loaded onto the published base,", share)
+    what = "the adapter, loaded onto the published base,"
+    moved = _compare(probe(again), logits, what, share)
+    measured = reloaded.compare(run, again, what)
     return Exported(
         whole=False,
         model_type=plain.config.model_type,
         base_options=options,
         joined_rank=next(iter(config.rank_pattern.values())) if joins else None,
         moved=moved,
+        measured=measured,
         peft_type=_kind(config),
     )
 
@@ -294,6 +299,7 @@ def main(arguments: list[str]) -> int:
         return 130
     size = sum(path.stat().st_size for path in asked.out.iterdir())
     print(f"{asked.out}: {exported.what}, {size / 2**20:.1f} MiB, loads with {exported.logits}")
+    print(exported.compared)
     return 0
 
 

@@ -73,6 +73,8 @@ def converted(file: Path, cache_dir: str) -> Path:
     try:
         model = _dense(file)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ConfigError:
+        raise
     except (OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.gguf: {file} could not be read ({reason})") from error
@@ -99,11 +101,13 @@ def _dense(file: Path) -> Any:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from harness import weights
+
     options: dict[str, Any] = {"gguf_file": file.name}
     config = AutoConfig.from_pretrained(file.parent, **options)
     if hasattr(transformers, "GgufConfig"):  # releases that may leave weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+    read, _ = weights.load(file.parent, dtype=torch.float32, **options)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict(), assign=True)

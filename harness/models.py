@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
 
-from harness import gguf, network, roles
+from harness import gguf, network, roles, weights
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -52,9 +54,12 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     """The model's configuration with the harness's choices written in: dropout and GELU.
 
     Raises:
-        ConfigError: the source is not there; says which models are. Or it is of a model that takes
-            more than text.
+        ConfigError: the source is not there (says which models are), it holds an adapter, its
+            weights are packed by a package that is not installed, or it takes more than text.
     """
+    if not cfg.architecture:
+        revision = cfg.revision if cfg.id else None
+        weights.refuse_adapter(source_of(cfg), revision)
     config = _config_as_saved(cfg)
     text = config.get_text_config()
     if text is not config:
@@ -63,6 +68,7 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
             f"model ({text.model_type}) is a part of it. Save that part by itself, as "
             "conf/README.md shows under Models, and give the folder: model=local model.path=…"
         )
+    _check_packed(cfg, config)
     for name in dropout_fields(config):
         setattr(config, name, cfg.dropout)
     composed = _gelu_field(config)
@@ -70,6 +76,31 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
         setattr(config, composed, FUSED_GELU)
     config.use_cache = False
     return config
+
+
+def packing_of(config: PretrainedConfig) -> str | None:
+    """By which method the weights are quantised in their files, or None."""
+    packed = getattr(config, "quantization_config", None)
+    if not packed:
+        return None
+    fields = packed if isinstance(packed, dict) else vars(packed)
+    method = fields.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
+
+
+def _check_packed(cfg: ModelConfig, config: PretrainedConfig) -> None:
+    """Raise ConfigError where weights are quantised and cannot be read here; it names a package."""
+    packed = getattr(config, "quantization_config", None)
+    if not packed:
+        return
+    try:
+        AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment()
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        reason = re.sub(r"\s+", " ", str(error)).strip()
+        raise ConfigError(
+            f"model={cfg.name}: its weights are quantised ({packing_of(config)}), which "
+            f"cannot be read here: {reason}"
+        ) from error
 
 
 def dropout_fields(config: PretrainedConfig) -> list[str]:
@@ -124,7 +155,7 @@ def _config_as_saved(cfg: ModelConfig) -> PretrainedConfig:
                 known = [key for key in vars(plain) if not key.startswith("_")]
                 raise ConfigError(f"model.architecture.{name}: {nearest(name, known)}")
         return config
-    return _from_source(AutoConfig, cfg, source_of(cfg))
+    return _from_source(AutoConfig.from_pretrained, cfg, source_of(cfg))
 
 
 def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -140,7 +171,8 @@ def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedToke
         )
     if (ASSETS_DIR / source).is_dir():
         source = str(ASSETS_DIR / source)
-    tokenizer = _from_source(AutoTokenizer, cfg, source)
+    weights.refuse_pointers(Path(source, name) for name in weights.TOKENIZER_FILES)
+    tokenizer = _from_source(AutoTokenizer.from_pretrained, cfg, source)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {source} has no end-of-text token to join documents by"
@@ -171,13 +203,31 @@ def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
 
     In fp32, or in `model.frozen_dtype` where the method freezes the base. q, k and v come apart
     (`harness.unfuse`) where `wants_unfused` says so.
+
+    Raises:
+        ConfigError: the weights cannot be read, or (with `model.strict`) are not the model's.
     """
-    if run.model.architecture:
+    return load_with_misfits(run, config)[0]
+
+
+def load_with_misfits(
+    run: RunConfig, config: PretrainedConfig
+) -> tuple[PreTrainedModel, weights.Misfits]:
+    """`load_model`, and which weights are not the file's: none with `model.strict`."""
+    cfg = run.model
+    if cfg.architecture:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype_of(run))
+        misfits = weights.Misfits([], [], [])
     else:
-        options = {"config": config, "dtype": dtype_of(run)}
-        model = _from_source(AutoModelForCausalLM, run.model, source_of(run.model), **options)
-    return _unfused(model) if wants_unfused(run, config) else model
+        options = {"config": config, "dtype": dtype_of(run), "strict": False}
+        model, misfits = _from_source(weights.load, cfg, source_of(cfg), **options)
+    if cfg.strict and misfits:
+        raise ConfigError(
+            f"model={cfg.name}: the weights in {source_of(cfg)} are not those of the model in its "
+            f"config.json: {misfits}. Put the right files there, or set "
+            "model.strict=false: what is missing is then drawn at random, and the result says what"
+        )
+    return (_unfused(model) if wants_unfused(run, config) else model), misfits
 
 
 def without_files(run: RunConfig) -> RunConfig:
@@ -272,8 +322,8 @@ def _unfused(model: PreTrainedModel) -> PreTrainedModel:
         raise ConfigError(f"model.unfuse_qkv: {error}") from error
 
 
-def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained(source)`, with an error that says which models there are instead."""
+def _from_source(read: Callable[..., Any], cfg: ModelConfig, source: str, **options: Any) -> Any:
+    """`read(source)`, a `from_pretrained`, with an error that says which models there are."""
     revision: dict[str, Any] = {}
     if cfg.revision and source == cfg.id:
         revision["revision"] = cfg.revision
@@ -282,7 +332,9 @@ def _from_source(kind: Any, cfg: ModelConfig, source: str, **options: Any) -> An
         _refuse_code_of_others(source, revision)
     try:
         # Said either way: left open, transformers would ask at the terminal.
-        return kind.from_pretrained(source, trust_remote_code=trusted, **revision, **options)
+        return read(source, trust_remote_code=trusted, **revision, **options)
+    except ConfigError:  # which says it all
+        raise
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
         if "trust_remote_code" in str(error):
@@ -338,9 +390,18 @@ def count_parameters(model: nn.Module) -> Parameters:
     """Elements of `model`'s parameters; `named_parameters` lists a tied tensor once."""
     parameters = list(model.parameters())
     return Parameters(
-        total=sum(p.numel() for p in parameters),
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(map(_elements, parameters)),
+        trainable=sum(_elements(p) for p in parameters if p.requires_grad),
     )
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Elements before they were packed: bitsandbytes holds two of 4 bits in a byte, as PEFT counts.
+
+    Source: `peft.PeftModel.get_nb_trainable_parameters`.
+    """
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
 def max_context(config: PretrainedConfig) -> int | None:

@@ -26,7 +26,7 @@ NOT_IDENTITY = (  # what moves no number of a run
 )  # fmt: skip
 # Keys that came later: a run that leaves them alone is the run that it was before.
 _LATER = {
-    "model": ("package", "gguf", "remote_code"),
+    "model": ("package", "gguf", "remote_code", "strict"),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
     ),
@@ -108,7 +108,8 @@ def _by_content(fields: dict[str, Any], content: str) -> None:
 
 def is_deterministic(run: RunConfig) -> bool:
     """Whether the seed moves nothing: a model that neither trains nor is drawn at random."""
-    drawn = run.model.architecture or getattr(run.method, "which", None) == "random"
+    drawn = run.model.architecture or not run.model.strict  # in part
+    drawn = drawn or getattr(run.method, "which", None) == "random"
     return not run.method.trains and not drawn
 
 

@@ -16,8 +16,9 @@ before its first step where that is another, and after), quality.test_protocol
 (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
 num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride,
 prefix.{name, id}, tokenizer}, environment.{commit, versions, hardware, sharded,
-runs_beside (null: not counted)}, saved (names of folders), problems (what failed after the test
-set was read, in words; absent where nothing did).
+runs_beside (null: not counted)}, saved (names of folders), saved_check.{nats_per_token, failure}
+(`harness.reloaded`), model.weights.{random, left_out} (with model.strict=false), problems (what
+failed after the test set was read, in words; absent where nothing did).
 """
 
 from __future__ import annotations

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import transformers
 from accelerate.utils import set_seed
-from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from harness import composition, contents, methods, models, network, results
+from harness import composition, contents, methods, models, network, results, weights
 from harness.config import ASSETS_DIR, ConfigError, RunConfig, nearest
 from harness.methods.svd import CACHE_ENV
 
@@ -32,7 +29,11 @@ class Saved:
     run_dir: Path
     run: RunConfig  # with the base's folders as they are found now
     record: dict[str, Any]  # result.json
-    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer, read when it is asked for first."""
+        return models.load_tokenizer(self.run.model, models.load_config(self.run.model))
 
     @property
     def name(self) -> str:
@@ -77,13 +78,13 @@ class Saved:
         training (`harness.methods.lora_layer`) and bit for bit with what PEFT loads elsewhere.
         """
         if self.run.method.trains and not self.has_adapter:
-            whole = AutoModelForCausalLM.from_pretrained(self.folder(MODEL))
+            whole, _ = weights.load(self.folder(MODEL))
             return _with_cache(whole).eval()
         base = self.base()
         if not self.has_adapter:
             return methods.adapt(base, self.run).eval()
         # Straight after the base, as in training: some starts are drawn and taken off its weights.
-        return PeftModel.from_pretrained(base, str(self.folder(ADAPTER))).eval()
+        return weights.load_adapter(base, self.folder(ADAPTER))
 
 
 def load(run_dir: Path) -> Saved:
@@ -108,8 +109,9 @@ def load(run_dir: Path) -> Saved:
         network.go_offline_if_unreachable()
     if (cache := started / run.data.cache_dir).is_dir():
         os.environ.setdefault(CACHE_ENV, str(cache))  # the factors that the run computed
-    tokenizer = models.load_tokenizer(run.model, models.load_config(run.model))
-    return Saved(run_dir, run, record, tokenizer)
+    found = Saved(run_dir, run, record)
+    _ = found.tokenizer  # or it is refused here
+    return found
 
 
 def finished(run_dir: Path) -> dict[str, Any]:
@@ -202,6 +204,13 @@ def _with_cache(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model` keep keys and values between tokens, where its kind can: training did without."""
     kept = getattr(type(model.config)(), "use_cache", None)
     model.config.use_cache = kept
-    if model.generation_config is not None:
-        model.generation_config.use_cache = kept
+    own = model.generation_config
+    if own is not None and getattr(
+        own, "_from_model_config", False
+    ):  # or else the base's, as it is
+        changed = copy.deepcopy(own)
+        changed.use_cache = kept
+        with suppress(ValueError):  # transformers saves invalid ones only where they are unchanged
+            changed.validate(strict=True)
+            model.generation_config = changed
     return model

@@ -47,15 +47,18 @@ from harness import (
     prefix,
     probes,
     protocols,
+    reloaded,
     results,
     shard,
     start,
     train,
+    weights,
 )
 from harness.config import ConfigError, RunConfig
 from harness.held_out import HeldOut
 from harness.methods import invocation, merging
 from harness.methods.svd import CACHE_ENV
+from harness.saved import Saved
 from harness.standing import SoFar, Standing
 from harness.stop import Stop
 
@@ -128,7 +131,19 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     results.write(run_dir, result)
     if code == 0:  # and not before: until then the run goes on from its last checkpoint
         results.clear(run_dir)
+        _confirm_saved(run, run_dir, result)
     return code
+
+
+def _confirm_saved(run: RunConfig | None, run_dir: Path, result: dict[str, Any]) -> None:
+    """Load what was saved and note in the result, which stands, whether it is the same model."""
+    if run is None or not result.get("saved"):
+        return
+    result["saved_check"] = reloaded.check(Saved(run_dir, run, result))
+    if failure := result["saved_check"]["failure"]:
+        print(f"warning: {failure}", file=sys.stderr)
+    with suppress(OSError):
+        results.write(run_dir, result)
 
 
 def failure_class(error: Exception) -> str:
@@ -184,6 +199,8 @@ def perform(
     # Names and shapes are checked on the meta device, before anything is read or loaded.
     model_config = models.load_config(run.model)
     result["model"] |= models.facts(run.model, model_config)
+    if not run.model.architecture:
+        weights.check_files(models.source_of(run.model))
     most = models.max_context(model_config)
     methods.check_context(run, most)
     with suppress(methods.NeedsWeightsError):  # then on the real model
@@ -217,7 +234,13 @@ def perform(
 
     # ----------------------------------------------------------------------- model and method
     set_seed(run.seed)
-    base = models.load_model(run, model_config)
+    base, misfits = models.load_with_misfits(run, model_config)
+    if not run.model.strict:
+        result["model"]["weights"] = {"random": misfits.random, "left_out": misfits.unexpected}
+    if misfits:
+        warning = f"model.strict=false: {misfits}"
+        log.warning(warning)
+        print(f"warning: {warning}", file=sys.stderr)
     result["parameters"] = {"base": models.count_parameters(base).total}
     room = None if most is None else most - methods.num_virtual_tokens(run)
     with accelerator.autocast():
@@ -388,6 +411,7 @@ def perform(
     if accelerator.is_main_process:
         with kept_result(result, "what was trained could not be saved"):
             result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
+            reloaded.keep(run_dir, text.held_out["validation"], standing.best, held_out.bos)
 
 
 def wants_merged(run: RunConfig, unfused: bool) -> bool:

@@ -37,6 +37,11 @@ def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     Raises:
         ConfigError: a target, rank or field that does not fit this model.
     """
+    if getattr(model.config, "quantization_config", None) and run.method.name in DENSE:
+        raise ConfigError(
+            f"method={run.method.name}: {run.model.name} is quantised, and {DENSE[run.method.name]}"
+            "; use method=lora or method=peft, or a base that is not quantised"
+        )
     adapted = ADAPTERS[run.method.name](model, run)
     if isinstance(adapted, peft.PeftModel):
         refusals.check_run(adapted, run)
@@ -178,6 +183,13 @@ ADAPTERS = {
     "udv": _udv,
     "truncate": _truncate,
     "peft": _peft,
+}
+
+
+DENSE = {  # methods that need weights as they are, and why
+    "full": "packed weights cannot be trained",
+    "udv": "packed weights cannot be decomposed",
+    "truncate": "packed weights cannot be decomposed",
 }
 
 
