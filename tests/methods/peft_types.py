@@ -88,7 +88,7 @@ def _base(model, targets):
 
 
 def outcome(name: str, model: str) -> tuple[str, str]:
-    """What becomes of a method on a model: its trainable parameters or its refusal; and the rest."""
+    """What becomes of a method on a model: trainable parameters or the refusal; and the rest."""
     if why := refusal(name, model):
         return f"refused: {why}", ""
     run, config = setting(name, model)
