@@ -45,7 +45,7 @@ def test_the_block_of_the_readme_does_what_it_says(tmp_path):
 
 def test_a_sweep_and_an_experiment_are_lists_of_runs():
     assert [run.method.r for run in compose("method=lora", "method.r=1,8")] == [1, 8]
-    assert len(compose("experiment=main_seeds")) == 3 + 3 * 12
+    assert len(compose("experiment=main_seeds")) == 3 + 3 * 13
     (one,) = compose()
     found = plan(one)
     assert found is not None and found.parameters.trainable == 131_072
@@ -158,7 +158,7 @@ same("import")
 short = ["train.steps=1", "data.document_chars=300", "data.validation_share=0.002",
          "data.test_share=0.002", "data.context=32", "train.batch_tokens=64",
          "train.micro_batch=2", "run_name=r", "train.threads=1"]
-(one,) = harness.compose(*short, "method.label=1e3", "experiment_name=x")
+(one,) = harness.compose(*short, "method.label='1e3'", "experiment_name=x")
 same("compose")
 assert harness.plan(one).train_flops_per_token > 0
 same("plan")

@@ -156,7 +156,7 @@ def test_a_name_that_is_taken_by_another_config_is_refused(harness, make_run, tm
     there = to_dict(make_run("run_name=mine", "seed=5"))
     results.write(run_dir, {"status": "finished", "run": {"identity": "x"}, "config": there})
     done = harness("run_name=mine")
-    assert done.returncode == 2 and "(seed: 5 there, 0 now)" in done.stderr
+    assert done.returncode == 2 and "seed: 5 there, 0 now)" in done.stderr
     assert "rerun=true" in done.stderr
 
 

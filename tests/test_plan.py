@@ -361,6 +361,6 @@ def test_runs_are_called_as_they_will_be(capsys):
 def test_a_plan_is_of_every_seed_of_a_sweep():
     runs = compose("experiment=main_seeds")
     trained = [run for run in runs if run.method.name not in ("none", "truncate")]
-    assert len(runs) == 3 + len(trained) and len(trained) == 3 * 12
+    assert len(runs) == 3 + len(trained) and len(trained) == 3 * 13
     assert {run.seed for run in trained} == {0, 1, 2}
     assert {run.train.lr_from for run in trained} == {"tuned"}
