@@ -9,8 +9,9 @@ perplexities l of LoRA, c of the control and f of full fine-tuning
 
 Prints the table, and writes results.csv, decomposition.csv and steps.csv (steps of every run to a
 validation perplexity, log-perplexity taken as a line between readings) beside this file. The
-differences and their intervals are those of `harness.stats.compare`, paired by seed and document. The interval of a
-share s = (c - f) / (l - f) is Fieller's: every s at which c - f - s (l - f) cannot be told from 0.
+differences and their intervals are those of `harness.stats.compare`, paired by seed and document.
+The interval of a share s = (c - f) / (l - f) is Fieller's: every s at which c - f - s (l - f)
+cannot be told from 0.
 """
 
 from __future__ import annotations
