@@ -188,7 +188,7 @@ class Quote:
 SEEDS, RANKS, SHARES = "main_seeds/results.csv", "udv_rank/results.csv", "truncation_curve/"
 RUNS, THIRD, SECOND = "claims/runs.csv", "main/results-tuned.csv", "main/results-with-udv.csv"
 SHARES += "results.csv"
-CONTROL = "main_seeds_control/results.csv"
+CONTROL, EQUAL = "main_seeds_control/results.csv", "equal_parameters/results.csv"
 LSTM, TARGETS = "lstm_lora/results.csv", "targets_sweep/results.csv"
 NONE, FULL = row("none"), row("full")
 D64, D = row("udv-d", "all", "64"), row("udv-d", "all", "full")
@@ -300,6 +300,23 @@ QUOTES = (
                    *ratio_of_steps("lora all r=8", "full-only-matrices"))),
     Quote(page("claims"), "better than LoRA r=1, 8 and 64 by {:.3f}, {:.3f} and {:.3f} nats",
           lambda: tuple(split(r)[3] for r in (1, 8, 64))),
+    # equal_parameters
+    Quote(page("equal_parameters"), "has {:.1f} and LoRA r=1 on the MLP's last matrix in layers 1 "
+          "to 3 ({:,.0f}) has {:.1f}, where D has {:.1f}. D is ahead of the better of the two by "
+          "{:.3f} nats per token ({:.3f} to {:.3f}), of the other by {:.3f} ({:.3f} to {:.3f})",
+          lambda: (cell(EQUAL, TEST, targets="o"), cell(EQUAL, TRAINABLE, targets="c_proj"),
+                   cell(EQUAL, TEST, targets="c_proj"), cell(EQUAL, TEST, targets="all"),
+                   *(pair("equal_parameters/comparisons.csv", other, "udv-d all k=full", name)
+                     for other in ("lora c_proj r=1", "lora o r=2")
+                     for name in ("difference_nats_per_token", "low", "high")))),
+    Quote(INDEX, "{:.1f} against {:.1f} (r=1 on the MLP's last matrix of three layers) and {:.1f}",
+          lambda: tuple(cell(EQUAL, TEST, targets=name) for name in ("all", "c_proj", "o"))),
+    Quote(page("claims"), "{:.1f} against {:.1f} on the MLP's last matrix in layers 1 to 3 and "
+          "{:.1f} on `o`",
+          lambda: tuple(cell(EQUAL, TEST, targets=name) for name in ("all", "c_proj", "o"))),
+    Quote(page("main"), "have {:.2f}, between full fine-tuning ({:.2f}) and LoRA r=64 ({:.2f})",
+          lambda: (float(records("main/results-control.csv")[0][TEST]), cell(THIRD, TEST, **FULL),
+                   cell(THIRD, TEST, **row("lora", "all", "64")))),
     # tune
     Quote(page("tune"), "LoRA's is {:.0f} times full fine-tuning's at r=8",
           lambda: times_full("lora", "all", "8", 2.0)),
@@ -506,7 +523,8 @@ def test_a_number_that_is_another_would_be_seen():
 
 # Tables of the pages, and the file that each is of; the columns that are checked, by their heading.
 TABLES = {
-    "main": {10: "results.csv", 15: "results-tuned.csv"},
+    "main": {10: "results.csv", 15: "results-tuned.csv", 1: "results-control.csv"},
+    "equal_parameters": {3: "results.csv"},
     "main_seeds": {15: "results.csv"}, "main_seeds_control": {5: "results.csv"},
     "udv_rank": {15: "results.csv"},
     "targets_sweep": {7: "results.csv"}, "lstm_lora": {8: "results.csv"},
