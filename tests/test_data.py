@@ -66,7 +66,7 @@ def test_a_damaged_cache_is_made_again(corpus, tokenizer, tmp_path):
 
 def test_text_shorter_than_a_block_is_refused(tmp_path, tokenizer):
     for i in range(3):
-        (tmp_path / f"{i}.txt").write_text("short")
+        (tmp_path / f"{i}.txt").write_text(f"short {i}")
     cfg = DataConfig("m", "text_files", path=str(tmp_path), cache_dir=str(tmp_path / "c"))
     with pytest.raises(ConfigError, match=r"shorter than one block of data\.context=256"):
         data.prepare(cfg, tokenizer)

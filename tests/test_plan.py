@@ -196,7 +196,10 @@ def test_an_evaluation_batch_is_no_larger_than_the_text(make_run, tmp_path, toke
     # Without the tokenizer a byte is a token, which is an upper bound.
     bare = dataclasses.replace(run, model=dataclasses.replace(run.model, asset=None, id="far/away"))
     assert windows < predict.largest_batch(bare, config)[0] <= full[0]
-    assert predict.largest_batch(make_run("evaluate.protocol=hf_guide"), config)[1] == 256
+    assert (
+        predict.largest_batch(make_run("evaluate.protocol=hf_guide", "data=wikitext2"), config)[1]
+        == 256
+    )
 
 
 @pytest.mark.slow

@@ -56,9 +56,8 @@ HEAD = ["type", *(f"{name}: {what}" for name in MODELS for what in ("runs", "the
 
 def names() -> list[str]:
     """Every method that the installed PEFT has a configuration of."""
-    return sorted(
-        str(getattr(k, "value", k)) for k in PEFT_TYPE_TO_CONFIG_MAPPING if str(k) != "UDV"
-    )
+    found = {str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    return sorted(found - {"UDV"})
 
 
 def refusal(name: str, model: str) -> str | None:
