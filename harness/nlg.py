@@ -237,10 +237,12 @@ def _meteor(candidates: list[str], references: list[list[str]]) -> float:
     except ImportError as error:
         raise _missing(error) from error
 
-    with _plain_path(Path(meteor.__file__).parent) as folder, _java(
+    package = Path(meteor.__file__).parent
+    with _plain_path(package) as plain, _java(
         "-Xmx1G", "-XX:+UseSerialGC",  # 0.6 GB resident, where pycocoevalcap's -Xmx2G takes 1.4
         "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm",
-        folder=folder,
+        "-a", str(plain / "data" / "paraphrase-en.gz"),  # the default, by another path
+        folder=package,
     ) as process:  # fmt: skip
         commands, lines = process.stdin, process.stdout
         assert commands is not None and lines is not None
@@ -273,10 +275,11 @@ def _meteor(candidates: list[str], references: list[list[str]]) -> float:
 
 @contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """A path to `folder` of plain characters: METEOR looks for its data by the URL of its jar.
+    """A path to `folder` of plain characters, which METEOR needs for its table of paraphrases.
 
-    A blank and what else a URL writes as %20 is not found there: then it is a link to the folder,
-    in a new folder of this user's own among the temporary ones, which is gone afterwards.
+    It reads the table by a URL and finds no path with a blank or whatever else a URL writes as %20.
+    Such a folder gets a link, in a new folder of this user's own among the temporary ones, which is
+    gone afterwards.
 
     Raises:
         UnavailableError: the folder for temporary files has such a path, too.
