@@ -157,6 +157,7 @@ def test_the_opposite_truth_turns_them(tmp_path, monkeypatch, configured, capsys
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("of_rank", "verdict"), [(0.6, "holds"), (0.0, "cannot be told")])
 def test_with_the_control_the_verdict_on_the_rank_is_of_the_rank(
     tmp_path, configured, monkeypatch, of_rank, verdict

@@ -171,6 +171,7 @@ def test_what_full_fine_tuning_saves_is_a_base_model_by_itself(harness, tmp_path
     assert second["quality"]["test"]["nll_nats"] == first["quality"]["test"]["nll_nats"]
 
 
+@pytest.mark.slow
 def test_the_svd_family_from_configuration_to_folders(harness, tmp_path):
     done = harness(
         "experiment=smoke", "experiment_name=svd", *QUICK,
@@ -209,6 +210,7 @@ def test_the_svd_family_from_configuration_to_folders(harness, tmp_path):
     assert merged == pytest.approx(result["quality"]["test"]["nll_nats"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_changed_text_is_another_run(harness, tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 60)
@@ -219,6 +221,7 @@ def test_a_changed_text_is_another_run(harness, tmp_path):
     assert "finished in" in harness(*mine).stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_over_experiments_tells_of_each(harness, tmp_path):
     done = harness("-m", "experiment_name=one,two", "method=none", *QUICK)
     assert done.returncode == 0 and "2 runs -> outputs/one, outputs/two" in done.stdout, done
@@ -229,6 +232,7 @@ def test_a_sweep_over_experiments_tells_of_each(harness, tmp_path):
         assert f"saved in outputs/{name}: results.csv" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_refusal_amid_a_sweep_loses_nothing(harness, tmp_path):
     assert harness("run_name=r4", "method.r=4", *QUICK).returncode == 0
     done = harness("-m", "run_name=r${method.r}", "method.r=2,4,300", "train.lr=1e-3", *QUICK)
@@ -239,6 +243,7 @@ def test_a_refusal_amid_a_sweep_loses_nothing(harness, tmp_path):
     assert len(rows) == 3 and " 2 " in done.stdout and "failed: r300" in done.stdout
 
 
+@pytest.mark.slow
 def test_values_that_a_method_does_not_use_make_no_other_run(harness, tmp_path):
     done = harness("-m", "method=none", "targets=attn,all", "train.lr=1,2", *QUICK)
     assert done.returncode == 0, done.stderr
@@ -254,6 +259,7 @@ def test_one_step_has_every_stable_key_and_compiled_code_is_followed_too(harness
     assert memory["category_peaks"]["gradients"] == 4 * 16 * 8 * 256 * 4  # fp32 LoRA r=8 on all
 
 
+@pytest.mark.slow
 def test_precision_is_the_same_for_every_method_and_step(harness, tmp_path):
     bf16 = ["train.precision=bf16", *QUICK]
     assert harness("method=none", *bf16).returncode == 0
@@ -266,6 +272,7 @@ def test_precision_is_the_same_for_every_method_and_step(harness, tmp_path):
     assert len(nlls) == 4 and max(nlls) == pytest.approx(min(nlls), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_virtual_tokens_need_room(harness):
     prompt = [
         "method=peft",

@@ -393,6 +393,7 @@ SHORT = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_task_as_a_user_starts_it(harness, lines_file, tmp_path):
     done = harness("data=pairs", f"data.path={lines_file}", "evaluate=generate", *SHORT)
     assert done.returncode == 0, done.stderr

@@ -325,6 +325,7 @@ def test_what_is_no_size_is_refused(text):
         planning.parse_bytes(text)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
     done = harness(
         "model=gpt2,gpt2_medium", "method=lora", "plan.limit=3GiB", module="harness.plan"
@@ -361,6 +362,7 @@ def test_runs_are_called_as_they_will_be(capsys):
     assert {run.run_dir.name for run in compose(*asked)} <= shown
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_every_seed_of_a_sweep():
     runs = compose("experiment=main_seeds")
     trained = [run for run in runs if run.method.name not in ("none", "truncate")]

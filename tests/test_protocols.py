@@ -416,6 +416,7 @@ def test_verify_prints_what_is_published_beside_what_is_measured(
     assert ids.size(1) > 1024 and float(rows[0][4]) == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_verify_says_what_is_missing(harness, hub_cache):
     done = harness("--only", "gpt2", module="harness.verify")
     assert done.returncode == 2 and not done.stdout

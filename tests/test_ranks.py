@@ -95,6 +95,7 @@ def started(tmp_path, run_dir, steps, *arguments):
     return controller
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_run_and_leaves_none_behind(tmp_path):
     long = [*SAME, "train.steps=100000", "run_name=long", "launch.num_processes=2"]
     long.append(f"outputs_dir={tmp_path}/outputs")

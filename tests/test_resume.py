@@ -153,6 +153,7 @@ def kills(number):
     return [pytest.param(i, marks=pytest.mark.faults if i >= 2 else ()) for i in range(number)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", kills(20))
 def test_a_kill_at_a_random_moment_changes_nothing(undisturbed, tmp_path, seed):
     run, (_, expected, seconds) = disturbed(undisturbed, tmp_path), undisturbed
@@ -194,6 +195,7 @@ def test_a_kill_while_a_checkpoint_is_written_changes_nothing(
     assert bool(results.read(run.run_dir)["run"]["resumed_at"]) == cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", kills(8))
 def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, seed):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]

@@ -204,6 +204,7 @@ if accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_a_divided_model_is_the_first_ranks_and_becomes_whole_again(tmp_path):
     (tmp_path / "ranks.py").write_text(WORLD_OF_TWO)
     ranks = start(tmp_path, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",

@@ -96,6 +96,7 @@ def test_an_order_to_the_whole_group_is_one_line_at_any_moment(harness, tmp_path
     assert all(result["status"] == "interrupted" for result in found.values())
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_while_it_imports_is_started_again(tmp_path):
     controller = start(tmp_path, *SHORT)
     children = Path(f"/proc/{controller.pid}/task/{controller.pid}/children")

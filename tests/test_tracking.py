@@ -259,6 +259,7 @@ def test_without_a_key_the_runs_go_offline_and_the_reason_is_told(tmp_path, caps
     assert len(read(folder)["r8-s0"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["refuses", "swallows"])
 def test_a_service_that_cannot_be_reached_leaves_runs_offline(tmp_path, capsys, monkeypatch, kind):
     listener = socket.socket()

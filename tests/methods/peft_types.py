@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import re
 import tempfile
+import textwrap
 import warnings
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from harness import compose, methods, models, predict, train
 from harness.config import ConfigError
 from harness.data import Batch
 from harness.loss import NextToken
-from harness.methods import tying
+from harness.methods import merging, tying
 
 MODELS = {
     "GPT-2": "{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128, "
@@ -66,8 +66,13 @@ def refusal(name: str, model: str) -> str | None:
     try:
         methods.adapt(models.load_model(run, config), run)
     except ConfigError as error:
-        return re.sub(r"\s+", " ", str(error)).replace("|", "\\|")[:160]
+        return shortened(str(error))
     return None
+
+
+def shortened(message: str) -> str:
+    """A message as a cell of the table."""
+    return textwrap.shorten(message, 160, placeholder=" …").replace("|", "\\|")
 
 
 def setting(name, model):
@@ -119,13 +124,13 @@ def outcome(name: str, model: str) -> tuple[str, str]:
                 notes.append(f"does not reload ({type(error).__name__})")
     found = predict.predict(run, config, accelerator)
     notes.append("predicted" if found else "not predicted")
-    try:
+    if why := merging.obstacle(adapted):
+        notes.append(f"does not merge: {shortened(why)}")
+    else:
         whole = tying.merged(adapted)
         with torch.no_grad():
             near = torch.allclose(whole(input_ids=ids).logits, logits, atol=1e-3)
         notes.append("merges" if near else "merges as another")
-    except Exception as error:
-        notes.append(f"does not merge ({type(error).__name__})")
     return f"{counted:,}", ", ".join(notes)
 
 
