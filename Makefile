@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-stats test-oldest lint bench gpt2_mini clean
+.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-quantised test-stats test-oldest lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,10 @@ test-launchers: setup ## sweeps by joblib, Ray and submitit (about 8 minutes wit
 
 test-peft: setup ## PEFT's own common tests over udv and the fused LoRA layer (about 2 minutes)
 	$(RUN) -m pytest tests/peft_suite.py
+
+test-quantised: setup ## bases quantised by bitsandbytes and torchao (about 3 minutes with their installation)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
+	$(RUN) -m pytest -m quantised tests/test_packed.py
 
 test-oldest: setup ## the oldest versions that pyproject.toml allows, beside the pinned torch (about 10 minutes with their installation)
 	$(PYTHON) -m venv .venv-oldest

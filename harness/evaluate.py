@@ -58,14 +58,20 @@ def windows(num_tokens: list[int], context: int, stride: int) -> Iterator[Window
 
 
 def batch_shapes(
-    num_tokens: list[int], context: int, stride: int, batch_tokens: int
+    num_tokens: list[int],
+    context: int,
+    stride: int,
+    batch_tokens: int,
+    batching: str = PADDED,
 ) -> list[tuple[int, int]]:
     """(windows, tokens of the longest) of every batch that `document_nll` makes of a text.
 
     In its order: the first one, whose memory a run follows, has the longest windows.
     """
     todo = list(windows(num_tokens, context, stride))
-    return [(len(batch), _width(todo[batch[0]])) for batch in _batches(todo, batch_tokens)]
+    return [
+        (len(batch), _width(todo[batch[0]])) for batch in _batches(todo, batch_tokens, batching)
+    ]
 
 
 def batch_tokens(config: PretrainedConfig) -> int:

@@ -29,12 +29,12 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from harness import models, reloaded, saved, weights
+from harness import models, packed, reloaded, saved, weights
 from harness.card import Exported, card
 from harness.composition import explain
 from harness.config import ConfigError
 from harness.console import ended, reason
-from harness.methods import UNFIT, joined_lora, tying
+from harness.methods import UNFIT, joined_lora, merging, tying
 from harness.saved import ADAPTER, Saved
 from harness.unfuse import fuse_qkv, is_unfused
 
@@ -161,8 +161,10 @@ def merged(run: Saved) -> tuple[PreTrainedModel, float | None]:
     Raises:
         ConfigError: a method that cannot be merged, or whose merged model is another one.
     """
-    model: Any = run.model().float()
-    moved = None
+    model: Any = run.model()
+    if packed.packing_of(model.config) and (reason := merging.obstacle(model)):
+        raise ConfigError(f"--merge: {reason}; leave out --merge")
+    model, moved = model.float(), None
     if isinstance(model, PeftModel):
         before = probe(model)
         try:

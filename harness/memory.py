@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness import shard
+from harness import packed, shard
 
 CATEGORIES = ("frozen_weights", "trainable_weights", "gradients", "optimizer_state", "activations")
 
@@ -83,7 +83,7 @@ class LiveTensors(TorchDispatchMode):
         self._note_peak()
 
     def _follow(self, tensor: torch.Tensor, category: str) -> None:
-        if parts := _sparse_parts(tensor):
+        if parts := _sparse_parts(tensor) or packed.parts(tensor):
             for part in parts:
                 self._follow(part, category)
             return

@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from harness import gguf, network, roles, weights
+from harness import gguf, network, packed, roles, weights
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -48,6 +48,20 @@ def source_of(cfg: ModelConfig) -> str:
     if cfg.gguf:
         return str(gguf.converted(gguf.file_of(cfg), cfg.cache_dir))
     return str(ASSETS_DIR / cfg.asset) if cfg.asset else cfg.path or cfg.id or ""
+
+
+def folder_of(cfg: ModelConfig) -> Path:
+    """Where the model's files are on this machine: a hub model's in the hub cache.
+
+    Raises:
+        OSError: a hub model that has not been loaded here.
+    """
+    from huggingface_hub import snapshot_download
+
+    source = source_of(cfg)
+    if cfg.id and source == cfg.id:
+        return Path(snapshot_download(source, revision=cfg.revision, local_files_only=True))
+    return Path(source)
 
 
 def load_config(cfg: ModelConfig) -> PretrainedConfig:
@@ -78,27 +92,17 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     return config
 
 
-def packing_of(config: PretrainedConfig) -> str | None:
-    """By which method the weights are quantised in their files, or None."""
-    packed = getattr(config, "quantization_config", None)
-    if not packed:
-        return None
-    fields = packed if isinstance(packed, dict) else vars(packed)
-    method = fields.get("quant_method", "unknown")
-    return str(getattr(method, "value", method))
-
-
 def _check_packed(cfg: ModelConfig, config: PretrainedConfig) -> None:
     """Raise ConfigError where weights are quantised and cannot be read here; it names a package."""
-    packed = getattr(config, "quantization_config", None)
-    if not packed:
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
         return
     try:
-        AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment()
+        AutoHfQuantizer.from_config(stored, pre_quantized=True).validate_environment()
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()
         raise ConfigError(
-            f"model={cfg.name}: its weights are quantised ({packing_of(config)}), which "
+            f"model={cfg.name}: its weights are quantised ({packed.packing_of(config)}), which "
             f"cannot be read here: {reason}"
         ) from error
 
@@ -227,6 +231,7 @@ def load_with_misfits(
             f"config.json: {misfits}. Put the right files there, or set "
             "model.strict=false: what is missing is then drawn at random, and the result says what"
         )
+    packed.keep_differentiable(model)
     return (_unfused(model) if wants_unfused(run, config) else model), misfits
 
 

@@ -32,6 +32,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig
 
+from harness import packed
 from harness.config import ConfigError, RunConfig
 from harness.loss import IGNORE, NextToken
 
@@ -103,6 +104,12 @@ def check_causal(
             what = (
                 'its configuration says is_decoder=false: set "is_decoder": true in config.json '
                 "(model.architecture.is_decoder=true for random weights), or " + what
+            )
+        if packed.mixes_tokens(config):
+            what = (
+                "LLM.int8() decides by all tokens of a batch which columns it multiplies in 16 "
+                'bits: set "llm_int8_threshold": 0.0 under quantization_config in config.json, '
+                "or take a base of 4 bits"
             )
         raise ConfigError(
             f"model={name}: a {config.model_type} model that sees what it is to predict: the nats "

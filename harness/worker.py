@@ -399,8 +399,9 @@ def perform(
     # After the peaks are read: it is quick, but it takes memory of its own.
     done = replace(run, train=replace(run.train, micro_batch=state.micro_batch))
     validation = data.document_sizes(text.held_out["validation"])
-    batches = predict.batches_of(run, model_config, validation)  # of which the first was followed
-    predicted = predict.recorded(done, model_config, accelerator, batches[0] if batches else None)
+    batches = predict.batches_of(run, model_config, validation, held_out.batching)
+    followed = batches[0] if batches else None
+    predicted = predict.recorded(done, model_config, accelerator, followed)
     result["predicted"] = predicted
     # Of pairs tokens are those of completions, and FLOPs those of every position.
     if predicted and state.tokens_per_second and run.data.source != "pairs":

@@ -9,6 +9,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from harness import packed
+
 
 def obstacle(model: nn.Module) -> str | None:
     """Return why the adapter of `model` cannot be merged, in PEFT's words; None where it can.
@@ -21,6 +23,11 @@ def obstacle(model: nn.Module) -> str | None:
     kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
     if not hasattr(model, "merge_and_unload"):
         return f"{kind} has nothing to merge: it adds prompts, not weights"
+    if packing := packed.packing_of(getattr(model, "config", None)):
+        return (
+            f"{kind} cannot be merged into weights quantised by {packing}: the sums would be "
+            "rounded to as few bits, which is another model"
+        )
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             check = getattr(model.base_model, "_check_merge_allowed", None)

@@ -1,0 +1,96 @@
+"""Bases whose weights are stored quantised, by bitsandbytes or torchao: their bytes, their passes.
+
+A quantised weight is more than its parameter: scales and codes lie beside it, as attributes of the
+parameter (bitsandbytes) or as the tensors that a tensor subclass wraps (torchao).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def packing_of(config: Any) -> str | None:
+    """By which method the weights are quantised in their files, or None."""
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return None
+    fields = stored if isinstance(stored, dict) else vars(stored)
+    method = fields.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
+
+
+def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a quantised one consists of; none for a plain one."""
+    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+        names, _ = tensor.__tensor_flatten__()
+        inner = [getattr(tensor, name) for name in names]
+        return [plain for one in inner for plain in (parts(one) or [one])]
+    if not isinstance(tensor, nn.Parameter):
+        return []
+    beside = list(_beside(tensor))
+    return [tensor.data, *beside] if beside else []
+
+
+def _beside(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """The scales and codes of a parameter of bitsandbytes."""
+    held = vars(parameter)
+    for state in (held.get("quant_state"), getattr(held.get("quant_state"), "state2", None)):
+        for name in ("absmax", "code", "offset"):
+            if isinstance(value := getattr(state, name, None), torch.Tensor):
+                yield value
+    for name in ("CB", "SCB"):
+        if isinstance(value := held.get(name), torch.Tensor):
+            yield value
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for inference on CPUs with AVX512-BF16.
+
+    Once an evaluation has packed them so, products no longer pass a gradient on to their input, in
+    training too: steps after the first validation would be wrong, or fail.
+    Source: `bitsandbytes.nn.Linear4bit.forward` and `bitsandbytes.matmul_4bit` of 0.50.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # not of nn.Module
+
+
+def mixes_tokens(config: Any) -> bool:
+    """Whether products of 8-bit weights depend on all tokens of a batch.
+
+    LLM.int8() multiplies a column of the activations in 16 bits where one of them is an outlier,
+    at any token (Dettmers et al. 2022, section 3.2).
+    """
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    fields = stored if isinstance(stored, dict) else vars(stored)
+    eight = fields.get("load_in_8bit", fields.get("_load_in_8bit"))
+    return bool(eight and fields.get("llm_int8_threshold", 6.0) > 0)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all tensors in a folder's safetensors files, from their headers.
+
+    Source: the safetensors format: eight bytes of length, then a JSON object of the tensors.
+
+    Raises:
+        OSError: no such file.
+    """
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        total += sum(end - start for start, end in (e["data_offsets"] for e in header.values()))
+    if not total:
+        raise FileNotFoundError(f"{folder}: no safetensors file, so that sizes are not known")
+    return total
