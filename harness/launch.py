@@ -19,7 +19,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from harness import composition, config, contents, lock, naming, progress, results, start, tracking
+from harness import (
+    composition,
+    config,
+    contents,
+    lock,
+    naming,
+    progress,
+    results,
+    roles,
+    start,
+    tracking,
+)
 from harness.config import ConfigError, RunConfig
 from harness.console import reason
 
@@ -321,7 +332,25 @@ def prepare(
 def is_same(found: dict[str, Any], run: RunConfig) -> bool:
     """Whether a record is of `run`; one from before contents were recorded is so by identity."""
     of_assets = results.get(found, "run.configuration") in (None, naming.configuration(run))
-    return of_assets and bool(results.get(found, "run.identity") == naming.identity(run))
+    alike = of_assets and bool(results.get(found, "run.identity") == naming.identity(run))
+    return alike and _prefix_before(found, run) is None
+
+
+def _prefix_before(found: dict[str, Any], run: RunConfig) -> str | None:
+    """The prefix of a finished record from before `evaluate.prefix`, where today's is another.
+
+    Documents followed EOS then, of whatever model; today they follow BOS where the tokenizer says
+    so. What ships with the harness has none.
+    """
+    model = run.model
+    evaluation = found.get("evaluation") or {}
+    shipped = model.asset or model.package or model.architecture or roles.shape_of(model)
+    if not evaluation or "prefix" in evaluation or run.evaluate.prefix != "auto" or shipped:
+        return None
+    from harness import models, prefix
+
+    tokenizer = models.load_tokenizer(model, models.load_config(model))
+    return None if prefix.find(tokenizer).name == "eos" else "eos"
 
 
 def difference(found: dict[str, Any], run: RunConfig) -> str:
@@ -332,6 +361,8 @@ def difference(found: dict[str, Any], run: RunConfig) -> str:
     new = _flat(results.settings(run))
     if before:
         new |= {f"contents of {k}": contents.short(v) for k, v in run.contents.items()}
+    if prefix := _prefix_before(found, run):
+        old["evaluate.prefix"] = prefix
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     return ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} now" for k in keys[:6]) or "unknown"
 

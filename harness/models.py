@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from harness import gguf, network, packed, roles, weights
+from harness import gguf, lfs, network, packed, roles, weights
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -74,6 +74,7 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
     if not cfg.architecture:
         revision = cfg.revision if cfg.id else None
         weights.refuse_adapter(source_of(cfg), revision)
+        lfs.refuse_pointers([Path(source_of(cfg), "config.json")])
     config = _config_as_saved(cfg)
     text = config.get_text_config()
     if text is not config:
@@ -175,7 +176,7 @@ def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedToke
         )
     if (ASSETS_DIR / source).is_dir():
         source = str(ASSETS_DIR / source)
-    weights.refuse_pointers(Path(source, name) for name in weights.TOKENIZER_FILES)
+    lfs.refuse_pointers(Path(source, name) for name in weights.TOKENIZER_FILES)
     tokenizer = _from_source(AutoTokenizer.from_pretrained, cfg, source)
     if tokenizer.eos_token_id is None:
         raise ConfigError(

@@ -218,3 +218,26 @@ def facts(
                 f"it; the first is {keys[0]}"
             )
     return counts, said
+
+
+def of_further(
+    cfgs: dict[str, DataConfig],
+    blocks: Dataset,
+    further: dict[str, Dataset],
+    trained_on: DataConfig,
+) -> tuple[dict[str, int], list[str]]:
+    """Documents of the further texts (`evaluate.also`) that are in the training text, by name.
+
+    For result.json, and what is to be said of them: their perplexity is none of unseen text.
+    """
+    if not further:
+        return {}, []
+    found = near(blocks, further, trained_on.cache_dir)
+    said = [
+        f"evaluate.also.{name}: {len(keys)} of {len(further[name])} documents are in the training "
+        f"text: they share {SPAN} tokens in a row or more with it, or are all in it; the first is "
+        f"{keys[0]}"
+        for name, keys in found.items()
+        if keys and cfgs[name].source not in PACKAGED
+    ]
+    return {name: len(keys) for name, keys in found.items()}, said

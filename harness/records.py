@@ -22,11 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from harness import lfs
 from harness.config import ConfigError
 
 KINDS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")  # of any of these but .parquet
 KNOWN = f"{', '.join(KINDS)} (also with {' or '.join(COMPRESSED)})"
+OF_A_FOLDER = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 JSON_SPACE = " \t\r\n"  # RFC 8259
 
 Record = dict[str, Any]
@@ -83,6 +85,7 @@ def find_files(path: str | None) -> list[Path]:
             raise ConfigError(f"data.path: {file} is not one of {KNOWN}")
         if not os.access(file, os.R_OK):
             raise ConfigError(f"data.path: {file} cannot be read (permission)")
+        lfs.refuse_pointers([file])
         with _opened(file) as stream:
             beginning = stream.read(8192)
         if not beginning:
@@ -253,13 +256,16 @@ def records(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[
 
 
 def check_folder(folder: Path) -> None:
-    """Read the .csv and .jsonl files of a folder that another library is going to read.
+    """Read the files of a folder that another library is going to read, as far as they are known.
 
     Raises:
-        ConfigError: as `records`.
+        ConfigError: as `records` and `text`.
     """
-    for file in _walk(folder):
-        if kind(file) in (".csv", ".jsonl") and file.is_file():
+    for file in filter(Path.is_file, _walk(folder)):
+        lfs.refuse_pointers([file])
+        if kind(file) == ".txt":
+            text(file)
+        elif kind(file) in (".csv", ".jsonl", ".json") and file.name not in OF_A_FOLDER:
             for _ in records(file):
                 pass
 

@@ -27,8 +27,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from harness.config import ConfigError
+from harness.lfs import refuse_pointers
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
 # Causal masks, which older releases of transformers saved as buffers of GPT-2, GPT-Neo and GPT-J.
 # The model makes its own.
@@ -212,19 +212,6 @@ def weight_files(folder: Path) -> list[Path]:
                 raise ConfigError(f"{index} is no index of weights ({_line(error)})") from error
             return [folder / name for name in sorted(names)]
     return []
-
-
-def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Raise ConfigError where one of the files is what git-lfs leaves in place of a large file."""
-    for path in paths:
-        if path.is_file():
-            with path.open("rb") as stream:
-                start = stream.read(len(LFS_POINTER))
-            if start == LFS_POINTER:
-                raise ConfigError(
-                    f"{path} is a git-lfs pointer and not the file itself: run `git lfs pull` in "
-                    f"{path.parent}"
-                )
 
 
 def refuse_adapter(source: str | Path, revision: str | None = None) -> None:

@@ -42,6 +42,7 @@ from harness import (
     methods,
     models,
     network,
+    overlap,
     pairs,
     predict,
     prefix,
@@ -215,6 +216,7 @@ def perform(
             name: data.prepare_test(cfg, tokenizer, begins=first.begins)
             for name, cfg in run.evaluate.also.items()
         }
+        in_training, copies = overlap.of_further(run.evaluate.also, text.blocks, further, run.data)
         by_protocol = protocols.read(run, tokenizer)
     context = run.evaluation_context
     stride = run.evaluate.stride or context
@@ -228,6 +230,9 @@ def perform(
     result["data"] |= text.facts
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
     said = [said for cfg in run.evaluate.also.values() for said in data.left_out(cfg)[1]]
+    if in_training:
+        result["data"]["further_in_training"] = in_training
+    said += copies
     for warning in [*text.warnings, *said] if accelerator.is_main_process else []:
         log.warning(warning)
         print(f"warning: {warning}", file=sys.stderr)

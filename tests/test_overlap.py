@@ -207,3 +207,19 @@ def test_a_run_tells_once_of_copies_and_of_files_left_out(harness, tmp_path):
     ((run_dir, result),) = results.collect(tmp_path / "outputs" / "scratch")
     assert result["data"]["duplicates"]["test_in_training"] == 5
     assert "test documents are in training" in (run_dir / "log.txt").read_text()
+
+
+def test_a_further_text_that_is_in_training_is_counted(harness, tmp_path):
+    """`b` has the records of `a` in another order: its test split is other documents."""
+    lines = [json.dumps({"text": f"{n} is the number of this line. " * 12}) for n in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n".join(reversed(lines)))
+    done = harness(
+        "data=text_files", "data.path=a.jsonl", "method=none", "run_name=one",
+        "evaluate.also={mine: {source: text_files, path: b.jsonl, test_share: 0.45}}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "outputs/scratch/one/result.json").read_text())
+    count = record["data"]["further_in_training"]["mine"]
+    assert count > 10
+    assert f"evaluate.also.mine: {count} of " in done.stderr

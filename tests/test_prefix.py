@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from harness import data, documents, evaluate, generate, pairs, prefix, results, worker
 from harness.config import ASSETS_DIR, ConfigError, DataConfig
-from harness.launch import prepare
+from harness.launch import difference, is_same, prepare
 from harness.loss import NextToken
 from harness.naming import identity
 from harness.report import evidence
@@ -163,3 +163,10 @@ def test_a_run_records_what_its_documents_follow(tmp_path, make_run, tiny):
     with pytest.raises(ConfigError, match="prefix"):
         check([bos, older])
     assert results.get(record, "model.causal") is True
+
+    # A finished run of before EOS gave way to BOS is not today's run.
+    today = json.loads((run.run_dir / "result.json").read_text())
+    assert is_same(today, run)
+    del today["evaluation"]["prefix"]
+    assert not is_same(today, run)
+    assert "evaluate.prefix: eos there, auto now" in difference(today, run)

@@ -16,6 +16,8 @@ import pytest
 from harness import documents, records
 from harness.config import ConfigError, DataConfig
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548117077\n"
+
 # White space that str.splitlines() takes for a line's end, and what CSV and JSON escape.
 ODD = [
     "\u2028",
@@ -197,6 +199,29 @@ def test_a_folder_that_datasets_reads_is_checked_first(tmp_path):
     write(tmp_path / "hub" / "train.jsonl", "".join(f'{{"text": {i}}}\n' for i in range(9)))
     with pytest.raises(ConfigError, match="train record 1: text is int, not text"):
         read_hub(tmp_path / "hub")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train.json", b'{"text": "one", "text": "two"}', "the key 'text' twice"),
+        ("train.json", b'[{"text": "one", "score": NaN}]', "NaN is not JSON's"),
+        ("train.txt", b"one\n\xff\n", r"train\.txt, line 2: not UTF-8"),
+        ("data/train.txt", POINTER, "git-lfs pointer"),
+        ("train.parquet", POINTER, "git-lfs pointer"),
+    ],
+)
+def test_what_datasets_would_read_another_way_is_refused(tmp_path, name, content, said):
+    write(tmp_path / "hub" / name, content)
+    with pytest.raises(ConfigError, match=said):
+        read_hub(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt.gz"])
+def test_a_git_lfs_pointer_is_no_text(tmp_path, name):
+    path = write(tmp_path / name, POINTER)
+    with pytest.raises(ConfigError, match=r"git-lfs pointer .* run `git lfs pull`"):
+        records.find_files(str(path))
 
 
 def read_hub(path):

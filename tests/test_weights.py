@@ -201,6 +201,12 @@ def test_a_git_lfs_pointer_is_called_one(folder, make_run, name):
         loaded(make_run, folder)
 
 
+def test_a_pointer_in_place_of_a_configuration_is_called_one(folder, make_run):
+    (folder / "config.json").write_text(POINTER)
+    with pytest.raises(ConfigError, match=r"config\.json is a git-lfs pointer"):
+        loaded(make_run, folder)
+
+
 def test_a_pointer_in_place_of_a_tokenizer_is_called_one(make_run, tmp_path):
     folder = shutil.copytree(ASSETS_DIR / "gpt2_mini", tmp_path / "base")
     (folder / "tokenizer.json").write_text(POINTER)
