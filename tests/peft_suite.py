@@ -1,8 +1,10 @@
 """PEFT's own common tests over `udv` and over the fused LoRA layer (make test-peft).
 
 The tests come with the source distribution of the installed PEFT release, which pip downloads once.
-They run on small models of plain PyTorch layers and Conv1D, with configurations of ours. Those that
-cannot apply are named below with the reason; nothing else is left out.
+They run with configurations of ours: those that PEFT runs over a list of configurations on small
+models of plain layers and Conv1D, and those of language models on a tiny GPT-2 and a tiny Llama.
+CANNOT_APPLY names those of them that do not apply, with the reason. Left out are tests that PEFT
+has for one method of its own (its other tests of these classes).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from types import ModuleType
 
 import peft
 import pytest
+import torch
+import transformers
 
 from harness.config import REPOSITORY
 from harness.methods.lora_layer import FusedLinear, fuse
@@ -70,7 +74,13 @@ CANNOT_APPLY = {  # (case, test) -> reason
     (case, test): TRUNCATED
     for case in ("udv d", "udv udv", "udv d, a module saved", "udv d, embedding")
     for test in ("test_disable_adapters", "test_disable_adapters_with_merging")
+} | {
+    (case, "merge_layers_nan"): "it damages weights by the names that PEFT's own methods have"
+    for case in ("udv d, residual kept", "udv udv")
 }
+CANNOT_APPLY["udv d, residual kept", "merge_layers_multi"] = (
+    "its second adapter starts as the base, so that both merged are the first alone"
+)
 
 
 def sources() -> ModuleType:
@@ -97,17 +107,41 @@ def sources() -> ModuleType:
 
 
 theirs = sources()
+common = importlib.import_module("peft_suite_sources.testing_common")
 _plain_false = theirs.set_init_weights_false
+_away = False  # whether adapters of the test at hand must already change something
 
 
 def _away_from_the_start(config_cls: type, kwargs: dict) -> dict:
-    """PEFT's tests want adapters that already change something; `udv` does so by truncation."""
+    """PEFT's tests want adapters that are not the identity, which no field of `udv` says."""
+    global _away
     if issubclass(config_cls, UDVConfig):
-        return {**kwargs, "residual": "drop", "rank": 0.2}
+        _away = True
+        return kwargs
     return _plain_false(peft.LoraConfig, kwargs)
 
 
-theirs.set_init_weights_false = _away_from_the_start
+def _get_peft_model(*arguments, **named):
+    """PEFT's, with what `udv` trains moved where the test wants it away from its start."""
+    model = peft.get_peft_model(*arguments, **named)
+    if _away:
+        draw = torch.Generator().manual_seed(0)
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad and ".udv_" in name:
+                noise = torch.rand(parameter.shape, generator=draw).to(parameter)
+                parameter.data *= 1 + noise
+    return model
+
+
+for module in (theirs, common):
+    module.set_init_weights_false = _away_from_the_start
+    module.get_peft_model = _get_peft_model
+
+
+@pytest.fixture(autouse=True)
+def from_the_start():
+    global _away
+    _away = False
 
 
 def _with_our_cases(name: str, test):
@@ -135,6 +169,70 @@ for _name, _test in inspect.getmembers(theirs.TestPeftCustomModel, inspect.isfun
         _marks = getattr(_test, "pytestmark", [])
         _runs = any(mark.args[:1] == (PARAMETERS,) for mark in _marks)
         setattr(TestOurs, _name, _with_our_cases(_name, _test) if _runs else None)
+
+
+# Of a tiny GPT-2 and a tiny Llama: what the adapter does in `generate`, in a batch of several
+# adapters, with checkpointing and in half precision. Starred: away from the identity.
+LANGUAGE_MODELS = {
+    "GPT-2": transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, vocab_size=100, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0,
+    ),
+    "Llama": transformers.LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2,
+    ),
+}  # fmt: skip
+LANGUAGE_TESTS = [
+    "generate", "generate_pos_args", "generate_half_prec", "prepare_for_training", "training",
+    "training_gradient_checkpointing", "training_layer_indexing", "delete_adapter",
+    "load_model_low_cpu_mem_usage", "save_pretrained*", "save_pretrained_selected_adapters*",
+    "merge_layers*", "merge_layers_multi*", "merge_layers_nan*", "merge_layers_fp16",
+    "mixed_adapter_batches*", "generate_with_mixed_adapter_batches_and_beam_search*",
+    "unload_adapter*", "disable_adapter*", "weighted_combination_of_adapters*",
+    "inference_safetensors", "get_base_model_state_dict",
+]  # fmt: skip
+LANGUAGE_CASES = {
+    "udv d, residual kept": (UDVConfig, {"rank": 8, "residual": "keep"}),
+    "udv udv": (UDVConfig, {"rank": 8, "train": "udv"}),
+    "fused LoRA": (FusedLoraConfig, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """The folder of a model by its name."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in LANGUAGE_MODELS.items():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+    return lambda name: str(folder / name)
+
+
+class TestLanguageModels(common.PeftCommonTester):
+    """PEFT's tests over language models."""
+
+    transformers_class = transformers.AutoModelForCausalLM
+    torch_device = "cpu"
+
+    def prepare_inputs_for_testing(self):
+        ids = torch.tensor([[1, 1, 1], [1, 2, 1]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @pytest.mark.parametrize("name", LANGUAGE_TESTS)
+    @pytest.mark.parametrize("case", LANGUAGE_CASES)
+    @pytest.mark.parametrize("model", LANGUAGE_MODELS)
+    def test_of_peft(self, language_model, model, case, name):
+        if reason := CANNOT_APPLY.get((case, name.strip("*"))):
+            pytest.skip(reason)
+        config_cls, kwargs = LANGUAGE_CASES[case]
+        targets = ["c_attn"] if model == "GPT-2" else ["q_proj", "v_proj"]
+        kwargs = {"target_modules": targets, "task_type": "CAUSAL_LM"} | kwargs
+        if name.endswith("*"):
+            kwargs = _away_from_the_start(config_cls, kwargs)
+        more = {"raises_err": False} if name == "generate_pos_args" else {}
+        test = getattr(self, f"_test_{name.strip('*')}")
+        test(language_model(model), config_cls, copy.deepcopy(kwargs), **more)
 
 
 def test_the_fused_layer_is_what_runs():

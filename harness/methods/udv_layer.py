@@ -215,8 +215,8 @@ class UDVLayer(nn.Module, BaseTunerLayer):
         merged = self._dense([*self.merged_adapters, *names], original.detach(), wide=True)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
-                f"merging {', '.join(names)} would write NaN or infinity into the weight; expected "
-                "finite factors: the adapter is damaged"
+                "NaNs detected in the merged weights. The adapter "  # as PEFT's own layers say it
+                f"{', '.join(names)} seems to be broken: its factors are not finite"
             )
         base.weight = nn.Parameter(merged.contiguous(), requires_grad=original.requires_grad)
         self._unmerged_weight = [original]
