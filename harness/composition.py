@@ -6,6 +6,7 @@ Every value is checked against the schemas of `harness.config`; no torch is impo
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -25,8 +26,10 @@ from harness.config import (
     ConfigError,
     DataConfig,
     GenerateConfig,
+    LoraMethod,
     RootConfig,
     RunConfig,
+    TrainConfig,
     nearest,
     options,
 )
@@ -68,8 +71,8 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         if not isinstance(section, dict):
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
         _expand(section, key)
-        if key == "train" and section.get("lr") == "tuned":
-            section |= _tuned(section, sections)
+        if key == "train" and section.get("lr") in ("auto", "tuned"):
+            section |= _rate(section, sections)
         further = section.pop("also", None) if key == "evaluate" else None
         completing = section.pop("generate", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
@@ -115,11 +118,16 @@ def _expand(section: dict[str, Any], key: str, where: str = "") -> None:
             section[name] = expanded(section[name], f"{where or key}.{name}")
 
 
-def _tuned(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
-    """lr and lr_from of train.lr=tuned."""
-    setting = rates.setting_of(sections["model"], sections["data"], train)
-    name, method = sections["targets"].name, sections["method"]
-    lr, lr_from = rates.resolve(train.get("rates"), method, name, setting)
+def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """lr and lr_from of train.lr=auto and train.lr=tuned."""
+    model, method, name = sections["model"], sections["method"], sections["targets"].name
+    if isinstance(method, LoraMethod) and not (method.r > 0 and 0 < method.lora_alpha < math.inf):
+        return {"lr": TrainConfig.lr}  # a method that validation refuses
+    setting = rates.setting_of(model, sections["data"], train)
+    if train["lr"] == "auto":
+        lr, lr_from = rates.automatic(train.get("rates"), method, name, model, setting)
+    else:
+        lr, lr_from = rates.resolve(train.get("rates"), method, name, setting)
     return {"lr": lr, "lr_from": lr_from}
 
 

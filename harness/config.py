@@ -222,7 +222,7 @@ class TrainConfig:
     steps: int = 100  # optimizer steps
     batch_tokens: int = 2048  # predicted tokens per optimizer step, all ranks together
     micro_batch: int = 8  # blocks per forward pass and rank; the rest is accumulation
-    lr: float = 2e-3  # peak learning rate; in conf also `tuned`: by `rates`
+    lr: float = 2e-3  # peak learning rate; in conf also `auto` and `tuned` (harness.rates)
     rates: str | None = None  # file of conf/rates that lr=tuned reads
     lr_from: str = "set"  # how lr was found; written by the harness
     schedule: str = "cosine"  # cosine | linear | constant

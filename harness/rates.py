@@ -2,10 +2,11 @@
 
     make tune        (python -m harness experiment=tune; the sweeper is hydra_plugins' RateSweeper)
 
-What it finds is a file of conf/rates with its evidence, and `train.lr=tuned` reads it. A rate for a
-rank, targets or a setting that were not tuned is interpolated or borrowed, and the result says so
-(`method.lr_from`). Workers of a search get no test set (`evaluate.test=false`): it is dropped
-before anything is tokenised.
+What it finds is a file of conf/rates with its evidence. `train.lr=tuned` reads one file; a rate for
+a rank, targets or a setting that were not tuned is interpolated or borrowed, and the result says so
+(`method.lr_from`). `train.lr=auto` looks through all files for the run's own model and text, and is
+a default (`harness.default_rates`) where none has the method. Workers of a search get no test set
+(`evaluate.test=false`): it is dropped before anything is tokenised.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from harness.config import (
     TrainConfig,
     nearest,
 )
+from harness.default_rates import default_rate
 from harness.naming import label
 
 # Peak rate -> validation nll, nats per token; None: it diverged, or was never below its start.
 Grid = Mapping[float, float | None]
+Setting = Mapping[str, Any]  # of `setting_of`
+NOT_USED = 1e-3, "not used"  # by what does not train
 # What moves no best rate: that itself, and how the same steps are computed.
 NOT_SETTING = (
     "lr", "rates", "lr_from", "threads", "on_oom", "checkpoint_every", "micro_batch", "compile",
@@ -262,8 +266,68 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
 # ------------------------------------------------------------------------------------- its use
 
 
+# How much of a text, and how it is cut: the same text still.
+SAME_TEXT = (
+    "data.validation_share", "data.test_share", "data.train_share", "data.document_chars",
+    "data.context",
+)  # fmt: skip
+BESIDE = 0.5  # of the best rate for something similar: a grid often diverges at twice its best
+
+
+def automatic(
+    name: str | None, method: MethodConfig, targets: str, model: ModelConfig, setting: Setting
+) -> tuple[float, str]:
+    """The rate of train.lr=auto for a method on `targets`, and where it is from.
+
+    What a search found for this model, text and configuration, or between two ranks; half of what
+    it found for a similar configuration or on another text; or else the method's default for the
+    model. `name` is the file of conf/rates that is looked at first.
+
+    Raises:
+        ConfigError: a file of conf/rates that cannot be read.
+    """
+    if not method.trains:
+        return NOT_USED
+    asked = tuned_of(replace(method, label=None), targets, {})
+    candidates = []
+    for rates in all_files(name):
+        family = [t for t in rates.tuned if t.family == asked.family]
+        apart = _apart_in(setting, rates.setting)
+        if family and not any(key.startswith("model.") for key in apart):
+            other_text = any(key.startswith("data.") and key not in SAME_TEXT for key in apart)
+            lr, said = _of_family(family, asked)
+            between_ranks = said.startswith("interpolated") and " with " not in said
+            similar = said != "tuned" and not between_ranks
+            candidates.append((other_text, similar, len(apart), lr, said, rates.setting))
+    if not candidates:
+        return default_rate(method, model)
+    other_text, similar, _, lr, said, tuned_for = min(candidates, key=lambda c: c[:3])
+    if other_text or similar:
+        on = f" on {tuned_for['data.name']}" if other_text else ""
+        return float(f"{BESIDE * lr:.3g}"), f"default: half of the rate {said}{on}"
+    return lr, _with_setting(said, setting, tuned_for)
+
+
+def all_files(first: str | None = None) -> list[Rates]:
+    """Every file of conf/rates, ours and what ships, `first` in front."""
+    folders = dict.fromkeys([own_path("").parent, CONF_DIR / "rates"])
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    return [read(name) for name in dict.fromkeys([*([first] if first else []), *names])]
+
+
+def _apart_in(one: Setting, other: Setting) -> list[str]:
+    keys = sorted((one.keys() | other.keys()) - {"seed"})
+    return [key for key in keys if one.get(key) != other.get(key)]
+
+
+def _with_setting(said: str, setting: Setting, tuned_for: Setting) -> str:
+    apart = _apart_in(setting, tuned_for)
+    there = [f"{key}={tuned_for.get(key, 'the default')}" for key in apart]
+    return f"{said}, for {', '.join(there)}" if there else said
+
+
 def resolve(
-    name: str | None, method: MethodConfig, targets: str, setting: Mapping[str, Any]
+    name: str | None, method: MethodConfig, targets: str, setting: Setting
 ) -> tuple[float, str]:
     """The rate for a method on `targets`, and where it is from; `setting` is what runs would have.
 
@@ -271,7 +335,7 @@ def resolve(
         ConfigError: no such file, or nothing tuned for a method of this kind.
     """
     if not method.trains:
-        return 1e-3, "not used"
+        return NOT_USED
     if name is None:
         raise ConfigError("train.lr=tuned needs train.rates, a file of conf/rates")
     rates = read(name)
@@ -284,13 +348,7 @@ def resolve(
             "give train.lr=…, or tune it (conf/experiment/tune.yaml)"
         )
     lr, said = _of_family(family, asked)
-    keys = sorted((setting.keys() | rates.setting.keys()) - {"seed"})
-    apart = [
-        f"{key}={rates.setting.get(key, 'the default')}"
-        for key in keys
-        if rates.setting.get(key) != setting.get(key)
-    ]
-    return lr, f"{said}, for {', '.join(apart)}" if apart else said
+    return lr, _with_setting(said, setting, rates.setting)
 
 
 def _of_family(family: list[Tuned], asked: Tuned) -> tuple[float, str]:

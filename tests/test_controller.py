@@ -89,6 +89,19 @@ def test_a_hub_model_without_a_network_says_what_there_is(harness, monkeypatch, 
     assert "openai-community/gpt2" in done.stderr and "gpt2_mini" in done.stderr
 
 
+@pytest.mark.slow
+def test_the_readmes_first_command_gives_its_number(harness, tmp_path):
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    first = next(line for line in readme.splitlines() if line.startswith("    python -m harness "))
+    command, _, comment = first.strip().partition("#")
+    done = harness(*command.split()[3:])
+    assert done.returncode == 0, done.stderr
+    _, result = only_result(tmp_path)
+    said = float(comment.split("perplexity")[1])
+    assert result["quality"]["test"]["perplexity"] == pytest.approx(said, rel=0.01)
+    assert result["method"]["lr_from"].startswith("tuned")
+
+
 def test_one_run_leaves_all_that_the_readme_lists(harness, tmp_path):
     done = harness("method=lora", "method.r=4", "targets=attn", *QUICK)
     assert done.returncode == 0, done.stderr

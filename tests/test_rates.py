@@ -118,6 +118,88 @@ def test_a_rate_and_where_it_is_from(make_run, file, overrides, lr, said):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "lr", "said"),
+    [
+        (["method.r=8"], 0.02, "tuned, for train.steps=80"),
+        (["method.r=8", "train.steps=80"], 0.02, "tuned"),
+        (["method.r=16", "train.steps=80"], 0.0126, "interpolated between r=8 and r=64"),
+        (["method=full", "train.steps=80"], 0.002, "tuned"),
+        (["method=full", "data.test_share=0.1", "train.steps=80"], 0.002,
+         "tuned, for data.test_share=0.04"),
+        (["method=full", "data=docstrings"], 0.001, "default: half of the rate tuned on kjv"),
+        (["method=pissa"], 0.01, "default: half of the rate tuned with another method.init"),
+        (["method.r=128"], 0.0025, "default: half of the rate as tuned for r=64"),
+        (["method.r=8", "method.label=mine", "train.steps=80"], 0.02, "tuned"),
+        (["method.r=8", "data.train_share=0.01", "train.steps=80", "seed=3"], 0.01,
+         "tuned, for train_share"),
+        (["method=none"], 1e-3, "not used"),
+        (["method=truncate"], 1e-3, "not used"),
+        # 5e-5 * 10 * (2000 / 768) ** 0.781 * sqrt(32 / alpha), and a tenth of it at alpha 32
+        (["model=gpt2", "method.r=8", "method.alpha=32"], 1.1e-3, "default: width 768, alpha 32"),
+        (["model=gpt2", "method.r=64", "method.alpha=32"], 1.1e-3, "default: width 768, alpha 32"),
+        (["model=gpt2", "method.r=8", "method.alpha=8"], 2.1e-3, "default: width 768, alpha 8"),
+        (["model=gpt2", "method.r=4", "method.alpha=16", "method.use_rslora=true"], 1.1e-3,
+         "default: width 768, alpha 32"),
+        (["model=gpt2", "method=full"], 1.1e-4, "default: width 768"),
+        (["model=gpt2_xl", "method=full"], 6e-5, "default: width 1600"),
+        (["model=gpt2", "method=full", "method.train_only=[biases]"], 1e-3, "default: of vectors"),
+        (["model=hub", "model.id=a/b", "targets=mlp", "method.alpha=32"], 8.4e-4,
+         "default: width not known, taken as 1024, alpha 32"),
+        (["model=lstm", "method=full"], 2e-3, "default: from random weights, width 256"),
+        (["method=peft", "method.peft_type=IA3"], 5e-3, "default: PEFT's of IA3"),
+        (["method=peft", "method.peft_type=LOHA"], 7e-4, "default: PEFT's of LOHA, width 256"),
+    ],
+)  # fmt: skip
+def test_the_rate_of_auto_is_tuned_or_a_default_that_says_so(make_run, overrides, lr, said):
+    run = make_run("train.lr=auto", *overrides)
+    assert run.train.lr == pytest.approx(lr)
+    if said == "tuned, for train_share":  # the file of a hundredth of the text, not that of all
+        assert run.train.lr_from.startswith("tuned") and "train_share" not in run.train.lr_from
+    else:
+        assert run.train.lr_from == said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.r=0"], "method.r=0"),
+        (["method.r=-1"], "method.r=-1"),
+        (["method.alpha=0"], "method.alpha"),
+        (["method.alpha=.nan"], "method.alpha"),
+        (["method.alpha=x"], "method.alpha='x'"),
+        (["method=udv", "method.train=uv"], "method.train"),
+        (["train.lr=auto_"], "train.lr"),
+    ],
+)
+def test_a_mistake_in_the_method_is_told_as_such(make_run, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        make_run("train.lr=auto", *overrides)
+    assert said in str(error.value)
+
+
+def test_the_width_is_read_from_a_models_own_files(make_run, tmp_path):
+    (tmp_path / "config.json").write_text('{"text_config": {"hidden_size": 2000}}')
+    local = ["model=local", f"model.path={tmp_path}", "targets.modules=[q]"]
+    run = make_run("train.lr=auto", "method=full", *local)
+    assert run.train.lr == 5e-5 and run.train.lr_from == "default: width 2000"
+
+
+def test_auto_finds_a_search_of_ones_own(make_run, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    mine = ["data=text_files", f"data.path={tmp_path}/a.txt", "method=full", "train.steps=80"]
+    first = make_run("train.lr=auto", *mine)
+    setting = rates.setting_of(first.model, first.data, vars(first.train))
+    (tmp_path / "rates").mkdir()
+    (tmp_path / "rates" / "mine.yaml").write_text(
+        rates.text(setting, [Tuned("full", None, None, None, {3e-3: 3.0, 6e-3: 2.0, 12e-3: 3.0})])
+    )
+    monkeypatch.setattr(rates, "own_path", lambda name: tmp_path / "rates" / f"{name}.yaml")
+    second = make_run("train.lr=auto", *mine)
+    assert first.train.lr_from.startswith("default: half") and second.train.lr_from == "tuned"
+    assert second.train.lr == 6e-3
+
+
+@pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["method=pissa"], "has no rate for pissa, but for full, lora, udv-d: give train.lr"),

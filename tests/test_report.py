@@ -684,14 +684,27 @@ def test_what_was_measured_beside_other_runs_is_marked(tmp_path, capsys):
     assert "peak memory*:" in shown and "trainable parameters:" in shown
 
 
-def test_a_borrowed_rate_is_marked(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("lr_from", "marked"),
+    [
+        ("default: width 768, alpha 16", True),
+        ("default: half of the rate tuned on kjv", True),
+        ("as tuned for r=4", True),
+        ("interpolated between r=8 and r=64, for train.steps=80", True),
+        ("tuned", False),
+        ("tuned, for train.steps=80", False),
+        ("set", False),
+        (None, False),
+    ],
+)
+def test_a_rate_that_was_not_found_for_the_row_is_marked(tmp_path, capsys, lr_from, marked):
     run_dir = put(tmp_path, "one")
     record = json.loads((run_dir / "result.json").read_text())
-    record["method"]["lr_from"] = "as tuned for r=4"
+    record["method"]["lr_from"] = lr_from
     results.write(run_dir, record)
     summary.show(tmp_path)
     shown = capsys.readouterr().out
-    assert "~0.01" in cells(shown, "lora")[0] and "~: not simply tuned" in shown
+    assert ("~0.01" in cells(shown, "lora")[0]) == ("~: a default rate" in shown) == marked
 
 
 def test_the_readme_recomputes_a_number_of_the_table(tmp_path, capsys, monkeypatch):

@@ -52,7 +52,6 @@ SHOWN = {"train.lr"} | {
 SHARED = "environment.runs_beside"
 MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
 LR_FROM = "method.lr_from"
-AS_IS = ("set", "tuned", "not used", None)  # ways to a rate that need no word beside it
 CSV_ONLY = (
     "method.name",
     LR_FROM,
@@ -216,6 +215,11 @@ def columns(shown: Sequence[Row]) -> dict[str, tuple[str, str]]:
     return COLUMNS | scored
 
 
+def is_own_rate(lr_from: str | None) -> bool:
+    """Whether a rate was set, or tuned for just this configuration, if for other steps."""
+    return (lr_from or "set").split(", for ")[0] in ("set", "tuned", "not used")
+
+
 def cells(row: Row, columns: Mapping[str, tuple[str, str]]) -> list[str]:
     """The row's text under each of the columns, marked where it needs a word."""
     found = []
@@ -223,7 +227,7 @@ def cells(row: Row, columns: Mapping[str, tuple[str, str]]) -> list[str]:
         cell = text_of(row.values[path], form)
         if path in MEASURED and row.values[SHARED] and row.values[path] is not None:
             cell += "*"
-        if path == "method.lr" and row.values[LR_FROM] not in AS_IS:
+        if path == "method.lr" and not is_own_rate(row.values[LR_FROM]):
             cell = f"~{cell}"
         found.append(cell)
     return found
@@ -260,9 +264,10 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
     missing = [results.get(record, "quality.generation.skipped") or {} for record in records]
     for name, why in {name: why for found in missing for name, why in found.items()}.items():
         print(f"without {name}: {why}")
-    if any(row.values[LR_FROM] not in AS_IS for row in shown):
+    if any(not is_own_rate(row.values[LR_FROM]) for row in shown):
         print(
-            "~: not simply tuned for this row; method.lr_from in results.csv says how it was found."
+            "~: a default rate, or one tuned for something similar; method.lr_from in results.csv\n"
+            "says how it was found."
         )
     if any(row.values[SHARED] for row in shown):
         print(SHARED_LEGEND)
