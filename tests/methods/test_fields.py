@@ -1,21 +1,28 @@
 """`method.fields`: what matches nothing, has another type or moves nothing is refused by name."""
 
 import copy
+import dataclasses
+import enum
 import functools
 import re
+import types
+import typing
 from dataclasses import replace
 
 import peft
+import peft_types
 import pytest
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import compose, memory, methods, models, train
 from harness.config import ConfigError
 from harness.data import Batch
 from harness.loss import NextToken
+from harness.methods import fields
 
 IDS = torch.arange(4, 36).view(2, 16)
 LLAMA = LlamaConfig(
@@ -135,6 +142,48 @@ def test_a_field_of_any_method_that_does_nothing_is_refused(name, field, message
     fields = re.split(r" (?=\w+=)", field)
     with pytest.raises(ConfigError, match=message):
         methods.adapt(llama(), peft_run(name, *fields))
+
+
+def samples(hint):
+    """Values of a declared type, each alternative of it at least once."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [value for one in arguments for value in samples(one)]
+    if origin is typing.Literal:
+        return list(arguments)
+    if hint is dict or origin is dict:
+        inner = samples(arguments[1]) if arguments else [1, "x", None]
+        return [{}, *({"q_proj": value} for value in inner), {"(": inner[0]}]
+    if origin is tuple:
+        return [[samples(one)[0] for one in arguments]]
+    if origin in (list, set):
+        return [[], *([value] for value in samples(arguments[0]))]
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return [member.value for member in hint]
+    if dataclasses.is_dataclass(hint):
+        return [{}]
+    plain = {bool: [True, False], int: [1, 0], float: [0.5], str: ["x", "("], type(None): [None]}
+    return plain[hint]
+
+
+CLASSES = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+@pytest.mark.parametrize("name", peft_types.names())
+def test_a_value_of_its_declared_type_is_taken_or_refused_by_name(name):
+    hints, model = typing.get_type_hints(CLASSES[name]), llama()
+    tried = 0
+    for field in dataclasses.fields(CLASSES[name]):
+        for value in samples(hints[field.name]):
+            given = copy.deepcopy(peft_types.FIELDS.get(name, {})) | {field.name: value}
+            tried += 1
+            try:
+                config = methods._peft_config(CLASSES[name], {}, given)
+                fields.check_names(config, model, given, "method.fields")
+                fields.pattern_values(config, model, given)
+            except ConfigError:  # any other exception fails the test
+                continue
+    assert tried > 10
 
 
 def test_a_pattern_that_matches_has_its_effect(tiny, make_run):
