@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import enum
 import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, Union
 
 from harness.config import ConfigError, nearest
 
 SCALE = re.compile("alpha|lambda|scal")  # PEFT calls these int, and divides by them
+# What a number may be, by the end of its field's name.
+RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    (r"dropout(_p)?", lambda v: 0 <= v < 1, "a probability in [0, 1)"),
+    (r"(?<!regularization)[._](alpha|lambda|scaling)", lambda v: v > 0, "a number above 0"),
+    (r"\.(r|num_samples|buffer_size|num_groups|nblocks)", lambda v: v >= 1, "1 or more"),
+    (r"(loss|reg)_weight|regularization_alpha", lambda v: v >= 0, "0 or more"),
+    (r"kasa_config\.(beta|gamma)", lambda v: v >= 0, "0 or more"),  # weights of its loss
+    (r"\.dirichlet_prior", lambda v: v > 0, "a number above 0"),
+]
 
 
 def typed(config_class: type, fields: dict[str, Any], where: str) -> dict[str, Any]:
@@ -35,12 +46,42 @@ def typed(config_class: type, fields: dict[str, Any], where: str) -> dict[str, A
             continue
         if name == "modules_to_save" and isinstance(value, str):
             raise ConfigError(f"{key}={value!r}: expected a list of names, [{value}]")
+        if options := _options(hint):
+            _check_option(value, options, key)
         if not _fits(value, hint, name):
             raise ConfigError(f"{key}={value!r}: expected {_named(hint)}")
+        _check_range(value, defaults[name], key)
         if name.endswith("_pattern") and isinstance(value, dict):
             _check_pattern_values(value, name, hints, key)
         made[name] = _built(value, hint, key)
     return made
+
+
+def _options(hint: Any) -> list[str]:
+    """The values of a field that has an enumeration, written out as a text or not; else none."""
+    every = (hint, *typing.get_args(hint))
+    kinds = [one for one in every if isinstance(one, type) and issubclass(one, enum.Enum)]
+    return [str(member.value) for kind in kinds for member in kind]
+
+
+def _check_option(value: Any, options: list[str], key: str) -> None:
+    """One of the values of an enumeration; PEFT takes any other text, and does what it falls to."""
+    if value in options:
+        return
+    fold = {option.casefold(): option for option in options}
+    near = difflib.get_close_matches(str(value).casefold(), fold, n=1)
+    hint = f"; did you mean '{fold[near[0]]}'?" if near else ""
+    raise ConfigError(f"{key}={value!r}: expected one of {', '.join(options)}{hint}")
+
+
+def _check_range(value: Any, default: Any, key: str) -> None:
+    """A number that the method's formulas allow; a default is one (OFT's r of 0)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value == default:
+        return
+    for ending, allowed, expected in RANGES:
+        if re.search(f"({ending})$", key) and not allowed(value):
+            usual = isinstance(default, int | float) and f" (PEFT's default is {default})"
+            raise ConfigError(f"{key}={value}: expected {expected}{usual or ''}")
 
 
 def _check_pattern_values(
@@ -94,7 +135,7 @@ def _fits(value: Any, hint: Any, name: str) -> bool:
             )
         return all(_fits(v, arguments[0], name) for v in value) if arguments else True
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return isinstance(value, str)  # a value that it has not is an error of PEFT's own
+        return value in [member.value for member in hint]
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict | hint)
     return True

@@ -95,6 +95,56 @@ def test_a_field_of_lora_that_does_not_fit_is_refused(tiny, field, message):
         methods.adapt(tiny, run)
 
 
+@pytest.mark.parametrize(
+    ("named", "field", "message"),
+    [
+        ("method.alpha=0", "lora_alpha=0", r"alpha=0: expected a number above 0"),
+        ("method.alpha=-8", "lora_alpha=-8", r"alpha=-8: expected a number above 0"),
+        ("method.dropout=-0.5", "lora_dropout=-0.5", r"dropout=-0\.5: expected .*in \[0, 1\)"),
+        ("method.dropout=1", "lora_dropout=1.0", r"dropout=1\.0: expected .*in \[0, 1\)"),
+        ("method.r=0", "r=0", r"r=0: expected .*1 or more"),
+    ],
+)
+def test_both_doors_to_lora_refuse_the_same_numbers(tiny, named, field, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("method=lora", named)
+    run = with_fields(composed("method=peft", "method.peft_type=LORA"), field)
+    with pytest.raises(ConfigError, match=r"method\.fields\..*" + message):
+        methods.check(tiny.to("meta"), run)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "message"),
+    [
+        ("LORA", "kasa_config={beta: -1.0}", r"kasa_config\.beta=-1\.0: expected 0 or more"),
+        ("LORA", "monteclora_config={kl_loss_weight: -0.5}", r"kl_loss_weight=-0\.5: expected"),
+        ("LORA", "monteclora_config={num_samples: 0}", r"num_samples=0: expected 1 or more"),
+        ("LORA", "velora_config={num_groups: 0}", r"num_groups=0: expected 1 or more"),
+        ("SHADOW", "auxiliary_loss_weight=-1.0", r"default is 0\.05"),
+        ("LOHA", "module_dropout=1.5", r"module_dropout=1\.5: expected a probability"),
+        ("LOHA", "alpha=0", r"alpha=0: expected a number above 0 \(PEFT's default is 8\)"),
+        ("DELORA", "delora_lambda=-1", r"delora_lambda=-1: expected a number above 0"),
+        ("FROD", "regularization_alpha=-1.0", r"regularization_alpha=-1\.0: expected 0 or more"),
+        ("PROMPT_TUNING", "prompt_tuning_init=FOO", r"expected one of TEXT, SAMPLE_VOCAB, RANDOM$"),
+        ("PROMPT_TUNING", "prompt_tuning_init=text", r"did you mean 'TEXT'"),
+        ("PROMPT_TUNING", "prompt_tuning_init=RANDM", r"did you mean 'RANDOM'"),
+        ("PROMPT_TUNING", "prompt_tuning_init=3", r"=3: expected one of TEXT"),
+        ("P_TUNING", "encoder_reparameterization_type=MLPS", r"expected one of MLP, LSTM; .*'MLP'"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(name, field, message):
+    tokens = ["num_virtual_tokens=4"] if name.endswith("TUNING") else []
+    with pytest.raises(ConfigError, match=message):
+        methods.adapt(llama(), peft_run(name, *tokens, field))
+
+
+def test_the_edges_of_a_range_are_taken():
+    given = {"lora_dropout": 0.0, "kasa_config": {"beta": 0, "gamma": 0.0}, "lora_alpha": 0.5}
+    assert methods._peft_config(CLASSES["LORA"], {}, given).lora_alpha == 0.5
+    assert methods._peft_config(CLASSES["OFT"], {}, {"r": 0, "oft_block_size": 8}).r == 0
+    assert methods._peft_config(CLASSES["FROD"], {}, {"regularization_alpha": 0.0})
+
+
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "loftq", "olora"])
 def test_both_doors_to_lora_refuse_the_same_starts(tiny, init):
     named, other = composed("method=lora"), composed("method=peft", "method.peft_type=LORA")
