@@ -1,4 +1,4 @@
-"""`method.fields`: what matches nothing, has another type or moves nothing is refused by name."""
+"""`method.fields`: what matches nothing, has another type or is never read is refused by name."""
 
 import copy
 import dataclasses
@@ -188,10 +188,30 @@ def test_both_doors_to_lora_refuse_the_same_starts(tiny, init):
         ("XLORA", "adapters={}", r"mixes adapters that were trained before"),
     ],
 )
-def test_a_field_of_any_method_that_does_nothing_is_refused(name, field, message):
+def test_a_field_of_any_method_that_is_not_read_is_refused(name, field, message):
     fields = re.split(r" (?=\w+=)", field)
     with pytest.raises(ConfigError, match=message):
         methods.adapt(llama(), peft_run(name, *fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("OFT", "module_dropout=0.5"), ("BEFT", "init_weights=false")]
+)
+def test_a_field_that_is_read_is_taken(name, field):
+    """As CHANGELOG.md says of OFT's, whether it moves anything or not."""
+    fields = [field, "oft_block_size=8"] if name == "OFT" else [field]
+    model = methods.adapt(llama(), peft_run(name, *fields))
+    held = getattr(model.peft_config["default"], field.partition("=")[0])
+    assert held == (0.5 if name == "OFT" else False)
+
+
+def test_what_the_changelog_says_of_ofts_dropout_is_so():
+    def found(*fields):
+        torch.manual_seed(0)
+        return gradients(methods.adapt(llama(), peft_run("OFT", "oft_block_size=8", *fields)))
+
+    plain, dropped = found(), found("module_dropout=0.9")
+    assert plain and all(torch.equal(plain[name], dropped[name]) for name in plain)
 
 
 def samples(hint):
