@@ -1,13 +1,15 @@
-"""State that training moves without a gradient: buffers, and samples that a layer has drawn ahead.
+"""State that training moves without a gradient: buffers, generators, numbers and samples of layers.
 
 A model's weights and its optimizer are not all of a run's state. Some layers change their buffers
 in the forward pass (running statistics; MonteCLoRA's expert weights), and some draw random numbers
-ahead of time. A checkpoint without them resumes to other numbers.
+ahead of time, or from a generator of their own (PVERA). Some note in Python what they have done
+(VeLoRA: whether its projection is made). A checkpoint without these resumes to other numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,19 +19,21 @@ from torch import nn
 
 from harness import shard
 
-BUFFER, SAMPLER = "buffer/", "sampler/"  # prefixes of names in `BufferState.tensors`
+# Prefixes of names in `BufferState.tensors`.
+BUFFER, SAMPLER, GENERATOR, NUMBER = PREFIXES = ("buffer/", "sampler/", "generator/", "number/")
 
 
 class BufferState:
-    """Which buffers of a model belong into a checkpoint; made before the first step."""
+    """Which state of a model's layers belongs into a checkpoint; made before the first step."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         fixed = _owned(model)["dict"]
         self._start = {n: _digest(b) for n, b in model.named_buffers() if n not in fixed}
+        self._numbers = {name: held[key] for name, held, key in _numbers(model)}
 
     def tensors(self, *, factors: bool) -> dict[str, torch.Tensor]:
-        """Return the state by name: buffers that moved or that an adapter owns, and samples.
+        """Return the state by name: what moved or what an adapter owns, samples and generators.
 
         Frozen factors and projections, which PEFT keeps in a `BufferDict`, count with `factors`,
         and then only those that the adapter's file would hold too: the others are computed again.
@@ -46,6 +50,11 @@ class BufferState:
             for key in sampler.buffer[0]:
                 drawn = torch.stack([sample[key] for sample in sampler.buffer])
                 found[f"{SAMPLER}{name}/{key}"] = drawn.detach()
+        for name, generator in _generators(self.model):
+            found[GENERATOR + name] = generator.get_state()
+        for name, held, key in _numbers(self.model):
+            if self._numbers.get(name) != held[key]:
+                found[NUMBER + name] = torch.tensor(held[key])
         return found
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -67,6 +76,13 @@ class BufferState:
                     {key: values[i].to(device) for key, values in drawn.items()}
                     for i in range(len(next(iter(drawn.values()))))
                 ]
+
+        for name, generator in _generators(self.model):
+            if GENERATOR + name in tensors:
+                generator.set_state(tensors[GENERATOR + name].cpu())
+        for name, held, key in _numbers(self.model):
+            if NUMBER + name in tensors:
+                held[key] = tensors[NUMBER + name].item()
 
     def _has_moved(self, name: str, buffer: torch.Tensor) -> bool:
         """Whether a buffer, unless in a `BufferDict`, holds other values than at the start."""
@@ -107,4 +123,35 @@ def _samplers(model: nn.Module) -> list[tuple[str, Any]]:
         (name, module.sampler)
         for name, module in model.named_modules()
         if isinstance(getattr(module, "sampler", None), BufferedMontecloraSampler)
+    ]
+
+
+def _generators(model: nn.Module) -> list[tuple[str, torch.Generator]]:
+    """Generators that modules hold as attributes, in dicts and lists too, by where they are."""
+
+    def within(path: str, value: Any) -> Iterator[tuple[str, torch.Generator]]:
+        if isinstance(value, torch.Generator):
+            yield path, value
+        elif isinstance(value, dict | list | tuple):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from within(f"{path}/{key}", part)
+
+    return [
+        pair
+        for at, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        for pair in within(f"{at}/{attribute}", value)
+    ]
+
+
+def _numbers(model: nn.Module) -> list[tuple[str, dict[Any, Any], Any]]:
+    """Numbers and truth values that adapter layers hold in dicts: (name, dict, key)."""
+    return [
+        (f"{at}/{attribute}/{key}", value, key)
+        for at, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+        for attribute, value in vars(layer).items()
+        if type(value) is dict and not attribute.startswith("_")
+        for key, number in value.items()
+        if isinstance(number, bool | int | float)
     ]

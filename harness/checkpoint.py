@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness import shard
-from harness.buffers import BUFFER, SAMPLER, BufferState
+from harness.buffers import PREFIXES, BufferState
 from harness.config import ConfigError
 from harness.methods import tying
 from harness.results import BEST, CHECKPOINTS, INITIAL, write_atomically
@@ -70,7 +70,7 @@ def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torc
 def load_trained(model: nn.Module, path: Path, *, buffers: BufferState | None = None) -> None:
     """Put back what `save_trained` wrote; the names must be the same."""
     saved, present = load_file(path), trained_state(model)
-    moving = {name: saved.pop(name) for name in list(saved) if name.startswith((BUFFER, SAMPLER))}
+    moving = {name: saved.pop(name) for name in list(saved) if name.startswith(PREFIXES)}
     if saved.keys() != present.keys():
         raise ValueError(f"{path} holds other tensors than the model trains")
     for name, tensor in saved.items():

@@ -1,7 +1,8 @@
 """What a model's numbers depend on, found by a few short forward passes before training.
 
 causal    A prefix is given twice, with other tokens after it each time. Its nats must not change:
-          a model whose attention looks ahead sees what it is to predict.
+          a model whose attention looks ahead sees what it is to predict. Of at most CAUSAL_LENGTH
+          tokens: what looks ahead only in longer texts, or only beyond so many, is not found.
 batching  A short row is given alone, padded beside a row as wide as evaluation's windows, beside
           two different rows of its own width, and alone again. Its nats must be the same. Where
           they change with the width or with the neighbours, batches are made of rows of one width,
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 PADDED, ONE_WIDTH, ONE_ROW = "padded", "one_width", "one_row"  # how rows may share a batch
 LENGTH = 24  # tokens of a probe
+CAUSAL_LENGTH = 64  # of the causal one, half of them the prefix: a second for GPT-2 on a CPU core
 # Shares of the reaction to context up to which two results are the same: of any two passes, and of
 # two of one shape, which round alike.
 LIMIT, LIMIT_OF_SHAPE = 1e-3, 1e-5
@@ -85,13 +87,14 @@ def check_causal(
 ) -> bool:
     """Whether the nats of a prefix are known not to depend on what follows it.
 
+    Tried with CAUSAL_LENGTH tokens, or as many as there is room for; longer texts are not tried.
     `most` is the positions that the model has for tokens, if it has a limit. False where it cannot
     be told: the model reacts to no context (weights of zero), or less than its precision shows.
 
     Raises:
         ConfigError: they depend on it.
     """
-    length = min(LENGTH, most or LENGTH)
+    length = min(CAUSAL_LENGTH, most or CAUSAL_LENGTH)
     leaks = _leaks(predicts, length) if length >= 3 else None
     parameters = sum(p.numel() for p in predicts.parameters())
     if leaks is None and length >= 3 and parameters <= COPIED:

@@ -29,8 +29,10 @@ from harness.saved import ADAPTER, MODEL, Saved
 FILE_NAME = "check.parquet"
 LEAST, MOST, ROWS = 16, 512, 8  # tokens of a document, of all together, and documents
 # Mean absolute difference in nats a token that rounding may make: other kernels, batches, merging.
-# In fp32 on one machine it is some 1e-6; a base that has changed moves nats by 0.01 and more.
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
+# On gpt2_mini: in fp32 on one machine some 1e-6; in bf16 nothing with the same kernels, and 0.001
+# to 0.0035 with others or with weights in bf16. Weights moved by a hundredth of their spread move
+# nats by 0.007 to 0.012, so a base that has changed by less can pass in bf16.
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}
 log = logging.getLogger("harness")
 
 

@@ -103,6 +103,7 @@ def _start(process: ForkServerProcess) -> None:
 
 _server = forkserver.ForkServer()  # multiprocessing's own is the caller's
 _server.set_forkserver_preload(["harness.server"])
+_starting = threading.Lock()  # what starting a worker replaces for a while is the process's
 
 
 @contextmanager
@@ -112,25 +113,27 @@ def _our_multiprocessing() -> Iterator[None]:
     It has one server, one start method and one list of modules a process, and asks for them by
     name. The workers' server is another one, at a socket whose path is short enough, with an
     environment of its own; the caller's start method may be one that it does not know (joblib's);
-    and the caller's script, which would be run again in every worker, is hidden from it.
+    and the caller's script, which would be run again in every worker, is hidden from it. A second
+    thread waits: it would take what it finds for the caller's.
     """
-    environment, script = dict(os.environ), sys.modules["__main__"]
-    method = multiprocessing.get_start_method(allow_none=True)
-    sockets: Any = connection  # whose stubs leave this function out
-    connect, address = forkserver.connect_to_new_process, sockets.arbitrary_address
-    try:
-        os.environ.update(_environment())
-        sys.modules["__main__"] = ModuleType("__main__")
-        multiprocessing.set_start_method("forkserver", force=True)
-        forkserver.connect_to_new_process = _server.connect_to_new_process
-        sockets.arbitrary_address = lambda family: str(scratch.socket_path())
-        yield
-    finally:
-        forkserver.connect_to_new_process, sockets.arbitrary_address = connect, address
-        multiprocessing.set_start_method(method, force=True)
-        sys.modules["__main__"] = script
-        os.environ.clear()
-        os.environ.update(environment)
+    with _starting:
+        environment, script = dict(os.environ), sys.modules["__main__"]
+        method = multiprocessing.get_start_method(allow_none=True)
+        sockets: Any = connection  # whose stubs leave this function out
+        connect, address = forkserver.connect_to_new_process, sockets.arbitrary_address
+        try:
+            os.environ.update(_environment())
+            sys.modules["__main__"] = ModuleType("__main__")
+            multiprocessing.set_start_method("forkserver", force=True)
+            forkserver.connect_to_new_process = _server.connect_to_new_process
+            sockets.arbitrary_address = lambda family: str(scratch.socket_path())
+            yield
+        finally:
+            forkserver.connect_to_new_process, sockets.arbitrary_address = connect, address
+            multiprocessing.set_start_method(method, force=True)
+            sys.modules["__main__"] = script
+            os.environ.clear()
+            os.environ.update(environment)
 
 
 def _is_alive(pid: int) -> bool:

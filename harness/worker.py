@@ -258,7 +258,10 @@ def perform(
             raise ConfigError(f"save_merged=always: {reason}; set save_merged=never")
         log.info("no model/ will be saved: %s", reason)
         merged = False
-    invocation.check(model, run.data, text)
+    said = invocation.check(model, run.data, text, further)
+    for warning in said if accelerator.is_main_process else []:
+        log.warning(warning)
+        print(f"warning: {warning}", file=sys.stderr)
     if accelerator.is_main_process:
         checkpoint.keep_initial(model, run_dir)
     if not run.launch.sharded:  # or else the device need not hold all of it

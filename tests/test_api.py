@@ -1,9 +1,11 @@
 """`from harness import compose, plan, run, collect`: README's block, and what goes wrong."""
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import harness
-from harness import collect, compose, plan, results, run
+from harness import collect, compose, plan, results, run, start
 from harness.api import RunFailedError
 from harness.composition import load
 from harness.config import REPOSITORY, ConfigError
@@ -188,6 +190,67 @@ def test_a_notebooks_process_is_left_as_it_was(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("as before")
+
+
+IN_THREADS = """
+import multiprocessing, os, sys, threading
+from multiprocessing import connection, forkserver
+from harness import compose, run
+
+def standing():
+    return [
+        multiprocessing.get_start_method(allow_none=True), sys.modules["__main__"],
+        dict(os.environ), forkserver.connect_to_new_process, connection.arbitrary_address,
+    ]
+
+short = ["train.steps=1", "data.document_chars=300", "data.validation_share=0.002",
+         "data.test_share=0.002", "data.context=32", "train.batch_tokens=64",
+         "train.micro_batch=2", "train.threads=1", "method=lora"]
+runs = [compose(*short, f"run_name=r{i}", f"seed={i}")[0] for i in range(2)]
+before, ended = standing(), []
+threads = [
+    threading.Thread(target=lambda one=one: ended.append(run(one)["status"])) for one in runs
+]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert ended == ["finished"] * 2, ended
+print([one == other for one, other in zip(before, standing())])
+"""
+
+
+def test_runs_from_two_threads_leave_the_process_as_it_was(tmp_path):
+    script = tmp_path / "notebook.py"
+    script.write_text(IN_THREADS)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str([True] * 5)
+
+
+def test_two_threads_do_not_start_workers_at_once():
+    """The second waits, and does not take the first one's settings for the caller's."""
+    inside, first_is_in, first_is_out = [threading.Event() for _ in range(3)]
+    before = multiprocessing.get_start_method(allow_none=True), dict(os.environ)
+
+    def second():
+        first_is_in.wait(60)
+        with start._our_multiprocessing():
+            inside.set()
+            first_is_out.wait(60)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with start._our_multiprocessing():
+        first_is_in.set()
+        early = inside.wait(0.5)
+    first_is_out.set()
+    thread.join(60)
+    assert inside.is_set() and not early
+    assert (multiprocessing.get_start_method(allow_none=True), dict(os.environ)) == before
 
 
 def test_plan_is_the_function_whatever_is_imported():

@@ -62,6 +62,25 @@ def test_prompts_and_narrow_weights_change_nothing_of_it():
         causal(build("bert", is_decoder=False).bfloat16())
 
 
+@pytest.mark.parametrize(("ahead", "is_found"), [(8, True), (40, True), (90, False)])
+def test_what_looks_ahead_is_found_as_far_as_the_probe_reaches(ahead, is_found):
+    """Each embedding has in it that of the token so many further on."""
+    model = build("gpt2")
+
+    def look(module, inputs, output):
+        further = torch.zeros_like(output)
+        further[:, :-ahead] = output[:, ahead:]
+        return output + further
+
+    model.get_input_embeddings().register_forward_hook(look)
+    assert (ahead < probes.CAUSAL_LENGTH) == is_found
+    if is_found:
+        with pytest.raises(ConfigError, match="sees what it is to predict"):
+            causal(model)
+    else:
+        assert causal(model)
+
+
 def test_a_model_that_reacts_to_nothing_does_not_pass_in_silence(tiny, capsys):
     for parameter in tiny.parameters():
         parameter.data.zero_()

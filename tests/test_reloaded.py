@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from harness import export, reloaded, results, saved
-from harness.config import ASSETS_DIR, ConfigError
+from harness import evaluate, export, reloaded, results, saved
+from harness.config import ASSETS_DIR, REPOSITORY, ConfigError
+from harness.loss import NextToken
 
 CONTEXT = 16
 
@@ -78,6 +80,32 @@ def test_nats_that_are_no_number_are_no_agreement(full, tiny):
         tiny.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(ConfigError, match="nan nats a token"):
         reloaded.compare(full, tiny, "it")
+
+
+def test_in_bf16_other_kernels_pass_and_weights_that_moved_do_not(make_run, tokenizer, tmp_path):
+    """The tolerance lies between: it is twice what rounding makes, and some of what these make."""
+    run = make_run("model=gpt2_mini", "train.precision=bf16")
+    base = AutoModelForCausalLM.from_pretrained(ASSETS_DIR / "gpt2_mini").eval()
+    ids = tokenizer((REPOSITORY / "README.md").read_text("utf-8"))["input_ids"]
+    documents = Dataset.from_dict({
+        "id": list("abcdefgh"), "tokens": [ids[60 * i : 60 * i + 60] for i in range(8)],
+    })  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate.document_nll(
+            NextToken(base), documents, context=256, stride=256, bos=0, batch_tokens=1024,
+            batching=evaluate.ONE_WIDTH,
+        )  # fmt: skip
+    reloaded.keep(tmp_path, documents, found, bos=0)
+    one = saved.Saved(tmp_path, run, {"evaluation": {"context": 256, "stride": 256}, "saved": []})
+    assert reloaded.compare(one, base, "it") < 1e-4
+    base.set_attn_implementation("eager")
+    assert reloaded.compare(one, base, "it") < reloaded.TOLERANCE["bf16"] / 2
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight += 0.03 * weight.std() * torch.randn(weight.shape, generator=draw)
+    with pytest.raises(ConfigError, match=r"at most 0\.01 is rounding"):
+        reloaded.compare(one, base, "it")
 
 
 def test_a_run_that_kept_nothing_is_not_called_confirmed(full, tiny):

@@ -7,11 +7,13 @@ import re
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 
 from harness import checkpoint, worker
-from harness.config import ConfigError
-from harness.methods import adapt, merging
+from harness.config import ConfigError, DataConfig
+from harness.data import Data
+from harness.methods import adapt, invocation, merging
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -110,6 +112,43 @@ def pairs_file(path, word):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+PROMPTS = {"first": 5, "tokens": [1, 2, 3, 4], "skipped": 2}  # 5 1 2 | 3 4
+ONCE, NEVER, REST, TWICE = (
+    PROMPTS,
+    PROMPTS | {"tokens": [6, 7, 3, 4]},
+    PROMPTS | {"tokens": [6, 7, 1, 2]},
+    PROMPTS | {"tokens": [1, 2, 1, 2]},
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said", "refused"),
+    [
+        ([ONCE, ONCE], None, None),
+        ([ONCE, NEVER], "evaluate.also.more: 1 of 2 rows do not hold", None),
+        ([{"tokens": [3, 4, 5]}], "1 of 1 rows do not hold", None),
+        ([ONCE, REST], None, "evaluate.also.more: 1 of 2 rows hold"),
+        ([ONCE, TWICE], None, "1 of 2 rows hold"),
+        ([{"tokens": [3, 1, 2]}], None, "1 of 1 rows hold"),
+    ],
+)
+def test_further_texts_are_looked_through_for_aloras_tokens(tiny, rows, said, refused):
+    model = get_peft_model(tiny, MERGED["alora"][0]())
+    data = DataConfig("pairs", source="pairs", packing="padded")
+    right = Dataset.from_list([ONCE]).with_format("numpy")
+    inputs = {"inputs": [5, 1, 2, 3], "targets": [-100, -100, 3, 4]}
+    blocks = Dataset.from_list([inputs]).with_format("numpy")
+    text = Data(blocks, {"test": right}, {"test": 1}, False, "")
+    further = {"more": Dataset.from_list(rows).with_format("numpy")}
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            invocation.check(model, data, text, further)
+    else:
+        found = invocation.check(model, data, text, further)
+        assert len(found) == bool(said) and (not said or said in found[0])
+    assert invocation.check(tiny, data, text, further) == []
+
+
 @pytest.mark.slow
 def test_alora_needs_its_tokens_and_is_never_merged_by_mistake(harness, tokenizer, tmp_path):
     pairs_file(tmp_path / "p.jsonl", "Answer now")
@@ -123,8 +162,10 @@ def test_alora_needs_its_tokens_and_is_never_merged_by_mistake(harness, tokenize
     refused = harness(*common, *data, "save_merged=always", "run_name=always")
     assert refused.returncode == 2
     assert "save_merged=always: LORA cannot be merged" in refused.stderr
-    kept = harness(*common, *data, "run_name=kept")
+    also = "evaluate.also={more: {source: docstrings, packages: [tqdm], test_share: 0.1}}"
+    kept = harness(*common, *data, also, "run_name=kept")
     assert kept.returncode == 0, kept.stderr
+    assert "warning: evaluate.also.more: " in kept.stderr
     folder = tmp_path / "outputs" / "scratch" / "kept"
     assert (folder / "adapter").is_dir() and not (folder / "model").exists()
 

@@ -491,6 +491,57 @@ def check_heavy(rng, experiments, documents, lengths, slope):
     check_coverage(f"{documents} documents, slope {slope}", drawn, given=0.3)
 
 
+NAMED = [  # how far one of three seeds is above the others, and how often it is named
+    (0.08, 0.01, 0.03), (0.1, 0.20, 0.25), (0.2, 0.77, 0.82), (0.3, 0.94, 0.97),
+]  # fmt: skip
+ALL_WELL = [(normal, 3, 0.065, 0.08), (normal, 5, 0.01, 0.025), (exponential, 3, 0.14, 0.16)]
+MU = 6.8
+POPULATIONS = [  # lengths, their mean log by token, slope, and how often the population is covered
+    (lognormal(0.6), MU + 0.6**2, 0.1, 0.93, 0.97), (lognormal(1.5), MU + 1.5**2, 0.1, 0.84, 0.88),
+    (lognormal(2.0), MU + 2.0**2, -0.1, 0.73, 0.77),
+    (pareto(1.2), math.log(300) + 1 / 0.2, 0.1, 0.23, 0.28),
+]  # fmt: skip
+
+
+def check_named(rng, experiments, by, low, high):
+    """Groups of three seeds of which one diverged by little: how often this one is named."""
+    drawn = draw(rng, experiments, 3, seed_sd=0.01, diverging=0.2, by=by)
+    one = [e.seeds_diverged == diverged for e, _, diverged in drawn if len(diverged) == 1]
+    print(f"\none of 3 seeds has {by} more: named in {100 * np.mean(one):.1f} %", end="")
+    assert plausible(sum(one), len(one), low, high)
+
+
+def check_all_well(rng, experiments, effects, seeds, low, high):
+    """Groups of seeds none of which diverged: how often one is named."""
+    drawn = draw(rng, experiments, seeds, effects=effects, seed_sd=0.2)
+    named = [bool(e.seeds_diverged) for e, *_ in drawn]
+    said = f"{seeds} seeds ({effects.__name__}, 0.2) that are well"
+    print(f"\n{said}: one is named in {100 * np.mean(named):.1f} %", end="")
+    assert plausible(sum(named), len(named), low, high)
+
+
+def check_population(rng, experiments, lengths, mean_log, slope, low, high):
+    """The truth is of the population, by token, and not of text with these lengths."""
+    truth = TRUTH + slope * (mean_log - MU)
+    drawn = ((e, truth, d) for e, _, d in draw(rng, experiments, lengths=lengths, slope=slope))
+    check_coverage(f"population, slope {slope}", drawn, low, high)
+
+
+@pytest.mark.parametrize("design", NAMED)
+def test_a_seed_that_diverged_by_little_is_named_as_seldom_as_is_said(design):
+    check_named(np.random.default_rng(26), 1500, *design)
+
+
+@pytest.mark.parametrize("design", ALL_WELL)
+def test_seeds_that_are_well_are_named_as_often_as_is_said(design):
+    check_all_well(np.random.default_rng(27), 1500, *design)
+
+
+@pytest.mark.parametrize("design", POPULATIONS)
+def test_populations_of_lengths_are_covered_as_little_as_is_said(design):
+    check_population(np.random.default_rng(28), 400, *design)
+
+
 @pytest.mark.parametrize("design", FEW)
 def test_intervals_cover_with_two_documents_or_two_seeds_and_heavy_tails_of_seeds(design):
     check_few(np.random.default_rng(25), 400, *design)
@@ -514,7 +565,9 @@ def test_intervals_cover_text_of_such_lengths_where_nats_depend_on_length(design
 @pytest.mark.stats
 def test_intervals_hold_or_are_not_given_in_the_long_run():
     for check, designs in (
-        (check_few, FEW), (check_skewed, SKEWED), (check_diverging, DIVERGING), (check_heavy, HEAVY)
+        (check_few, FEW), (check_skewed, SKEWED), (check_diverging, DIVERGING),
+        (check_heavy, HEAVY), (check_named, NAMED), (check_all_well, ALL_WELL),
+        (check_population, POPULATIONS),
     ):  # fmt: skip
         for i, design in enumerate(designs):
             check(np.random.default_rng([24, i]), 5000, *design)

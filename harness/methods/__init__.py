@@ -27,6 +27,7 @@ from harness.config import (
     nearest,
 )
 from harness.methods import fields, lora_layer, refusals, svd, targets, train_only, tying, udv
+from harness.methods.values import typed
 
 
 def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -326,7 +327,7 @@ def _peft_config(
                 f"{nearest(name, known, most=60)}"
             )
     refusals.check_given(config_class, given, where)
-    made = fields.typed(config_class, given, where)
+    made = typed(config_class, given, where)
     try:
         config = config_class(task_type="CAUSAL_LM", **copy.deepcopy(named), **made)
     except UNFIT as error:

@@ -1,12 +1,12 @@
-"""`method.fields` against PEFT's config class and the model: types, and names that match something.
+"""`method.fields` against the model: names that match something.
 
-PEFT takes any value, and ignores a name that matches no module, mostly without a word. What a field
-means is read off its name and its type, so that a field of a new PEFT method is checked too:
+PEFT ignores a name that matches no module, mostly without a word. What a field means is read off
+its name and its type, so that a field of a new PEFT method is checked too:
 
 | field | what it names |
 | --- | --- |
 | `*_pattern`, a dict | modules that are adapted, by PEFT's own regular expressions |
-| `*modules*` | modules of the model: adapted ones, excluded ones, ones that train whole |
+| `*modules*`, text or a list | modules: adapted ones, excluded ones, ones that train whole |
 | `target_parameters` | parameters |
 | `layers_to_transform`, `layers_pattern`, `layer_replication` | layers |
 | `*token_indices`, `*_tokens`, `*token_ids`, lists or dicts of numbers | ids of the vocabulary |
@@ -15,14 +15,9 @@ means is read off its name and its type, so that a field of a new PEFT method is
 from __future__ import annotations
 
 import copy
-import dataclasses
-import enum
-import math
 import re
-import types
-import typing
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Union
+from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -35,130 +30,6 @@ from torch import nn
 
 from harness.config import ConfigError, nearest
 from harness.models import matrices
-
-SCALE = re.compile("alpha|lambda|scal")  # PEFT calls these int, and divides by them
-
-
-# --------------------------------------------------------------------------- types of values
-
-
-def typed(config_class: type, fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """`fields` as `config_class` is to get them: copies, with its sub-configurations built.
-
-    Raises:
-        ConfigError: a value of another type than the field's.
-    """
-    hints = typing.get_type_hints(config_class)
-    defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    made: dict[str, Any] = {}
-    for name, value in copy.deepcopy(fields).items():
-        hint, key = hints[name], f"{where}.{name}"
-        if value is None and defaults[name] is None:
-            made[name] = None
-            continue
-        if name == "modules_to_save" and isinstance(value, str):
-            raise ConfigError(f"{key}={value!r}: expected a list of names, [{value}]")
-        if not _fits(value, hint, name):
-            raise ConfigError(f"{key}={value!r}: expected {_named(hint)}")
-        if name.endswith("_pattern") and isinstance(value, dict):
-            _check_pattern_values(value, name, hints, key)
-        made[name] = _built(value, hint, key)
-    return made
-
-
-def _check_pattern_values(
-    pattern: dict[str, Any], name: str, hints: dict[str, Any], key: str
-) -> None:
-    """A pattern's values are of the type of the field that they replace."""
-    stem = name.removesuffix("_pattern")
-    names = [f for f in hints if f == stem or f.endswith(f"_{stem}")]
-    names += ["r"] if stem == "rank" and "r" in hints else []
-    for text, value in pattern.items():
-        if isinstance(value, dict):
-            inner = next(iter(value))
-            raise ConfigError(
-                f"{key}.{text}.{inner}: dots make keys of keys here; write "
-                f"+{key}={{{text}.{inner}: …}}"
-            )
-        if names and not _fits(value, hints[names[0]], names[0]):
-            raise ConfigError(f"{key}.{text}={value!r}: expected {_named(hints[names[0]])}")
-        if isinstance(value, int | float) and value <= 0:
-            raise ConfigError(f"{key}.{text}={value!r}: expected a number above 0")
-
-
-def _fits(value: Any, hint: Any, name: str) -> bool:
-    """Whether `value` is of the type `hint`, or is turned into it by PEFT."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one, name) for one in arguments)
-    if origin is Literal:
-        # Where an option is described rather than written out, any text may be one.
-        described = any("[" in str(option) for option in arguments)
-        return value in arguments or (described and isinstance(value, str))
-    if hint in (None, type(None)):
-        return value is None
-    if hint is bool or isinstance(value, bool):
-        return isinstance(value, bool) and hint is bool
-    if hint is float or (hint is int and SCALE.search(name)):
-        return isinstance(value, int | float) and math.isfinite(value)
-    if hint in (int, str):
-        return isinstance(value, hint)
-    if hint is dict or origin is dict:
-        values = (value.values() if isinstance(value, dict) else ()) if arguments else ()
-        return isinstance(value, dict) and all(_fits(v, arguments[1], name) for v in values)
-    if hint in (list, set, tuple) or origin in (list, set, tuple):
-        if not isinstance(value, list | tuple | set):
-            return False
-        if origin is tuple and Ellipsis not in arguments:
-            return len(value) == len(arguments) and all(
-                _fits(v, one, name) for v, one in zip(value, arguments, strict=True)
-            )
-        return all(_fits(v, arguments[0], name) for v in value) if arguments else True
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return isinstance(value, str)  # a value that it has not is an error of PEFT's own
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict | hint)
-    return True
-
-
-def _named(hint: Any) -> str:
-    """The type in words."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_named(one) for one in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if hint in (None, type(None)):
-        return "null"
-    if dataclasses.is_dataclass(hint):
-        return f"fields of {getattr(hint, '__name__', hint)}"
-    if arguments and origin in (list, set, tuple):
-        return f"a {origin.__name__} of {', '.join(_named(one) for one in arguments)}"
-    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _built(value: Any, hint: Any, key: str) -> Any:
-    """A sub-configuration (KasaConfig, …) from its fields; anything else as it is."""
-    options = typing.get_args(hint) or (hint,)
-    inner: Any = next((one for one in options if dataclasses.is_dataclass(one)), None)
-    if inner is None or not isinstance(value, dict):
-        return value
-    known = [f.name for f in dataclasses.fields(inner)]
-    for name in value:
-        if name not in known:
-            raise ConfigError(f"{key}.{name}: {nearest(name, known, most=60)}")
-    try:
-        return inner(**typed(inner, value, key))
-    except (ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{key}: {error}") from error
-
-
-# --------------------------------------------------------------------------- names in the model
 
 
 def check_names(
@@ -186,7 +57,7 @@ def check_names(
         elif name == "target_parameters":
             there = [n for n, _ in model.named_parameters(remove_duplicate=False)]
             _each_matches(value, there, _by_suffix, key, "parameter")
-        elif "modules" in name:
+        elif "modules" in name and isinstance(value, str | list | set | tuple):
             _check_modules(config, model, value, name, key)
         elif isinstance(value, list | dict) and re.search(r"token_ind|_tokens$|token_ids$", name):
             _check_tokens(model, value, key)

@@ -3,7 +3,8 @@
 An aLoRA adapter acts from the last place in a row where its invocation tokens stand, and PEFT looks
 for them in the whole row. Without them it trains nothing and says nothing. In running text, whether
 a token is predicted with the adapter would hang on whether the tokens come again later. So a row
-has to be one prompt with its completion, and the tokens stand once, in the prompt.
+has to be one prompt with its completion, and the tokens stand once, in the prompt. A further text
+(`evaluate.also`) may do without the tokens: there the base is measured, which is said.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from harness.data import Data
 from harness.loss import IGNORE
 
 
-def check(model: nn.Module, data: DataConfig, text: Data) -> None:
-    """Check every row of `text`, where the adapter of `model` is an aLoRA.
+def check(model: nn.Module, data: DataConfig, text: Data, further: dict[str, Dataset]) -> list[str]:
+    """Check every row of `text` and of the `further` texts, where the adapter is an aLoRA.
+
+    Returns what is to be said of further texts without the tokens.
 
     Raises:
-        ConfigError: the text has no prompts, or rows without the tokens or with several of them.
+        ConfigError: the text has no prompts, or rows without the tokens or with several of them; a
+            further text has the tokens elsewhere than once, in a prompt.
     """
     if not isinstance(model, PeftModel):
-        return
+        return []
     tokens = getattr(model.active_peft_config, "alora_invocation_tokens", None)
     if not tokens:
-        return
+        return []
     key = f"method.fields.alora_invocation_tokens={list(tokens)}"
     if data.source != "pairs" or data.packing != "padded":
         raise ConfigError(
@@ -55,6 +59,32 @@ def check(model: nn.Module, data: DataConfig, text: Data) -> None:
                 "than once, and aLoRA would act from the last place only; expected them once, in "
                 "the prompt"
             )
+    found = (_further(f"evaluate.also.{name}", rows, tokens) for name, rows in further.items())
+    return [said for said in found if said]
+
+
+def _further(key: str, rows: Dataset, tokens: list[int]) -> str | None:
+    """What is to be said of a further text: how many of its rows are left to the base model."""
+    if "skipped" in rows.column_names:
+        parts = _prompts_and_rest(rows)
+    else:  # running text, in which no place of the tokens is a right one
+        parts = [(row["tokens"][:0], row["tokens"]) for row in rows]
+    in_prompt = [_count(prompt, tokens) for prompt, _ in parts]
+    in_all = [_count(np.concatenate(part), tokens) for part in parts]
+    wrong = sum(n > min(there, 1) for n, there in zip(in_all, in_prompt, strict=True))
+    if wrong:
+        raise ConfigError(
+            f"{key}: {wrong} of {len(parts)} rows hold aLoRA's invocation tokens {list(tokens)} "
+            "elsewhere than once, in a prompt, and what stands before their last place would be "
+            "left to the base model; leave this text out of evaluate.also"
+        )
+    none = in_all.count(0)
+    if not none:
+        return None
+    return (
+        f"{key}: {none} of {len(parts)} rows do not hold aLoRA's invocation tokens {list(tokens)}, "
+        "and their nats are those of the base model"
+    )
 
 
 def _prompts_and_rest(rows: Dataset) -> list[tuple[NDArray[Any], NDArray[Any]]]:

@@ -162,7 +162,10 @@ def reading(config: Any) -> Iterator[set[str]]:
 def check_read(
     config: Any, given: dict[str, Any], seen: set[str], by_loss: set[str], where: str
 ) -> None:
-    """Refuse a field that moves nothing here.
+    """Refuse a field that is read neither to build nor to run the adapter.
+
+    What PEFT reads and does nothing with is not found: OFT makes its layer of `module_dropout` and
+    never calls it.
 
     `seen` holds the fields that PEFT has read to build the adapter and to run it, `by_loss` those
     that it has read when the model was given labels.

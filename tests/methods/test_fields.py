@@ -1,21 +1,28 @@
-"""`method.fields`: what matches nothing, has another type or moves nothing is refused by name."""
+"""`method.fields`: what matches nothing, has another type or is never read is refused by name."""
 
 import copy
+import dataclasses
+import enum
 import functools
 import re
+import types
+import typing
 from dataclasses import replace
 
 import peft
+import peft_types
 import pytest
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import compose, memory, methods, models, train
 from harness.config import ConfigError
 from harness.data import Batch
 from harness.loss import NextToken
+from harness.methods import fields
 
 IDS = torch.arange(4, 36).view(2, 16)
 LLAMA = LlamaConfig(
@@ -88,6 +95,56 @@ def test_a_field_of_lora_that_does_not_fit_is_refused(tiny, field, message):
         methods.adapt(tiny, run)
 
 
+@pytest.mark.parametrize(
+    ("named", "field", "message"),
+    [
+        ("method.alpha=0", "lora_alpha=0", r"alpha=0: expected a number above 0"),
+        ("method.alpha=-8", "lora_alpha=-8", r"alpha=-8: expected a number above 0"),
+        ("method.dropout=-0.5", "lora_dropout=-0.5", r"dropout=-0\.5: expected .*in \[0, 1\)"),
+        ("method.dropout=1", "lora_dropout=1.0", r"dropout=1\.0: expected .*in \[0, 1\)"),
+        ("method.r=0", "r=0", r"r=0: expected .*1 or more"),
+    ],
+)
+def test_both_doors_to_lora_refuse_the_same_numbers(tiny, named, field, message):
+    with pytest.raises(ConfigError, match=message):
+        compose("method=lora", named)
+    run = with_fields(composed("method=peft", "method.peft_type=LORA"), field)
+    with pytest.raises(ConfigError, match=r"method\.fields\..*" + message):
+        methods.check(tiny.to("meta"), run)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "message"),
+    [
+        ("LORA", "kasa_config={beta: -1.0}", r"kasa_config\.beta=-1\.0: expected 0 or more"),
+        ("LORA", "monteclora_config={kl_loss_weight: -0.5}", r"kl_loss_weight=-0\.5: expected"),
+        ("LORA", "monteclora_config={num_samples: 0}", r"num_samples=0: expected 1 or more"),
+        ("LORA", "velora_config={num_groups: 0}", r"num_groups=0: expected 1 or more"),
+        ("SHADOW", "auxiliary_loss_weight=-1.0", r"default is 0\.05"),
+        ("LOHA", "module_dropout=1.5", r"module_dropout=1\.5: expected a probability"),
+        ("LOHA", "alpha=0", r"alpha=0: expected a number above 0 \(PEFT's default is 8\)"),
+        ("DELORA", "delora_lambda=-1", r"delora_lambda=-1: expected a number above 0"),
+        ("FROD", "regularization_alpha=-1.0", r"regularization_alpha=-1\.0: expected 0 or more"),
+        ("PROMPT_TUNING", "prompt_tuning_init=FOO", r"expected one of TEXT, SAMPLE_VOCAB, RANDOM$"),
+        ("PROMPT_TUNING", "prompt_tuning_init=text", r"did you mean 'TEXT'"),
+        ("PROMPT_TUNING", "prompt_tuning_init=RANDM", r"did you mean 'RANDOM'"),
+        ("PROMPT_TUNING", "prompt_tuning_init=3", r"=3: expected one of TEXT"),
+        ("P_TUNING", "encoder_reparameterization_type=MLPS", r"expected one of MLP, LSTM; .*'MLP'"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused(name, field, message):
+    tokens = ["num_virtual_tokens=4"] if name.endswith("TUNING") else []
+    with pytest.raises(ConfigError, match=message):
+        methods.adapt(llama(), peft_run(name, *tokens, field))
+
+
+def test_the_edges_of_a_range_are_taken():
+    given = {"lora_dropout": 0.0, "kasa_config": {"beta": 0, "gamma": 0.0}, "lora_alpha": 0.5}
+    assert methods._peft_config(CLASSES["LORA"], {}, given).lora_alpha == 0.5
+    assert methods._peft_config(CLASSES["OFT"], {}, {"r": 0, "oft_block_size": 8}).r == 0
+    assert methods._peft_config(CLASSES["FROD"], {}, {"regularization_alpha": 0.0})
+
+
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "loftq", "olora"])
 def test_both_doors_to_lora_refuse_the_same_starts(tiny, init):
     named, other = composed("method=lora"), composed("method=peft", "method.peft_type=LORA")
@@ -131,10 +188,72 @@ def test_both_doors_to_lora_refuse_the_same_starts(tiny, init):
         ("XLORA", "adapters={}", r"mixes adapters that were trained before"),
     ],
 )
-def test_a_field_of_any_method_that_does_nothing_is_refused(name, field, message):
+def test_a_field_of_any_method_that_is_not_read_is_refused(name, field, message):
     fields = re.split(r" (?=\w+=)", field)
     with pytest.raises(ConfigError, match=message):
         methods.adapt(llama(), peft_run(name, *fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("OFT", "module_dropout=0.5"), ("BEFT", "init_weights=false")]
+)
+def test_a_field_that_is_read_is_taken(name, field):
+    """As CHANGELOG.md says of OFT's, whether it moves anything or not."""
+    fields = [field, "oft_block_size=8"] if name == "OFT" else [field]
+    model = methods.adapt(llama(), peft_run(name, *fields))
+    held = getattr(model.peft_config["default"], field.partition("=")[0])
+    assert held == (0.5 if name == "OFT" else False)
+
+
+def test_what_the_changelog_says_of_ofts_dropout_is_so():
+    def found(*fields):
+        torch.manual_seed(0)
+        return gradients(methods.adapt(llama(), peft_run("OFT", "oft_block_size=8", *fields)))
+
+    plain, dropped = found(), found("module_dropout=0.9")
+    assert plain and all(torch.equal(plain[name], dropped[name]) for name in plain)
+
+
+def samples(hint):
+    """Values of a declared type, each alternative of it at least once."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return [value for one in arguments for value in samples(one)]
+    if origin is typing.Literal:
+        return list(arguments)
+    if hint is dict or origin is dict:
+        inner = samples(arguments[1]) if arguments else [1, "x", None]
+        return [{}, *({"q_proj": value} for value in inner), {"(": inner[0]}]
+    if origin is tuple:
+        return [[samples(one)[0] for one in arguments]]
+    if origin in (list, set):
+        return [[], *([value] for value in samples(arguments[0]))]
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return [member.value for member in hint]
+    if dataclasses.is_dataclass(hint):
+        return [{}]
+    plain = {bool: [True, False], int: [1, 0], float: [0.5], str: ["x", "("], type(None): [None]}
+    return plain[hint]
+
+
+CLASSES = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+@pytest.mark.parametrize("name", peft_types.names())
+def test_a_value_of_its_declared_type_is_taken_or_refused_by_name(name):
+    hints, model = typing.get_type_hints(CLASSES[name]), llama()
+    tried = 0
+    for field in dataclasses.fields(CLASSES[name]):
+        for value in samples(hints[field.name]):
+            given = copy.deepcopy(peft_types.FIELDS.get(name, {})) | {field.name: value}
+            tried += 1
+            try:
+                config = methods._peft_config(CLASSES[name], {}, given)
+                fields.check_names(config, model, given, "method.fields")
+                fields.pattern_values(config, model, given)
+            except ConfigError:  # any other exception fails the test
+                continue
+    assert tried > 10
 
 
 def test_a_pattern_that_matches_has_its_effect(tiny, make_run):
