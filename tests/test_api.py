@@ -1,17 +1,18 @@
 """`from harness import compose, plan, run, collect`: README's block, and what goes wrong."""
 
+import json
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from test_report import put
 
 import harness
 from harness import collect, compose, plan, results, run, start
@@ -264,14 +265,21 @@ def test_plan_is_the_function_whatever_is_imported():
         assert done.stdout.split() == ["harness.api", "plan"], (line, done.stderr)
 
 
-def test_text_in_a_table_stays_text(tmp_path, monkeypatch):
-    """Labels that pandas' reader of CSV takes for a number or for nothing."""
-    labels = ["NA", "1e3", "007", "nan"]
-    rows = [[label, 1.5, None, "8" if label == "NA" else "2"] for label in labels]
-    names = ["method.label", "quality.test.perplexity", "method.lr", "method.rank"]
-    monkeypatch.setattr("harness.report.evidence.find", lambda _: SimpleNamespace(rows=rows))
-    monkeypatch.setattr("harness.report.summary.results_lines", lambda _: (names, rows))
-    found = collect(tmp_path)
-    assert list(found["method.label"]) == labels and list(found.columns) == names
+def test_text_in_a_table_stays_text(tmp_path):
+    """Labels that pandas' reader of CSV takes for a number or for nothing, in runs on disk."""
+    labels = {1: "NA", 2: "1e3", 4: "007", 8: "nan"}
+    for r, label in labels.items():
+        run_dir = put(tmp_path, f"r{r}", r=r)
+        record = json.loads((run_dir / results.FILE_NAME).read_text())
+        record["method"] |= {"label": label, "lr": None if r > 1 else 0.01}
+        results.write(run_dir, record)
+    found = collect(tmp_path).sort_values("method.rank")
+    assert list(found["method.label"]) == list(labels.values())
+    assert list(found["method.rank"]) == list(labels)  # numbers, as every row has one
     assert found["quality.test.perplexity"].dtype == "float64"
-    assert found["method.lr"].isna().all() and list(found["method.rank"]) == [8, 2, 2, 2]
+    assert found["quality.test.perplexity"].notna().all()
+    assert list(found["method.lr"].isna()) == [False, True, True, True]
+
+    record["method"]["rank"] = "full"
+    results.write(run_dir, record)
+    assert sorted(collect(tmp_path)["method.rank"]) == ["1", "2", "4", "full"]

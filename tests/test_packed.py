@@ -172,6 +172,49 @@ def test_evaluation_leaves_the_gradients_of_training_alone(make_run, quantised, 
 
 
 @pytest.mark.quantised
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_ia3_on_four_bits_is_ia3_on_what_they_stand_for(
+    harness, make_run, quantised, name, tmp_path
+):
+    """Gradients against those of the same weights written out; and a whole run."""
+    from harness import methods, models
+
+    ia3 = ["method=peft", "method.peft_type=IA3", "targets=all"]
+    folder = quantised(name)
+    run = make_run(*base(folder), *ia3)
+    ids = torch.arange(1, 25)[None]
+    found = []
+    for written_out in (False, True):
+        model = models.load_model(run, models.load_config(run.model))
+        if written_out:
+            model = model.dequantize()
+            model.config.quantization_config = None
+        model = methods.adapt(model.float() if written_out else model, run)
+        assert written_out != any(p.dtype == torch.uint8 for p in model.parameters())
+        torch.manual_seed(0)
+        scales = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for scale in scales.values():
+            scale.data.uniform_(0.5, 1.5)
+        NextToken(model).train()(ids, ids.roll(-1, 1)).objective.backward()
+        found.append({n: p.grad for n, p in scales.items()})
+    packed_grads, plain_grads = found
+    assert packed_grads.keys() == plain_grads.keys() and len(packed_grads) == 3 * 7
+    for key, grad in packed_grads.items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(grad, plain_grads[key], rtol=1e-3, atol=1e-4)
+
+    done = harness(*base(folder), *ia3, *SHORT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "outputs" / "scratch" / "one" / "result.json").read_text())
+    assert result["parameters"]["trainable"] == sum(g.numel() for g in packed_grads.values())
+    assert result["memory"]["by_category"]["frozen_weights"] == pytest.approx(
+        packed.stored_bytes(folder), rel=1e-3
+    )
+    refused = harness(*base(folder), *ia3, *SHORT[:-1], "save_merged=always")
+    assert refused.returncode != 0 and "cannot be merged into weights quantised" in refused.stderr
+
+
+@pytest.mark.quantised
 def test_int8_with_outliers_is_refused_by_its_reason(harness, quantised):
     done = harness(*base(quantised("int8", "gpt2_mini")), *LORA, *SHORT)
     assert done.returncode != 0 and "llm_int8_threshold" in done.stderr

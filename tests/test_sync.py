@@ -89,13 +89,18 @@ def server():
         found.shutdown()
 
 
-def sync(folder, port):
-    """What `make wandb-sync` does."""
-    rule = re.search(
-        r"^wandb-sync:.*\n\tcd .*? && \S+ (.*)", (REPOSITORY / "Makefile").read_text(), re.M
-    )
+def sync(tree, experiment, port):
+    """`make wandb-sync` in a tree of its own: its rule as it is, by the shell that make calls."""
+    rule = re.search(r"^wandb-sync: .*\n(\t.*\n)", (REPOSITORY / "Makefile").read_text(), re.M)
+    python = f"RUN := .venv/bin/python\nwandb-sync:\n{rule[1]}"
+    (tree / "Makefile").write_text(python)
+    (tree / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+    program = tree / ".venv" / "bin" / "python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    program.chmod(0o755)
     return subprocess.run(
-        [sys.executable, *rule[1].split()], cwd=folder, capture_output=True, text=True, timeout=120,
+        ["make", "wandb-sync", f"EXPERIMENT={experiment}"],
+        cwd=tree, capture_output=True, text=True, timeout=120,
         env=os.environ | {
             "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "a" * 40,
         },
@@ -103,16 +108,18 @@ def sync(folder, port):
 
 
 @pytest.mark.slow
-def test_every_run_is_uploaded_once(tmp_path):
-    folder = sweep(tmp_path / "exp", 3)
+@pytest.mark.parametrize("place", ["plain", "a b"])
+def test_every_run_is_uploaded_once(tmp_path, place):
+    tree = tmp_path / place
+    folder = sweep(tree / "outputs" / "exp", 3)
     with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
         pass
     offline = read(folder)
     with server() as there:
-        done = sync(folder, there.server_port)
+        done = sync(tree, "exp", there.server_port)
         assert done.returncode == 0, done.stderr
         first = len(there.asked), len(there.streamed), len(there.uploaded)
-        again = sync(folder, there.server_port)
+        again = sync(tree, "exp", there.server_port)
         assert again.returncode == 0
         assert "No runs to sync" in again.stderr and "Skipped 4 synced" in again.stderr
         assert (len(there.asked), len(there.streamed), len(there.uploaded)) == first

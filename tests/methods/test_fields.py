@@ -331,14 +331,50 @@ def test_kasa_trains_on_its_own_loss_with_its_weights(make_run, passes):
             assert torch.allclose(mine[name], expected, rtol=1e-3, atol=1e-5), name
 
 
-def test_monteclora_trains_on_its_own_loss(make_run):
-    def found(weight):
-        torch.manual_seed(0)
-        run = make_run("method=lora", *OF_LLAMA, f"{F}monteclora_config={weight}")
-        return gradients(methods.adapt(llama(), run))
+@pytest.mark.parametrize("weight", [0.5, 0.125])
+def test_monteclora_trains_on_its_own_loss_with_its_weight(make_run, weight):
+    """The divergences as PEFT has them, differentiated by hand.
 
-    small, large = found("{kl_loss_weight: 0.0}"), found("{kl_loss_weight: 0.5}")
-    assert any((small[n] - large[n]).abs().max() > 0.1 for n in large if n in small)
+    e are the logs of the experts' concentrations a, s those of the standard deviations, and v the
+    variances that were drawn. By e, s and s: Dirichlet, Wishart and normal.
+    """
+    samplers = pytest.importorskip("peft.tuners.lora.monteclora")
+
+    def found(kl_loss_weight):
+        fields = f"monteclora_config={{kl_loss_weight: {kl_loss_weight}, num_samples: 3}}"
+        run = make_run("method=lora", "method.r=2", *OF_LLAMA, F + fields)
+        base = llama()
+        torch.manual_seed(1)
+        model = methods.adapt(base, run)
+        with torch.no_grad():  # off its start, where s is 0 and Wishart's term is at its least
+            for name, parameter in model.named_parameters():
+                if name.endswith("_prior"):
+                    parameter.add_(0.3 * torch.rand(parameter.shape))
+        torch.manual_seed(2)
+        return model, gradients(model)
+
+    (_, plain), (model, mine) = found(0.0), found(weight)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, samplers.MontecloraSampler)}
+    assert len(layers) == 2 * 4
+    for name, layer in layers.items():
+        a, m = layer.expert_weights_prior.detach().exp(), layer.out_features
+        s, v = layer.std_prior.detach(), layer.gaussian_var_prior.detach().diag()
+        prior, total = 0.1, a.sum()
+        of_dirichlet = a * (
+            total.digamma()
+            + a.digamma()
+            + (a.digamma() - total.digamma())
+            + (a - prior) * torch.polygamma(1, a)
+            - (a - prior).sum() * torch.polygamma(1, total)
+        )
+        of_spread = m * ((2 * s).exp() - 1) + 3 * (v - 1) * (v > 1e-3)  # v is 0.001 at least
+        for leaf, ours in (("expert_weights_prior", of_dirichlet), ("std_prior", of_spread)):
+            expected = weight * ours / len(layers)
+            assert expected.abs().max() > 1e-3
+            got = mine[f"{name}.{leaf}"] - plain.get(f"{name}.{leaf}", 0)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    others = [n for n in mine if not n.endswith("_prior")]
+    assert others and all(torch.equal(mine[n], plain[n]) for n in others)
 
 
 @pytest.mark.parametrize("name", ["PROMPT_TUNING", "P_TUNING", "CPT"])

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 
 from harness.methods.lora_layer import FusedLinear, fuse
@@ -86,6 +87,27 @@ def test_what_is_more_than_the_product_is_left_to_peft(fields):
     layer = fused.base_model.model.conv
     assert isinstance(layer, FusedLinear) and layer._fusable() is None
     torch.testing.assert_close(plain.eval()(X), fused.eval()(X))
+
+
+def test_a_weight_of_a_tensor_class_is_left_to_peft():
+    """Such a class has products of its own; here, those of two matrices at once."""
+    torch.manual_seed(3)
+    first, second = torch.randn(8, 24), torch.randn(8, 24)
+
+    def adapted(weight):
+        model = Two(bias=False)
+        model.linear.weight = nn.Parameter(weight, requires_grad=False)
+        torch.manual_seed(2)
+        config = peft.LoraConfig(r=4, target_modules=["linear"], init_lora_weights=False)
+        return peft.get_peft_model(model, fuse(config))
+
+    both = adapted(TwoTensor(first.clone(), second.clone()))
+    assert type(both.base_model.model.linear) is peft.tuners.lora.Linear
+    y = both(X)
+    for mine, weight in ((y.a, first), (y.b, second)):
+        plain = adapted(weight)
+        assert type(plain.base_model.model.linear) is FusedLinear
+        torch.testing.assert_close(mine, plain(X))
 
 
 @pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
