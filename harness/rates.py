@@ -291,7 +291,11 @@ def automatic(
     asked = tuned_of(replace(method, label=None), targets, {})
     candidates = []
     for rates in all_files(name):
-        family = [t for t in rates.tuned if t.family == asked.family]
+        family = [
+            t
+            for t in rates.tuned
+            if t.family == asked.family and (t.scale is None) == (asked.scale is None)
+        ]
         apart = _apart_in(setting, rates.setting)
         if family and not any(key.startswith("model.") for key in apart):
             other_text = any(key.startswith("data.") and key not in SAME_TEXT for key in apart)
@@ -401,4 +405,4 @@ def _number(rank: str | None) -> float:
         value = float(rank or "inf")
     except ValueError:
         return math.inf
-    return value if value >= 1 and value == int(value) else math.inf
+    return value if math.isfinite(value) and value >= 1 and value == int(value) else math.inf

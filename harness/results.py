@@ -35,7 +35,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness import config, naming
+from harness import config, labels, naming
 from harness.config import RunConfig
 
 SCHEMA_VERSION = 1
@@ -94,8 +94,8 @@ def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
             "command": command.read_text("utf-8").strip() if command.is_file() else None,
         },
         "config": settings(run),
-        "model": {"name": run.model.name},
-        "data": {"name": run.data.name},
+        "model": {"name": labels.of_model(run.model)},
+        "data": {"name": labels.of_text(run.data)},
         "method": describe_method(run),
     }
 
@@ -115,7 +115,7 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
         "label": naming.label(method),
         "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
         "alpha": getattr(method, "lora_alpha", None),
-        "targets": run.targets.name if method.takes_targets else None,
+        "targets": labels.of_targets(run) if method.takes_targets else None,
         "lr": run.train.lr if method.trains else None,
         "lr_from": run.train.lr_from,
         "deterministic": naming.is_deterministic(run),

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness import gguf, records
+from harness import gguf, labels, records
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -93,6 +93,7 @@ def validate(run: RunConfig) -> None:
             f"{model.id or model.path or model.name}: a model's own code is run only where it is "
             "asked for by that model's id or folder"
         )
+    labels.check(run)
     _require(0 <= model.dropout < 1, "model.dropout", model.dropout, "a probability in [0, 1)")
 
     _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")

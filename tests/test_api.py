@@ -181,6 +181,7 @@ print("as before")
 """
 
 
+@pytest.mark.slow
 def test_a_notebooks_process_is_left_as_it_was(tmp_path):
     """Import, compose, plan, run and collect; another library has a formula of its own, too."""
     script = tmp_path / "notebook.py"
@@ -221,6 +222,7 @@ print([one == other for one, other in zip(before, standing())])
 """
 
 
+@pytest.mark.slow
 def test_runs_from_two_threads_leave_the_process_as_it_was(tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text(IN_THREADS)

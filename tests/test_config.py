@@ -28,7 +28,7 @@ def test_alpha_that_is_neither_is_refused_by_name(alpha):
 
 
 def test_a_schema_without_a_file_says_what_conf_says(make_run):
-    run = make_run()
+    run = make_run("train.lr=2e-3")  # in conf it is auto
     for section in ("train", "evaluate", "launch"):
         composed, schema = getattr(run, section), SECTIONS[section]()
         rates = "gpt2_mini_kjv" if section == "train" else None  # what lr=tuned reads by default
@@ -118,7 +118,7 @@ def test_the_name_tells_runs_apart_that_differ_in_anything(make_run):
     ]
     names = [run_name(make_run(*change)) for change in changes]
     assert len(set(names)) == len(names)
-    assert names[0].startswith("lora-all-r8-a16-lr0.002-s0-")
+    assert names[0].startswith("lora-all-r8-a16-lr0.02-s0-")
     assert run_name(make_run("run_name=mine")) == "mine"
 
 

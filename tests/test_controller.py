@@ -420,6 +420,7 @@ def test_a_worker_does_not_outlive_its_controller(harness, tmp_path):
     assert only_result(tmp_path)[1]["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_failure_in_a_sweep_is_local_named_and_not_repeated_unasked(harness, tmp_path):
     sweep = ["-m", "method=full", "train.lr=1e-3,1e18", *QUICK, "train.steps=6"]
     done = harness(*sweep)

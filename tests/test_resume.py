@@ -103,6 +103,7 @@ def undisturbed(tmp_path_factory):
     return run, outcome(run.run_dir), seconds
 
 
+@pytest.mark.slow
 def test_a_further_text_is_evaluated_before_and_after(undisturbed):
     run, (quality, rows, *_), _ = undisturbed
     before, after = (
@@ -241,6 +242,7 @@ def test_an_order_to_stop_says_resume_me(undisturbed, tmp_path, number):
     assert results.read(run.run_dir)["run"]["resumed_at"] == [step]
 
 
+@pytest.mark.slow
 def test_a_kill_at_the_very_end_loses_no_step(undisturbed, tmp_path):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     assert finish(start(run, deadly="clear", number=1)) == -signal.SIGKILL

@@ -175,7 +175,7 @@ IDENTITIES = {  # first digits, as the code before this had them
 
 @pytest.mark.parametrize("overrides", IDENTITIES)
 def test_identities_from_before_there_were_roles(make_run, overrides):
-    assert identity(make_run(*overrides.split()))[:16] == IDENTITIES[overrides]
+    assert identity(make_run("train.lr=2e-3", *overrides.split()))[:16] == IDENTITIES[overrides]
 
 
 def test_every_target_file_names_roles_or_modules():

@@ -84,7 +84,7 @@ class Row:
 def rows(folder: Path) -> list[Row]:
     """Every configuration with a finished run, by method, targets, parameters, alpha and rate."""
     found = groups.find(folder)
-    flat = [_flat(groups.settings(group.records[0])) for group in found]
+    flat = [_settings(group.records[0]) for group in found]
     others = _without_a_column(flat)
     table = []
     for group, config in zip(found, flat, strict=True):
@@ -92,6 +92,14 @@ def rows(folder: Path) -> list[Row]:
         values = _values(group.records) | {"also": " ".join(f"{k}={v}" for k, v in own.items())}
         table.append(Row("", values, group.run_dirs, group.records, group.repeated))
     return _named(sorted(table, key=_place))
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """`groups.settings` by dotted keys, with the labels of the model and the text."""
+    flat = _flat(groups.settings(record))
+    for key in ("model.name", "data.name"):
+        flat[key] = results.get(record, key) or flat.get(key)
+    return flat
 
 
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
