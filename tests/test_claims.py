@@ -143,6 +143,11 @@ def test_the_verdicts_are_the_truth_of_the_runs(tmp_path, monkeypatch, configure
     assert all(f"]({name})" in page for name in named) and page.count("\n## ") == 9
     marked = " ".join(re.findall(r"^\| ([^|]+) \| ~", page, re.M))  # rates for 80 steps, at 240
     assert "in three times its steps" in marked and "at equal steps (80)" not in marked
+    # What was found later of the recorded runs is not printed with these, which are others.
+    later = " ".join(verdicts.LATER) + " ".join(p for ps in verdicts.LATER.values() for p in ps)
+    numbers = set(re.findall(r"0\.\d{3}|\d+\.\d+ to \d+\.\d+", later))
+    assert len(numbers) > 5 and not any(f" {number}" in page for number in numbers)
+    assert "## Later" not in page and "These runs have no control" in page.replace("\n", " ")
     rows = list(csv.DictReader((out / "runs.csv").open()))
     assert len(rows) == sum(map(len, configured.values()))
 
@@ -188,6 +193,19 @@ def test_with_the_control_the_verdict_on_the_rank_is_of_the_rank(
     frozen = "full fine-tuning is better than LoRA's matrices at full rank, the rest frozen"
     assert found[frozen] == "holds"
     assert found["in 80 steps with all of the text, full is better than LoRA r=64"] == "holds"
+
+
+@pytest.mark.parametrize("commit", [verdicts.RECORD + "0" * 33, "abcdef012345"])
+@pytest.mark.parametrize("control", [None, "its row"])
+def test_what_was_found_later_is_printed_with_its_record_only(commit, control):
+    records = [{"environment": {"commit": commit}}]
+    runs = SimpleNamespace(rows=[SimpleNamespace(records=records)], control=lambda: control)
+    said = "\n".join(verdicts.later(runs, runs))
+    assert all((f"## {heading}" in said) == (commit[:7] == verdicts.RECORD)
+               for heading in verdicts.LATER)  # fmt: skip
+    assert ("## No control in the sweep" in said) == (control is None)
+    other = SimpleNamespace(rows=[SimpleNamespace(records=[{"environment": {"commit": "f" * 40}}])])
+    assert "## Later" not in "\n".join(verdicts.later(runs, other))
 
 
 def row(name, needs):

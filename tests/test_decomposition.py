@@ -1,12 +1,14 @@
 """The share of a gap that is frozen parts: exact cases, and the interval of the delta method."""
 
+import csv
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from harness import stats
+from harness import results, stats
 from harness.config import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "experiments" / "main_seeds_control"))
@@ -72,3 +74,47 @@ def test_where_there_is_no_gap_there_is_no_share():
         *(evaluation(n, one) for n, one in (("f", whole), ("c", control), ("l", low)))
     )
     assert (start, end) == (-math.inf, math.inf)
+
+
+def row(folder, label, falls, every=10):
+    """A row of runs whose validation perplexity falls by `falls` nats in 80 steps, on a line."""
+    run_dirs, records = [], []
+    for seed, fall in enumerate(falls):
+        run_dirs.append(folder / f"{label}-{seed}")
+        run_dirs[-1].mkdir()
+        records.append({"config": {"seed": seed}})
+        with results.Metrics(run_dirs[-1], 0, -1) as metrics:
+            for step in range(81):
+                if step:
+                    metrics.log({"step": step, "train/nll": 3.0, "train/step_seconds": 0.5})
+                if step % every == 0:
+                    nll = math.log(200) - fall * step / 80
+                    metrics.log({"step": step, "tokens": step, "eval/validation/nll": nll})
+    values = {"method.label": label, "method.name": label, "method.rank": None}
+    return SimpleNamespace(name=label, values=values, run_dirs=run_dirs, records=records)
+
+
+def test_steps_are_given_between_readings_and_ratios_between_what_these_allow(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(decomposition, "HERE", tmp_path)
+    # To 100 (0.69 nats): 80 * 0.69 / 4 = 13.9 steps, 80 * 0.69 / 1.6 = 34.7, and 36.9 or 30.8.
+    falls = {"full": (4.0, 4.0), decomposition.CONTROL: (1.6, 1.6), "lora": (1.5, 1.8)}
+    rows = [row(tmp_path, label, found) for label, found in falls.items()]
+    decomposition.write_steps(rows)
+    written = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    assert [(r["steps_to_100_above"], r["steps_to_100_reached"]) for r in written] == [
+        ("10.0", "20.0"), ("10.0", "20.0"), *[("30.0", "40.0")] * 4,
+    ]  # fmt: skip
+    # To 45 (1.49 nats) the control and one run of LoRA need 75 and 80 steps, the other 66.
+    assert [r["steps_to_45_reached"] for r in written] == ["30.0"] * 2 + ["80.0"] * 3 + ["70.0"]
+    decomposition.show_steps(rows)
+    shown = capsys.readouterr().out
+    to_full = f"{decomposition.CONTROL} against full, to 100: steps: 30-40 against 10-20, ratio "
+    assert f"{to_full}2.50 (1.50 to 4.00); p = 0" in shown  # no spread, and every ratio is above 1
+    against = "lora against full-only-matrices, to 100: steps: 30-40 against 30-40, ratio"
+    assert against in shown and "p = 1\n" in shown.split(against)[1]
+    slow = row(tmp_path, "slow", (1.4, 1.4))  # never at 45
+    decomposition.write_steps([slow])
+    (first, _) = csv.DictReader((tmp_path / "steps.csv").open())
+    assert (first["steps_to_45_above"], first["steps_to_45_reached"]) == ("", "")

@@ -11,16 +11,21 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scipy import stats as scipy_stats
 
 from harness import rates
 from harness.config import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "experiments" / "claims"))
+import statements
+import verdicts
 
 EXPERIMENTS = REPOSITORY / "experiments"
 TEST, VALIDATION = "quality.test.perplexity", "quality.validation.perplexity"
@@ -152,20 +157,110 @@ def split(r: int) -> tuple[float, ...]:
     return (*numbers[:9], *(100 * share for share in numbers[9:]))
 
 
-def steps_to_45() -> dict[str, list[float]]:
-    """Steps to validation perplexity 45 by row, a number a seed."""
-    found: dict[str, list[float]] = {}
-    for line in records("main_seeds_control/steps.csv"):
-        found.setdefault(line["row"], []).append(float(line["steps_to_45"] or "nan"))
-    return found
+EVERY, STEPS = 10, 80  # the records of steps: how often validation was read, and to which step
 
 
-def ratio_of_steps(one: str, other: str) -> tuple[float, float, float]:
-    """Mean ratio over paired seeds with scipy's t-interval, on logs."""
-    steps = steps_to_45()
-    logs = [math.log(a / b) for a, b in zip(steps[one], steps[other], strict=True)]
-    ends = scipy_stats.ttest_1samp(logs, 0).confidence_interval()
-    return tuple(math.exp(v) for v in (sum(logs) / len(logs), *ends))
+def need(steps: str) -> statements.Need:
+    """What a run needs, between two readings, of its recorded steps on the line between them."""
+    if not steps:
+        return statements.Need(float(STEPS), is_bound=True)
+    reached = EVERY * math.ceil(float(steps) / EVERY)
+    return statements.Need(float(steps), least=reached - EVERY, most=reached)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a row of the claims is of 80 steps with all of the text, 8 blocks a pass."""
+    settings = {"data.train_share=1.0", "train.micro_batch=8", "train.steps=80"}
+    return settings <= set(name.split())
+
+
+def needs(name: str, level: int, file: str = "main_seeds_control", unit: str = "") -> Any:
+    """A row as `statements.smaller` takes it: what its runs need to a validation perplexity.
+
+    In seconds of the column `unit`, if that is given; of a step where the level is 0.
+    """
+    if file == "claims":
+        found = [r for r in records(RUNS) if r["experiment"] == "claims"
+                 and r["row"].startswith(f"{name} ") and is_plain(r["row"])]  # fmt: skip
+    else:
+        found = [r for r in records(f"{file}/steps.csv") if r["row"] == name]
+    assert len(found) == 3, (name, len(found))
+    return SimpleNamespace(
+        name=name, records=[{"config": {"seed": int(r["seed"])}} for r in found],
+        needs=[(need(r[f"steps_to_{level}"]) if level else statements.Need(1)).times(
+            float(r[unit]) if unit else 1) for r in found],
+        values={"method.name": name, "method.label": name, "method.rank": None},
+    )  # fmt: skip
+
+
+def ratio(one: str, other: str, level: int, file: str = "main_seeds_control", unit: str = ""):
+    """What `experiments/claims` says today of the ratio of what two rows need."""
+    rows = needs(one, level, file, unit), needs(other, level, file, unit)
+    return statements.smaller("", "steps", *rows, lambda row: row.needs)
+
+
+def ends(one: str, other: str, *more: Any) -> tuple[float, ...]:
+    """The least and the greatest ratio, as it says them."""
+    said = re.search(r"\(([\d.]+) to ([\d.]+|inf)\)", ratio(one, other, *more).numbers)
+    return tuple(map(float, said.groups()))
+
+
+def between(name: str, level: int, file: str = "main_seeds_control") -> tuple[float, float]:
+    """Between which readings a row gets to a level, in whatever seed."""
+    least, most = zip(*(n.ends for n in needs(name, level, file).needs), strict=True)
+    return min(least), max(most)
+
+
+def read_between(names: Iterable[str], level: float) -> tuple[int, int]:
+    """Between which readings the rows of main_seeds get to a level, from their least and most."""
+    found = []
+    for name in names:
+        points = [p for p in records("main_seeds/curves.csv") if p["name"] == name]
+        first, last = (
+            next(i for i, p in enumerate(points) if float(p[f"validation_nll_{end}"])
+                 <= math.log(level)) for end in ("low", "high"))  # fmt: skip
+        found += [int(points[first - 1]["step"]), int(points[last]["step"])]
+    return min(found), max(found)
+
+
+FULL_STEPS, CONTROL_STEPS, R1, R8, R64 = (
+    "full", "full-only-matrices", "lora all r=1", "lora all r=8", "lora all r=64",
+)  # fmt: skip
+
+
+def claim_4() -> list[statements.Statement]:
+    """Its nine statements, LoRA r=64, 8 and 1 to 45, 70 and 100, as they would come out today."""
+    return [ratio(row, "full", level, "claims") for level in (45, 70, 100)
+            for row in (R64, R8, R1)]  # fmt: skip
+
+
+def verdicts_of_claim_4() -> tuple[int, int]:
+    """How many of them do not hold, and how many cannot be told."""
+    found = statements.Claim("", claim_4(), []).verdicts()
+    return found.count("does not hold"), found.count("cannot be told")
+
+
+def claim_3() -> statements.Claim:
+    """Its ten statements, as they would come out today."""
+    unit = "median_step_seconds"
+    a_step = [ratio(row, "full", 0, "claims", unit) for row in (R8, R1, R64, "lora attn r=8")]
+    sooner = [ratio(row, "full", level, "claims", unit) for level in (45, 70, 100)
+              for row in (R64, R8)]  # fmt: skip
+    return statements.Claim("", [*a_step, *sooner], [])
+
+
+def full_steps_to_the_lowest_of(r: int) -> tuple[int, int]:
+    """Between which readings every seed of full fine-tuning gets to LoRA's last perplexity."""
+    level = next(
+        float(found[VALIDATION])
+        for found in records("claims/results.csv")
+        if found["name"].startswith(f"lora all r={r} ") and is_plain(found["name"])
+    )
+    points = [p for p in records("claims/figures.csv")
+              if (p["figure"], p["series"]) == ("4-steps", "full")]  # fmt: skip
+    above = [float(p["x"]) for p in points if float(p["low"]) > level]
+    reached = [float(p["x"]) for p in points if float(p["high"]) <= level]
+    return int(max(above)), int(min(reached))
 
 
 def forgotten(label: str, rank: str = "") -> float:
@@ -291,13 +386,47 @@ QUOTES = (
           "{:.0f} and {:.0f} %",
           lambda: (split(64)[0], *split(64)[9:], 100 - split(64)[9],
                    *(n for r in (8, 1) for n in (split(r)[9], 100 - split(r)[9])))),
-    Quote(page("claims"), "full fine-tuning {:.1f}, the control {:.1f}, LoRA r=64 {:.1f}, r=8 "
-          "{:.1f}.", lambda: tuple(sum(steps_to_45()[name]) / 3 for name in (
-              "full", "full-only-matrices", "lora all r=64", "lora all r=8"))),
-    Quote(page("claims"), "from the control (ratio {:.2f}, {:.2f} to {:.2f}); r=8 can ({:.2f}, "
-          "{:.2f} to {:.2f})",
-          lambda: (*ratio_of_steps("lora all r=64", "full-only-matrices"),
-                   *ratio_of_steps("lora all r=8", "full-only-matrices"))),
+    Quote(page("claims"), "full fine-tuning is there between {:.0f} and {:.0f}, the control "
+          "between {:.0f} and {:.0f}, LoRA r=64 between {:.0f} and {:.0f}, r=8 between {:.0f} and "
+          "{:.0f}.", lambda: tuple(end for name in (FULL_STEPS, CONTROL_STEPS, R64, R8)
+                                   for end in between(name, 45))),
+    Quote(page("claims"), "than full fine-tuning (ratio {:.2f} to {:.2f}), so what stays frozen "
+          "costs steps; r=8 needs more than the control ({:.2f} to {:.2f}), so its rank costs "
+          "steps, too. Between r=64 and the control nothing can be told ({:.2f} to {:.2f})",
+          lambda: (*ends(CONTROL_STEPS, FULL_STEPS, 45), *ends(R8, CONTROL_STEPS, 45),
+                   *ends(R64, CONTROL_STEPS, 45))),
+    Quote(page("main_seeds_control"), "needs more steps than full fine-tuning (ratio {:.2f} to "
+          "{:.2f}), and r=8 more than the control ({:.2f} to {:.2f}). LoRA r=64 and the control "
+          "get there between the same two readings ({:.2f} to {:.2f})",
+          lambda: (*ends(CONTROL_STEPS, FULL_STEPS, 45), *ends(R8, CONTROL_STEPS, 45),
+                   *ends(R64, CONTROL_STEPS, 45))),
+    *(Quote(page("main_seeds_control"), f"| {name} |" + " {:.0f}-{:.0f} |" * 3,
+            lambda name=name: tuple(end for level in (45, 70, 100) for end in between(name, level)))
+      for name in (FULL_STEPS, CONTROL_STEPS, R8, R64)),
+    Quote(page("main_seeds_control"), "| lora all r=1 | more than 80 |" + " {:.0f}-{:.0f} |" * 2,
+          lambda: tuple(end for level in (70, 100) for end in between(R1, level))),
+    Quote(page("main_seeds"), "full gets there between {:.0f} and {:.0f}, r=64 between {:.0f} and "
+          "{:.0f}, r=8 between {:.0f} and {:.0f}, r=1 between {:.0f} and {:.0f}.",
+          lambda: tuple(end for names in (("full",), (R64,),
+                                          [f"{R8} alpha={a}" for a in (8, 16, 32)], (R1,))
+                        for end in read_between(names, 70))),
+    Quote(page("claims"), "{} of the statements of claim 4 do not hold and {} cannot be told, "
+          "where the table says 8 and 1.", verdicts_of_claim_4),
+    Quote(page("claims"), "to 45 LoRA r=64 (ratio {:.2f} to {:.2f}) and r=8 ({:.2f} to {:.2f}), to "
+          "70 r=8 ({:.2f} or more) and r=1 ({:.2f} or more). To 70 r=64 ({:.2f} or more) cannot be "
+          "told", lambda: (*ends(R64, "full", 45, "claims"), *ends(R8, "full", 45, "claims"),
+                           *(ends(row, "full", 70, "claims")[0] for row in (R8, R1, R64)))),
+    Quote(page("claims"), "Claim 3 keeps its verdicts, {} and {}.",
+          lambda: tuple(claim_3().verdicts().count(verdict)
+                        for verdict in ("cannot be told", "does not hold"))),
+    Quote(page("claims"), "Seconds to 45 are {:.2f} to {:.2f} times full fine-tuning's with r=64 "
+          "and {:.2f} to {:.2f} times with r=8",
+          lambda: tuple(end for row in (R64, R8)
+                        for end in ends(row, "full", 45, "claims", "median_step_seconds"))),
+    Quote(page("claims"), "is between {} and {} steps (r=1), {} and {} (r=8), {} and {} (r=64)",
+          lambda: tuple(end for r in (1, 8, 64) for end in full_steps_to_the_lowest_of(r))),
+    Quote(INDEX, "(LoRA r=64 takes {:.2f} to {:.2f} times as many to validation perplexity 45)",
+          lambda: ends(R64, "full", 45, "claims")),
     Quote(page("claims"), "better than LoRA r=1, 8 and 64 by {:.3f}, {:.3f} and {:.3f} nats",
           lambda: tuple(split(r)[3] for r in (1, 8, 64))),
     # equal_parameters
@@ -513,6 +642,30 @@ def test_a_quoted_number_is_the_recorded_one(quote):
     numbers = quote.numbers()
     said = quote.phrase.format(*(numbers if isinstance(numbers, tuple) else (numbers,)))
     assert said in text_of(quote.page), f"{quote.page} does not say: {said}"
+
+
+def test_claim_4_today_and_what_its_record_says():
+    """The first statement makes its verdict; at 100 nothing is told, whichever row it is of."""
+    claim = statements.Claim("", claim_4(), [])
+    found = claim.verdicts()
+    assert claim.verdict() == "does not hold" and len(found) == 9
+    told = [(level, row) for (level, row), verdict in zip(
+        [(level, row) for level in (45, 70, 100) for row in (R64, R8, R1)], found, strict=True)
+        if verdict == "does not hold"]  # fmt: skip
+    assert told == [(45, R64), (45, R8), (70, R8), (70, R1)]
+    recorded = re.findall(r"^\| LoRA r=\d+ needs fewer steps .*?\| ([a-z ]+) \|",
+                          (REPOSITORY / page("claims")).read_text("utf-8"), re.M)  # fmt: skip
+    assert (recorded.count("does not hold"), recorded.count("cannot be told")) == (8, 1)
+
+
+def test_what_was_found_later_is_on_the_page_of_the_record():
+    """As `experiments/claims/verdicts.py` has it, which prints it with that record only."""
+    shown = (REPOSITORY / page("claims")).read_text("utf-8")
+    assert f"commit {verdicts.RECORD}," in shown
+    for heading, paragraphs in {**verdicts.LATER, "": [verdicts.NO_CONTROL]}.items():
+        assert f"\n## {heading}" in shown
+        for paragraph in paragraphs:
+            assert "\n".join(verdicts.wrapped(paragraph)) in shown
 
 
 def test_a_number_that_is_another_would_be_seen():

@@ -132,8 +132,7 @@ def iterations(runs: Runs) -> Claim:
         ["Validation is read every 10 steps: what a run needs is known between the last reading "
          "above the level and the first one at or under it. A ratio's interval goes from the mean "
          "of the least ratios that these allow, less half of the t-interval over seeds, to the "
-         "mean of the greatest plus as much. When the runs were made, the first statement was the "
-         "one at 100, where these brackets tell less."],
+         "mean of the greatest plus as much."],
     )  # fmt: skip
 
 
@@ -247,9 +246,8 @@ def expressiveness(runs: Runs) -> Claim:
          "chapters would move it is in no interval.",
          remark,
          "All that is tested is what a rank reaches in the steps that full fine-tuning has. What "
-         "it can express at last is not: in 240 steps r=64 gets below full fine-tuning's 80 (claim "
-         "1), and the LSTM's statement comes out the other way. Gaps are not tested against one "
-         "another."], 3,
+         "it can express at last is not: claim 1 has r=64 in three times the steps. Gaps are not "
+         "tested against one another."], 3,
     )  # fmt: skip
 
 

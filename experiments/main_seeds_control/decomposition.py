@@ -7,32 +7,38 @@ perplexities l of LoRA, c of the control and f of full fine-tuning
 
     l - f = (l - c) + (c - f)        gap = rank + frozen parts
 
-Prints the table, and writes results.csv, decomposition.csv and steps.csv (steps of every run to a
-validation perplexity, log-perplexity taken as a line between readings) beside this file. The
+Prints the table, and writes results.csv, decomposition.csv and steps.csv beside this file. The
 differences and their intervals are those of `harness.stats.compare`, paired by seed and document.
 The interval of a share s = (c - f) / (l - f) is Fieller's: every s at which c - f - s (l - f)
 cannot be told from 0.
+
+Steps to a validation perplexity are known between two readings only: steps.csv has, for every run,
+the last reading above the level and the first one at or under it. (The recorded file has steps on
+the line between the two, read every 10.) Ratios are those of experiments/claims, which go from the
+least that the readings allow to the greatest, each wider by the spread over seeds.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import itertools
-import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from scipy import optimize
 
-from harness import results, stats
+from harness import stats
 from harness.config import ConfigError
 from harness.report import evidence, summary
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "claims"))
+from statements import smaller, steps_to, told  # noqa: E402
+
 CONTROL = "full-only-matrices"
 LEVELS = (45, 70, 100)  # validation perplexities, as in experiments/claims
 
@@ -106,26 +112,39 @@ def splits(found: list[Row]) -> list[Split]:
     return made
 
 
-def steps_to(run_dir: Path, level: float) -> float | None:
-    """Steps of a run to a validation perplexity, or None where it does not get there."""
-    read = [(m["step"], m["eval/validation/nll"]) for m in results.read_metrics(run_dir)
-            if "eval/validation/nll" in m]  # fmt: skip
-    goal = math.log(level)
-    for (start, before), (end, after) in itertools.pairwise(read):
-        if before > goal >= after:
-            return float(start + (end - start) * (before - goal) / (before - after))
-    return None
-
-
 def write_steps(found: list[Row]) -> None:
-    """steps.csv."""
+    """steps.csv: of every run, between which readings it gets to a level; empty where it does not.
+
+    What is there by the first reading is between 0 steps and that one.
+    """
     with (HERE / "steps.csv").open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["row", "seed", *(f"steps_to_{level}" for level in LEVELS)])
+        ends = [f"steps_to_{level}_{end}" for level in LEVELS for end in ("above", "reached")]
+        writer.writerow(["row", "seed", *ends])
         for row in found:
-            for run_dir, record in zip(row.run_dirs, row.records, strict=True):
-                steps = [steps_to(run_dir, level) for level in LEVELS]
-                writer.writerow([row.name, record["config"]["seed"], *steps])
+            needs = [steps_to(row, level) for level in LEVELS]
+            for i, record in enumerate(row.records):
+                known = [(None, None) if of[i].is_bound else of[i].ends for of in needs]
+                seed = record["config"]["seed"]
+                writer.writerow([row.name, seed, *(end for pair in known for end in pair)])
+
+
+def show_steps(found: list[Row]) -> None:
+    """Steps to every level by row, and the ratios to full fine-tuning and to the control."""
+    shown = plain(["steps to"], [str(level) for level in LEVELS])
+    for row in found:
+        needs = [steps_to(row, level) for level in LEVELS]
+        cells = ["more" if any(n.is_bound for n in of) else told(of) for of in needs]
+        shown.add_row(row.name, *cells)
+    show(shown)
+    (whole,), (control,) = (
+        [row for row in found if row.values["method.label"] == label] for label in ("full", CONTROL)
+    )
+    low = [row for row in found if row.values["method.label"] == "lora"]
+    for a, b in [(control, whole), *((row, of) for of in (whole, control) for row in low)]:
+        for level in LEVELS:
+            ratio = smaller("", "steps", a, b, partial(steps_to, level=level))
+            print(f"{a.name} against {b.name}, to {level}: {ratio.numbers}; p = {ratio.p:.3g}")
 
 
 def main(arguments: list[str]) -> int:
@@ -140,7 +159,8 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_steps(rows(folder))
+    here = rows(folder)
+    write_steps(here)
     (HERE / "results.csv").write_text(summary.results_csv(findings), "utf-8")
     shown = plain(["LoRA"], ["gap, nats", "rank", "frozen parts", "share of frozen parts, %"])
     with (HERE / "decomposition.csv").open("w", newline="") as stream:
@@ -156,6 +176,7 @@ def main(arguments: list[str]) -> int:
             percent = [f"{100 * v:.0f}" for v in split.share]
             shown.add_row(split.name, *cells, f"{percent[0]} ({percent[1]} to {percent[2]})")
     show(shown)
+    show_steps(here)
     return 0
 
 
