@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from scipy import special
 
 from harness.config import ConfigError, nearest
 from harness.stats import ALPHA, Comparison, Evaluation, Floats, Interval, check, compare
+
+ENOUGH_SEEDS = 5  # from which on nothing is said of their number
 
 
 def compare_all(
@@ -45,14 +48,37 @@ def few_seeds(num_seeds: int, num_comparisons: int = 1) -> str | None:
     """What can be claimed with fewer than 5 seeds, to print beside results; None with more."""
     if num_seeds == 1:
         return "1 seed: what is found holds of these runs; of other seeds nothing is known"
+    if num_seeds >= ENOUGH_SEEDS:
+        return None
     errors = -special.stdtrit(num_seeds - 1, ALPHA / num_comparisons / 2)
-    said = (
+    if num_seeds == 2:
+        return (
+            "with 2 seeds hardly any difference can be shown: the clearest of "
+            f"{num_comparisons} comparison(s) is significant from {errors:,.0f} standard errors "
+            f"over seeds on; take {ENOUGH_SEEDS}. A row may be told apart while a worse one is "
+            "not, because its two seeds happened to end alike. No difference found is not equality"
+        )
+    return (
         f"{num_seeds} seeds: intervals cover, tests and families hold their level where seeds "
         "scatter evenly about their mean, but find little: the clearest of "
         f"{num_comparisons} comparison(s) is significant from {errors:.1f} standard errors over "
         "seeds on. No difference found is not equality"
     )
-    return said if num_seeds < 5 else None
+
+
+def warn_of_few_seeds(seeds: Iterable[tuple[str, int]]) -> str | None:
+    """What to say before a sweep over two seeds, whose configurations and seeds these are.
+
+    None where fewer than two configurations have two seeds each, or any has more: one seed is named
+    in the table, and three or more find something.
+    """
+    counts = Counter(configuration for configuration, _ in set(seeds))
+    if max(counts.values(), default=0) != 2 or sum(n == 2 for n in counts.values()) < 2:
+        return None
+    return (
+        "with 2 seeds hardly any difference can be shown; take "
+        f"{ENOUGH_SEEDS}: seed={','.join(map(str, range(ENOUGH_SEEDS)))}"
+    )
 
 
 def ranks(found: Sequence[Interval], comparisons: Sequence[Comparison]) -> dict[str, str]:

@@ -69,6 +69,8 @@ class GridSweeper(BasicSweeper):
         """What the sweep is for: its runs, once each."""
         folders = dict.fromkeys(str(run.run_dir.parent) for run in runs)
         print(f"{len(jobs)} runs -> {', '.join(folders)}", flush=True)
+        if said := _warn_of_few_seeds(runs):
+            print(f"warning: {said}", flush=True)
         done = self._launch(jobs, runs)
         launch.OUTCOMES.extend(done)
         return done
@@ -110,6 +112,13 @@ class GridSweeper(BasicSweeper):
         if told:  # which leaves nothing in their own directories
             _write_down(runs, told)
         return done
+
+
+def _warn_of_few_seeds(runs: list[RunConfig]) -> str | None:
+    from harness import ranking  # scipy, which takes a while to import
+
+    moved = [run for run in runs if not naming.is_deterministic(run) and run.evaluate.test]
+    return ranking.warn_of_few_seeds((naming.configuration(run), run.seed) for run in moved)
 
 
 def _write_down(runs: list[RunConfig], refused: dict[Path, str]) -> None:

@@ -33,6 +33,22 @@ def test_what_few_seeds_can_show_is_said():
     assert ranking.few_seeds(5) is None
 
 
+def test_two_seeds_are_said_to_show_hardly_any_difference_and_five_are_named():
+    said = ranking.few_seeds(2, num_comparisons=10)
+    t = scipy_stats.t.ppf(1 - 0.0025, 1)
+    assert said.startswith("with 2 seeds hardly any difference can be shown")
+    assert f"from {t:,.0f} standard errors" in said and "take 5" in said
+
+
+def test_a_sweep_over_two_seeds_is_warned_of_before_it_starts():
+    two = [(name, seed) for name in "ab" for seed in (0, 1)]
+    assert ranking.warn_of_few_seeds(two).endswith("take 5: seed=0,1,2,3,4")
+    assert ranking.warn_of_few_seeds([*two, ("b", 2)]) is None  # three find something
+    assert ranking.warn_of_few_seeds(two[:2]) is None  # nothing to compare with
+    assert ranking.warn_of_few_seeds([("a", 0), ("b", 0), ("b", 0)]) is None  # one seed
+    assert ranking.warn_of_few_seeds([]) is None
+
+
 def test_nothing_has_no_statistics():
     for make in (stats.intervals, ranking.compare_all, stats.check):
         with pytest.raises(ConfigError, match="no evaluation"):
