@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-quantised test-stats test-oldest lint bench gpt2_mini clean
+.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-quantised test-stats test-oldest test-newest lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -57,20 +57,30 @@ test-quantised: setup ## bases quantised by bitsandbytes and torchao (about 3 mi
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
 	$(RUN) -m pytest -m quantised tests/test_packed.py
 
+QUICK := tests/test_config.py tests/test_count.py tests/test_data.py tests/test_evaluate.py tests/test_loss.py tests/test_lstm.py tests/test_models.py tests/test_train.py tests/test_roles.py tests/test_dashboard.py tests/test_stats.py tests/methods/test_methods.py tests/methods/test_lora_layer.py tests/methods/test_udv.py tests/methods/test_udv_adapters.py tests/test_api.py
+
 test-oldest: setup ## the oldest versions that pyproject.toml allows, beside the pinned torch (about 10 minutes with their installation)
 	$(PYTHON) -m venv .venv-oldest
 	$(RUN) tests/oldest.py > .venv-oldest/bounds.txt
 	grep '^torch==' constraints.txt >> .venv-oldest/bounds.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/bounds.txt --editable ".[dashboard,tensorboard]" pytest loralib gguf
-	.venv-oldest/bin/python -m pytest tests/test_config.py tests/test_count.py tests/test_data.py tests/test_evaluate.py tests/test_loss.py tests/test_lstm.py tests/test_models.py tests/test_train.py tests/test_roles.py tests/test_dashboard.py tests/test_stats.py tests/methods/test_methods.py tests/methods/test_lora_layer.py tests/methods/test_udv.py tests/methods/test_udv_adapters.py tests/test_api.py
+	.venv-oldest/bin/python -m pytest $(QUICK)
+
+test-newest: setup ## the newest versions of everything, beside the pinned torch (about 10 minutes with their installation)
+	$(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/bounds.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --constraint .venv-newest/bounds.txt --editable ".[dashboard,tensorboard]" pytest loralib gguf
+	.venv-newest/bin/python -m pytest $(QUICK)
 
 test-stats: setup ## calibration of the statistics by simulation (about 11 minutes)
 	$(RUN) -m pytest -m stats --capture=no tests/test_stats.py
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and the schema of .github's workflows
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 bench: setup ## the training step beside the HF Trainer, a sweep beside plain processes (about 35 minutes)
 	$(RUN) experiments/bench/training_step/bench.py
@@ -82,4 +92,4 @@ gpt2_mini: setup ## pretrain the shipped model again: tokenizer, 26 M tokens, pa
 	$(RUN) experiments/pretrain_gpt2_mini/build.py package outputs/pretrain_gpt2_mini/pretrain
 
 clean: ## delete the environment and the cache; outputs stay
-	rm -rf .venv .venv-oldest .cache
+	rm -rf .venv .venv-oldest .venv-newest .cache

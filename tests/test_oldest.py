@@ -3,6 +3,7 @@
 import re
 from importlib.metadata import requires
 
+import yaml
 from oldest import bounds
 
 from harness.config import REPOSITORY
@@ -27,3 +28,15 @@ def test_pinned_versions_are_within_the_bounds():
         if version := pinned.get(name.lower().replace("_", "-")):
             one, other = ([int(n) for n in v.strip(".").split(".")] for v in (version, lowest))
             assert one >= other, name
+
+
+def test_the_workflow_tries_every_python_that_the_package_names_and_every_target_exists():
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text("utf-8"))
+    versions = workflow["jobs"]["checks"]["strategy"]["matrix"]["python"]
+    project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
+    assert re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project) == versions
+    assert f'requires-python = ">={versions[0]}"' in project
+    assert f'python_version = "{versions[0]}"' in project  # mypy's
+    makefile = (REPOSITORY / "Makefile").read_text("utf-8")
+    for target in workflow["jobs"]["versions"]["strategy"]["matrix"]["target"]:
+        assert f"\n{target}: " in makefile
