@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import contents, rates
+from harness import contents, ends, rates
 from harness.config import (
     CONF_DIR,
     LAUNCHERS,
@@ -25,6 +25,7 @@ from harness.config import (
     SECTIONS,
     ConfigError,
     DataConfig,
+    EarlyStopping,
     GenerateConfig,
     LoraMethod,
     RootConfig,
@@ -71,11 +72,17 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         if not isinstance(section, dict):
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
         _expand(section, key)
-        if key == "train" and section.get("lr") in ("auto", "tuned"):
-            section |= _rate(section, sections)
+        if key == "train":
+            stopping = _early_stopping(section.pop("early_stopping", None) or {})
+            asked = section | {"early_stopping": stopping}
+            section["steps"] = ends.asked_steps(section, planned=bool(values.get("contents")))
+            if section.get("lr") in ("auto", "tuned"):
+                section |= _rate(asked | section, sections)
         further = section.pop("also", None) if key == "evaluate" else None
         completing = section.pop("generate", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
+        if key == "train":
+            sections[key] = replace(sections[key], early_stopping=stopping)
         if further:
             sections[key] = replace(sections[key], also=_also(further, sections["data"]))
         if completing:
@@ -88,7 +95,28 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         validate(run)
         if not run.contents:
             run = replace(run, contents=contents.of(run))
+        if run.train.epochs is not None and asked.get("steps") is None:
+            run = _with_epochs(run, asked, sections)
     return resolved(run)
+
+
+def _early_stopping(asked: Any) -> EarlyStopping:
+    if not isinstance(asked, dict):
+        raise ConfigError(
+            f"train.early_stopping={asked}: expected its fields, as in "
+            "train.early_stopping.patience=3"
+        )
+    found = _typed(EarlyStopping, asked, "train.early_stopping")
+    assert isinstance(found, EarlyStopping)
+    return found
+
+
+def _with_epochs(run: RunConfig, asked: dict[str, Any], sections: dict[str, Any]) -> RunConfig:
+    """The run with the steps of its epochs, and the rate for so many."""
+    fields: dict[str, Any] = {"steps": ends.steps_of_epochs(run)}
+    if asked.get("lr") in ("auto", "tuned"):
+        fields |= _rate(asked | fields, sections)
+    return replace(run, train=replace(run.train, **fields))
 
 
 def expanded(path: Any, key: str = "outputs_dir") -> Any:

@@ -216,10 +216,22 @@ class TargetsConfig:
 
 
 @dataclass(frozen=True)
+class EarlyStopping:
+    """train.early_stopping: training ends where validation no longer improves."""
+
+    patience: int | None = None  # validations without improvement that end it; null = never
+    min_delta: float = 0.0  # nats per token that count as an improvement
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """conf/train: the optimizer, its schedule and the batch."""
 
     steps: int = 100  # optimizer steps
+    epochs: float | None = None  # passes over the training text, which become steps
+    max_seconds: float | None = None  # of optimizer steps; null = no cap
+    max_flops: float | None = None  # of optimizer steps; null = no cap
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     batch_tokens: int = 2048  # predicted tokens per optimizer step, all ranks together
     micro_batch: int = 8  # blocks per forward pass and rank; the rest is accumulation
     lr: float = 2e-3  # peak learning rate; in conf also `auto` and `tuned` (harness.rates)
@@ -333,6 +345,24 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "launch": LaunchConfig,
 }
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """The defaults of a section's fields, in plain containers; what has none is left out."""
+    found = {}
+    for f in dataclasses.fields(schema):
+        value = f.default
+        if f.default_factory is not dataclasses.MISSING:
+            value = f.default_factory()
+        if value is not dataclasses.MISSING:
+            found[f.name] = plain(value)
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as a dict; anything else as it is."""
+    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_record else value
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from typing import Any
 
+from harness import config
 from harness.config import (
     SECTIONS,
     FullMethod,
@@ -31,9 +31,12 @@ _LATER = {
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
     ),
     "targets": ("roles",),
+    "train": ("max_seconds", "max_flops", "early_stopping"),
     "evaluate": ("generate", "protocol", "prefix"),
 }  # fmt: skip
-NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
+NOT_IDENTITY_OF_TRAINING = (  # epochs are in the steps
+    "on_oom", "checkpoint_every", "rates", "lr_from", "epochs",
+)  # fmt: skip
 
 
 def identity(run: RunConfig) -> str:
@@ -66,7 +69,7 @@ def _values(run: RunConfig) -> dict[str, Any]:
     texts = {"data": values["data"]} | {f"evaluate.also.{name}": also[name] for name in also}
     parts = [(section, values[section]) for section in _LATER if section != "data"]
     for section, found in [*parts, *(("data", fields) for fields in texts.values())]:
-        defaults = {field.name: field.default for field in dataclasses.fields(SECTIONS[section])}
+        defaults = config.defaults(SECTIONS[section])
         for name in _LATER[section]:
             if found[name] in (defaults[name], []):
                 del found[name]

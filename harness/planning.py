@@ -20,7 +20,7 @@ import warnings
 
 from rich.table import Table
 
-from harness import environment, memory, naming
+from harness import ends, environment, memory, naming
 from harness.api import compose
 from harness.config import ConfigError, RunConfig
 from harness.predict import Prediction, gemm_rate, largest_batch, predict, setting
@@ -60,6 +60,7 @@ def _row(
         return [name, *["-"] * 11, "only a run can tell"]
     main = found.train or found.evaluate
     parts = dict(main["by_category"])
+    run = ends.within_flops(run, found.train_flops_per_token)
     seconds = found.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
     padded = run.data.source == "pairs" and run.data.packing == "padded"
     over = limit is not None and found.needed_bytes > limit

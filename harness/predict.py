@@ -250,7 +250,8 @@ def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
 # What moves no byte: rates, seeds, the text itself. Sweeps over these ask for one prediction.
 _NO_MATTER = {
     "train": ("lr", "lr_from", "rates", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps",
-              "weight_decay", "steps", "threads", "on_oom", "checkpoint_every"),
+              "weight_decay", "steps", "threads", "on_oom", "checkpoint_every", "epochs",
+              "max_seconds", "max_flops", "early_stopping"),
     "evaluate": ("stride", "every"),
     "method": ("label",),
 }  # fmt: skip

@@ -11,7 +11,6 @@ a default (`harness.default_rates`) where none has the method. Workers of a sear
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from harness import config
 from harness.config import (
     CONF_DIR,
     INSTALLED,
@@ -42,7 +42,7 @@ NOT_USED = 1e-3, "not used"  # by what does not train
 # What moves no best rate: that itself, and how the same steps are computed.
 NOT_SETTING = (
     "lr", "rates", "lr_from", "threads", "on_oom", "checkpoint_every", "micro_batch", "compile",
-    "checkpointing",
+    "checkpointing", "epochs",
 )  # fmt: skip
 COLUMNS = ("name", "label", "r", "alpha", "rank", "energy")  # of a method, which have their own
 
@@ -159,8 +159,9 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
     schemas: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     left_out = {"model": ("shape", "cache_dir"), "data": ("cache_dir",), "train": NOT_SETTING}
     for section, values in sections.items():
-        defaults = _defaults(schemas[section])
+        defaults = config.defaults(schemas[section])
         for key, value in values.items():
+            value = config.plain(value)
             if key not in left_out[section] and value != defaults.get(key, "???"):
                 found[f"{section}.{key}"] = value
     for key in ("data.context", "train.steps", "train.batch_tokens"):  # always there to read
@@ -169,19 +170,9 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
     return found
 
 
-def _defaults(schema: type) -> dict[str, Any]:
-    found = {}
-    for f in dataclasses.fields(schema):
-        if f.default is not dataclasses.MISSING:
-            found[f.name] = f.default
-        elif f.default_factory is not dataclasses.MISSING:
-            found[f.name] = f.default_factory()
-    return found
-
-
 def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> Tuned:
     """The entry for a method on `targets`."""
-    defaults = _defaults(METHODS[method.name])
+    defaults = config.defaults(METHODS[method.name])
     variant = {
         key: value
         for key, value in vars(method).items()

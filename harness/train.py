@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from harness import config, memory, shard
+from harness import config, ends, memory, shard
 from harness.config import ConfigError, RunConfig, TrainConfig
 from harness.data import Batch, Data, batch_of, block_order
 from harness.stop import Stop
@@ -52,6 +52,8 @@ class State:
     best_nll: float = math.inf  # mean nats per validation token
     memory: dict[str, Any] = field(default_factory=dict)  # of the step that was followed
     resumed_at: list[int] = field(default_factory=list)  # steps after which the run was cut
+    validations: list[float] = field(default_factory=list)  # every nll so far, before step 1 first
+    ended_by: str | None = None  # what ended the run before its steps, if anything did
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -260,7 +262,8 @@ def train(
     )
     with stop.deferred(), bar:
         while True:
-            due = state.step % run.evaluate.every == 0 or state.step == steps
+            ended = state.step == steps or state.ended_by is not None
+            due = state.step % run.evaluate.every == 0 or ended
             if due and state.validated < state.step:
                 try:  # ranks must all do the same: they read validation to its end
                     with stop.at_once() if world == 1 else nullcontext():
@@ -275,10 +278,13 @@ def train(
                     state.best_nll = nll if math.isfinite(nll) else math.inf
                     keep()
                 state.validated = state.step
+                state.validations.append(nll)
+                if not ended and ends.stops_early(state.validations, cfg.early_stopping):
+                    state.ended_by, ended = "early_stopping", True
                 if state.step:
                     save()
                     saved = state.step
-            if state.step == steps:
+            if ended:
                 return
             stopping = stop.requested and world == 1
             if saved < state.step and (stopping or state.step % every == 0):
@@ -308,8 +314,11 @@ def train(
                 continue
             # The one place where the host waits for what the device has computed.
             asked = torch.full_like(total, float(stop.requested))
-            summed = accelerator.reduce(torch.stack([total, asked]), "sum")
-            nats, asked_to_stop, grad_norm = torch.cat([summed, norm.reshape(1)]).tolist()
+            spent = torch.full_like(total, state.train_seconds + time.perf_counter() - start)
+            summed = accelerator.reduce(torch.stack([total, asked, spent]), "sum")
+            nats, asked_to_stop, spent_by_all, grad_norm = torch.cat(
+                [summed, norm.reshape(1)]
+            ).tolist()
             mean_nll = nats / num_tokens
             seconds = time.perf_counter() - start
             if not math.isfinite(mean_nll):
@@ -333,6 +342,8 @@ def train(
                     "train/step_seconds": seconds,
                 }
             )
+            if cfg.max_seconds and spent_by_all / world >= cfg.max_seconds and state.step < steps:
+                state.ended_by = "max_seconds"
             bar.update()
             bar.set_postfix_str(f"loss {mean_nll:.3f}, {num_tokens / seconds:,.0f} tokens/s")
             if world > 1 and asked_to_stop:  # every rank has read the same sum

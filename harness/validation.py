@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from pathlib import Path
@@ -119,6 +120,16 @@ def validate(run: RunConfig) -> None:
         value = getattr(train, key)
         _require(0 < value < float("inf"), f"train.{key}", value, "a finite number above 0")
     _require(train.steps >= 0, "train.steps", train.steps, "0 or more optimizer steps")
+    for key in ("epochs", "max_seconds", "max_flops"):
+        value = getattr(train, key)
+        fine = value is None or 0 < value < math.inf
+        _require(fine, f"train.{key}", value, "a finite number above 0, or null")
+    stopping = train.early_stopping
+    patience, key = stopping.patience, "train.early_stopping"
+    fine = patience is None or patience > 0
+    _require(fine, f"{key}.patience", patience, "1 or more validations, or null")
+    fine = 0 <= stopping.min_delta < math.inf
+    _require(fine, f"{key}.min_delta", stopping.min_delta, "0 or more nats per token")
     for key in ("beta1", "beta2"):
         _require(
             0 <= getattr(train, key) < 1, f"train.{key}", getattr(train, key), "a value in [0, 1)"

@@ -33,6 +33,7 @@ from harness import (
     composition,
     contents,
     data,
+    ends,
     environment,
     evaluate,
     generation,
@@ -306,6 +307,10 @@ def perform(
         prepared = accelerator.prepare_model(bare, evaluation_mode=counted.trainable == 0)
     with accelerator.autocast():
         unadapted = at_base and at_base.apart(bare, prepared, model_config, accelerator)
+    asked_steps = run.train.steps
+    if run.train.max_flops:
+        known = predict.recorded(run, model_config, accelerator) or {}
+        run = ends.within_flops(run, known.get("train_flops_per_token"))
     optimizer = None
     if counted.trainable:
         optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
@@ -349,7 +354,11 @@ def perform(
         standing.take_best()  # from here on with the weights that validation chose
         held_out.read_after()
     result["run"]["resumed_at"] = state.resumed_at
+    capped = "max_flops" if run.train.steps < asked_steps else "steps"
+    result["run"]["ended_by"] = state.ended_by or capped
+    step_blocks = run.train.batch_tokens // run.data.context
     result["train"] = {
+        "epochs": state.step * step_blocks / text.num_blocks,
         "micro_batch_asked": run.train.micro_batch,
         "micro_batch": state.micro_batch,
     }

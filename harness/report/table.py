@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 from collections import Counter
@@ -21,7 +22,7 @@ import rich.box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from harness import nlg, results
+from harness import ends, nlg, results
 from harness.config import METHODS
 from harness.report import groups
 
@@ -279,6 +280,21 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
         )
     if any(row.values[SHARED] for row in shown):
         print(SHARED_LEGEND)
+    for sentence in ended_early(shown):
+        print(sentence)
+
+
+def ended_early(shown: Sequence[Row]) -> list[str]:
+    """A sentence for every row whose training ended before its steps, by seed where they differ."""
+    said = []
+    for row in shown:
+        by_seed = {record["config"]["seed"]: ends.told(record) for record in row.records}
+        found = sorted((why, seed) for seed, why in by_seed.items() if why)
+        for why, group in itertools.groupby(found, key=lambda pair: pair[0]):
+            seeds = ", ".join(str(seed) for _, seed in group)
+            whose = f" (seed {seeds})" if len(by_seed) > 1 else ""
+            said.append(f"{row.name}{whose}: {why}.")
+    return said
 
 
 def csv_lines(
