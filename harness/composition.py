@@ -66,6 +66,8 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     name = method.get("name") if isinstance(method, dict) else method
     if name not in METHODS:
         raise ConfigError(f"method.name={name!r} is not a method: {nearest(str(name), METHODS)}")
+    for key, value in ((method or {}).get("fields") or {}).items() if method else ():
+        _expand_field(method["fields"], key, value)
     sections = {"method": _typed(METHODS[name], method, "method")}
     for key, schema in SECTIONS.items():
         section = values.pop(key, None)
@@ -95,6 +97,7 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         validate(run)
         if not run.contents:
             run = replace(run, contents=contents.of(run))
+            contents.check_apart(run)
         if run.train.epochs is not None and asked.get("steps") is None:
             run = _with_epochs(run, asked, sections)
     return resolved(run)
@@ -144,6 +147,14 @@ def _expand(section: dict[str, Any], key: str, where: str = "") -> None:
     for name in PATHS.get(key, ()):
         if name in section:
             section[name] = expanded(section[name], f"{where or key}.{name}")
+
+
+def _expand_field(fields: dict[str, Any], key: str, value: Any) -> None:
+    """Expand a field of PEFT's that is a path, in place; of a pattern `$` is its own."""
+    if isinstance(value, str) and ("$" in value or value.startswith("~")):
+        found = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 - Path's raises
+        if os.path.exists(found):
+            fields[key] = found
 
 
 def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:

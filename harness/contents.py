@@ -1,6 +1,7 @@
 """What a run reads, by content: fixed when the run is planned, and checked when it reads.
 
-`of` gives, by key of the configuration (data, evaluate.also.NAME, model, model.tokenizer), one of
+`of` gives, by key of the configuration (data, evaluate.also.NAME, model, model.tokenizer, and
+method.fields.NAME where PEFT is given a path), one of
 
     sha256:DIGEST       files of one's own: names where they matter, and contents
     commit:HASH         a model or data set of the hub, at the commit that its branch was at
@@ -14,6 +15,7 @@ always were; their contents are compared beside the identity (`harness.naming.co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -38,7 +40,22 @@ def of(run: RunConfig) -> dict[str, str]:
     """
     found = {key: text_of(cfg) for key, cfg in texts(run)}
     found |= {"model": model_of(run.model), "model.tokenizer": tokenizer_of(run.model)}
+    found |= dict(_of_fields(run))
     return {key: content for key, content in found.items() if content}
+
+
+def _of_fields(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Files and folders of this machine that fields of PEFT's configuration name."""
+    for name, value in (getattr(run.method, "fields", None) or {}).items():
+        if isinstance(value, str) and (path := Path(value)).exists():
+            yield f"method.fields.{name}", f"sha256:{_all_of(path, run.data.cache_dir)}"
+
+
+def _all_of(path: Path, cache_dir: str) -> str:
+    """The digest of a file, or of all files of a folder that are not hidden."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    named = [(f.relative_to(path).as_posix(), f) for f in files if not _hidden(f, path)]
+    return digests.of_files(named, cache_dir)
 
 
 def texts(run: RunConfig) -> Iterator[tuple[str, DataConfig]]:
@@ -108,7 +125,25 @@ def _folder_of_model(folder: Path, cfg: ModelConfig, *, weights: bool = True) ->
         and file.name not in OF_A_TRAINER
         and file.is_file()
     ]
-    return digests.of_files([(file.name, file) for file in files], cfg.cache_dir)
+    named = [(file.name, file) for file in files]
+    below = _parts_below(files) if weights else set()
+    if cfg.remote_code:
+        below |= {f for f in folder.rglob("*.py") if f.parent != folder and not _hidden(f, folder)}
+    named += [(file.relative_to(folder).as_posix(), file) for file in sorted(below)]
+    return digests.of_files(named, cfg.cache_dir)
+
+
+def _parts_below(files: list[Path]) -> set[Path]:
+    """Weights in folders below the model's own, which an index of it names."""
+    found = set()
+    for file in files:
+        if file.name.endswith(".index.json"):
+            try:
+                names = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, AttributeError):  # which loading says
+                continue
+            found |= {file.parent / name for name in names if "/" in str(name)}
+    return {file for file in found if file.is_file()}
 
 
 def _hidden(file: Path, folder: Path) -> bool:
@@ -151,7 +186,26 @@ def check(run: RunConfig) -> None:
         again = "the same command again plans a run of the text as it is now"
         where = f"the text at {cfg.path or cfg.id or ', '.join(cfg.packages) or cfg.name}"
         _compare(run, key, partial(text_of, cfg), where, again)
-    check_model(run, "the same command again plans a run of the files as they are now")
+    again = "the same command again plans a run of the files as they are now"
+    check_model(run, again)
+    for key, _ in _of_fields(run):
+        path = run.method.fields[key.removeprefix("method.fields.")]  # type: ignore[attr-defined]
+        now = partial(dict(_of_fields(run)).__getitem__, key)
+        _compare(run, key, now, f"{key}, the files at {path}", again)
+
+
+def check_apart(run: RunConfig) -> None:
+    """Raise ConfigError where a further text is the one that is trained on, however it is spelled.
+
+    `run.contents` says so. The text's own test set would be read before the end.
+    """
+    own = run.contents.get("data", "")
+    for name in run.evaluate.also:
+        if own.startswith("sha256:") and run.contents.get(f"evaluate.also.{name}") == own:
+            raise ConfigError(
+                f"evaluate.also.{name} is the text that is trained on ({run.data.name}), by its "
+                "contents, whose test set is read once, at the end: name another"
+            )
 
 
 def check_model(run: RunConfig, advice: str, when: str = "planned") -> None:

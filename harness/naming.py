@@ -86,6 +86,9 @@ def _values(run: RunConfig) -> dict[str, Any]:
         model["tokenizer"] = content if kind == "sha256" else f"{run.model.tokenizer}@{content}"
     for key in NOT_IDENTITY_OF_TRAINING:
         del values["train"][key]
+    for key, content in run.contents.items():
+        if key.startswith("method.fields."):  # what the path holds, in place of its spelling
+            values["method"]["fields"][key.removeprefix("method.fields.")] = content
     if isinstance(run.method, LoraMethod):
         values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one
     if isinstance(run.method, FullMethod):  # a set; and without it the run that it was before

@@ -79,6 +79,8 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 VECTORS = frozenset(
     {"ia3_l", "boft_s", "beft_bias", "lora_E", "randlora_lambda", "randlora_gamma", "X"}
 )
+# The rates of a state space's channels: Mamba's own code keeps them from weight decay.
+RATES = frozenset({"A_log"})
 
 
 def is_matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> bool:
@@ -87,10 +89,10 @@ def is_matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> bool:
     What it is decides, at any rank: LoRA's A (1, n) at r=1 is a factor of a matrix as at r=8, and
     so is every factor that an adapter multiplies out; IA3's (1, n) scales a vector. Matrices are
     weights, embeddings (prompts, too), factors and cores; vectors are biases, norms, UDV's D,
-    magnitudes, spectra and scales. A base model's own (1, n) is a matrix if it is the weight of a
-    linear layer or an embedding.
+    magnitudes, spectra, scales and rates. A base model's own (1, n) is a matrix if it is the weight
+    of a linear layer or an embedding.
     """
-    if parameter.ndim < 2 or VECTORS & set(name.split(".")):
+    if parameter.ndim < 2 or (VECTORS | RATES) & set(name.split(".")):
         return False
     if sum(size > 1 for size in parameter.shape) > 1:
         return True

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from harness import compose, contents, digests, documents, launch, results, saved
 from harness.composition import expanded
-from harness.config import ASSETS_DIR, REPOSITORY, ConfigError, DataConfig
+from harness.config import ASSETS_DIR, REPOSITORY, ConfigError, DataConfig, PeftMethod
 from harness.naming import configuration, identity
 
 ONE, OTHER = "1" * 40, "2" * 40
@@ -42,6 +42,11 @@ def mine(tmp_path, monkeypatch):
         Path(f"{name}/config.json").write_text('{"model_type": "gpt2"}')
         Path(f"{name}/tokenizer.json").write_text("{}")
     Path("base/model.safetensors").write_bytes(b"weights of a model")
+    Path("shards/parts").mkdir(parents=True)
+    Path("shards/config.json").write_text('{"model_type": "gpt2"}')
+    index = {"weight_map": {"wte": "parts/a.safetensors"}}
+    Path("shards/model.safetensors.index.json").write_text(json.dumps(index))
+    Path("shards/parts/a.safetensors").write_bytes(b"weights in a part")
     return tmp_path
 
 
@@ -62,6 +67,8 @@ def planned(plain, *asked):
         values = {name: value} | ({"asset": None} if key == "model.path" else {})
         if name == "source":
             values["name"] = value
+        if section == "method":
+            plain = replace(plain, method=PeftMethod("peft", peft_type="PROMPT_TUNING"))
         plain = replace(plain, **{section: replace(getattr(plain, section), **values)})
     return replace(plain, contents=contents.of(plain))
 
@@ -76,12 +83,24 @@ def further(path):
     return (("evaluate.also", {"mine": mine}),)
 
 
+def sharded(path):
+    """A base whose index names a file of weights in a folder below it."""
+    return [("model.path", str(path))]
+
+
+def start(path):
+    """PEFT told of a tokenizer by its path."""
+    return [("method.fields", {"tokenizer_name_or_path": str(path)})]
+
+
 READS = {  # how a path is asked for, one that has it, a file of it, and the key that says so
     "text": (text, "notes.jsonl", "", "data"),
     "weights": (lambda p: [("model.path", str(p))], "base", "/model.safetensors", "model"),
     "model": (lambda p: [("model.path", str(p))], "base", "/tokenizer.json", "model"),
     "tokenizer": (lambda p: [("model.tokenizer", str(p))], "words", "/tokenizer.json",
                   "model.tokenizer"),
+    "weights below": (sharded, "shards", "/parts/a.safetensors", "model"),
+    "field of PEFT": (start, "words", "/tokenizer.json", "method.fields.tokenizer_name_or_path"),
     "hub": (lambda p: text(p, "hub"), "splits", "/test.txt", "data"),
     "pairs": (lambda p: text(p, "pairs"), "splits", "/test.txt", "data"),
     "pair file": (lambda p: text(p, "pairs"), "notes.jsonl", "", "data"),
@@ -128,6 +147,14 @@ def test_composing_sees_a_change_in_the_same_session_and_not_a_spelling(mine):
     names = [compose(*TEXT)[0].run_dir, compose(*TEXT, "data.path=./notes.jsonl")[0].run_dir]
     Path("notes.jsonl").write_text(Path("notes.jsonl").read_text().replace("river", "zebra"))
     assert names[0] == names[1] != compose(*TEXT)[0].run_dir
+
+
+def test_the_text_that_is_trained_on_is_no_further_text_however_it_is_spelled(mine):
+    Path("link").symlink_to(mine)
+    for path in ("notes.jsonl", "./notes.jsonl", mine / "notes.jsonl", "link/notes.jsonl"):
+        also = f"evaluate.also={{mine:{{source:text_files,path:{path}}}}}"
+        with pytest.raises(ConfigError, match="whose test set is read once, at the end"):
+            compose(*TEXT, also)
 
 
 def test_a_name_counts_where_it_decides_the_split(mine, plain):

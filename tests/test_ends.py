@@ -141,7 +141,7 @@ def test_a_run_says_what_ended_it_and_tables_say_it_too(harness, tmp_path):
     (capped,) = (r for r in records.values() if r["run"]["ended_by"] == "max_flops")
     step = capped["predicted"]["train_flops_per_token"] * 512
     assert capped["speed"]["steps"] == 3e10 // step
-    said = table.ended_early(table.rows(tmp_path / "outputs" / "x"))
+    said = table.remarks(table.rows(tmp_path / "outputs" / "x"))
     assert any("train.early_stopping ended it after 2 of 9 steps" in line for line in said)
     shown = harness("outputs/x", module="harness.report").stdout
     assert "train.max_flops ended it after" in shown

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoHaConfig, LoKrConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from harness import train as training
 from harness.checkpoint import load_trained, save_trained
@@ -309,6 +309,17 @@ def test_factors_that_an_adapter_multiplies_out_are_matrices_at_every_rank(confi
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(15, 8)), config)
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert found and all(training.is_matrix(model, name, p) for name, p in found.items())
+
+
+def test_the_rates_of_a_state_space_do_not_decay():
+    """Mamba's own code marks A_log, (channels, states), as not to decay."""
+    config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = MambaForCausalLM(config)
+    spared = {
+        name for name, p in model.named_parameters()
+        if p.ndim > 1 and not training.is_matrix(model, name, p)
+    }  # fmt: skip
+    assert spared == {"backbone.layers.0.mixer.A_log"}
 
 
 def test_the_optimizer_has_all_that_trains_and_betas_of_its_own(tiny):

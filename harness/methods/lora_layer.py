@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 
@@ -87,9 +88,15 @@ class FusedLinear(Linear):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` would also call a forward or backward hook of its own."""
+    """Whether calling `module` would also call what is hung on it, or on every module.
+
+    Accelerate's hooks replace `forward` of the module itself.
+    """
+    own = vars(module).get("forward")
     return bool(
-        module._forward_hooks
+        (own is not None and getattr(own, "__func__", None) is not type(module).forward)
+        or _has_any_global_hook()
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

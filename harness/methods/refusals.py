@@ -46,6 +46,21 @@ FIELDS = {
     "megatron_config": "it is for the parallel layers of Megatron, which no model here has",
     "megatron_core": "it is for the parallel layers of Megatron, which no model here has",
 }
+OF_THE_MODEL = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
+NEVER_ACTS = {  # read by PEFT, to no effect
+    ("OFT", "module_dropout"): "PEFT makes its layer of it and never calls it",
+    ("CPT", "num_virtual_tokens"): "it is the number of cpt_token_ids",
+}
+# (method, field) -> the field without whose value (None: any that is true) it does nothing.
+ACTS_WITH: dict[tuple[str, str], tuple[str, Any]] = {
+    ("P_TUNING", "encoder_num_layers"): ("encoder_reparameterization_type", "LSTM"),
+    ("PREFIX_TUNING", "encoder_hidden_size"): ("prefix_projection", None),
+    ("OFT", "eps"): ("coft", None),
+    ("MISS", "mini_r"): ("init_weights", "mini"),
+    ("ADAMSS", "svd_threshold"): ("use_dynamic_rank", None),
+    ("LOKR", "rank_dropout_scale"): ("rank_dropout", None),
+    ("LOHA", "rank_dropout_scale"): ("rank_dropout", None),
+}
 OF_THE_HARNESS = {f.name for f in dataclasses.fields(peft.PeftConfig)}  # what every method has
 
 
@@ -162,10 +177,9 @@ def reading(config: Any) -> Iterator[set[str]]:
 def check_read(
     config: Any, given: dict[str, Any], seen: set[str], by_loss: set[str], where: str
 ) -> None:
-    """Refuse a field that is read neither to build nor to run the adapter.
+    """Refuse a field that is read neither to build nor to run the adapter, or to no effect.
 
-    What PEFT reads and does nothing with is not found: OFT makes its layer of `module_dropout` and
-    never calls it.
+    What PEFT reads and does nothing with is known by name (NEVER_ACTS, ACTS_WITH).
 
     `seen` holds the fields that PEFT has read to build the adapter and to run it, `by_loss` those
     that it has read when the model was given labels.
@@ -179,9 +193,13 @@ def check_read(
     }
     for name, value in given.items():
         saving = name.startswith("save_")  # which PEFT reads when it saves
-        if name in seen or saving or value == defaults[name]:
+        if value == defaults[name] or saving:
             continue
         key = f"{where}.{name}={value}"
+        if reason := _no_effect(config, name):
+            raise ConfigError(f"{key}: {kind(config)} does nothing with it: {reason}")
+        if name in seen:
+            continue
         if name not in by_loss:
             raise ConfigError(
                 f"{key}: {kind(config)} does nothing with it here: PEFT reads it neither when it "
@@ -192,6 +210,25 @@ def check_read(
                 f"{key}: it acts through the loss that PEFT's own forward pass makes of labels, "
                 "which a run here does not train on; leave it out"
             )
+
+
+def _no_effect(config: Any, name: str) -> str | None:
+    """Why PEFT reads a field to no effect, as the end of a message; None where it has one."""
+    method = kind(config)
+    if name in OF_THE_MODEL and config.is_prompt_learning:
+        return "the model says it; leave it out"
+    if reason := NEVER_ACTS.get((method, name)):
+        return f"{reason}; leave it out"
+    other, wanted = ACTS_WITH.get((method, name), ("", None))
+    if not other:
+        return None
+    value = getattr(config, other)
+    held = str(getattr(value, "value", value))
+    if (held == wanted) if wanted is not None else value:
+        return None
+    return f"it acts with {other}={wanted or 'true'} alone".replace(
+        "rank_dropout=true", "rank_dropout"
+    )
 
 
 def try_out(adapted: PeftModel, *, labels: bool) -> float | None:

@@ -143,7 +143,7 @@ def _notes(rows: Sequence[Row], test: Evidence | None, refused: Sequence[str]) -
         notes += ev.scope(test)
         if test.ranks and (said := ev.time_scope(rows)):
             notes.append(said)
-    notes += table.ended_early(rows)
+    notes += table.remarks(rows)
     if any(row.values[table.SHARED] for row in rows):
         notes.append("Memory and speed marked * were measured beside other runs: do not compare.")
     return notes

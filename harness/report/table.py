@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -280,21 +279,41 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
         )
     if any(row.values[SHARED] for row in shown):
         print(SHARED_LEGEND)
-    for sentence in ended_early(shown):
+    for sentence in remarks(shown):
         print(sentence)
 
 
-def ended_early(shown: Sequence[Row]) -> list[str]:
-    """A sentence for every row whose training ended before its steps, by seed where they differ."""
+def remarks(shown: Sequence[Row]) -> list[str]:
+    """A sentence for what a row's runs have noted of themselves, by seed where they differ.
+
+    Training that ended before its steps, a saved model that is not the one that was evaluated, what
+    failed after the test set was read, weights drawn at random, a model that may see what follows.
+    """
     said = []
     for row in shown:
-        by_seed = {record["config"]["seed"]: ends.told(record) for record in row.records}
-        found = sorted((why, seed) for seed, why in by_seed.items() if why)
-        for why, group in itertools.groupby(found, key=lambda pair: pair[0]):
-            seeds = ", ".join(str(seed) for _, seed in group)
-            whose = f" (seed {seeds})" if len(by_seed) > 1 else ""
-            said.append(f"{row.name}{whose}: {why}.")
+        of_run: dict[str, list[int]] = {}
+        for record in row.records:
+            for remark in _remarks_of(record):
+                of_run.setdefault(remark, []).append(record["config"]["seed"])
+        for remark, seeds in of_run.items():
+            some = len(seeds) < len(row.records)
+            whose = f" (seed {', '.join(map(str, sorted(seeds)))})" if some else ""
+            said.append(f"{row.name}{whose}: {remark}.")
     return said
+
+
+def _remarks_of(record: dict[str, Any]) -> Iterator[str]:
+    if (why := ends.told(record)) is not None:
+        yield why
+    if failure := results.get(record, "saved_check.failure"):
+        yield str(failure).rstrip(".")
+    for problem in record.get("problems") or []:
+        yield str(problem).splitlines()[0].rstrip(".")
+    if drawn := results.get(record, "model.weights.random"):
+        names = ", ".join(drawn[:3]) + ", …" * (len(drawn) > 3)
+        yield f"model.strict=false: weights that its files lack were drawn at random ({names})"
+    if results.get(record, "model.causal") is False:
+        yield "whether the model sees what it is to predict could not be told"
 
 
 def csv_lines(

@@ -22,7 +22,7 @@ from harness import compose, memory, methods, models, train
 from harness.config import ConfigError
 from harness.data import Batch
 from harness.loss import NextToken
-from harness.methods import fields
+from harness.methods import fields, refusals
 
 IDS = torch.arange(4, 36).view(2, 16)
 LLAMA = LlamaConfig(
@@ -194,24 +194,46 @@ def test_a_field_of_any_method_that_is_not_read_is_refused(name, field, message)
         methods.adapt(llama(), peft_run(name, *fields))
 
 
+def test_a_field_that_is_read_is_taken():
+    model = methods.adapt(llama(), peft_run("BEFT", "init_weights=false"))
+    assert model.peft_config["default"].init_weights is False
+
+
+NO_EFFECT = [
+    ("OFT", ["oft_block_size=8"], "module_dropout=0.5", None),
+    ("OFT", ["oft_block_size=8"], "eps=0.1", "coft=true"),
+    ("P_TUNING", ["num_virtual_tokens=4"], "encoder_num_layers=3",
+     "encoder_reparameterization_type=LSTM"),
+    ("PREFIX_TUNING", ["num_virtual_tokens=4"], "encoder_hidden_size=8", "prefix_projection=true"),
+    ("PROMPT_TUNING", ["num_virtual_tokens=4"], "token_dim=32", None),
+    ("LOKR", [], "rank_dropout_scale=true", "rank_dropout=0.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "own", "field", "with_it"), NO_EFFECT)
+def test_a_field_that_peft_reads_to_no_effect_is_refused(name, own, field, with_it):
+    with pytest.raises(ConfigError, match="does nothing with it"):
+        methods.adapt(llama(), peft_run(name, *own, field))
+    if with_it:
+        methods.adapt(llama(), peft_run(name, *own, field, with_it))
+
+
 @pytest.mark.parametrize(
-    ("name", "field"), [("OFT", "module_dropout=0.5"), ("BEFT", "init_weights=false")]
+    ("name", "own", "field"), [case[:3] for case in NO_EFFECT if case[0] != "PROMPT_TUNING"]
 )
-def test_a_field_that_is_read_is_taken(name, field):
-    """As CHANGELOG.md says of OFT's, whether it moves anything or not."""
-    fields = [field, "oft_block_size=8"] if name == "OFT" else [field]
-    model = methods.adapt(llama(), peft_run(name, *fields))
-    held = getattr(model.peft_config["default"], field.partition("=")[0])
-    assert held == (0.5 if name == "OFT" else False)
+def test_what_is_refused_has_no_effect_indeed(name, own, field, monkeypatch):
+    """Without the refusal the trained parameters begin alike and get the same gradients."""
+    monkeypatch.setattr(refusals, "_no_effect", lambda *_: None)
 
-
-def test_what_the_changelog_says_of_ofts_dropout_is_so():
     def found(*fields):
         torch.manual_seed(0)
-        return gradients(methods.adapt(llama(), peft_run("OFT", "oft_block_size=8", *fields)))
+        model = methods.adapt(llama(), peft_run(name, *own, *fields))
+        start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        return start, list(gradients(model).values())
 
-    plain, dropped = found(), found("module_dropout=0.9")
-    assert plain and all(torch.equal(plain[name], dropped[name]) for name in plain)
+    plain, other = found(), found(field)
+    for one, same in zip([*plain[0], *plain[1]], [*other[0], *other[1]], strict=True):
+        assert torch.equal(one, same)
 
 
 def samples(hint):

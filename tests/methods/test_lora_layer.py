@@ -5,7 +5,9 @@ import copy
 import peft
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 
@@ -130,6 +132,36 @@ def test_a_hook_on_any_part_is_called(part, register):
     assert calls == [part]
     handle.remove()
     assert layer._fusable() == "default"
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+def test_what_accelerate_hangs_on_a_part_is_called(part):
+    class Doubled(ModelHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    plain, fused = pair()
+    found = []
+    for model in (plain, fused):
+        layer = model.base_model.model.conv
+        target = layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
+        add_hook_to_module(target, Doubled())
+        found.append(model(X))
+        remove_hook_from_module(target)
+    torch.testing.assert_close(found[1], found[0])
+    assert not torch.allclose(found[1], fused(X))  # it does something
+    assert layer._fusable() == "default"
+
+
+def test_a_hook_on_every_module_is_called_as_often_as_by_peft():
+    counts = []
+    for model in pair():
+        calls = []
+        handle = register_module_forward_hook(lambda module, *_: calls.append(type(module)))  # noqa: B023
+        model(X)
+        handle.remove()
+        counts.append(calls.count(torch.nn.Linear))
+    assert counts[0] == counts[1] > 0
 
 
 def test_second_derivatives_are_pefts_own():
