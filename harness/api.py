@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import composition, launch, results, tracking
+from harness import composition, launch, results, tracking, unused
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from hydra_plugins.harness_grids import check, combinations
 
@@ -64,6 +65,9 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
         seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
         params = [f"{key}={value}" for key, value in seeds.items()]
         jobs = combinations(grids, params, overrides, loader)
+        jobs, without = unused.left_out(jobs, load)
+        if without:
+            print(without, file=sys.stderr)
         return check(jobs, load)[1]
 
 

@@ -30,6 +30,7 @@ from harness import (
     roles,
     start,
     tracking,
+    unused,
 )
 from harness.config import ConfigError, RunConfig
 from harness.console import reason
@@ -85,6 +86,7 @@ def task(cfg: DictConfig) -> Outcome:
     try:
         _go_to(hydra_config.runtime.cwd)
         run = composition.from_hydra(cfg)
+        unused.refuse_targets(hydra_config.overrides.task, run)
         cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
         run = replace(run, launch=replace(run.launch, cores=cores))
         # Ranks have no bar of their own: their output goes to a file.

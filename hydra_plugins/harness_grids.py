@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import composition, launch, lock, naming, progress, results, tracking
+from harness import composition, launch, lock, naming, progress, results, tracking, unused
 from harness.config import ConfigError, RunConfig
 from harness.stop import passed_on
 
@@ -56,8 +56,12 @@ class GridSweeper(BasicSweeper):
                 f"it: python -m harness {typed}"
             )
         loader = self.hydra_context.config_loader
+        compose = partial(loader.load_sweep_config, self.config)
         jobs = combinations(self.grids, self._parse_config(), arguments, loader)
-        jobs, runs, same = check(jobs, partial(loader.load_sweep_config, self.config))
+        jobs, without = unused.left_out(jobs, compose)
+        if without:
+            print(without)
+        jobs, runs, same = check(jobs, compose)
         if same:
             print(f"left out, since another of these runs is the same: {same}")
         folder = Path(self.config.hydra.sweep.dir)
@@ -68,7 +72,8 @@ class GridSweeper(BasicSweeper):
     def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launch.Outcome]:
         """What the sweep is for: its runs, once each."""
         folders = dict.fromkeys(str(run.run_dir.parent) for run in runs)
-        print(f"{len(jobs)} runs -> {', '.join(folders)}", flush=True)
+        many = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
+        print(f"{many} -> {', '.join(folders)}", flush=True)
         done = self._launch(jobs, runs)
         launch.OUTCOMES.extend(done)
         return done
@@ -156,6 +161,7 @@ def check(
         shown = " ".join(launch.without_own(overrides))
         try:
             run = composition.from_hydra(compose(list(overrides)))
+            unused.refuse_targets(overrides, run)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
         own = (naming.identity(run), overrides, run)
