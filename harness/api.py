@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import composition, launch, results, tracking, unused
+from harness import launch, mistakes, results, tracking, unused
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from hydra_plugins.harness_grids import check, combinations
 
@@ -50,7 +50,7 @@ def compose(*overrides: str) -> list[RunConfig]:
     try:
         return _compose(list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(composition.explain(error)) from error
+        raise ConfigError(mistakes.explain(error)) from error
 
 
 def _compose(overrides: list[str]) -> list[RunConfig]:

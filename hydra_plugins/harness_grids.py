@@ -22,7 +22,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import composition, launch, lock, naming, progress, results, tracking, unused
+from harness import (
+    composition,
+    launch,
+    lock,
+    mistakes,
+    naming,
+    progress,
+    results,
+    tracking,
+    unused,
+)
 from harness.config import ConfigError, RunConfig
 from harness.stop import passed_on
 
@@ -163,7 +173,7 @@ def check(
             run = composition.from_hydra(compose(list(overrides)))
             unused.refuse_targets(overrides, run)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
+            raise ConfigError(f"[{shown}] {mistakes.explain(error)}") from error
         own = (naming.identity(run), overrides, run)
         identity, first, _ = kept.setdefault(run.run_dir, own)
         if identity != naming.identity(run):
