@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,11 @@ def collect(folder: str | Path) -> pd.DataFrame:
     with suppress(ValueError):
         frame["method.rank"] = pd.to_numeric(frame["method.rank"])
     return frame
+
+
+def without_flag(arguments: Iterable[str]) -> list[str]:
+    """Overrides for `compose`, which needs no -m to take several values."""
+    return [text for text in arguments if text not in ("-m", "--multirun")]
 
 
 def _is_sweep(text: str) -> bool:

@@ -135,7 +135,8 @@ def elsewhere(key: str, method: str = "") -> str:
     found = [other for other in found if other != key or other in leaves().get(last, {})]
     if not found:
         return ""
-    return f"did you mean {' or '.join(_with_owners(other, method) for other in found)}?"
+    told = sorted((_with_owners(other, method) for other in found), key=lambda t: " (of " in t)
+    return f"did you mean {' or '.join(told)}?"
 
 
 def _with_owners(key: str, method: str) -> str:

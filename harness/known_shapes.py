@@ -121,11 +121,11 @@ def _configuration(model: ModelConfig) -> dict[str, Any]:
     """
     if model.architecture:
         return {"model_type": "gpt2", **model.architecture}
-    if model.gguf:
-        return {}
     folder = ASSETS_DIR / model.asset if model.asset else Path(model.path) if model.path else None
     if folder is None:
         return roles.shape_of(model)
+    if model.gguf:
+        return {}
     file = folder / "config.json"
     if not file.is_file() and not (folder / "adapter_config.json").is_file():
         inside = [p.parent.name for p in sorted(folder.glob("*/config.json"))]

@@ -175,5 +175,6 @@ def of_groups(arguments: Iterable[str]) -> str:
         if not equals or not key:
             return unparsed(text)
         if options(key) and value not in options(key):
-            return f"{text}: expected an option of conf/{key}; {nearest(value, options(key))}"
+            asked = "" if value == "null" else value  # which is near to nothing
+            return f"{text}: expected an option of conf/{key}; {nearest(asked, options(key))}"
     return f"{' '.join(arguments)}: expected the name of an option for each group"

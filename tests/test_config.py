@@ -38,7 +38,7 @@ def test_a_schema_without_a_file_says_what_conf_says(make_run):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.lr=fast"], r"train\.lr: .*'fast'"),
+        (["train.lr=fast"], r"train\.lr=fast: expected a number"),
         (["+train.lrr=1"], r"unknown key 'train\.lrr': did you mean 'lr'"),
         (["+sede=1"], r"unknown key 'sede': did you mean 'seed'"),
         (["train.schedule=cosin"], r"train\.schedule='cosin': did you mean 'cosine'"),
