@@ -10,6 +10,8 @@ from pathlib import Path
 
 from harness.config import ConfigError, LoraMethod, MethodConfig, PeftMethod, nearest
 
+# These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
+OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")
 REGISTERED = re.compile(r"register_peft_method\((.*?)\)", re.DOTALL)
 
 
@@ -50,45 +52,54 @@ def classes() -> dict[str, str]:
 
 
 @cache
-def fields(kind: str) -> frozenset[str]:
-    """The fields of a method's configuration; empty where the source does not tell all of them."""
-    return frozenset(_of_class(classes().get(kind, "")) or ())
+def fields(kind: str) -> dict[str, str]:
+    """Fields of a method's configuration with their types; empty where not all can be told."""
+    return _of_class(classes().get(kind, "")) or {}
 
 
-def _of_class(name: str) -> set[str] | None:
+def takes_matrices(method: PeftMethod) -> bool:
+    """Whether a PEFT method adapts modules that can be named; True where that cannot be told."""
+    kind = method.peft_type.upper()
+    known = fields(kind)
+    if kind in OTHER_MODULES:
+        return False
+    return not known or "list[" in known.get("target_modules", "").lower()
+
+
+def _of_class(name: str) -> dict[str, str] | None:
     """Fields of a class and of those it extends; None where one is not PEFT's."""
     if name in ("PushToHubMixin", "object"):
-        return set()
+        return {}
     described = _sources().get(name)
     if described is None:
         return None
     bases, own = described
-    found = set(own)
-    for base in bases:
+    found: dict[str, str] = {}
+    for base in reversed(bases):
         inherited = _of_class(base)
         if inherited is None:
             return None
         found |= inherited
-    return found
+    return found | own
 
 
 @cache
-def _sources() -> dict[str, tuple[list[str], list[str]]]:
-    """Class -> (what it extends, the fields of its own), of every file of configurations."""
+def _sources() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Class -> (what it extends, its own fields with types), of every file of configurations."""
     files = [_folder() / "config.py", *sorted(_folder().glob("tuners/**/*config.py"))]
     files += [_folder() / "tuners" / "lycoris_utils.py"]
-    found = {}
+    found: dict[str, tuple[list[str], dict[str, str]]] = {}
     for file in files:
         for node in ast.parse(file.read_text("utf-8")).body if file.is_file() else ():
             if isinstance(node, ast.ClassDef):
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                own = [
-                    item.target.id
+                own = {
+                    item.target.id: ast.unparse(item.annotation)
                     for item in node.body
                     if isinstance(item, ast.AnnAssign)
                     and isinstance(item.target, ast.Name)
                     and "ClassVar" not in ast.unparse(item.annotation)
-                ]
+                }
                 found[node.name] = (bases, own)
     return found
 

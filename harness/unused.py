@@ -11,8 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness import roles
-from harness.config import CONF_DIR, METHODS, ConfigError, MethodConfig, RunConfig
+from harness import peft_fields, roles
+from harness.config import (
+    CONF_DIR,
+    METHODS,
+    ConfigError,
+    MethodConfig,
+    PeftMethod,
+    RunConfig,
+)
 
 DECIDES = ("method", "experiment", "scale", "method.name")  # which method a run has
 
@@ -41,10 +48,14 @@ def refuse_targets(overrides: Iterable[str], run: RunConfig) -> None:
     A key of `method` that it does not have is refused by the schema.
     """
     asked = [text for text in overrides if key_of(text).partition(".")[0] == "targets"]
-    method = run.method
+    method, shown = run.method, " ".join(asked)
+    if asked and isinstance(method, PeftMethod) and not peft_fields.takes_matrices(method):
+        raise ConfigError(
+            f"{shown}: {method.peft_type} adapts no matrices of the model, and has no targets: "
+            "leave it out"
+        )
     if method.takes_targets or not asked:
         return
-    shown = " ".join(asked)
     if method.name == "full":
         raise ConfigError(
             f"{shown}: method=full trains every weight, and targets do not limit it: leave it out, "

@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,13 @@ class GridSweeper(BasicSweeper):
         if same:
             print(f"left out, since another of these runs is the same: {same}")
         folder = Path(self.config.hydra.sweep.dir)
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         results.write_atomically(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        return self._do(jobs, runs)
+        done = self._do(jobs, runs)
+        if folder in made and all(outcome.status == "refused" for outcome in done):
+            _clear(folder, made)
+        return done
 
     def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launch.Outcome]:
         """What the sweep is for: its runs, once each."""
@@ -125,6 +129,15 @@ class GridSweeper(BasicSweeper):
         if told:  # which leaves nothing in their own directories
             _write_down(runs, told)
         return done
+
+
+def _clear(folder: Path, made: list[Path]) -> None:
+    """Leave nothing of a sweep whose every run was refused, in folders that were made for it."""
+    for name in ("multirun.yaml", results.SWEEP_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for parent in made:
+        with suppress(OSError):  # a tracker's log is there
+            parent.rmdir()
 
 
 def _write_down(runs: list[RunConfig], refused: dict[Path, str]) -> None:

@@ -247,13 +247,19 @@ def test_a_sweep_over_experiments_tells_of_each(harness, tmp_path):
 
 @pytest.mark.slow
 def test_a_refusal_amid_a_sweep_loses_nothing(harness, tmp_path):
-    assert harness("run_name=r4", "method.r=4", *QUICK).returncode == 0
-    done = harness("-m", "run_name=r${method.r}", "method.r=2,4,300", "train.lr=1e-3", *QUICK)
+    lstm = ["model=lstm", "targets=lstm", *QUICK]  # whose shapes only the worker knows
+    assert harness("run_name=r4", "method.r=4", *lstm).returncode == 0
+    done = harness("-m", "run_name=r${method.r}", "method.r=2,4,3000", "train.lr=1e-3", *lstm)
     assert done.returncode == 2
     assert "r4 holds a finished run of another configuration" in done.stderr
-    assert "method.r=300" in done.stderr
-    rows = (tmp_path / "outputs" / "scratch" / "results.csv").read_text().splitlines()
-    assert len(rows) == 3 and " 2 " in done.stdout and "failed: r300" in done.stdout
+    assert "method.r=3000" in done.stderr
+    folder = tmp_path / "outputs" / "scratch"
+    rows = (folder / "results.csv").read_text().splitlines()
+    assert len(rows) == 3 and " 2 " in done.stdout and "refused: r3000" in done.stdout
+    assert not (folder / "r3000").exists()
+    done = harness("-m", "run_name=r${method.r}", "method.r=1,300", *QUICK, "experiment_name=one")
+    assert done.returncode == 2 and "method.r=300: attn.c_attn allows a rank" in done.stderr
+    assert not (tmp_path / "outputs" / "one").exists()  # not even the first of them was begun
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ from harness import (
     keys,
     known_shapes,
     launch,
+    methods,
     mistakes,
     models,
     peft_fields,
     planning,
 )
-from harness.config import REPOSITORY, ConfigError, options
+from harness.config import REPOSITORY, ConfigError, PeftMethod, options
 
 RAW = ("Lexer", "viable", "Could not", "could not be converted", "usage:", "Ambiguous", "struct")
 
@@ -162,7 +163,10 @@ def test_peft_fields_read_from_its_source_are_those_of_its_classes():
     real.pop("UDV", None)  # ours
     assert set(peft_fields.classes()) == set(real)
     for kind, configured in real.items():
-        assert peft_fields.fields(kind) == {field.name for field in dataclasses.fields(configured)}
+        names = {field.name for field in dataclasses.fields(configured)}
+        assert set(peft_fields.fields(kind)) == names, kind
+        method = PeftMethod("peft", peft_type=kind)
+        assert peft_fields.takes_matrices(method) == methods._takes_matrices(method, configured)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +248,16 @@ def test_plan_and_count_take_m(capsys):
         ["none", "-", "-", "4,273,664"], ["full", "-", "-", "4,273,664"],
         ["lora", "all", "4", "4,339,200"], ["lora", "all", "8", "4,404,736"],
     ]  # fmt: skip
-    assert planning.main(["-m", "method=none,lora", "method.r=4,8"]) == 0
+    assert planning.main(["-m", "method=none,lora", "method.r=4,0"]) == 2
     shown = capsys.readouterr()
     assert "left out for methods that have no such key: method.r (none)" in shown.err
+    assert "method.r=0: expected a rank of 1 or more" in shown.err
+
+
+@pytest.mark.slow
+def test_plan_lists_the_runs_of_a_sweep(capsys):
+    assert planning.main(["-m", "method=none,lora", "method.r=4,8"]) == 0
+    shown = capsys.readouterr()
     assert shown.out.count("lora-all-r") == 2 and shown.out.count("none-") == 1
 
 

@@ -13,6 +13,10 @@ from harness.config import ConfigError
         (["method=full", "targets=mlp"], r"method\.train_only=\[mlp_in,mlp_out\]"),  # no gate here
         (["method=full", "targets=all"], r"method\.train_only=\[matrices\]"),
         (["method=full", "targets.modules=[a.b]"], r"method\.train_only=\[a\.b\]"),
+        (
+            ["method=peft", "method.peft_type=PROMPT_TUNING", "targets=attn", "data.context=128"],
+            r"targets=attn: PROMPT_TUNING adapts no matrices",
+        ),
         (["method=none", "targets=attn"], r"targets=attn: method=none .*leave it out"),
         (["method=none,full", "targets=attn"], r"targets=attn: method=none"),
     ],
