@@ -48,7 +48,7 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign]  # argparse would print usage and exit
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    found, unknown = parser.parse_known_args(_with_commas_apart(arguments))
+    found, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         raise ConfigError(_unknown(unknown[0], flags))
     shows = "--cfg" if found.cfg else "--info" if found.info else ""
@@ -63,14 +63,6 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     if sum(asked) > 1:
         raise ConfigError("of --run, --multirun, --cfg, --info and --shell-completion give one")
     return found
-
-
-def _with_commas_apart(arguments: Sequence[str]) -> list[str]:
-    """`--info method=lora`: the flag's own value is optional, and an override is none."""
-    apart: list[str] = []
-    for before, text in zip(["", *arguments], arguments, strict=False):
-        apart += ["all", text] if before in ("--info", "-i") and "=" in text else [text]
-    return apart
 
 
 def _refused(message: str, arguments: Sequence[str]) -> str:

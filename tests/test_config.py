@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 
 from harness import methods, models
 from harness.composition import explain, from_hydra, load
-from harness.config import CONF_DIR, SECTIONS, ConfigError, LoraMethod, options, to_dict
+from harness.config import ASSETS_DIR, CONF_DIR, SECTIONS, ConfigError, LoraMethod, options, to_dict
 from harness.naming import identity, run_name
 
 
@@ -140,7 +140,7 @@ def test_the_identity_leaves_out_what_moves_no_number(make_run):
 def test_every_model_data_method_and_target_file_composes(make_run):
     needs = {
         "model": {
-            "local": ["model.path=."],
+            "local": [f"model.path={ASSETS_DIR}/gpt2_mini"],
             "hub": ["model.id=x/y"],
             "lstm": ["targets=lstm"],
         },

@@ -110,6 +110,7 @@ def test_a_quoted_value_is_quoted_so_that_the_shell_and_hydra_read_it():
         (["--method=lora"], "--method=lora: keys have no dashes; did you mean method=lora?"),
         (["--cfg", "jbo"], "--cfg jbo: did you mean 'job'?"),
         (["--cfg"], "--cfg: expected a value"),
+        (["--info", "method=lora"], "--info method=lora: choose one of: all, config, defaults"),
         (["--cfg", "job", "-m", "method.r=1,2"], "harness.plan -m method.r=1,2 lists them"),
         (["-m", "--info"], "python -m harness.plan -m lists them"),
         (["--resolve"], "--resolve goes with --cfg"),
