@@ -263,6 +263,13 @@ def test_a_refusal_amid_a_sweep_loses_nothing(harness, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sweep_whose_every_run_is_refused_leaves_no_folder(harness, tmp_path):
+    done = harness("-m", "method=full", "method.train_only=[nothing]", "seed=0,1", *QUICK)
+    assert done.returncode == 2 and done.stderr.count("'nothing' matches no weight") == 2
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.slow
 def test_values_that_a_method_does_not_use_make_no_other_run(harness, tmp_path):
     done = harness("-m", "method=none", "seed=0,1", "train.lr=1,2", *QUICK)
     assert done.returncode == 0, done.stderr
