@@ -101,7 +101,7 @@ def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
             base = _built(replace(run, method=NoMethod("none")))
             bases[key] = f"{models.count_parameters(base).total:,}"
         rank = method.kept if isinstance(method, SvdMethod) else "-"
-        row = (
+        row: tuple[str, ...] = (
             run.model.name, naming.label(method),
             run.targets.name if method.takes_targets else "-",
             str(method.r) if isinstance(method, LoraMethod) else rank,

@@ -44,7 +44,7 @@ def check(run: RunConfig) -> None:
         return
     if run.method.fields.keys() & {"target_modules", "exclude_modules", "target_parameters"}:
         return  # PEFT's own choice
-    sides = {}
+    sides: dict[str, int] = {}
     for name in run.targets.modules:
         last = [kind for kind in there if kind == name or name.endswith(f".{kind}")]
         if not last and not any(kind.endswith(f".{name}") for kind in there):

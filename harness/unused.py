@@ -73,7 +73,8 @@ def _roles(asked: Iterable[str], run: RunConfig) -> list[str]:
         key, value = key_of(override), override.partition("=")[2].strip("'\"[] ")
         file = CONF_DIR / "targets" / f"{value}.yaml"
         if key == "targets" and file.is_file():
-            described = OmegaConf.load(file)
+            described = OmegaConf.to_container(OmegaConf.load(file))
+            assert isinstance(described, dict)
             table = roles.SUFFIXES.get(roles.model_type(run.model) or "", roles.ROLES)
             named = [role for role in described.get("roles") or [] if role in table]
             return ["matrices"] if value == "all" else named or list(described.get("modules"))

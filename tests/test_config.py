@@ -151,7 +151,10 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             "pairs": ["data.id=x/y"],
         },
         "method": {"peft": ["method.peft_type=IA3"]},
-        "targets": {"gate": ["model=smollm2_135m"]},
+        "targets": {
+            "gate": ["model=smollm2_135m"],
+            **dict.fromkeys(("lstm", "lstm_core", "lstm_ends"), ["model=lstm"]),
+        },
     }
     for group, special in needs.items():
         for option in options(group):
