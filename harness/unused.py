@@ -77,7 +77,7 @@ def _roles(asked: Iterable[str], run: RunConfig) -> list[str]:
             assert isinstance(described, dict)
             table = roles.SUFFIXES.get(roles.model_type(run.model) or "", roles.ROLES)
             named = [role for role in described.get("roles") or [] if role in table]
-            return ["matrices"] if value == "all" else named or list(described.get("modules"))
+            return ["matrices"] if value == "all" else named or list(described["modules"] or [])
         if key in ("targets.roles", "targets.modules") and value:
             return [name.strip() for name in value.split(",")]
     return ["matrices"]

@@ -153,7 +153,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
         "method": {"peft": ["method.peft_type=IA3"]},
         "targets": {
             "gate": ["model=smollm2_135m"],
-            **dict.fromkeys(("lstm", "lstm_core", "lstm_ends"), ["model=lstm"]),
+            **{name: ["model=lstm"] for name in ("lstm", "lstm_core", "lstm_ends")},
         },
     }
     for group, special in needs.items():
