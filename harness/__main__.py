@@ -1,7 +1,7 @@
 """The controller: compose a config, validate it, start a worker for each run, print the table.
 
     python -m harness method=lora method.r=8 targets=all
-    python -m harness -m method.r=1,4,16 seed=0,1
+    python -m harness -m method.r=1,4 seed=0,1,2,3,4
     python -m harness experiment=main
 
 Imports no torch, so that help and a typo's error answer at once. Exit status: 0 all runs finished,
@@ -22,7 +22,7 @@ import hydra  # noqa: E402 - after the signal's handler
 from hydra.errors import HydraException  # noqa: E402 - after the signal's handler
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402 - after the signal's handler
 
-from harness import composition, launch  # noqa: E402 - after the signal's handler
+from harness import arguments, launch, mistakes  # noqa: E402 - after the signal's handler
 from harness.config import CONF_DIR, ConfigError  # noqa: E402 - after the signal's handler
 from harness.console import ended, reason  # noqa: E402 - after the signal's handler
 
@@ -31,21 +31,27 @@ def main() -> int:
     """Run what the command line asks for; returns the exit status."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to Hydra's printer
     outcomes = launch.OUTCOMES
+    if "--version" in sys.argv[1:]:
+        print(arguments.version_line())
+        return 0
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind
         if listens:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        asked = arguments.read(sys.argv[1:])
+        if asked.help:
+            print(arguments.help_text(asked.overrides))
+            return 0
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(
             launch.task
         )()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {composition.explain(error)}", file=sys.stderr)
+        print(f"error: {mistakes.explain(error)}", file=sys.stderr)
         return 2
     except ValueError as error:
         if "Config group override" not in str(error):  # Hydra's own answer to method=null
             raise
-        given = " ".join(text for text in sys.argv[1:] if text.endswith("=null"))
-        print(f"error: {given}: {error}", file=sys.stderr)
+        print(f"error: {mistakes.of_groups(asked.overrides)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise

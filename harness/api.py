@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import composition, launch, results, tracking
+from harness import launch, mistakes, results, tracking, unused
 from harness.config import CONF_DIR, ConfigError, RunConfig
 from hydra_plugins.harness_grids import check, combinations
 
@@ -49,7 +50,7 @@ def compose(*overrides: str) -> list[RunConfig]:
     try:
         return _compose(list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(composition.explain(error)) from error
+        raise ConfigError(mistakes.explain(error)) from error
 
 
 def _compose(overrides: list[str]) -> list[RunConfig]:
@@ -64,6 +65,9 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
         seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
         params = [f"{key}={value}" for key, value in seeds.items()]
         jobs = combinations(grids, params, overrides, loader)
+        jobs, without = unused.left_out(jobs, load)
+        if without:
+            print(without, file=sys.stderr)
         return check(jobs, load)[1]
 
 
@@ -168,6 +172,11 @@ def collect(folder: str | Path) -> pd.DataFrame:
     with suppress(ValueError):
         frame["method.rank"] = pd.to_numeric(frame["method.rank"])
     return frame
+
+
+def without_flag(arguments: Iterable[str]) -> list[str]:
+    """Overrides for `compose`, which needs no -m to take several values."""
+    return [text for text in arguments if text not in ("-m", "--multirun")]
 
 
 def _is_sweep(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""From what Hydra composed to a RunConfig, and what is said of a mistake on the way.
+"""From what Hydra composed to a RunConfig; `harness.mistakes` says what is wrong with it.
 
 Every value is checked against the schemas of `harness.config`; no torch is imported.
 """
@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import contents, ends, rates
+from harness import contents, early, ends, rates
 from harness.config import (
     CONF_DIR,
-    LAUNCHERS,
     METHODS,
     SECTIONS,
     ConfigError,
@@ -34,6 +32,7 @@ from harness.config import (
     nearest,
     options,
 )
+from harness.mistakes import explain
 from harness.roles import resolved
 from harness.validation import validate
 
@@ -58,7 +57,7 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(explain(error)) from error
     assert isinstance(plain, dict)
     values: dict[str, Any] = {str(key): value for key, value in plain.items()}
     tracker = values.pop("tracker", None) or {}
@@ -93,14 +92,17 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     values["outputs_dir"] = expanded(values.get("outputs_dir"), "outputs_dir")
     values.setdefault("contents", {})  # of a run from before it was written down
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
-    if validated:
-        validate(run)
-        if not run.contents:
-            run = replace(run, contents=contents.of(run))
-            contents.check_apart(run)
-        if run.train.epochs is not None and asked.get("steps") is None:
-            run = _with_epochs(run, asked, sections)
-    return resolved(run)
+    if not validated:
+        return resolved(run)
+    validate(run)
+    run = resolved(run)
+    if not run.contents:  # or else the run was planned before
+        early.check(run)
+        run = replace(run, contents=contents.of(run))
+        contents.check_apart(run)
+    if run.train.epochs is not None and asked.get("steps") is None:
+        run = _with_epochs(run, asked, sections)
+    return run
 
 
 def _early_stopping(asked: Any) -> EarlyStopping:
@@ -225,38 +227,4 @@ def _typed(schema: type, values: Any, where: str = "") -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(typed, values))
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error, where, [str(key) for key in typed])) from error
-
-
-# --------------------------------------------------------------------------- what went wrong
-
-
-def explain(error: Exception, where: str = "", known: Iterable[str] = ()) -> str:
-    """One line for an error of Hydra or OmegaConf, with the nearest valid choice if any."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    if cause is None or not cause.full_key:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if "LexerNoViableAlt" in str(error) or "OverrideParse" in type(error).__name__:
-            return f"{lines[0]} (quote a value with special characters: 'data.path=\"~/a b.txt\"')"
-        if match := re.fullmatch(
-            r".*Could not find '([\w/.]+)/([^/']+)'", lines[0] if lines else ""
-        ):
-            group, option = match.groups()
-            if group == "hydra/launcher" and option in LAUNCHERS:
-                return f"{group}={option} is not installed: pip install -e '.[{LAUNCHERS[option]}]'"
-            return f"{group}={option}: no such option; {nearest(option, options(group))}"
-        return " ".join(lines)
-    key = f"{where}.{cause.full_key}" if where else str(cause.full_key)
-    names = list(known)
-    if not names and isinstance(cause.parent_node, DictConfig):
-        names = [str(name) for name in cause.parent_node]
-    last = str(cause.full_key).rsplit(".", 1)[-1]
-    if not names and isinstance(cause.parent_node, DictConfig):  # a free mapping, such as fields
-        return f"'{key}' is not there yet: write +{key}=… to add it"
-    if names and last not in names and last == str(cause.key):
-        return f"unknown key '{key}': {nearest(last, names)}"
-    return f"{key}: {str(cause).splitlines()[0]}"
+        raise ConfigError(explain(error, where, [str(key) for key in typed], schema)) from error

@@ -1,10 +1,12 @@
 """Exact parameter counts of a configuration, from the model's modules on the meta device.
 
     python -m harness.count model=gpt2_medium method=lora method.r=4 targets=qv
+    python -m harness.count -m method=none,full,lora method.r=4,8
     python -m harness.count --all method=lora method.r=4 targets=qv
 
-No weights and no network: the sizes of the hub's GPT-2 models stand in conf/model. `--all` is a
-table of the four sizes. Exit status 2 for a mistake in the configuration.
+No weights and no network: the sizes of the hub's GPT-2 models stand in conf/model. Several
+configurations have a row each; `--all` is each of the four sizes. Exit status 2 for a mistake in
+the configuration.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ import re
 import sys
 import warnings
 from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from harness import methods, models, naming
-from harness.api import compose
-from harness.config import ConfigError, RunConfig
+from harness import naming
+from harness.api import compose, without_flag
+from harness.config import ConfigError, LoraMethod, NoMethod, RunConfig, SvdMethod
 from harness.console import ended
-from harness.report.table import plain, show
+
+if TYPE_CHECKING:  # what needs torch is imported after the mistakes that are found without it
+    from torch import nn
 
 SIZES = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl")
 
@@ -36,10 +40,16 @@ def adapted(overrides: list[str]) -> tuple[RunConfig, nn.Module]:
     run, *others = compose(*overrides)
     if others:
         raise ConfigError(f"a count is of one configuration, and these are {1 + len(others)}")
+    return run, _built(run)
+
+
+def _built(run: RunConfig) -> nn.Module:
+    from harness import methods, models
+
     if getattr(run.method, "energy", None) is not None:
         raise ConfigError("method.energy: a count needs a rank, which only the weights can tell")
     base = models.on_meta(run, models.load_config(models.without_files(run).model))
-    return run, methods.check(base, run)
+    return methods.check(base, run)
 
 
 def by_kind(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -61,23 +71,54 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(overrides):
         print(__doc__)
         return 0
+    sizes = [[f"model={size}"] for size in SIZES] if "--all" in arguments else [[]]
     try:
-        if "--all" in arguments:
-            table = plain(["model"], ["method", "total", "base", "trainable", "% of total"])
-            for size in SIZES:
-                run, model = adapted([*overrides, f"model={size}"])
-                counted = models.count_parameters(model)
-                base = models.count_parameters(adapted([f"model={size}", "method=none"])[1]).total
-                table.add_row(
-                    size, naming.label(run.method), f"{counted.total:,}", f"{base:,}",
-                    f"{counted.trainable:,}", f"{counted.trainable_percent:.4f}",
-                )  # fmt: skip
-            show(table)
-            return 0
-        run, model = adapted(overrides)
+        runs = [run for size in sizes for run in compose(*without_flag(overrides), *size)]
+        built = [_built(run) for run in runs]
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if len(runs) == 1:
+        _show(runs[0], built[0])
+    else:
+        _show_rows(runs, built)
+    return 0
+
+
+def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
+    """A row for each configuration; seeds and rates count alike, and are one."""
+    from harness import models
+    from harness.report.table import plain, show
+
+    columns = ["r, k", "total", "base", "trainable", "% of total"]
+    table = plain(["model", "method", "targets"], columns)
+    rows: dict[tuple[str, ...], None] = {}
+    bases: dict[str, str] = {}
+    for run, model in zip(runs, built, strict=True):
+        counted, method = models.count_parameters(model), run.method
+        key = repr(run.model)
+        if key not in bases:
+            base = _built(replace(run, method=NoMethod("none")))
+            bases[key] = f"{models.count_parameters(base).total:,}"
+        rank = method.kept if isinstance(method, SvdMethod) else "-"
+        row: tuple[str, ...] = (
+            run.model.name, naming.label(method),
+            run.targets.name if method.takes_targets else "-",
+            str(method.r) if isinstance(method, LoraMethod) else rank,
+            f"{counted.total:,}", bases[key], f"{counted.trainable:,}",
+            f"{counted.trainable_percent:.4f}",
+        )  # fmt: skip
+        rows[row] = None
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+
+
+def _show(run: RunConfig, model: nn.Module) -> None:
+    """One configuration, by kind of module."""
+    from harness import methods, models
+    from harness.report.table import plain, show
+
     table = plain([f"{run.model.name}, {naming.label(run.method)}"], ["elements", "trainable"])
     for kind, (total, trainable) in by_kind(model).items():
         table.add_row(kind, f"{total:,}", f"{trainable:,}")
@@ -89,7 +130,6 @@ def main(arguments: list[str]) -> int:
     print(f"trainable  {counted.trainable:,} ({counted.trainable_percent:.4f} %)")
     for sentence in methods.trained_alone(model, run).get("tied", ()):
         print(f"tied       {sentence}")
-    return 0
 
 
 if __name__ == "__main__":

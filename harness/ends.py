@@ -37,7 +37,7 @@ def stops_early(validations: Sequence[float], cfg: EarlyStopping) -> bool:
     return since >= cfg.patience
 
 
-def asked_steps(train: dict[str, Any], *, planned: bool) -> int:
+def asked_steps(train: dict[str, Any], *, planned: bool) -> Any:
     """`train.steps` of a configuration: as given, or the default; 1 until epochs are steps.
 
     A `planned` run has had its epochs turned into steps, and has both.
@@ -53,7 +53,7 @@ def asked_steps(train: dict[str, Any], *, planned: bool) -> int:
             f"train.steps={steps} and train.epochs={epochs}: one of them says how long a run is; "
             "for epochs add train.steps=null"
         )
-    return int(steps)
+    return steps  # of whatever type was given, which is checked with the other keys
 
 
 def steps_of_epochs(run: RunConfig) -> int:

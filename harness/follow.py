@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import threading
 import urllib.error
@@ -283,11 +284,15 @@ def main(name: str) -> int:
     folder = Path(spec["folder"])
     if name == "wandb" and spec["mode"] == "offline":
         why = f" since W&B could not be reached ({reason})" if reason else ""
-        said = f"{count} runs offline in {folder / 'wandb'}{why}; make wandb-sync uploads them"
+        # A line that works from anywhere, for this experiment.
+        upload = (
+            f"cd {shlex.quote(str(folder))} && {shlex.quote(sys.executable)} -m wandb sync --yes"
+        )
+        said = f"{count} runs offline in {folder / 'wandb'}{why}; to upload: {upload}"
     elif name == "tensorboard":
-        said = f"{count} runs; tensorboard --logdir {folder / 'tensorboard'}"
+        said = f"{count} runs; tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"
     elif name == "trackio":
-        here = f"TRACKIO_DIR={os.environ.get('TRACKIO_DIR', folder / 'trackio')}"
+        here = f"TRACKIO_DIR={shlex.quote(os.environ.get('TRACKIO_DIR', str(folder / 'trackio')))}"
         said = f"{count} runs; {here} trackio show --project {spec['options']['project']}"
     else:
         said = f"{count} runs in project {spec['options']['project']}"

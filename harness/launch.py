@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from harness import (
     roles,
     start,
     tracking,
+    unused,
 )
 from harness.config import ConfigError, RunConfig
 from harness.console import reason
@@ -85,6 +86,7 @@ def task(cfg: DictConfig) -> Outcome:
     try:
         _go_to(hydra_config.runtime.cwd)
         run = composition.from_hydra(cfg)
+        unused.refuse_targets(hydra_config.overrides.task, run)
         cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
         run = replace(run, launch=replace(run.launch, cores=cores))
         # Ranks have no bar of their own: their output goes to a file.
@@ -150,6 +152,7 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
     run_dir = run.run_dir
     if rank():
         return _further_rank(run)
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         claim = lock.claim(run_dir)
@@ -158,9 +161,26 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
     if claim is None:
         return Outcome(run_dir, "busy", f"{lock.holder(run_dir)} is at {run_dir}")
     try:
-        return _launch(run, command, claim, sweep)
+        outcome = _launch(run, command, claim, sweep)
+        return _undone(outcome, made) if outcome.failure_class == "config" else outcome
     finally:
         claim.release()
+
+
+def _undone(outcome: Outcome, made: list[Path]) -> Outcome:
+    """What a mistake in the configuration leaves: no directory that was made for it.
+
+    One that was there before stays, and so does what was measured before the mistake was found.
+    """
+    run_dir = outcome.run_dir
+    by_hand = os.environ.get("WORLD_SIZE", "1") != "1"  # further ranks write to it
+    if run_dir not in made or by_hand or results.read_metrics(run_dir):
+        return outcome
+    shutil.rmtree(run_dir, ignore_errors=True)
+    for folder in made[1:]:
+        with suppress(OSError):  # another run is in it
+            folder.rmdir()
+    return replace(outcome, status="refused")
 
 
 def _unwritable(run: RunConfig, error: OSError) -> Outcome:

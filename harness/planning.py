@@ -1,7 +1,7 @@
 """What runs will need, before they run: parameters, memory by category, FLOPs and time.
 
     python -m harness.plan experiment=main
-    python -m harness.plan model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
+    python -m harness.plan -m model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
     python -m harness.plan experiment=main plan.limit=8GiB      # marks what will not fit
 
 `harness.predict` predicts; neither weights nor a network are needed, and held-out text that is on
@@ -17,15 +17,16 @@ import logging
 import re
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from harness import ends, environment, memory, naming
-from harness.api import compose
+from harness import ends, naming
+from harness.api import compose, without_flag
 from harness.config import ConfigError, RunConfig
-from harness.predict import Prediction, gemm_rate, largest_batch, predict, setting
-from harness.report.table import plain
-from harness.report.table import show as show_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from harness.predict import Prediction
 
 
 def parse_bytes(text: str) -> int:
@@ -43,6 +44,8 @@ def parse_bytes(text: str) -> int:
 
 
 def _table(rows: list[list[str]]) -> Table:
+    from harness.report.table import plain
+
     numbers = (
         "parameters", "trainable", "frozen", "trained", "gradients", "optimizer", "activations",
         "peak", "evaluation", "MFLOP/token", "at least", "",
@@ -56,6 +59,8 @@ def _table(rows: list[list[str]]) -> Table:
 def _row(
     name: str, run: RunConfig, found: Prediction | None, rate: float, limit: int | None
 ) -> list[str]:
+    from harness import memory
+
     if found is None:
         return [name, *["-"] * 11, "only a run can tell"]
     main = found.train or found.evaluate
@@ -94,7 +99,12 @@ def main(arguments: list[str]) -> int:
                 f"{unknown[0]}: did you mean 'plan.limit' (plan.limit=SIZE, e.g. 8GiB)?"
             )
         limit = parse_bytes(own[-1].partition("=")[2]) if own else None
-        runs = compose(*(text for text in arguments if text not in own))
+        runs = compose(*without_flag(text for text in arguments if text not in own))
+        # torch, after the mistakes that are found without it
+        from harness import environment
+        from harness.predict import gemm_rate, largest_batch, predict, setting
+        from harness.report.table import show as show_table
+
         for asked in runs:
             run, model_config, accelerator = setting(asked)
             precision = environment.precision_of(run)

@@ -119,7 +119,7 @@ def validate(run: RunConfig) -> None:
     for key in positive:
         value = getattr(train, key)
         _require(0 < value < float("inf"), f"train.{key}", value, "a finite number above 0")
-    _require(train.steps >= 0, "train.steps", train.steps, "0 or more optimizer steps")
+    _validate_steps(run)
     for key in ("epochs", "max_seconds", "max_flops"):
         value = getattr(train, key)
         fine = value is None or 0 < value < math.inf
@@ -246,6 +246,21 @@ def validate(run: RunConfig) -> None:
             raise ConfigError(
                 f"{key}={name!r}: expected letters, digits, . _ = + -, and first a letter or digit"
             )
+
+
+def _validate_steps(run: RunConfig) -> None:
+    """No steps are no training: the row would be the base's, under the name of a method."""
+    steps, method = run.train.steps, run.method
+    if not method.trains:
+        _require(steps >= 0, "train.steps", steps, "0 or more optimizer steps")
+    elif steps == 0:
+        same = f"method=truncate method.rank={getattr(method, 'rank', None) or 'full'}"
+        untrained = same if getattr(method, "residual", "") == "drop" else "method=none"
+        raise ConfigError(
+            f"train.steps=0 with method={method.name}: nothing would be trained; expected 1 or "
+            f"more optimizer steps, or {untrained}, which says so"
+        )
+    _require(steps >= 0, "train.steps", steps, "1 or more optimizer steps")
 
 
 def _validate_pairs(data: DataConfig, where: str) -> None:

@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import composition, launch, lock, naming, progress, results, tracking
+from harness import (
+    composition,
+    launch,
+    lock,
+    mistakes,
+    naming,
+    progress,
+    results,
+    tracking,
+    unused,
+)
 from harness.config import ConfigError, RunConfig
 from harness.stop import passed_on
 
@@ -56,19 +66,28 @@ class GridSweeper(BasicSweeper):
                 f"it: python -m harness {typed}"
             )
         loader = self.hydra_context.config_loader
+        compose = partial(loader.load_sweep_config, self.config)
         jobs = combinations(self.grids, self._parse_config(), arguments, loader)
-        jobs, runs, same = check(jobs, partial(loader.load_sweep_config, self.config))
+        jobs, without = unused.left_out(jobs, compose)
+        if without:
+            print(without)
+        jobs, runs, same = check(jobs, compose)
         if same:
             print(f"left out, since another of these runs is the same: {same}")
         folder = Path(self.config.hydra.sweep.dir)
+        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         results.write_atomically(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        return self._do(jobs, runs)
+        done = self._do(jobs, runs)
+        if folder in made and all(outcome.status == "refused" for outcome in done):
+            _clear(folder, made)
+        return done
 
     def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launch.Outcome]:
         """What the sweep is for: its runs, once each."""
         folders = dict.fromkeys(str(run.run_dir.parent) for run in runs)
-        print(f"{len(jobs)} runs -> {', '.join(folders)}", flush=True)
+        many = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
+        print(f"{many} -> {', '.join(folders)}", flush=True)
         if said := _warn_of_few_seeds(runs):
             print(f"warning: {said}", flush=True)
         done = self._launch(jobs, runs)
@@ -121,6 +140,15 @@ def _warn_of_few_seeds(runs: list[RunConfig]) -> str | None:
     return ranking.warn_of_few_seeds((naming.configuration(run), run.seed) for run in moved)
 
 
+def _clear(folder: Path, made: list[Path]) -> None:
+    """Leave nothing of a sweep whose every run was refused, in folders that were made for it."""
+    for name in ("multirun.yaml", results.SWEEP_NAME):
+        (folder / name).unlink(missing_ok=True)
+    for parent in made:
+        with suppress(OSError):  # a tracker's log is there
+            parent.rmdir()
+
+
 def _write_down(runs: list[RunConfig], refused: dict[Path, str]) -> None:
     """Of every experiment which runs it has to have, and why one was refused, for the report."""
     found: dict[Path, dict[str, str]] = {}
@@ -165,8 +193,9 @@ def check(
         shown = " ".join(launch.without_own(overrides))
         try:
             run = composition.from_hydra(compose(list(overrides)))
+            unused.refuse_targets(overrides, run)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(f"[{shown}] {composition.explain(error)}") from error
+            raise ConfigError(f"[{shown}] {mistakes.explain(error)}") from error
         own = (naming.identity(run), overrides, run)
         identity, first, _ = kept.setdefault(run.run_dir, own)
         if identity != naming.identity(run):

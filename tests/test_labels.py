@@ -59,13 +59,12 @@ def test_a_model_and_a_text_of_ones_own_have_the_names_of_their_files(make_run, 
     folder = tmp_path / "my_model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "notes.txt").write_text("text")
-    run = make_run(
-        "model=local", f"model.path={folder}", "data=text_files", f"data.path={tmp_path}/notes.txt"
-    )
+    (tmp_path / "notes.txt").write_text("one|two|three")
+    text = ["data=text_files", "data.document_separator='|'"]
+    run = make_run("model=local", f"model.path={folder}", *text, f"data.path={tmp_path}/notes.txt")
     assert labels.of_model(run.model) == "my_model"
     assert labels.of_text(run.data) == "notes.txt"
-    other = make_run("data=text_files", f"data.path={tmp_path}/*.txt")
+    other = make_run(*text, f"data.path={tmp_path}/*.txt")
     assert labels.of_text(other.data) == "*.txt"
     task = make_run("data=e2e_nlg", f"data.path={tmp_path}/notes.txt", "data.id=null")
     assert labels.of_text(task.data) == "e2e_nlg"

@@ -184,9 +184,15 @@ def test_the_width_is_read_from_a_models_own_files(make_run, tmp_path):
     assert run.train.lr == 5e-5 and run.train.lr_from == "default: width 2000"
 
 
+def three_documents(folder):
+    """The overrides of a text of one's own."""
+    (folder / "a.txt").write_text("one|two|three")
+    path = f"data.path={folder}/a.txt"
+    return ["data=text_files", path, "data.document_separator='|'"]
+
+
 def test_auto_finds_a_search_of_ones_own(make_run, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("text")
-    mine = ["data=text_files", f"data.path={tmp_path}/a.txt", "method=full", "train.steps=80"]
+    mine = [*three_documents(tmp_path), "method=full", "train.steps=80"]
     first = make_run("train.lr=auto", *mine)
     setting = rates.setting_of(first.model, first.data, vars(first.train))
     (tmp_path / "rates").mkdir()
@@ -223,8 +229,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 
 
 def test_other_models_and_texts_are_told(make_run, file, tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    mine = ["data=text_files", f"data.path={tmp_path}/a.txt"]
+    mine = three_documents(tmp_path)
     said = make_run("train.lr=tuned", f"train.rates={file}", "method=full", *mine).train.lr_from
     assert "data.name=kjv" in said and "data.path" in said
     said = make_run("train.lr=tuned", f"train.rates={file}", "method=full", "model=gpt2").train

@@ -89,6 +89,10 @@ def server():
         found.shutdown()
 
 
+def key_for(port):
+    return {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "a" * 40}
+
+
 def sync(tree, experiment, port):
     """`make wandb-sync` in a tree of its own: its rule as it is, by the shell that make calls."""
     rule = re.search(r"^wandb-sync: .*\n(\t.*\n)", (REPOSITORY / "Makefile").read_text(), re.M)
@@ -101,22 +105,24 @@ def sync(tree, experiment, port):
     return subprocess.run(
         ["make", "wandb-sync", f"EXPERIMENT={experiment}"],
         cwd=tree, capture_output=True, text=True, timeout=120,
-        env=os.environ | {
-            "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "a" * 40,
-        },
+        env=os.environ | key_for(port),
     )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["plain", "a b"])
-def test_every_run_is_uploaded_once(tmp_path, place):
+def test_every_run_is_uploaded_once(tmp_path, place, capsys):
     tree = tmp_path / place
     folder = sweep(tree / "outputs" / "exp", 3)
     with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
         pass
+    told = capsys.readouterr().out.partition("to upload: ")[2].strip()
     offline = read(folder)
     with server() as there:
-        done = sync(tree, "exp", there.server_port)
+        done = subprocess.run(  # the line that the tracker says, from another folder
+            told, shell=True, cwd="/", capture_output=True, text=True, timeout=120,
+            env=os.environ | key_for(there.server_port),
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         first = len(there.asked), len(there.streamed), len(there.uploaded)
         again = sync(tree, "exp", there.server_port)

@@ -106,7 +106,7 @@ def test_thirty_runs_are_thirty_runs_and_a_summary(tmp_path, capsys):
     with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
         pass
     said = capsys.readouterr().out
-    assert said.startswith("wandb: 30 runs offline in ") and "make wandb-sync" in said
+    assert said.startswith("wandb: 30 runs offline in ") and "; to upload: cd " in said
     found = read(folder)
     assert {name: len(runs) for name, runs in found.items()} == (
         {f"r8-s{seed}": 1 for seed in range(30)} | {"exp: summary": 1}

@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from harness import roles
+from harness import peft_fields, roles
 from harness.config import (
     ConfigError,
     FullMethod,
@@ -164,17 +164,13 @@ def peft_class(method: PeftMethod) -> type[peft.PeftConfig]:
     return classes[name]
 
 
-# These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
-_OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")
-
-
 def _takes_matrices(method: PeftMethod, config_class: type) -> bool:
     """Whether `targets` says what the method adapts; or else PEFT's default or its own fields."""
     hint = get_type_hints(config_class).get("target_modules")
     if hint is None or "target_modules" in method.fields:
         return False
     lists = any(get_origin(one) is list for one in get_args(hint))
-    return lists and method.peft_type.upper() not in _OTHER_MODULES
+    return lists and method.peft_type.upper() not in peft_fields.OTHER_MODULES
 
 
 ADAPTERS = {

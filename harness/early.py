@@ -1,0 +1,57 @@
+"""Mistakes that are found in a second, before a run's directory is made: what needs no torch.
+
+The worker finds the same ones again, and the others, on the model itself.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+from harness import contents, documents, known_shapes, peft_fields, records
+from harness.config import ConfigError, DataConfig, RunConfig
+
+WHOLE_BYTES = 16 * 2**20  # a text up to this size is read as a run will read it
+RECORDS = 1000  # of each file of a larger one, the first so many
+
+
+def check(run: RunConfig) -> None:
+    """A run's shapes, PEFT fields and text.
+
+    Raises:
+        ConfigError: as the run itself would.
+    """
+    peft_fields.check(run.method)
+    known_shapes.check(run)
+    for key, cfg in contents.texts(run):
+        if cfg.source in ("text_files", "pairs") and cfg.path:
+            files = records.find_files(cfg.path)
+            stamp = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+            trained = documents.SPLITS if run.evaluate.test else documents.SPLITS[:2]
+            _check_text(json.dumps(vars(cfg)), trained if key == "data" else ("test",), stamp)
+
+
+@lru_cache(maxsize=64)  # the runs of a sweep share a text
+def _check_text(
+    described: str, splits: tuple[str, ...], stamp: tuple[tuple[str, int, int], ...]
+) -> None:
+    cfg = DataConfig(**json.loads(described))
+    files = [Path(name) for name, _, _ in stamp]
+    small = sum(size for _, _, size in stamp) <= WHOLE_BYTES
+    if small and cfg.source == "text_files":
+        documents.read(cfg, splits)
+        return
+    for file in files:
+        if records.kind(file) in (".jsonl", ".csv", ".parquet") or (
+            small and records.kind(file) == ".json"
+        ):
+            for _ in islice(records.records(file), None if small else RECORDS):
+                pass
+    whole = cfg.source == "text_files" and not cfg.document_separator and len(files) < 3
+    if whole and all(records.kind(file) == ".txt" for file in files):
+        raise ConfigError(
+            f"{len(files)} document(s) cannot be split into train, validation and test: give at "
+            "least 3 files or records, or set data.document_separator to split a .txt file"
+        )
