@@ -268,6 +268,7 @@ class EvaluateConfig:
     # Further texts, whose test split is evaluated before and after adaptation.
     also: dict[str, DataConfig] = field(default_factory=dict)
     generate: GenerateConfig | None = None  # after test, complete its prompts, and score them
+    classify: str = "auto"  # auto | always | never: accuracy by the likelihood of the labels
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,9 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
         "test/perplexity": "quality.test.perplexity",
         "test/word_perplexity": "quality.test.word_perplexity",
         "test/bits_per_byte": "quality.test.bits_per_byte",
+        "validation/accuracy": "quality.classification.validation.accuracy",
+        "test/accuracy": "quality.classification.test.accuracy",
+        "test/majority_accuracy": "quality.classification.test.majority_accuracy",
     } | {f"test/{name}": f"quality.generation.{name}" for name in nlg.METRICS}
     found = {name: results.get(record, path) for name, path in paths.items()}
     for text, quality in (results.get(record, "quality.also") or {}).items():

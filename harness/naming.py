@@ -31,7 +31,7 @@ _LATER = {
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
     ),
     "targets": ("roles",),
-    "evaluate": ("generate", "protocol", "prefix"),
+    "evaluate": ("generate", "protocol", "prefix", "classify"),
 }  # fmt: skip
 NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 

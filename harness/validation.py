@@ -38,6 +38,7 @@ CHOICES = {
     "train.on_oom": ("halve", "fail"),
     "evaluate.prefix": ("auto", "bos", "eos", "none"),
     "evaluate.protocol": ("documents", "hf_guide", "lm_eval", "gpt2_paper"),
+    "evaluate.classify": ("auto", "always", "never"),
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
@@ -197,6 +198,11 @@ def validate(run: RunConfig) -> None:
         )
     if ev.generate is not None:
         _validate_generate(run)
+    if ev.classify == "always" and data.source != "pairs":
+        raise ConfigError(
+            f"evaluate.classify=always: data={data.name} has no completions to choose from; use a "
+            "data set of pairs (data=pairs), or evaluate.classify=auto"
+        )
     _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
     _require(
         ev.batch_tokens is None or ev.batch_tokens > 0,
