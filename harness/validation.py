@@ -27,7 +27,13 @@ TRACKERS = {  # Accelerate's names, and the options of conf/tracker
     "wandb": ("project", "entity", "mode", "adapters", "patience"),
     "tensorboard": ("patience",),
     "trackio": ("project", "patience"),
+    "mlflow": ("uri", "patience"),
+    "comet_ml": ("project", "init", "patience"),
+    "clearml": ("project", "init", "patience"),
+    "aim": ("init", "patience"),
+    "swanlab": ("project", "init", "patience"),
 }
+WITH_AN_EXTRA = ("wandb", "tensorboard", "trackio")  # of pyproject.toml
 SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
     "data.source": (*SOURCES, "pairs"),
@@ -312,7 +318,8 @@ def _validate_tracker(run: RunConfig) -> None:
         if name not in TRACKERS:
             raise ConfigError(f"tracker.{name}: {nearest(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"tracker={name} is not installed: pip install -e '.[{name}]'")
+            what = f"-e '.[{name}]'" if name in WITH_AN_EXTRA else name
+            raise ConfigError(f"tracker={name} is not installed: pip install {what}")
         known = TRACKERS[name]
         if not isinstance(asked, dict):
             raise ConfigError(f"tracker.{name}={asked}: expected options: {', '.join(known)}")
