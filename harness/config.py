@@ -313,6 +313,13 @@ class RunConfig(RootConfig):
     launch: LaunchConfig
     tracker: dict[str, Any]  # conf/tracker: options by the tracker's name
 
+    def __repr__(self) -> str:
+        from harness import labels, naming  # which need the schemas
+
+        steps = f", {self.train.steps} steps" if self.method.trains else ""
+        model, text = labels.of_model(self.model), labels.of_text(self.data)
+        return f"RunConfig({naming.run_name(self)}: {model} on {text}{steps})"
+
     @property
     def evaluation_context(self) -> int:
         """Tokens of evaluation's window."""
