@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import os
 import subprocess
 import sys
@@ -121,9 +122,7 @@ def _validation(run_dir: Path) -> str:
     rows = [row for row in results.read_metrics(run_dir) if row.get("eval/validation/nll")]
     if not rows:
         return ""
-    from math import exp
-
-    return f", validation perplexity {exp(min(700, rows[-1]['eval/validation/nll'])):.2f}"
+    return f", validation perplexity {math.exp(min(700, rows[-1]['eval/validation/nll'])):.2f}"
 
 
 class Result(dict[str, Any]):
