@@ -85,7 +85,11 @@ def main() -> int:
 
 
 def program() -> int:
-    """The console script `harness`; returns the exit status."""
+    """The console script `harness`; returns the exit status. `harness serve` is harness.serve."""
+    if sys.argv[1:2] == ["serve"]:
+        from harness import serve
+
+        return ended(lambda: serve.main(sys.argv[2:]))
     return ended(main)
 
 

@@ -1,9 +1,11 @@
-"""The harness from Python, for notebooks: `from harness import compose, plan, run, collect`."""
+"""The harness from Python, for scripts and notebooks: compose, plan, run, sweep, report, collect.
+
+In a notebook `run` and `sweep` show in the cell how far they are (`harness.notebook`).
+"""
 
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import threading
 import warnings
@@ -23,8 +25,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness import launch, mistakes, results, tracking, unused
-from harness.config import CONF_DIR, ConfigError, RunConfig
+from harness import launch, mistakes, notebook, results, tracking, unused
+from harness.config import CONF_DIR, ConfigError, RunConfig, nearest
 from hydra_plugins.harness_grids import check, combinations
 
 if TYPE_CHECKING:
@@ -32,6 +34,30 @@ if TYPE_CHECKING:
 
 _composing = threading.Lock()  # Hydra's version is the process's
 COMMAND = "harness.run() of Python; config.yaml has all of it"
+UNITS = {
+    "_bytes": "bytes",
+    "_seconds": "seconds",
+    "_percent": "%",
+    "tokens_per_second": "tokens/second",
+    "bits_per_byte": "bits/byte",
+    "log_loss": "nats/example",
+    "accuracy": "share",
+    "majority_accuracy": "share",
+    "accuracy_low": "share",
+    "accuracy_high": "share",
+    "word_perplexity": "per word",
+    "perplexity": "per token",
+    "perplexity_low": "per token",
+    "perplexity_high": "per token",
+    "trainable": "parameters",
+    "num_tokens": "tokens",
+    "num_examples": "examples",
+    "seeds": "runs",
+    "runs_beside": "runs",
+}  # by the end of a column's name
+COUNTS = ("trainable", "num_tokens", "num_examples", "seeds", "runs_beside")  # whole numbers
+TEXTS = ("name", "label", "targets", "lr_from", "also", "runs", "no_interval", "varies_over",
+         "rank")  # fmt: skip
 
 
 class RunFailedError(RuntimeError):
@@ -143,19 +169,63 @@ def run(run: RunConfig) -> dict[str, Any]:
         ConfigError: its directory cannot be written, or holds another configuration's run.
         RunFailedError: it did not finish.
     """
-    with tracking.Beside([run], sweep=False):
-        outcome = launch.launch(run, COMMAND)
+    with tracking.Beside([run], sweep=False), notebook.shown([run], alone=True):
+        outcome = launch.launch(run, COMMAND, quiet=notebook.has_cell())
     record = results.read(outcome.run_dir)
     if outcome.exit_code or record is None:
         raise RunFailedError(outcome.summary())
-    return record
+    return notebook.Result(record)
+
+
+def sweep(*overrides: str) -> notebook.Report:
+    """Do every run that `python -m harness -m` would make of these arguments, one after another.
+
+    What is finished is not done again; a run that fails stops no other, and the report names it.
+
+    Raises:
+        ConfigError: as `compose` does, before the first run; also for runs of several experiments.
+    """
+    runs = compose(*overrides)
+    folders = {run.run_dir.parent: None for run in runs}
+    if len(folders) > 1:
+        raise ConfigError(
+            f"a sweep is one experiment, and these runs are of {', '.join(map(str, folders))}: "
+            "give one experiment_name and one outputs_dir"
+        )
+    (folder,) = folders
+    told = {run.run_dir.name: "" for run in runs}
+    results.write_sweep(folder, told)
+    with tracking.Beside(runs, sweep=True), notebook.shown(runs, alone=False):
+        for one in runs:
+            try:
+                launch.launch(one, COMMAND, sweep=True)
+            except ConfigError as error:
+                told[one.run_dir.name] = str(error)
+    if any(told.values()):
+        results.write_sweep(folder, told)
+    return notebook.report(folder, [run.run_dir for run in runs])
+
+
+def report(folder: str | Path) -> notebook.Report:
+    """The table and figures of an experiment, to be shown in a notebook, and its page.
+
+    Raises:
+        ConfigError: there is no such folder, or no run in it.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        there = [p.name for p in path.parent.glob("*") if p.is_dir()]
+        raise ConfigError(f"no folder {path}; {nearest(path.name, there)}")
+    return notebook.report(path)
 
 
 def collect(folder: str | Path) -> pd.DataFrame:
     """A row a configuration with a finished run in `folder`: the columns of its results.csv.
 
-    Text stays text, whatever it looks like, and numbers numbers; what is not there is NaN. Only
-    method.rank, which is text in a result ("8", "full"), is a number where every row has one.
+    Types depend on the column and not on what is in it: text is `string`, counts are `Int64`, other
+    numbers `float64`, and what is not there is NA. Only method.rank, which is text in a result
+    ("8", "full"), is a count where every row has a number. `frame.attrs["units"]` has the unit of
+    every column that has one.
 
     Raises:
         ConfigError: there is no such folder, or no finished run in it.
@@ -166,17 +236,37 @@ def collect(folder: str | Path) -> pd.DataFrame:
     if not found.rows:
         raise ConfigError(f"{folder}: no finished run; outputs/<experiment_name> has an experiment")
     names, lines = summary.results_lines(found)
-    frame = pd.DataFrame(
-        [[math.nan if value is None else value for value in line] for line in lines], columns=names
-    )
-    with suppress(ValueError):
-        frame["method.rank"] = pd.to_numeric(frame["method.rank"])
+    frame = pd.DataFrame(dict(zip(names, map(list, zip(*lines, strict=True)), strict=True)))
+    for name in names:
+        frame[name] = _typed(frame[name])
+    with suppress(ValueError, TypeError):
+        frame["method.rank"] = pd.to_numeric(frame["method.rank"]).astype("Int64")
+    frame.attrs["units"] = {name: unit for name in names if (unit := _unit(name))}
     return frame
 
 
 def without_flag(arguments: Iterable[str]) -> list[str]:
     """Overrides for `compose`, which needs no -m to take several values."""
     return [text for text in arguments if text not in ("-m", "--multirun")]
+
+
+def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
+    """A column of results.csv by what it is; of counts, means over seeds may be no whole number."""
+    last = str(column.name).rpartition(".")[2]
+    there = [value for value in column if value is not None and value == value]
+    if last in TEXTS or any(isinstance(value, str) for value in there):
+        return column.astype("string")
+    numbers = column.astype("float64")
+    whole = all(value == int(value) for value in there)
+    return numbers.astype("Int64") if last in COUNTS and whole else numbers
+
+
+def _unit(name: str) -> str | None:
+    last = name.rpartition(".")[2]
+    ends = sorted(UNITS, key=len, reverse=True)
+    return next(
+        (UNITS[end] for end in ends if last == end or (end[0] == "_" and last.endswith(end))), None
+    )
 
 
 def _is_sweep(text: str) -> bool:

@@ -107,6 +107,17 @@ def front_matter(run: Saved, exported: Exported) -> str:
         for name in ("perplexity", "bits_per_byte")
     ]
     found += [("test", name, label, written.get(name), None) for name, label in METRICS.items()]
+    found += [
+        (
+            split,
+            name,
+            name.replace("_", " "),
+            get(run.record, f"quality.classification.{split}.{name}"),
+            None,
+        )
+        for split in ("validation", "test")
+        for name in ("accuracy", "macro_f1")
+    ]
     measured = [
         EvalResult(
             task_type="text-generation",
@@ -249,6 +260,15 @@ def _perplexities(record: dict[str, Any], is_task: bool) -> str:
         lines += [
             "",
             f"Of completions of {written['num_prompts']} test prompts: {', '.join(scores)}.",
+        ]
+    found = get(record, "quality.classification.test")
+    if found and found["accuracy"] is not None:
+        lines += [
+            "",
+            f"Accuracy by the likelihood of the labels: {found['accuracy']:.1%} of "
+            f"{found['num_examples']:,} test examples (95 % over examples: "
+            f"{found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}); always the majority "
+            f"label: {found['majority_accuracy']:.1%}.",
         ]
     if protocol := get(record, "quality.test_protocol"):
         headline = protocol["headline"]

@@ -280,6 +280,7 @@ class EvaluateConfig:
     # Further texts, whose test split is evaluated before and after adaptation.
     also: dict[str, DataConfig] = field(default_factory=dict)
     generate: GenerateConfig | None = None  # after test, complete its prompts, and score them
+    classify: str = "auto"  # auto | always | never: accuracy by the likelihood of the labels
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,13 @@ class RunConfig(RootConfig):
     evaluate: EvaluateConfig
     launch: LaunchConfig
     tracker: dict[str, Any]  # conf/tracker: options by the tracker's name
+
+    def __repr__(self) -> str:
+        from harness import labels, naming  # which need the schemas
+
+        steps = f", {self.train.steps} steps" if self.method.trains else ""
+        model, text = labels.of_model(self.model), labels.of_text(self.data)
+        return f"RunConfig({naming.run_name(self)}: {model} on {text}{steps})"
 
     @property
     def evaluation_context(self) -> int:

@@ -2,7 +2,8 @@
 
     python -m harness.follow NAME     started by `harness.tracking`, which tells of the runs
 
-It reads metrics.jsonl and result.json at idle priority, until its standard input ends.
+It reads metrics.jsonl and result.json at idle priority, until its standard input ends;
+`harness.trackers` has the trackers.
 
 W&B's conventions: group is the experiment, job_type the method, tags are model and data; tokens are
 the step axis; the summary has plain names (test/perplexity, parameters/trainable, memory/peak_gib).
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import nlg, results
+from harness import results, trackers
 
 PERIOD_SECONDS = 1.0
 ENDED = ("finished", "failed", "interrupted")
@@ -81,21 +82,32 @@ class Followed:
 
 
 class Follower:
-    """Hands what runs write to trackers; `make` starts one for a run."""
+    """Hands what runs write to trackers; `make` starts one for a run.
+
+    Where a process has one run of the tracker at a time, a run that goes on beside another is read
+    from its files when the other has ended.
+    """
 
     def __init__(self, name: str, spec: dict[str, Any], make: Any) -> None:
         self.make = make
+        self.one_at_a_time = name in trackers.ONE_AT_A_TIME
         self.followed = [Followed(Path(d), Path(d) / f".tracked-{name}.json") for d in spec["runs"]]
         for one in self.followed:
             one.load()
 
-    def look(self) -> None:
-        """Read what is new of every run."""
-        for one in self.followed:
+    def look(self, *, last: bool = False) -> None:
+        """Read what is new of every run; the `last` time, what is open then is left as it is."""
+        for one in sorted(self.followed, key=lambda one: one.tracker is None):
+            waits = self.one_at_a_time and one.tracker is None
+            if waits and any(other.tracker is not None for other in self.followed):
+                continue
             try:
                 self._look(one)
             except FileNotFoundError:
                 continue  # a run directory that is being cleared
+            if last and self.one_at_a_time and one.tracker is not None:
+                one.tracker.leave()
+                one.tracker = None
 
     def _look(self, one: Followed) -> None:
         path = one.run_dir / results.FILE_NAME
@@ -131,106 +143,6 @@ class Follower:
     def _end(self, one: Followed, record: dict[str, Any]) -> None:
         one.tracker.end(one.run_dir, record)
         one.ended, one.tracker = record["status"], None
-
-
-class Adapter:
-    """Accelerate's tracker for one run, with the harness's conventions."""
-
-    def __init__(
-        self, name: str, spec: dict[str, Any], record: dict[str, Any], one: Followed
-    ) -> None:
-        from accelerate import PartialState, tracking  # imports torch: here, at idle priority
-
-        PartialState(cpu=True)  # which Accelerate's logging asks for
-        self.name, self.options = name, spec["options"]
-        run = record["run"]["name"]
-        settings = {**record["config"], "method": record["config"]["method"] | record["method"]}
-        if name == "wandb":
-            import wandb
-
-            self.inner = tracking.WandBTracker(
-                self.options["project"], entity=self.options["entity"], mode=spec["mode"],
-                dir=spec["folder"], id=one.id, resume="allow", name=run, group=spec["experiment"],
-                job_type=record["method"]["label"], tags=_tags(record), config=settings,
-                reinit="create_new", save_code=False,
-                settings=wandb.Settings(init_timeout=15, x_disable_stats=True, console="off"),
-            )  # fmt: skip
-        elif name == "tensorboard":
-            folder = Path(spec["folder"]) / "tensorboard"
-            self.inner = tracking.TensorBoardTracker(run, logging_dir=folder)
-        else:
-            from trackio import context_vars
-
-            context_vars.current_run.set(None)  # or it ends the run that is under way beside it
-            self.inner = tracking.TrackioTracker(
-                self.options["project"], name=run, group=spec["experiment"], config=settings,
-                resume="allow" if one.last else "never", auto_log_cpu=False, auto_log_gpu=False,
-            )  # fmt: skip
-        self.inner.start()
-        if name == "wandb":
-            for metrics in ("train/*", "eval/*"):
-                self.inner.tracker.define_metric(metrics, step_metric="tokens")
-        elif name == "tensorboard":
-            self.inner.tracker.add_text("config", f"```json\n{json.dumps(settings, indent=1)}\n```")
-
-    def log(self, values: dict[str, Any], tokens: int) -> None:
-        """One row of metrics."""
-        if self.name == "wandb":
-            self.inner.log(values)  # with its tokens, which define_metric makes the step axis
-        else:
-            self.inner.log({k: v for k, v in values.items() if "/" in k}, step=tokens)
-
-    def end(self, run_dir: Path, record: dict[str, Any]) -> None:
-        """The summary, the adapter, and the end of the run."""
-        values = summary(record)
-        if self.name != "wandb":
-            self.inner.log(values, step=results.last_metrics(run_dir).get("tokens", 0))
-            self.inner.finish()
-            return
-        run = self.inner.tracker
-        run.summary.update(values | {"status": record["status"]})
-        if self.options["adapters"] and (run_dir / "adapter").is_dir():
-            import wandb
-
-            metadata = {
-                "method": record["method"],
-                "data": record["data"],
-                "model": record["model"],
-            }
-            artifact = wandb.Artifact(f"adapter-{run.id}", "adapter", metadata=metadata | values)
-            artifact.add_dir(str(run_dir / "adapter"))
-            run.log_artifact(artifact)
-        run.finish(exit_code=0 if record["status"] == "finished" else 1)
-
-
-def _tags(record: dict[str, Any]) -> list[str]:
-    return [record["model"]["name"], record["data"]["name"]]
-
-
-def summary(record: dict[str, Any]) -> dict[str, float]:
-    """A result's numbers under plain names."""
-    paths = {
-        "parameters/trainable": "parameters.trainable",
-        "parameters/total": "parameters.total",
-        "parameters/trainable_percent": "parameters.trainable_percent",
-        "speed/tokens_per_second": "speed.tokens_per_second",
-        "speed/train_seconds": "speed.train_seconds",
-        "step0/perplexity": "quality.step0.validation.perplexity",
-        "validation/perplexity": "quality.validation.perplexity",
-        "test/perplexity": "quality.test.perplexity",
-        "test/word_perplexity": "quality.test.word_perplexity",
-        "test/bits_per_byte": "quality.test.bits_per_byte",
-    } | {f"test/{name}": f"quality.generation.{name}" for name in nlg.METRICS}
-    found = {name: results.get(record, path) for name, path in paths.items()}
-    for text, quality in (results.get(record, "quality.also") or {}).items():
-        for when, value in quality.items():
-            found[f"{text}/perplexity_{when}"] = value["perplexity"]
-    memory = record.get("memory") or {}
-    categories = memory.get("by_category") or {}
-    sizes = {"memory/peak_gib": memory.get("peak_bytes")}
-    sizes |= {f"memory/{name}_gib": size for name, size in categories.items()}
-    found |= {name: size / 2**30 for name, size in sizes.items() if size is not None}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def unreachable() -> str | None:
@@ -271,10 +183,10 @@ def main(name: str) -> int:
             spec["mode"] = "offline"
         if spec["sweep"]:  # loaded while the runs leave a core idle, and not when all wait for it
             importlib.import_module("harness.report.files")
-    follower = Follower(name, spec, lambda record, one: Adapter(name, spec, record, one))
+    follower = Follower(name, spec, lambda record, one: trackers.Adapter(name, spec, record, one))
     last = False
     while True:
-        follower.look()
+        follower.look(last=last)
         if last:
             break
         last = over.wait(PERIOD_SECONDS)
@@ -294,8 +206,10 @@ def main(name: str) -> int:
     elif name == "trackio":
         here = f"TRACKIO_DIR={shlex.quote(os.environ.get('TRACKIO_DIR', str(folder / 'trackio')))}"
         said = f"{count} runs; {here} trackio show --project {spec['options']['project']}"
-    else:
+    elif name == "wandb":
         said = f"{count} runs in project {spec['options']['project']}"
+    else:
+        said = f"{count} runs; {trackers.where(name, spec)}"
     print(f"tracked: {said}", flush=True)
     return 0
 

@@ -139,8 +139,10 @@ def _cores_left_by(launcher: Any) -> int | None:
     return 1 if OmegaConf.select(launcher, "ray") else None  # Ray's own default
 
 
-def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
+def launch(run: RunConfig, command: str, *, sweep: bool = False, quiet: bool = False) -> Outcome:
     """Do `run` in a fresh process and wait for it; what is finished is not done again.
+
+    The worker of a run by itself draws a bar, unless it is to be `quiet`.
 
     A run that was cut goes on from its last checkpoint. In a sweep, one that failed before is left
     as it is, unless `retry` asks for further attempts or it is of `results.NOT_LEFT`.
@@ -161,7 +163,7 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False) -> Outcome:
     if claim is None:
         return Outcome(run_dir, "busy", f"{lock.holder(run_dir)} is at {run_dir}")
     try:
-        outcome = _launch(run, command, claim, sweep)
+        outcome = _launch(run, command, claim, sweep, quiet)
         return _undone(outcome, made) if outcome.failure_class == "config" else outcome
     finally:
         claim.release()
@@ -208,7 +210,7 @@ def _further_rank(run: RunConfig) -> Outcome:
     return Outcome(run.run_dir, "finished" if code == 0 else "failed")
 
 
-def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Outcome:
+def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool, quiet: bool) -> Outcome:
     run_dir = run.run_dir
     found = results.read(run_dir)
     same = found is not None and is_same(found, run)
@@ -250,7 +252,7 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool) -> Out
             prepare(run, command, go_on=go_on, micro_batch=micro_batch)
         except OSError as error:
             return _unwritable(run, error)
-        outcome = _attempt(run, claim, quiet=sweep)
+        outcome = _attempt(run, claim, quiet=sweep or quiet)
         go_on = True
         fewer = config.smaller_micro_batch(run, micro_batch or run.train.micro_batch)
         # What the worker had no time to do by itself, and ranks do not do one without the others.

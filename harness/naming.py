@@ -32,7 +32,7 @@ _LATER = {
     ),
     "targets": ("roles",),
     "train": ("max_seconds", "max_flops", "early_stopping"),
-    "evaluate": ("generate", "protocol", "prefix"),
+    "evaluate": ("generate", "protocol", "prefix", "classify"),
 }  # fmt: skip
 NOT_IDENTITY_OF_TRAINING = (  # epochs are in the steps
     "on_oom", "checkpoint_every", "rates", "lr_from", "epochs",

@@ -73,6 +73,16 @@ class Prediction:
     train_flops_per_token: float
     evaluate_flops_per_token: float
 
+    def __repr__(self) -> str:
+        parts = (self.train or self.evaluate)["by_category"]
+        sizes = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in parts.items() if size)
+        flops = self.train_flops_per_token or self.evaluate_flops_per_token
+        return (
+            f"Prediction({self.parameters.trainable:,} of {self.parameters.total:,} parameters "
+            f"train; {self.peak_bytes / 2**20:.1f} MiB at peak: {sizes}; "
+            f"{flops / 1e6:,.1f} MFLOP a token)"
+        )
+
     @property
     def peak_bytes(self) -> int:
         """As a result's memory.peak_bytes: of a training step, or of evaluation without one."""

@@ -14,7 +14,10 @@ quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, w
 bits_per_byte}, quality.also.NAME.{before, step0, after} with the same (the base, the adapted model
 before its first step where that is another, and after), quality.test_protocol
 (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
-num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride,
+num_prompts, num_tokens, seconds, tokens_per_second},
+quality.classification.{labels, majority} and of validation and test quality.classification.SPLIT.
+{accuracy, accuracy_low, accuracy_high, macro_f1, log_loss, majority_accuracy, num_examples,
+num_unseen} (`harness.classify`), evaluation.{context, stride,
 prefix.{name, id}, tokenizer}, environment.{commit, versions, hardware, sharded,
 runs_beside (null: not counted)}, saved (names of folders), saved_check.{nats_per_token, failure}
 (`harness.reloaded`), model.weights.{random, left_out} (with model.strict=false), problems (what

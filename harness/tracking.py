@@ -97,8 +97,9 @@ def _environment(folder: Path) -> dict[str, str]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     silent = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "GRPC_VERBOSITY": "ERROR"}
     silent |= {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    private = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}  # what was not asked for
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "FORK_", "TORCHELASTIC_")
     own = {k: v for k, v in os.environ.items() if not k.startswith(ranks)}  # it is no rank
     # Trackio keeps its database in the sweep's folder, and asks no hub whose token this is.
     local = {"TRACKIO_DIR": str(folder.resolve() / "trackio"), "HF_HUB_OFFLINE": "1"}
-    return local | own | threads | silent
+    return private | local | own | threads | silent

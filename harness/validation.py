@@ -28,7 +28,13 @@ TRACKERS = {  # Accelerate's names, and the options of conf/tracker
     "wandb": ("project", "entity", "mode", "adapters", "patience"),
     "tensorboard": ("patience",),
     "trackio": ("project", "patience"),
+    "mlflow": ("uri", "patience"),
+    "comet_ml": ("project", "init", "patience"),
+    "clearml": ("project", "init", "patience"),
+    "aim": ("init", "patience"),
+    "swanlab": ("project", "init", "patience"),
 }
+WITH_AN_EXTRA = ("wandb", "tensorboard", "trackio")  # of pyproject.toml
 SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
     "data.source": (*SOURCES, "pairs"),
@@ -39,6 +45,7 @@ CHOICES = {
     "train.on_oom": ("halve", "fail"),
     "evaluate.prefix": ("auto", "bos", "eos", "none"),
     "evaluate.protocol": ("documents", "hf_guide", "lm_eval", "gpt2_paper"),
+    "evaluate.classify": ("auto", "always", "never"),
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
@@ -208,6 +215,11 @@ def validate(run: RunConfig) -> None:
         )
     if ev.generate is not None:
         _validate_generate(run)
+    if ev.classify == "always" and data.source != "pairs":
+        raise ConfigError(
+            f"evaluate.classify=always: data={data.name} has no completions to choose from; use a "
+            "data set of pairs (data=pairs), or evaluate.classify=auto"
+        )
     _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
     _require(
         ev.batch_tokens is None or ev.batch_tokens > 0,
@@ -332,7 +344,8 @@ def _validate_tracker(run: RunConfig) -> None:
         if name not in TRACKERS:
             raise ConfigError(f"tracker.{name}: {nearest(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"tracker={name} is not installed: pip install -e '.[{name}]'")
+            what = f"-e '.[{name}]'" if name in WITH_AN_EXTRA else name
+            raise ConfigError(f"tracker={name} is not installed: pip install {what}")
         known = TRACKERS[name]
         if not isinstance(asked, dict):
             raise ConfigError(f"tracker.{name}={asked}: expected options: {', '.join(known)}")

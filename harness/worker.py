@@ -30,6 +30,7 @@ from accelerate.utils import set_seed
 from harness import (
     before,
     checkpoint,
+    classify,
     composition,
     contents,
     data,
@@ -219,6 +220,7 @@ def perform(
         }
         in_training, copies = overlap.of_further(run.evaluate.also, text.blocks, further, run.data)
         by_protocol = protocols.read(run, tokenizer)
+        task = classify.read(run, tokenizer, first.begins)
     context = run.evaluation_context
     stride = run.evaluate.stride or context
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}
@@ -233,7 +235,7 @@ def perform(
     said = [said for cfg in run.evaluate.also.values() for said in data.left_out(cfg)[1]]
     if in_training:
         result["data"]["further_in_training"] = in_training
-    said += copies
+    said += copies + (task.warnings if task else [])
     for warning in [*text.warnings, *said] if accelerator.is_main_process else []:
         log.warning(warning)
         print(f"warning: {warning}", file=sys.stderr)
@@ -380,6 +382,17 @@ def perform(
                 batch_tokens=held_out.batch_tokens,
                 batching=held_out.batching,
                 precision=precision,
+                accelerator=accelerator,
+            )
+    if task is not None:
+        with process.phase("evaluate"), kept_result(result, "evaluate.classify failed", when=alone):
+            result["quality"]["classification"] = task.measure(
+                prepared,
+                run_dir,
+                context=context,
+                stride=stride,
+                batch_tokens=held_out.batch_tokens,
+                batching=held_out.batching,
                 accelerator=accelerator,
             )
     if prompts and run.evaluate.generate:

@@ -175,8 +175,9 @@ names = [name for name in sys.modules if name.partition(".")[0] == "plan"]
 assert not names
 for name in ("plan", "api", "planning", "predict", "worker", "launch", "results"):
     __import__(f"harness.{name}")
-    assert [callable(getattr(harness, f)) for f in harness.__all__] == [True] * 4
-    assert {getattr(harness, f).__name__ for f in harness.__all__} == set(harness.__all__)
+    assert [callable(getattr(harness, f)) for f in harness.__all__] == [True] * 6
+    names = {getattr(harness, f).__name__.rpartition(".")[2] for f in harness.__all__}
+    assert names == set(harness.__all__)
 print("as before")
 """
 

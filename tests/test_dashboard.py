@@ -6,8 +6,8 @@ import pytest
 from test_report import put
 
 from harness import dashboard
-from harness.follow import summary
 from harness.report.axes import CATEGORIES, COLORS, TRACKED
+from harness.trackers import summary
 
 pytest.importorskip("wandb_workspaces")
 

@@ -313,7 +313,7 @@ def state_of(pid):
         (["tracker=wandbb"], "did you mean 'wandb'"),
         (["tracker=wandb", "tracker.wandb.mode=of"], "tracker.wandb.mode=of"),
         (["tracker=wandb", "+tracker.wandb.projet=x"], "did you mean 'project'"),
-        (["+tracker.mlflow={}"], "tracker.mlflow"),
+        (["+tracker.mlfow={}"], "did you mean 'mlflow'"),
     ],
 )
 def test_a_mistake_is_named(make_run, overrides, said):

@@ -2,6 +2,7 @@
 
 python -m harness.report outputs/main            tables here, and outputs/main/report/index.html
 python -m harness.report --watch outputs/main    the page, again and again while runs go on
+python -m harness.report outputs --index         outputs/index.html, one page over all experiments
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import time
 from pathlib import Path
 
 from harness import lock, results
-from harness.config import nearest
+from harness.config import ConfigError, nearest
 from harness.console import ended, reason
-from harness.report import evidence, files, summary
+from harness.report import evidence, files, index, summary
 
 PERIOD_SECONDS = 10
 
@@ -24,9 +25,13 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     watched = "--watch" in arguments
-    folders = [Path(a) for a in arguments if a != "--watch"]
-    if len(folders) != 1 or str(folders[0]).startswith("-"):
-        print("usage: python -m harness.report [--watch] OUTPUTS/EXPERIMENT", file=sys.stderr)
+    over_all = "--index" in arguments
+    folders = [Path(a) for a in arguments if a not in ("--watch", "--index")]
+    if len(folders) != 1 or str(folders[0]).startswith("-") or (over_all and watched):
+        print(
+            "usage: python -m harness.report [--watch] OUTPUTS/EXPERIMENT, or OUTPUTS --index",
+            file=sys.stderr,
+        )
         return 2
     folder = folders[0]
     if not folder.is_dir():
@@ -34,12 +39,18 @@ def main(arguments: list[str]) -> int:
         print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
         return 2
     try:
+        if over_all:
+            print(f"page: {index.write(folder)}")
+            return 0
         if watched:
             watch(folder)
         findings = evidence.find(folder)
         summary.tell(findings, full=True)
         if findings.rows:
             print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         raise
     except OSError as error:

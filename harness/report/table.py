@@ -40,9 +40,11 @@ COLUMNS = {
     "val": ("quality.validation.perplexity", ".2f"),
     "test": ("quality.test.perplexity", ".2f"),
 }
-SCORED = {  # where completions were generated (`harness.nlg`)
-    label: (f"quality.generation.{name}", ".2f") for name, label in nlg.METRICS.items()
-}
+CLASSIFIED = "quality.classification.test"
+SCORED = {  # where the task has labels (`harness.classify`), or completions were generated
+    "accuracy": (f"{CLASSIFIED}.accuracy", ".1%"),
+    "majority": (f"{CLASSIFIED}.majority_accuracy", ".1%"),
+} | {label: (f"quality.generation.{name}", ".2f") for name, label in nlg.METRICS.items()}
 WRITTEN = "quality.generation.tokens_per_second"  # likewise, in the CSV alone
 NUM_TEXT = 3  # the first columns, which are text
 SHOWN = {"train.lr"} | {
@@ -52,6 +54,10 @@ SHOWN = {"train.lr"} | {
 SHARED = "environment.runs_beside"
 MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
 LR_FROM = "method.lr_from"
+CLASSIFIED_CSV = tuple(  # likewise, in the CSV alone
+    f"{CLASSIFIED}.{name}"
+    for name in ("accuracy_low", "accuracy_high", "macro_f1", "log_loss", "num_examples")
+)
 CSV_ONLY = (
     "method.name",
     LR_FROM,
@@ -105,7 +111,7 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
     shown = [path for path, _ in (COLUMNS | SCORED).values()]
-    for path in [*shown, WRITTEN, *CSV_ONLY]:
+    for path in [*shown, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
         found = [results.get(result, path) for result in records]
         numbers = [v for v in found if isinstance(v, int | float)]
         if path == SHARED:  # the worst of the runs
@@ -266,6 +272,8 @@ def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) ->
     print()
     show(table)
     print(LEGEND)
+    if said := _of_labels(shown):
+        print(said)
     if "BLEU" in headings:
         print("BLEU to CIDEr: of the test set's prompts, completed by that model (harness/nlg.py).")
     records = [record for row in shown for record in row.records]
@@ -316,12 +324,32 @@ def _remarks_of(record: dict[str, Any]) -> Iterator[str]:
         yield "whether the model sees what it is to predict could not be told"
 
 
+def _of_labels(shown: Sequence[Row]) -> str:
+    """What accuracy is, and how far its interval reaches; "" where no row has one."""
+    found = [
+        quality
+        for row in shown
+        for record in row.records
+        if (quality := results.get(record, CLASSIFIED)) and quality["accuracy"] is not None
+    ]
+    if not found:
+        return ""
+    half = max(one["accuracy_high"] - one["accuracy_low"] for one in found) / 2
+    fewest, most = (f(one["num_examples"] for one in found) for f in (min, max))
+    count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    return (
+        f"accuracy: of {count} test examples, by the likelihood of the labels; ± {half:.1%} at\n"
+        "most (95 % over examples, seeds not counted). majority: always training's commonest label."
+    )
+
+
 def csv_lines(
     table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[str], list[list[Any]]]:
     """Columns by their path in result.json, and one line per configuration, with its runs."""
     names = [path for path, _ in columns(table).values()]
-    names += [WRITTEN] if any(row.values[WRITTEN] is not None for row in table) else []
+    for name in (WRITTEN, *CLASSIFIED_CSV):
+        names += [name] if any(row.values[name] is not None for row in table) else []
     names += [*CSV_ONLY, "seeds", "also"]
     found = []
     for row in table:
