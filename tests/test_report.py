@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,9 @@ from scipy import stats as scipy_stats
 
 from harness import lock, ranking, results
 from harness.config import REPOSITORY
-from harness.report import evidence, missing, summary, table, views
+from harness.report import evidence, figures, missing, setting, summary, table, views
 from harness.report.__main__ import main
+from hydra_plugins import harness_grids
 
 DOCUMENTS = 40
 TOKENS = np.random.default_rng(7).integers(20, 200, DOCUMENTS)
@@ -317,7 +319,7 @@ def test_runs_on_other_text_are_other_rows_with_a_name_of_their_own(tmp_path):
         edit(run_dir, read(f"configuration of {text}", text))
     rows = {row.name: [d.name for d in row.run_dirs] for row in table.rows(tmp_path)}
     assert rows == {
-        "lora all r=8 lr=0.01 text=111111": ["a", "c"], "lora all r=8 lr=0.01 text=222222": ["b"],
+        "lora all r=8 text=111111": ["a", "c"], "lora all r=8 text=222222": ["b"],
     }  # fmt: skip
     also = {row.values["also"] for row in table.rows(tmp_path)}
     assert also == {"text=111111", "text=222222"}
@@ -523,7 +525,7 @@ def test_what_has_overflowed_or_is_written_in_brackets_is_shown(tmp_path, capsys
 def test_every_number_stands_under_its_heading(tmp_path, capsys):
     put(tmp_path, "a", r=1, curve=(5.0, 4.0, 3.0))
     put(tmp_path, "b", r=2, curve=(5.0, 4.5, 4.0))
-    main([str(tmp_path)])
+    main(["--wide", str(tmp_path)])
     shown = capsys.readouterr().out
     table_of = shown[shown.index("Validation perplexity at equal tokens") :].splitlines()
     headings = re.split(r"\s{2,}", table_of[2].strip())
@@ -559,11 +561,149 @@ def test_names_take_what_tells_rows_apart(tmp_path):
     assert sorted(row.name for row in table.rows(tmp_path)) == [
         "lora all r=4",
         "lora all r=8 alpha=16",
-        "lora all r=8 alpha=32 lr=0.01",
-        "lora all r=8 alpha=32 lr=0.01 train.clip=3",
-        "lora all r=8 alpha=32 lr=0.01 train.clip=4",
+        "lora all r=8 alpha=32",
+        "lora all r=8 alpha=32 clip=3",
+        "lora all r=8 alpha=32 clip=4",
         "udv all k=4",
     ]
+
+
+def sweep_over(folder, **sections):
+    """Four rows that differ in warm-up and in the share of the text, of two seeds each."""
+    for warmup in (0.0, 0.1):
+        for share in (0.25, 1.0):
+            for seed in range(2):
+                train = {"warmup": warmup, "steps": 4, "batch_tokens": 512}
+                put(
+                    folder, f"w{warmup}-t{share}-s{seed}", seed=seed, nll=3 + warmup - share / 9,
+                    train=train, data={"name": "kjv", "train_share": share}, **sections,
+                )  # fmt: skip
+    return folder
+
+
+def test_settings_in_which_rows_differ_are_columns_of_every_table(tmp_path, capsys):
+    folder = sweep_over(tmp_path / "scratch")
+    assert main([str(folder)]) == 0
+    shown, report = capsys.readouterr().out, folder / "report"
+    wanted = {("0.25", "0"), ("1", "0"), ("0.25", "0.1"), ("1", "0.1")}
+    table_of = [line.split() for line in shown[shown.index(" method") :].splitlines()[:6]]
+    columns = [table_of[0].index(name) - 1 for name in ("train_share", "warmup")]  # "r, k" is two
+    assert {tuple(line[i] for i in columns) for line in table_of[2:]} == wanted
+    tables = {
+        "md": [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in (report / "table.md").read_text().splitlines()
+            if line.startswith("|")
+        ],
+        "tex": [
+            [cell.replace("\\", "").strip() for cell in line.split("&")]
+            for line in (report / "table.tex").read_text().splitlines()
+            if "&" in line
+        ],
+        "csv": list(csv.reader((folder / "results.csv").open())),
+        "html": html_table((report / "index.html").read_text()),
+    }
+    for kind, lines in tables.items():
+        names = {"csv": ["config.data.train_share", "config.train.warmup"]}.get(
+            kind, ["train_share", "warmup"]
+        )
+        found = [name.replace("\\_", "_") for name in lines[0]]
+        places = [found.index(name) for name in names]
+        rows = {
+            tuple(f"{float(line[i]):g}" for i in places) for line in lines if is_row(line, places)
+        }
+        assert rows == wanted, kind
+    assert {row.name for row in table.rows(folder)} == {
+        f"lora all r=8 train_share={share} warmup={warmup}" for share, warmup in wanted
+    }
+
+
+def is_row(line, places):
+    return all(re.fullmatch(r"[\d.]+", line[i]) for i in places)
+
+
+def html_table(page):
+    part = page[
+        page.index('<table id="results">') : page.index("</table>", page.index('id="results"'))
+    ]
+    rows = re.split(r"<tr", part)[1:]
+    return [
+        [
+            re.sub(r"<[^>]*>", "", cell).strip()
+            for cell in re.findall(r"<t[hd] .*?</t[hd]>", row, re.S)
+        ]
+        for row in rows
+    ]
+
+
+def test_the_setting_stands_under_every_title_with_the_command_as_typed(
+    tmp_path, capsys, monkeypatch
+):
+    folder = sweep_over(tmp_path / "scratch", model={"name": "gpt2_mini", "architecture": {}})
+    typed = ["-m", "train.warmup=0,0.1", "data.train_share=0.25,1", "data.path=a file"]
+    monkeypatch.setattr("sys.argv", ["harness", *typed])
+    runs = [SimpleNamespace(run_dir=path) for path in folder.iterdir()]
+    harness_grids._write_down(runs, {})
+    for run_dir in folder.glob("w*"):
+        edit(run_dir, lambda r: r.update(date="2026-11-25T10:00:00Z"))
+    assert main([str(folder)]) == 0
+    line = (
+        "gpt2_mini on kjv · 4 steps x 512 tokens · context 256 · seeds 0, 1 · 2026-11-25 · "
+        "python -m harness -m train.warmup=0,0.1 data.train_share=0.25,1 'data.path=a file'"
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("scratch: ") and lines[2] == line
+    assert (folder / "report" / "table.md").read_text().splitlines()[2] == line
+    assert f"% {line}\n" in (folder / "report" / "table.tex").read_text()
+    page = html.unescape((folder / "report" / "index.html").read_text())
+    page = page[: page.index("Results")]
+    assert all(fact in page for fact in line.split(" · "))
+
+
+def test_the_commands_of_several_sweeps_are_kept_and_an_old_record_is_read(tmp_path):
+    runs = {f"r{r}": "" for r in (1, 2)}
+    for name in (*runs, "r4"):
+        put(tmp_path, name, r=int(name[1:]))
+    old = {"hydra": {"overrides": {"hydra": ["hydra.mode=MULTIRUN"], "task": ["method.r=1,2"]}}}
+    (tmp_path / "multirun.yaml").write_text(json.dumps(old))
+    results.write_sweep(tmp_path, runs)
+    edit(tmp_path / "r4", lambda r: r["run"].update(command="python -m harness method.r=4"))
+    assert setting.find(tmp_path, table.rows(tmp_path)).commands == [
+        "python -m harness -m method.r=1,2", "python -m harness method.r=4",
+    ]  # fmt: skip
+    for command in ("harness one", "harness two", "harness one"):
+        results.write_sweep(tmp_path, {"r1": ""} if command == "harness one" else runs, command)
+    assert [s["command"] for s in results.sweep_commands(tmp_path)] == [
+        "harness two",
+        "harness one",
+    ]
+    assert setting.find(tmp_path, table.rows(tmp_path)).commands == [
+        "harness one", "harness two", "python -m harness method.r=4",
+    ]  # fmt: skip
+    assert results.read_sweep(tmp_path) == {"r1": ""}
+
+
+def test_a_row_of_no_steps_does_not_look_like_a_trained_one(tmp_path, capsys):
+    for seed in range(3):
+        put(tmp_path, f"s{seed}", r=8, seed=seed, nll=2.5, train={"steps": 4})
+        put(tmp_path, f"z{seed}", r=8, seed=seed, nll=4.0, train={"steps": 0})
+    assert main(["--wide", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    untrained, trained = sorted(
+        (line for line in shown.splitlines() if re.match(r" lora.* [04] ", line)), key=len
+    )[::-1][:2]
+    assert "lora, untrained" in untrained and "8,000" not in untrained and "0.01" not in untrained
+    assert "untrained" not in trained and "8,000" in trained
+    assert "untrained: train.steps=0, so nothing was trained" in shown
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "lora, untrained" in page and "so nothing was trained" in page
+    rows = table.rows(tmp_path)
+    assert {row.name: row.trained for row in rows} == {
+        "lora all r=8": True, "lora all r=8 untrained": False,
+    }  # fmt: skip
+    drawn = {f.axes.key: f for f in figures.figures(rows, evidence.find(tmp_path).found)}
+    for key in ("parameters", "perplexity-memory", "perplexity-time", "curves-tokens"):
+        assert {name for s in drawn[key].series for name in s.rows} == {"lora all r=8"}
 
 
 def test_fronts_and_budgets_count_what_is_significant(tmp_path):
@@ -677,11 +817,12 @@ def test_forgetting_is_since_the_base_model_or_else_since_the_first_step(tmp_pat
 def test_what_was_measured_beside_other_runs_is_marked(tmp_path, capsys):
     put(tmp_path, "alone", r=1)
     put(tmp_path, "beside", r=2, beside=1)
-    summary.show(tmp_path)
+    main(["--wide", str(tmp_path)])
     shown = capsys.readouterr().out
-    alone, beside = cells(shown, "lora")
+    alone, beside = cells(shown, "lora")[:2]
     assert "3*" in beside and "1,234*" in beside and not any("*" in cell for cell in alone)
-    assert "peak memory*:" in shown and "trainable parameters:" in shown
+    assert "trainable parameters: lora all r=1" in shown
+    assert "peak memory: lora all r=1\n" in shown  # what is not for comparison is on no front
 
 
 @pytest.mark.parametrize(

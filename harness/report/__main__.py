@@ -1,6 +1,8 @@
 """python -m harness.report OUTPUTS/EXPERIMENT: everything there is to say of its finished runs.
 
 python -m harness.report outputs/main            tables here, and outputs/main/report/index.html
+python -m harness.report --wide outputs/main     every column, however wide the lines become
+python -m harness.report --page outputs/main     the page alone
 python -m harness.report --watch outputs/main    the page, again and again while runs go on
 """
 
@@ -16,6 +18,7 @@ from harness.console import ended, reason
 from harness.report import evidence, files, summary
 
 PERIOD_SECONDS = 10
+OPTIONS = ("--wide", "--page", "--watch")
 
 
 def main(arguments: list[str]) -> int:
@@ -23,10 +26,11 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    watched = "--watch" in arguments
-    folders = [Path(a) for a in arguments if a != "--watch"]
+    asked = set(OPTIONS) & set(arguments)
+    folders = [Path(a) for a in arguments if a not in OPTIONS]
     if len(folders) != 1 or str(folders[0]).startswith("-"):
-        print("usage: python -m harness.report [--watch] OUTPUTS/EXPERIMENT", file=sys.stderr)
+        options = " ".join(f"[{option}]" for option in OPTIONS)
+        print(f"usage: python -m harness.report {options} OUTPUTS/EXPERIMENT", file=sys.stderr)
         return 2
     folder = folders[0]
     if not folder.is_dir():
@@ -34,10 +38,11 @@ def main(arguments: list[str]) -> int:
         print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
         return 2
     try:
-        if watched:
+        if "--watch" in asked:
             watch(folder)
         findings = evidence.find(folder)
-        summary.tell(findings, full=True)
+        if "--page" not in asked:
+            summary.tell(findings, full=True, wide="--wide" in asked)
         if findings.rows:
             print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
     except BrokenPipeError:

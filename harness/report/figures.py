@@ -110,7 +110,7 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
 
 
 def _trained(rows: Sequence[Row], test: Evidence) -> list[Row]:
-    return [r for r in rows if r.values["parameters.trainable"] and r.name in test.intervals]
+    return [r for r in rows if r.trained and r.name in test.intervals]
 
 
 def _points(
@@ -337,9 +337,7 @@ def _speed(rows: Sequence[Row]) -> Figure | None:
 
 def _curves(rows: Sequence[Row]) -> list[Figure]:
     """Validation over tokens and over seconds; seeds as a band."""
-    pairs = [
-        (row, c) for row in rows if row.values["parameters.trainable"] and (c := views.curve(row))
-    ]
+    pairs = [(row, c) for row in rows if row.trained and (c := views.curve(row))]
     if not pairs:
         return []
     found = []
