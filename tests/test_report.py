@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,17 @@ from scipy import stats as scipy_stats
 
 from harness import lock, ranking, results
 from harness.config import REPOSITORY
-from harness.report import evidence, figures, missing, setting, summary, table, views
+from harness.report import (
+    choices,
+    evidence,
+    figures,
+    files,
+    missing,
+    setting,
+    summary,
+    table,
+    views,
+)
 from harness.report.__main__ import main
 from hydra_plugins import harness_grids
 
@@ -581,7 +593,8 @@ def sweep_over(folder, **sections):
     return folder
 
 
-def test_settings_in_which_rows_differ_are_columns_of_every_table(tmp_path, capsys):
+def test_settings_in_which_rows_differ_are_columns_of_every_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "figures", lambda *_: [])  # drawing takes long
     folder = sweep_over(tmp_path / "scratch")
     assert main([str(folder)]) == 0
     shown, report = capsys.readouterr().out, folder / "report"
@@ -639,6 +652,7 @@ def html_table(page):
 def test_the_setting_stands_under_every_title_with_the_command_as_typed(
     tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr(files, "figures", lambda *_: [])
     folder = sweep_over(tmp_path / "scratch", model={"name": "gpt2_mini", "architecture": {}})
     typed = ["-m", "train.warmup=0,0.1", "data.train_share=0.25,1", "data.path=a file"]
     monkeypatch.setattr("sys.argv", ["harness", *typed])
@@ -748,6 +762,131 @@ def test_many_rows_are_compared_with_the_best_the_next_and_the_base(tmp_path, mo
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "each is compared with the best" in shown and "Pareto" not in shown
+
+
+def test_a_pareto_line_falls_and_what_is_not_significantly_worse_is_shaded(tmp_path):
+    for seed in range(3):
+        put(tmp_path, f"a{seed}", r=1, seed=seed, nll=3.0)
+        put(tmp_path, f"b{seed}", r=2, seed=seed, nll=3.005)  # dearer and worse, if not surely so
+        put(tmp_path, f"c{seed}", r=4, seed=seed, nll=3.5)
+        put(tmp_path, f"d{seed}", r=8, seed=seed, nll=2.0)
+    found = evidence.find(tmp_path)
+    best = "lora all r=1" if found.found["test"].ordered[1] == "lora all r=1" else "lora all r=2"
+    drawn = {f.axes.key: f for f in figures.figures(found.rows, found.found)}
+    for key in ("parameters", "perplexity-memory", "perplexity-time"):
+        [line] = [s for s in drawn[key].series if s.dash]
+        assert line.y == sorted(line.y, reverse=True) and line.x == sorted(line.x)
+        assert line.rows == list(dict.fromkeys(["lora all r=1", best, "lora all r=8"]))
+        [shaded] = [s for s in drawn[key].series if s.halo]
+        assert shaded.rows == ["lora all r=1", "lora all r=2", "lora all r=8"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "beside", "fronts"), [(2, 0, 3), (1, 0, 2), (2, 1, 1)]
+)  # seconds of a single run, and memory beside other runs, are not for comparison
+def test_what_is_not_comparable_has_no_front(tmp_path, seeds, beside, fronts):
+    for r, nll in ((1, 3.0), (2, 2.5), (4, 2.0)):
+        for seed in range(seeds):
+            put(tmp_path, f"{r}-{seed}", r=r, seed=seed, nll=nll, beside=beside * (r == 4))
+    found = evidence.find(tmp_path)
+    drawn = [f for f in figures.figures(found.rows, found.found) if f.axes.key in COSTS[:3]]
+    assert len(drawn) == 3
+    assert [f.axes.key for f in drawn if any(s.dash or s.halo for s in f.series)] == COSTS[:fronts]
+    budgets = choices.within_budgets(found.rows, found.found["test"])
+    assert any("parameters" in choice.wanted for choice in budgets)
+    assert any(choice.wanted.endswith(" s") for choice in budgets) == (seeds > 1)
+
+
+COSTS = ["parameters", "perplexity-memory", "perplexity-time"]
+
+
+def test_the_answer_says_what_little_training_saves_and_costs(tmp_path, capsys):
+    for seed in range(3):
+        full = put(tmp_path, f"full{seed}", method="full", r=100, seed=seed, nll=2.0)
+        lora = put(tmp_path, f"lora{seed}", r=4, seed=seed, nll=2.5)
+        edit(full, lambda r: r["memory"].update(peak_bytes=100 * 2**20))
+        edit(lora, lambda r: r["memory"].update(peak_bytes=82 * 2**20))
+    summary.show(tmp_path)
+    shown = one(capsys.readouterr().out)
+    best, small = (
+        math.exp(np.mean([ratio(tmp_path / f"{name}{seed}") for seed in range(3)]))
+        for name in ("full", "lora")
+    )
+    said = (
+        "lora all r=4 (0.4 % of the parameters) trains 25 times fewer parameters than full all "
+        f"k=100, needs 18 % less memory and ends at {small / best:.2f} times its perplexity."
+    )
+    assert said in shown and shown.index(said) < shown.index("95 %")
+    assert shown.index(said) < shown.index("Which should I take?") < shown.index("targets")
+
+
+def test_which_row_to_take_is_the_smallest_that_is_good_enough(tmp_path):
+    for seed in range(3):
+        put(tmp_path, f"a{seed}", r=50, seed=seed, nll=2.0)
+        put(tmp_path, f"b{seed}", r=30, seed=seed, nll=2.0)  # as good, and smaller
+        put(tmp_path, f"c{seed}", r=9, seed=seed, nll=2.0 + math.log(1.2))
+        put(tmp_path, f"d{seed}", r=2, seed=seed, nll=3.0)
+        put(tmp_path, f"e{seed}", r=1, seed=seed, nll=4.0)
+    found = evidence.find(tmp_path)
+    test = found.found["test"]
+    picked = {(c.wanted, c.take) for c in choices.good_enough(found.rows, test)}
+    best = test.ordered[0]
+    wanted = {("lowest", best), ("up to 25 % higher", "lora all r=9")}
+    if best == "lora all r=50":
+        wanted |= {("not significantly higher", "lora all r=30")}
+    assert picked == wanted
+    assert choices.ties_best("lora all r=30", test) and choices.ties_best("lora all r=50", test)
+    budgets = {(c.wanted, c.take) for c in choices.within_budgets(found.rows, test)}
+    assert ("≤ 1,000 parameters", "lora all r=1") in budgets
+    assert ("≤ 2,000 parameters", "lora all r=2") in budgets
+    assert ("≤ 10,000 parameters", "lora all r=9") in budgets
+
+
+def test_on_80_columns_a_row_is_a_line_and_wide_has_every_column(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = sweep_over(tmp_path / "scratch", also=(2.0, 2.2))
+    put(
+        folder,
+        "long",
+        method="a-method-with-quite-a-long-name-of-its-own" * 2,
+        nll=3.3,
+        also=(2, 2.5),
+    )
+    summary.tell(evidence.find(folder), full=True)
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if re.match(r" (lora|a-met)", line)]
+    assert len(lines) > 5 * 3 and all(len(line.rstrip()) <= 80 for line in lines)
+    results_of = shown[shown.index(" method") : shown.index("%: trainable share")]
+    assert len(re.findall(r"^ (?:lora|a-met).* \d+\.\d\d", results_of, re.M)) == 5
+    assert (
+        "not shown: " in shown
+        and f"every column: python -m harness.report --wide {folder}" in shown
+    )
+    summary.tell(evidence.find(folder), full=True, wide=True)
+    shown = capsys.readouterr().out
+    assert "not shown" not in shown and "step 0" in shown and "detectable" in shown
+
+
+@pytest.mark.slow
+def test_make_experiment_ends_with_the_page_even_if_a_run_failed(tmp_path):
+    sweep_over(tmp_path / "a b" / "outputs" / "exp")
+    tree = tmp_path / "a b"
+    rule = re.search(r"^experiment: .*\n((?:\t.*\n)+)", (REPOSITORY / "Makefile").read_text(), re.M)
+    (tree / "Makefile").write_text(f"RUN := .venv/bin/python\nexperiment:\n{rule[1]}")
+    program = tree / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        '#!/bin/sh\n[ "$2" = harness ] && { echo "the table"; exit 1; }\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    program.chmod(0o755)
+    done = subprocess.run(
+        ["make", "experiment", "EXPERIMENT=exp"], cwd=tree, capture_output=True, text=True
+    )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(("make", "."))]
+    assert done.returncode == 2 and lines[-2:][0] == "the table", done  # 2 is make's own
+    assert lines[-1].startswith("page: outputs/exp/report/index.html")
+    assert (tree / "outputs" / "exp" / "report" / "index.html").exists()
 
 
 def test_budgets_are_round_and_pairs_of_equal_cost_are_found(tmp_path):

@@ -77,7 +77,7 @@ def within_budgets(rows: Sequence[Row], test: Evidence, most: int | None = None)
             last = (best, ties) = bought
             if best == test.ordered[0]:
                 break
-            own.append(Choice(f"at most {amount(title, budget)}", best, ties=tuple(ties)))
+            own.append(Choice(f"≤ {amount(title, budget)}", best, ties=tuple(ties)))
         if most is not None and len(own) > most:
             own = own[:: -(-len(own) // most)]
         found += own
@@ -109,10 +109,10 @@ def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet
     lowest = test.intervals[test.ordered[0]].log_perplexity
     heads = [
         Column("wanted", "perplexity, or budget", text=True),
-        Column("least", "with the least", text=True, keep=5),
         Column("take", "take", text=True),
         Column(TEST, "test"),
-        Column("times", "of the lowest", keep=20, why="its perplexity by the lowest"),
+        Column("times", "× lowest", keep=20, why="its perplexity by the lowest"),
+        Column("least", "with the least", text=True, keep=5),
         Column(ev.PARAMETERS, "trainable", keep=10),
         Column(ev.MEMORY, "peak MiB", keep=40),
         Column(ev.TIME, "seconds", keep=50),
@@ -126,9 +126,9 @@ def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet
         every = set(choice.least) == {title for title in ev.BUDGETS if costs[title]}
         least = "all costs" if every else ", ".join(SHORT[t] for t in choice.least) or "-"
         line = [
-            Cell(choice.wanted, choice.wanted), Cell(least, least), Cell(choice.take, choice.take),
+            Cell(choice.wanted, choice.wanted), Cell(choice.take, choice.take),
             Cell(f"{interval.perplexity[0]:.2f}", interval.perplexity[0]),
-            Cell(f"{times:.2f}", times),
+            Cell(f"{times:.2f}", times), Cell(least, least),
         ]  # fmt: skip
         line += [_cost_cell(named[choice.take], title, costs[title]) for title in ev.BUDGETS]
         ties = ev.some(choice.ties) or "-"

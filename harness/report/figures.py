@@ -7,7 +7,7 @@ who cannot see it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from harness.report.axes import (
 from harness.report.evidence import Evidence
 from harness.report.table import Row
 
+GREY = "#808080"
 WORDS = 4  # lines that a caption tells of
 REFERENCES = {"none": "base model", "truncate": "truncated", "full": "full fine-tuning"}
 
@@ -49,6 +50,7 @@ class Series:
     band: bool = False  # no marks; the ends, if any, as an area
     dash: bool = False
     hollow: bool = False
+    halo: bool = False  # a pale disc behind each point, and no more
 
 
 @dataclass(frozen=True)
@@ -182,19 +184,52 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
         return costs[row.name] / unit
 
     series = _lines(trained, _family, cost, test, axes is PARAMETERS)
-    dominated = ev.fronts(rows, test).get(title, {})
-    front = sorted((row for row in trained if not dominated.get(row.name, ("?",))), key=cost)
-    if len(front) > 1:
-        y = [_drawn(test.intervals[row.name].log_perplexity) for row in front]
-        names = [row.name for row in front]
-        x = [cost(row) for row in front]
-        series.append(Series("Pareto front", "#808080", x, y, rows=names, line=True, dash=True))
+    alt = f"{len(trained)} configurations. " if len(trained) > 1 else ""
+    # A front claims that costs can be compared: not those of a shared machine, nor the seconds of
+    # single runs.
+    if len(trained) > 1 and {row.name for row in trained} <= set(ev.sure_costs(trained, title)):
+        own, said = _front(trained, cost, ev.fronts(rows, test).get(title, {}), test)
+        series += own
+        alt += said
     best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
-    alt = (
-        f"{len(trained)} configurations. Lowest: {best.name}, "
+    alt += (
+        f"Lowest: {best.name}, "
         f"{test.intervals[best.name].perplexity[0]:.1f} at {cost(best):,.0f} {axes.x}."
     )
     return Figure(axes, series, _references(rows, test), alt)
+
+
+def _front(
+    trained: Sequence[Row],
+    cost: Callable[[Row], float],
+    dominated: Mapping[str, tuple[str, ...]],
+    test: Evidence,
+) -> tuple[list[Series], str]:
+    """The line through the estimates that none dominates, and discs behind what may be on it.
+
+    A disc says that nothing which costs no more is significantly better.
+    """
+
+    def value(row: Row) -> float:
+        return _drawn(test.intervals[row.name].log_perplexity)
+
+    def of(name: str, rows: Sequence[Row], **more: Any) -> Series:
+        x, y = [cost(row) for row in rows], [value(row) for row in rows]
+        return Series(name, GREY, x, y, rows=[row.name for row in rows], **more)
+
+    found = []
+    ordered = sorted(trained, key=lambda row: (cost(row), value(row)))
+    if able := [row for row in ordered if dominated.get(row.name) == ()]:
+        found.append(of("not significantly dominated", able, halo=True))
+    front: list[Row] = []
+    for row in ordered:
+        if not front or value(row) < value(front[-1]):
+            front.append(row)
+    if len(front) > 1:
+        found.append(of("Pareto front of the estimates", front, line=True, dash=True))
+    named = ", ".join(row.name for row in front[:WORDS])
+    more = f" and {len(front) - WORDS} more" if len(front) > WORDS else ""
+    return found, f"No estimate is better at no more cost than {named}{more}. "
 
 
 def _number(value: Any) -> float | None:

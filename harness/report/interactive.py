@@ -82,6 +82,9 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
     traces: list[dict[str, Any]] = []
     alike: Counter[str] = Counter()
     for index, s in enumerate(figure.series):
+        if s.halo:
+            traces.append(_halo(s, index))
+            continue
         dash = "dash" if s.dash else DASHES[alike[s.color] % len(DASHES)]
         alike[s.color] += s.line and not s.dash
         trace: dict[str, Any] = {
@@ -96,6 +99,8 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
             "hovertemplate": "%{text}<br>%{x:,} → %{y:.2f}<extra></extra>",
             "legendgroup": str(index),
         }  # fmt: skip
+        if not (s.dash or s.band):
+            trace["meta"] = "rows"  # a row of the table each
         if s.low is not None and s.high is not None and not s.band:
             trace["error_y"] = {
                 "type": "data", "symmetric": False, "thickness": 1, "width": 3,
@@ -106,6 +111,14 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
             traces.append(_band(s, index))
         traces.append(trace)
     return traces
+
+
+def _halo(s: Series, index: int) -> dict[str, Any]:
+    return {
+        "type": "scatter", "name": html.escape(s.name), "x": s.x, "y": s.y, "mode": "markers",
+        "marker": {"color": s.color, "opacity": 0.3, "size": 22}, "hoverinfo": "skip",
+        "legendgroup": str(index), "legendrank": 2000, "zorder": -1,
+    }  # fmt: skip
 
 
 def _one(texts: list[str]) -> str | list[str]:

@@ -167,7 +167,7 @@ def _kinds(table: Sheet) -> dict[str, str]:
 
 def _costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The costs that a row can be chosen by, with their units."""
-    units = {ev.PARAMETERS: "parameters", ev.MEMORY: "MiB", ev.TIME: "s", ev.FLOPS: "TFLOPs"}
+    units = {ev.PARAMETERS: "parameters", ev.MEMORY: "MiB", ev.TIME: "seconds", ev.FLOPS: "TFLOPs"}
     return [
         {
             "title": title, "name": choices.SHORT[title], "of": units[title],
