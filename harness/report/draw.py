@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from harness.report.figures import Figure, labels
+from harness.report.figure import Figure, labels
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

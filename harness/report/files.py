@@ -12,7 +12,8 @@ from pathlib import Path
 from harness import results
 from harness.report import columns, draw, page, setting, sheet
 from harness.report.evidence import Findings
-from harness.report.figures import Figure, figures
+from harness.report.figure import Figure
+from harness.report.figures import figures
 
 FOLDER = "report"
 

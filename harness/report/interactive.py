@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from harness.report.figures import Figure, Series, labels
+from harness.report.figure import Figure, Series, labels
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")

@@ -23,7 +23,7 @@ from harness import results
 from harness.report import answer, choices, columns, missing, setting, sheets
 from harness.report import evidence as ev
 from harness.report.evidence import Evidence
-from harness.report.figures import Figure
+from harness.report.figure import Figure
 from harness.report.interactive import plotly
 from harness.report.sheet import Sheet
 from harness.report.table import LR_FROM, TEST, Row, headings
