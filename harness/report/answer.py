@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from harness.config import CONF_DIR
+from harness.report import columns
 from harness.report import evidence as ev
 from harness.report.evidence import Evidence
 from harness.report.table import ALPHA, LR, RANK, SHARED, Row, headings
@@ -34,7 +35,13 @@ def _asked_by(rows: Sequence[Row]) -> str | None:
         "method.label": "the method", "method.targets": "the targets", RANK: "the rank",
         ALPHA: "alpha", LR: "the learning rate",
     }  # fmt: skip
-    varied = [name for key, name in names.items() if len({row.values[key] for row in rows}) > 1]
+    # Alpha and the rate follow the rank by default: they are asked of where they vary beside it.
+    own = columns.telling_of(rows)
+    varied = [
+        name
+        for key, name in names.items()
+        if len({row.values[key] for row in rows}) > 1 and (key not in (ALPHA, LR) or key in own)
+    ]
     varied += headings(rows).values()
     if not varied:
         return None

@@ -62,7 +62,7 @@ def sheet(rows: Sequence[Row], test: Evidence | None) -> Sheet:
         columns.append(Column(key, number.heading, text, keep, number.why))
         filled.append(cells)
 
-    telling = _telling(rows)
+    telling = telling_of(rows)
     for key, number in COLUMNS.items():
         kept = Number(number.heading, number.form, 0, number.why) if key in telling else number
         cells = [_cell(row, key, number.form) for row in rows]
@@ -133,7 +133,7 @@ def number_of(rank: str | None) -> float | None:
         return math.inf
 
 
-def _telling(rows: Sequence[Row]) -> set[str]:
+def telling_of(rows: Sequence[Row]) -> set[str]:
     """Of alpha and the rate, what is needed to tell rows apart."""
     found: set[str] = set()
     same: Callable[[Row], tuple[Any, ...]] = lambda row: (  # noqa: E731 - it is extended below
