@@ -17,8 +17,10 @@ setup: .venv/installed ## create .venv and install the project with the pinned c
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch .venv/installed
 
-experiment: setup ## run an experiment and print its table (EXPERIMENT=main, about 12 minutes)
-	$(RUN) -m harness "experiment=$(EXPERIMENT)"
+experiment: setup ## run an experiment, print its answer and table, write its page (EXPERIMENT=main, about 12 minutes)
+	$(RUN) -m harness "experiment=$(EXPERIMENT)"; status=$$?; \
+	if [ -d "outputs/$(EXPERIMENT)" ]; then $(RUN) -m harness.report --page "outputs/$(EXPERIMENT)" || status=$$?; fi; \
+	exit $$status
 
 claims: setup ## put seven claims for low-rank adaptation to the test (about 100 minutes; goes on after a stop)
 	$(RUN) -m harness experiment=claims

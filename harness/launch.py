@@ -79,7 +79,7 @@ def task(cfg: DictConfig) -> Outcome:
     hydra_config = HydraConfig.get()
     if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank does not outlive accelerate launch
         start.die_with_parent(signal.SIGKILL)
-    arguments = list(sys.argv[1:])
+    arguments = sys.argv[1:]
     sweep = hydra_config.mode == RunMode.MULTIRUN
     if sweep:  # the command that makes this run alone
         arguments = [*without_own(hydra_config.overrides.task), "hydra.mode=RUN"]
@@ -398,6 +398,11 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def command_line(arguments: list[str]) -> str:
+def typed() -> str:
     """The command that the user typed, to be typed again."""
+    return command_line(sys.argv[1:])
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command that passes these arguments to the program."""
     return shlex.join(["python", "-m", "harness", *arguments])

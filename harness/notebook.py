@@ -15,6 +15,7 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     Raises:
         ConfigError: there is no run in the folder.
     """
-    from harness.report import evidence, missing, summary, table
+    from harness.report import columns, evidence, missing
 
     found = evidence.find(folder, run_dirs)
     left = [
@@ -220,7 +221,8 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     test = found.found.get("test")
     if test is not None:
         notes = [*evidence.scope(test), *notes]
-    headings, lines = table.lines(found.rows, summary.beside(test)) if found.rows else ([], [])
+    sheet = columns.sheet(found.rows, test)
+    num_text = len([*takewhile(lambda column: column.text, sheet.columns)])
     page, figures = folder / "report" / "index.html", []
     if found.rows:
         made = subprocess.run(
@@ -232,4 +234,4 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
         else:
             figures = sorted((page.parent / "figures").glob("*.svg"))
     there = page if figures or page.is_file() else None
-    return Report(folder, headings, lines, table.NUM_TEXT, notes, figures, there)
+    return Report(folder, sheet.headings, sheet.texts, num_text, notes, figures, there)

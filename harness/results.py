@@ -3,7 +3,8 @@
 `RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
 
 Stable keys: status (finished | failed | interrupted | running), failure.{class, message, log_tail}
-with class oom | nan | killed | disk | config | interrupted | error, run.name, run.seed,
+with class oom | nan | killed | disk | config | interrupted | error, date (UTC, when it ended;
+absent in older results), run.name, run.seed,
 run.command, run.resumed_at (steps), run.identity, run.configuration (the same for all seeds of one
 configuration on the same text and weights), run.contents.KEY (`harness.contents`),
 train.{micro_batch, micro_batch_asked}, method.name, parameters.total, parameters.trainable,
@@ -275,17 +276,33 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     return result
 
 
-def write_sweep(folder: Path, runs: dict[str, str]) -> None:
-    """Write down which runs a sweep is of, by directory, and why one was refused, or ""."""
+def write_sweep(folder: Path, runs: dict[str, str], command: str | None = None) -> None:
+    """Write down which runs a sweep is of, by directory, and why one was refused, or "".
+
+    `command` is kept as it was typed, with its runs, beside those of earlier sweeps.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SWEEP_NAME, json.dumps({"runs": runs}, indent=1) + "\n")
+    commands = [known for known in sweep_commands(folder) if known["command"] != command]
+    if command is not None:
+        commands.append({"command": command, "runs": list(runs)})
+    found = {"runs": runs} | ({"commands": commands} if commands else {})
+    write_atomically(folder / SWEEP_NAME, json.dumps(found, indent=1) + "\n")
 
 
 def read_sweep(folder: Path) -> dict[str, str]:
     """The runs of the last sweep into `folder`, as written; {} where there was none."""
+    return dict(_sweep(folder).get("runs") or {})
+
+
+def sweep_commands(folder: Path) -> list[dict[str, Any]]:
+    """The commands of the sweeps into `folder`, {command, runs}, the last one last."""
+    return list(_sweep(folder).get("commands") or [])
+
+
+def _sweep(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / SWEEP_NAME).read_text("utf-8"))["runs"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((folder / SWEEP_NAME).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

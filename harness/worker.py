@@ -128,6 +128,7 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     if so_far:
         facts = so_far.facts()
         result["wall_seconds"] = facts["wall_seconds"]
+        result["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         result.setdefault("environment", {})["runs_beside"] = facts["runs_beside"]
         so_far.end()
     results.free_reserve(run_dir)

@@ -155,7 +155,7 @@ def _write_down(runs: list[RunConfig], refused: dict[Path, str]) -> None:
     for run_dir in (run.run_dir for run in runs):
         found.setdefault(run_dir.parent, {})[run_dir.name] = refused.get(run_dir, "")
     for folder, names in found.items():
-        results.write_sweep(folder, names)
+        results.write_sweep(folder, names, launch.typed())
 
 
 def combinations(

@@ -15,7 +15,7 @@ from harness import classify, naming, results
 from harness.config import ASSETS_DIR, ConfigError
 from harness.loss import NextToken
 from harness.pairs import Pair
-from harness.report import table
+from harness.report import columns, table
 
 LABELS = ("bad", "good", "neither good nor bad", "good indeed")  # one begins another
 WORDS = ("film", "book", "meal", "song", "trip", "game", "play", "talk", "walk", "view")
@@ -176,7 +176,7 @@ def lengths(run, tokenizer):
     return [len(row["tokens"]) for rows in task.sequences.values() for row in rows]
 
 
-def test_tables_show_accuracy_beside_perplexity_and_the_majority(tmp_path, capsys):
+def test_tables_show_accuracy_beside_perplexity_and_the_majority(tmp_path):
     for seed, right in enumerate((80, 90)):
         run_dir = put(tmp_path, f"lora-s{seed}", seed=seed)
         record = json.loads((run_dir / results.FILE_NAME).read_text())
@@ -192,12 +192,12 @@ def test_tables_show_accuracy_beside_perplexity_and_the_majority(tmp_path, capsy
         results.write(run_dir, record)
     put(tmp_path, "none", method="none")
     shown = table.rows(tmp_path)
-    headings, lines = table.lines(shown, {})
+    sheet = columns.sheet(shown, None)
+    headings, lines = sheet.headings, sheet.texts
     cells = [dict(zip(headings, line, strict=True)) for line in lines]
     assert [(c["accuracy"], c["majority"]) for c in cells] == [("-", "-"), ("85.0%", "55.0%")]
     assert all(c["test"] != "-" for c in cells)
-    table.print_rows(shown, {})
-    said = capsys.readouterr().out
+    said = " ".join(columns.notes(shown))
     assert "of 100 test examples" in said and "± 7." in said
     assert "quality.classification.test.log_loss" in table.csv_text(shown, {})
 
@@ -215,4 +215,4 @@ def test_a_run_classifies_its_test_set(finished_run, task_file):
     assert found["accuracy"] == examples["right"].mean() > found["majority_accuracy"]
     own = [row[f"nats {row['label']}"] for _, row in examples.iterrows()]
     assert sum(own) == pytest.approx(record["quality"]["test"]["nll_nats"], rel=1e-5)
-    assert "accuracy" in table.lines(table.rows(run_dir.parent), {})[0]
+    assert "accuracy" in columns.sheet(table.rows(run_dir.parent), None).headings

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -242,6 +243,9 @@ def test_a_sweep_over_experiments_tells_of_each(harness, tmp_path):
         folder = tmp_path / "outputs" / name
         [(run_dir, _)] = results.collect(folder)
         assert results.read_sweep(folder) == {run_dir.name: ""}
+        [sweep] = results.sweep_commands(folder)
+        typed = ["python", "-m", "harness", "-m", "experiment_name=one,two", "method=none"]
+        assert shlex.split(sweep["command"])[:6] == typed and sweep["runs"] == [run_dir.name]
         assert f"saved in outputs/{name}: results.csv" in done.stdout
 
 

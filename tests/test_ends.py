@@ -9,7 +9,7 @@ from test_train import config, run_loop, text  # noqa: F401 - text is a fixture
 from harness import ends, naming, results
 from harness.config import ConfigError, EarlyStopping
 from harness.methods import adapt
-from harness.report import table
+from harness.report import remarks, table
 
 # ---------------------------------------------------------------------------- early stopping
 
@@ -141,7 +141,7 @@ def test_a_run_says_what_ended_it_and_tables_say_it_too(harness, tmp_path):
     (capped,) = (r for r in records.values() if r["run"]["ended_by"] == "max_flops")
     step = capped["predicted"]["train_flops_per_token"] * 512
     assert capped["speed"]["steps"] == 3e10 // step
-    said = table.remarks(table.rows(tmp_path / "outputs" / "x"))
+    said = remarks.remarks(table.rows(tmp_path / "outputs" / "x"))
     assert any("train.early_stopping ended it after 2 of 9 steps" in line for line in said)
     shown = harness("outputs/x", module="harness.report").stdout
     assert "train.max_flops ended it after" in shown

@@ -1,6 +1,7 @@
 """The report's page in a real browser: headless Chromium, driven by Selenium."""
 
 import base64
+import csv
 import json
 import shutil
 import time
@@ -125,9 +126,8 @@ def test_it_answers_the_question_and_shows_every_row(opened):
 
 
 def test_it_sorts_by_mouse_and_by_key(opened):
-    heading(opened, "test").click()
     values = [float(text) for text in column(opened, "test")]
-    assert values == sorted(values) and len(set(values)) == 9
+    assert values == sorted(values) and len(set(values)) == 9  # as it comes
     heading(opened, "test").send_keys(Keys.ENTER)
     assert [float(text) for text in column(opened, "test")] == values[::-1]
     heading(opened, "alpha").click()  # those without one come last
@@ -162,7 +162,7 @@ def test_names_are_text_whatever_they_are(opened):
 
 
 def test_a_row_leads_to_its_runs(opened, folder):
-    row = opened.find_elements(By.CSS_SELECTOR, "#results tbody tr")[0]
+    row = opened.find_element(By.CSS_SELECTOR, "#results tr[data-name^=none]")
     row.find_element(By.TAG_NAME, "summary").click()
     links = row.find_elements(By.CSS_SELECTOR, "details a")
     targets = [link.get_attribute("href") for link in links]
@@ -198,6 +198,8 @@ def test_every_figure_is_drawn_and_has_words(opened):
     }  # fmt: skip
     drawn = opened.find_elements(By.CSS_SELECTOR, ".figure")
     assert {figure.get_attribute("data-figure") for figure in drawn} == keys - {"memory"}
+    hero = opened.find_element(By.CSS_SELECTOR, ".hero .figure")
+    assert hero.get_attribute("data-figure") == "parameters"
     for figure in drawn:
         wait(lambda figure=figure: figure.find_elements(By.CSS_SELECTOR, ".main-svg"))
         assert len(figure.get_attribute("aria-label")) > 30
@@ -246,17 +248,95 @@ def test_figures_and_tables_for_papers_lie_beside_it(folder):
     keys = {path.stem for path in (report / "figures").glob("*.svg")}
     assert keys == {path.stem for path in (report / "figures").glob("*.png")}
     assert {"parameters", "rank", "curves-tokens", "forgetting-more"} <= keys
-    lines = (report / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| method | targets | r, k |") and len(lines) == 2 + 9 + 2
-    assert all(line.count("|") == lines[0].count("|") for line in lines[:-2])
+    text = (report / "table.md").read_text().splitlines()
+    lines = [line for line in text if line.startswith("|")]
+    assert lines[0].startswith("| method | targets | r, k |") and len(lines) == 2 + 9
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
     command = f"python -m harness.report {folder}"
-    assert lines[-1] == f"    {command}"
+    assert text[0] == "# exp" and text[-1] == f"    {command}"
     tex = (report / "table.tex").read_text()
-    assert r"\toprule" in tex and r"\& " not in tex.splitlines()[4] and r"\%" in tex
-    assert tex.startswith(f"% {command}\n")
+    assert r"\toprule" in tex and r"\& " not in tex.splitlines()[5] and r"\%" in tex
+    assert tex.startswith(f"% {command}\n% ")
     assert command in (report / "figures" / "parameters.svg").read_text()
     assert Image.open(report / "figures" / "parameters.png").text["Description"] == command
     assert tex.count(r"\\") == 1 + 9
+
+
+def test_the_first_screen_has_question_setting_answer_figure_and_choices(opened):
+    top = {
+        name: opened.find_element(By.CSS_SELECTOR, selector).location["y"]
+        for name, selector in {
+            "question": ".question", "setting": ".setting", "answer": ".answer",
+            "figure": "#figure-parameters", "results": "#results", "caveats": ".notes",
+        }.items()
+    }  # fmt: skip
+    assert list(top.values()) == sorted(top.values()) and top["figure"] < 400
+    assert top["results"] < 1000 < top["caveats"]  # of a window of 1440 by 1000
+    assert "context 256" in opened.find_element(By.CSS_SELECTOR, ".setting").text
+    said = opened.find_element(By.CSS_SELECTOR, ".answer").text
+    assert "lora all r=16 alpha=32 (1.6 % of the parameters) trains 6.2 times fewer" in said
+    assert "ends at 1.49 times its perplexity" in said
+    table = opened.find_element(By.CSS_SELECTOR, "#choices table").text
+    assert (
+        "lowest full all k=100 7." in table and "≤ 5,000 parameters lora all r=4 alpha=8" in table
+    )
+
+
+NAMES = """
+    const box = document.getElementById("figure-parameters");
+    return [...box.querySelectorAll(".annotation")].map(e => {
+        const r = e.querySelector(".annotation-text-g").getBoundingClientRect();
+        return [e.textContent, r.left, r.top, r.right, r.bottom];
+    });
+"""
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_points_of_the_first_figure_have_names_that_do_not_overlap(opened, width):
+    size(opened, width)
+    opened.refresh()
+    found = wait(lambda: (n := opened.execute_script(NAMES)) and len(n) > 4 and n)
+    names = [text for text, *_ in found]
+    assert {"full all k=100", "lora all r=4 alpha=4"} <= set(names) and len(set(names)) == len(
+        names
+    )
+    for i, (one, *a) in enumerate(found):
+        for other, *b in found[:i]:
+            apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+            assert apart, (one, other)
+
+
+def test_which_row_to_take_follows_what_is_asked(opened):
+    def chosen():
+        return opened.find_element(By.ID, "chosen").text
+
+    assert chosen().startswith("Take full all k=100: test perplexity 7.")
+    budget = opened.find_element(By.CSS_SELECTOR, "[data-budget='trainable parameters']")
+    budget.send_keys("10000")
+    assert chosen() == "No row is that good within these budgets."
+    Select(opened.find_element(By.ID, "above")).select_by_value("100")
+    assert chosen().startswith("Take lora all r=8 alpha=16") and "8,000 parameters" in chosen()
+    Select(opened.find_element(By.ID, "above")).select_by_value("")
+    assert chosen().startswith("Take none")  # it trains nothing
+    Select(opened.find_element(By.ID, "least")).select_by_value("training time")
+    assert chosen().startswith(f"Take {EVIL}")
+
+
+def test_comparisons_budgets_and_steps_to_a_perplexity_are_on_the_page(opened, folder):
+    titles = [h2.text for h2 in opened.find_elements(By.TAG_NAME, "h2")]
+    for beginning in ("Each configuration and the next best", "Validation perplexity at equal"):
+        assert [title for title in titles if title.startswith(beginning)]
+    said = opened.find_element(By.TAG_NAME, "main").text
+    assert "steps to 15" in said and "p (Holm)" in said and "≤ 20,000 parameters" in said
+    data = opened.execute_script("return data")  # for whatever else the page is to show
+    pairs = list(csv.DictReader((folder / "comparisons.csv").open()))
+    pairs = {(pair["a"], pair["b"]): pair for pair in pairs if pair["text"] == "test"}
+    assert len(data["pairs"]) == len(pairs) == 9 * 8 / 2
+    for a, b, difference, *_, p in data["pairs"]:
+        pair = pairs[data["rows"][a]["name"], data["rows"][b]["name"]]
+        assert difference == pytest.approx(float(pair["difference_nats_per_token"]), rel=1e-4)
+        assert p == pytest.approx(float(pair["p_holm"]), rel=1e-4)
+    assert all(row["costs"]["trainable parameters"] >= 0 for row in data["rows"])
 
 
 def test_five_hundred_runs_make_a_page_under_6_mb(tmp_path):

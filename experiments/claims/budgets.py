@@ -20,7 +20,7 @@ from statements import (
 
 from harness import compose, plan
 from harness.report.axes import CATEGORIES, Axes
-from harness.report.figures import Figure, Series
+from harness.report.figure import Figure, Series
 from harness.report.table import Row
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)

@@ -27,7 +27,7 @@ from statements import (
 from harness import stats
 from harness.report import evidence
 from harness.report.axes import CATEGORIES, Axes, color_of
-from harness.report.figures import Figure, Series
+from harness.report.figure import Figure, Series
 
 # Validation perplexities to be reached. The first makes claim 4's verdict: only it lies between
 # readings of both methods; 100, and full fine-tuning's 70, are passed before the first one.

@@ -17,7 +17,7 @@ from harness import ranking, results, stats
 from harness.config import ConfigError, nearest
 from harness.report import evidence, views
 from harness.report.axes import Axes, color_of
-from harness.report.figures import Figure, Series
+from harness.report.figure import Figure, Series
 from harness.report.table import Row
 
 MIB = 2**20

@@ -1,6 +1,8 @@
 """python -m harness.report OUTPUTS/EXPERIMENT: everything there is to say of its finished runs.
 
 python -m harness.report outputs/main            tables here, and outputs/main/report/index.html
+python -m harness.report --wide outputs/main     every column, however wide the lines become
+python -m harness.report --page outputs/main     the page alone
 python -m harness.report --watch outputs/main    the page, again and again while runs go on
 python -m harness.report outputs --index         outputs/index.html, one page over all experiments
 """
@@ -17,6 +19,7 @@ from harness.console import ended, reason
 from harness.report import evidence, files, index, summary
 
 PERIOD_SECONDS = 10
+OPTIONS = ("--wide", "--page", "--watch", "--index")
 
 
 def main(arguments: list[str]) -> int:
@@ -24,12 +27,13 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    watched = "--watch" in arguments
-    over_all = "--index" in arguments
-    folders = [Path(a) for a in arguments if a not in ("--watch", "--index")]
-    if len(folders) != 1 or str(folders[0]).startswith("-") or (over_all and watched):
+    asked = set(OPTIONS) & set(arguments)
+    folders = [Path(a) for a in arguments if a not in OPTIONS]
+    alone = "--index" in asked and len(asked) > 1
+    if len(folders) != 1 or str(folders[0]).startswith("-") or alone:
+        options = " ".join(f"[{option}]" for option in OPTIONS if option != "--index")
         print(
-            "usage: python -m harness.report [--watch] OUTPUTS/EXPERIMENT, or OUTPUTS --index",
+            f"usage: python -m harness.report {options} OUTPUTS/EXPERIMENT, or OUTPUTS --index",
             file=sys.stderr,
         )
         return 2
@@ -39,13 +43,14 @@ def main(arguments: list[str]) -> int:
         print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
         return 2
     try:
-        if over_all:
+        if "--index" in asked:
             print(f"page: {index.write(folder)}")
             return 0
-        if watched:
+        if "--watch" in asked:
             watch(folder)
         findings = evidence.find(folder)
-        summary.tell(findings, full=True)
+        if "--page" not in asked:
+            summary.tell(findings, full=True, wide="--wide" in asked)
         if findings.rows:
             print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
     except ConfigError as error:

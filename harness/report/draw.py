@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from harness.report.figures import Figure, labels
+from harness.report.figure import Figure, labels
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,6 +70,9 @@ def _legend(figure: Figure) -> tuple[int, int]:
 def _points(figure: Figure, axes: plt.Axes) -> None:
     alike: Counter[str] = Counter()  # lines of one colour differ in their dashes
     for index, s in enumerate(figure.series):
+        if s.halo:
+            axes.plot(s.x, s.y, "o", ms=11, mew=0, color=s.color, alpha=0.3, zorder=1, label=s.name)
+            continue
         style = "--" if s.dash else DASHES[alike[s.color] % len(DASHES)] if s.line else "none"
         alike[s.color] += s.line and not s.dash
         marker = "none" if s.dash else MARKERS[index % len(MARKERS)]

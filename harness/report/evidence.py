@@ -28,12 +28,14 @@ EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best
 MANY = 4  # names in a sentence or a cell
 # Of Pareto fronts and budgets -> path in result.json. Memory and time are of training steps: what
 # does not train has a place among parameters only.
-TIME = "training time"
+PARAMETERS, MEMORY, TIME = "trainable parameters", "peak memory", "training time"
 COST_PATHS = {
-    "trainable parameters": "parameters.trainable",
-    "peak memory": "memory.peak_bytes",
+    PARAMETERS: "parameters.trainable",
+    MEMORY: "memory.peak_bytes",
     TIME: "speed.train_seconds",
 }
+FLOPS = "training FLOPs"  # of budgets alone: counted for a token, times the tokens trained on
+BUDGETS = (*COST_PATHS, FLOPS)
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def evaluation(row: Row, text: str, when: str = "after") -> stats.Evaluation:
 
 def _never_learned(row: Row) -> tuple[int, ...]:
     """Seeds whose validation never got below that of the model before training, if others' did."""
-    if not row.values["parameters.trainable"]:
+    if not row.trained:
         return ()
     lost = []
     for record in row.records:
@@ -298,7 +300,7 @@ def fronts(rows: Sequence[Row], evidence: Evidence) -> dict[str, dict[str, tuple
         return found
     seconds = run_seconds(shown)
     for title in COST_PATHS:
-        known = costs(shown, title)
+        known = costs(shown, title) if title == TIME else sure_costs(shown, title)
         if title == TIME:
             timed = {name: cost for name, cost in known.items() if name in seconds}
 
@@ -320,7 +322,7 @@ def run_seconds(rows: Iterable[Row]) -> dict[str, list[float]]:
     found = {}
     for row in rows:
         values = [results.get(record, COST_PATHS[TIME]) for record in row.records]
-        alone = not row.values[SHARED] and row.values["parameters.trainable"]
+        alone = not row.values[SHARED] and row.trained
         if alone and len(values) > 1 and all(values):
             found[row.name] = [float(value) for value in values]
     return found
@@ -328,7 +330,7 @@ def run_seconds(rows: Iterable[Row]) -> dict[str, list[float]]:
 
 def time_scope(rows: Iterable[Row]) -> str | None:
     """What is said of training time, in a sentence; None where nothing trains."""
-    trained = [row for row in rows if row.values["parameters.trainable"]]
+    trained = [row for row in rows if row.trained]
     if not trained:
         return None
     timed = run_seconds(trained)
@@ -343,10 +345,14 @@ def time_scope(rows: Iterable[Row]) -> str | None:
 
 
 def sure_costs(rows: Iterable[Row], title: str) -> dict[str, float]:
-    """The same, for budgets: of training time the upper end of its 95 % interval over runs."""
+    """The same, for what is claimed of them: only costs that can be compared.
+
+    Of training time it is the upper end of its 95 % interval over runs; peak memory that was
+    measured beside other runs is left out.
+    """
     shown = list(rows)
     if title != TIME:
-        return costs(shown, title)
+        return costs([r for r in shown if title != MEMORY or not r.values[SHARED]], title)
     found = {}
     for name, values in run_seconds(shown).items():
         logs = np.log(values)
@@ -358,13 +364,24 @@ def sure_costs(rows: Iterable[Row], title: str) -> dict[str, float]:
 
 def costs(rows: Iterable[Row], title: str) -> dict[str, float]:
     """The cost of every row that has a place on this axis, by name."""
-    path = COST_PATHS[title]
-    return {
-        row.name: float(row.values[path])
-        for row in rows
-        if row.values[path] is not None
-        and (title == "trainable parameters" or row.values["parameters.trainable"])
-    }
+    found = {row.name: _cost(row, title) for row in rows if row.trained or title == PARAMETERS}
+    return {name: cost for name, cost in found.items() if cost is not None}
+
+
+def _cost(row: Row, title: str) -> float | None:
+    if row.took_no_step:
+        return 0.0
+    if title != FLOPS:
+        value = row.values[COST_PATHS[title]]
+        return None if value is None else float(value)
+    counted = []
+    for record in row.records:
+        per_token = results.get(record, "predicted.train_flops_per_token")
+        tokens = results.get(record, "speed.tokens")
+        if not per_token or not tokens:
+            return None
+        counted.append(float(per_token) * float(tokens))
+    return sum(counted) / len(counted)
 
 
 def detectable(evidence: Evidence, comparison: stats.Comparison) -> float:

@@ -7,8 +7,7 @@ who cannot see it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import results, stats
@@ -28,70 +27,11 @@ from harness.report.axes import (
     color_of,
 )
 from harness.report.evidence import Evidence
+from harness.report.figure import REFERENCES, Figure, Series
 from harness.report.table import Row
 
+GREY = "#808080"
 WORDS = 4  # lines that a caption tells of
-REFERENCES = {"none": "base model", "truncate": "truncated", "full": "full fine-tuning"}
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points that belong together: a line, a band, bars or rows of a heat map."""
-
-    name: str
-    color: str
-    x: list[Any]
-    y: list[float]
-    low: list[float] | None = None  # ends of intervals, or of a band
-    high: list[float] | None = None
-    rows: list[str] = field(default_factory=list)  # the table's row of each point
-    line: bool = False
-    band: bool = False  # no marks; the ends, if any, as an area
-    dash: bool = False
-    hollow: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Axes and what is drawn on them."""
-
-    axes: Axes
-    series: list[Series]
-    references: list[tuple[str, str, float]] = field(default_factory=list)  # (name, colour, y)
-    alt: str = ""  # for those who cannot see it
-
-
-@dataclass(frozen=True)
-class Label:
-    """Where a reference line has its name."""
-
-    text: str
-    y: float
-    left: bool = False  # at the left end of the line, or else at the right one
-    above: bool = True  # the line, or else below it
-
-
-def labels(figure: Figure) -> list[Label]:
-    """The names of the reference lines, lowest first, so that close lines do not share room.
-
-    Full fine-tuning's is at the left: at the right, where it is dear, there are points.
-    """
-    scale = math.log if figure.axes.log_y else float
-    drawn = [v for s in figure.series for v in s.y if v == v] + [r[2] for r in figure.references]
-    places = [scale(v) for v in drawn if v > 0]
-    room = 0.07 * (max(places) - min(places)) if places else 0.0
-    found: list[Label] = []
-    for text, _, y in sorted(figure.references, key=lambda r: r[2]):
-        left = text.startswith(REFERENCES["full"])
-        close = [
-            i
-            for i, other in enumerate(found)
-            if other.left == left and scale(y) - scale(other.y) < room
-        ]
-        if len(close) == 1:
-            found[close[0]] = replace(found[close[0]], above=False)
-        found.append(Label(text, y, left != (len(close) > 1)))
-    return found
 
 
 def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
@@ -110,7 +50,7 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
 
 
 def _trained(rows: Sequence[Row], test: Evidence) -> list[Row]:
-    return [r for r in rows if r.values["parameters.trainable"] and r.name in test.intervals]
+    return [r for r in rows if r.trained and r.name in test.intervals]
 
 
 def _points(
@@ -182,19 +122,52 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
         return costs[row.name] / unit
 
     series = _lines(trained, _family, cost, test, axes is PARAMETERS)
-    dominated = ev.fronts(rows, test).get(title, {})
-    front = sorted((row for row in trained if not dominated.get(row.name, ("?",))), key=cost)
-    if len(front) > 1:
-        y = [_drawn(test.intervals[row.name].log_perplexity) for row in front]
-        names = [row.name for row in front]
-        x = [cost(row) for row in front]
-        series.append(Series("Pareto front", "#808080", x, y, rows=names, line=True, dash=True))
+    alt = f"{len(trained)} configurations. " if len(trained) > 1 else ""
+    # A front claims that costs can be compared: not those of a shared machine, nor the seconds of
+    # single runs.
+    if len(trained) > 1 and {row.name for row in trained} <= set(ev.sure_costs(trained, title)):
+        own, said = _front(trained, cost, ev.fronts(rows, test).get(title, {}), test)
+        series += own
+        alt += said
     best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
-    alt = (
-        f"{len(trained)} configurations. Lowest: {best.name}, "
+    alt += (
+        f"Lowest: {best.name}, "
         f"{test.intervals[best.name].perplexity[0]:.1f} at {cost(best):,.0f} {axes.x}."
     )
     return Figure(axes, series, _references(rows, test), alt)
+
+
+def _front(
+    trained: Sequence[Row],
+    cost: Callable[[Row], float],
+    dominated: Mapping[str, tuple[str, ...]],
+    test: Evidence,
+) -> tuple[list[Series], str]:
+    """The line through the estimates that none dominates, and discs behind what may be on it.
+
+    A disc says that nothing which costs no more is significantly better.
+    """
+
+    def value(row: Row) -> float:
+        return _drawn(test.intervals[row.name].log_perplexity)
+
+    def of(name: str, rows: Sequence[Row], **more: Any) -> Series:
+        x, y = [cost(row) for row in rows], [value(row) for row in rows]
+        return Series(name, GREY, x, y, rows=[row.name for row in rows], **more)
+
+    found = []
+    ordered = sorted(trained, key=lambda row: (cost(row), value(row)))
+    if able := [row for row in ordered if dominated.get(row.name) == ()]:
+        found.append(of("not significantly dominated", able, halo=True))
+    front: list[Row] = []
+    for row in ordered:
+        if not front or value(row) < value(front[-1]):
+            front.append(row)
+    if len(front) > 1:
+        found.append(of("Pareto front of the estimates", front, line=True, dash=True))
+    named = ", ".join(row.name for row in front[:WORDS])
+    more = f" and {len(front) - WORDS} more" if len(front) > WORDS else ""
+    return found, f"No estimate is better at no more cost than {named}{more}. "
 
 
 def _number(value: Any) -> float | None:
@@ -337,9 +310,7 @@ def _speed(rows: Sequence[Row]) -> Figure | None:
 
 def _curves(rows: Sequence[Row]) -> list[Figure]:
     """Validation over tokens and over seconds; seeds as a band."""
-    pairs = [
-        (row, c) for row in rows if row.values["parameters.trainable"] and (c := views.curve(row))
-    ]
+    pairs = [(row, c) for row in rows if row.trained and (c := views.curve(row))]
     if not pairs:
         return []
     found = []

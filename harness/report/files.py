@@ -5,16 +5,15 @@ report/index.html, report/figures/*.{svg,png}, report/table.{md,tex}; results.cs
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from harness import results
-from harness.report import draw, page, summary, table
+from harness.report import columns, draw, page, setting, sheet
 from harness.report.evidence import Findings
-from harness.report.figures import Figure, figures
+from harness.report.figure import Figure
+from harness.report.figures import figures
 
 FOLDER = "report"
 
@@ -35,10 +34,19 @@ def write(findings: Findings) -> Path:
         draw.draw(figure, scratch, command(findings.folder))
     shutil.rmtree(folder / "figures", ignore_errors=True)  # a figure that is no more is not there
     scratch.rename(folder / "figures")
-    headings, lines = table.lines(findings.rows, summary.beside(findings.found.get("test")))
+    found, made_by = (
+        columns.sheet(findings.rows, findings.found.get("test")),
+        command(findings.folder),
+    )
+    line = setting.find(findings.folder, findings.rows).line
+    said = "\n".join(f"{note}  " for note in columns.notes(findings.rows))
     for name, text in (
-        ("table.md", f"{markdown(headings, lines)}\n    {command(findings.folder)}\n"),
-        ("table.tex", f"% {command(findings.folder)}\n{latex(headings, lines)}"),
+        (
+            "table.md",
+            f"# {findings.folder.name}\n\n{line}\n\n{sheet.markdown(found)}\n{said}\n\n"
+            f"    {made_by}\n",
+        ),
+        ("table.tex", f"% {made_by}\n% {line}\n{sheet.latex(found)}"),
     ):
         results.write_atomically(folder / name, text)
     return _write_page(findings, drawn)
@@ -54,38 +62,3 @@ def _write_page(findings: Findings, drawn: list[Figure], refresh: int | None = N
     path.parent.mkdir(parents=True, exist_ok=True)
     results.write_atomically(path, page.text(findings, drawn, command(findings.folder), refresh))
     return path
-
-
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """The table as GitHub and others read it."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    rows = [list(headings), ["---"] * len(headings), *escaped]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """The table for a paper, with booktabs."""
-    rows = [" & ".join(map(_tex, line)) + r" \\" for line in lines]
-    columns = "l" * table.NUM_TEXT + "r" * (len(headings) - table.NUM_TEXT)
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(map(_tex, headings)) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    if text == "-":
-        return "--"
-    plain = "".join(special.get(character, character) for character in text)
-    return re.sub(r"(?<=\d)-(?=\d)", "--", plain)  # from … to

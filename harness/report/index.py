@@ -24,7 +24,7 @@ import markupsafe
 
 from harness import results
 from harness.config import ConfigError
-from harness.report import table
+from harness.report import columns, table
 from harness.report.table import Row
 from harness.trackers import flat
 
@@ -139,7 +139,7 @@ def _line(folder: Path, row: Row) -> dict[str, Any]:
         "values": {h: values.get(path) for path, (h, _) in NUMBERS.items()},
         "shown": {h: _shown(row, path, form) for path, (h, form) in NUMBERS.items()},
         "shared": bool(values.get(table.SHARED)),
-        "default_rate": not table.is_own_rate(values.get(table.LR_FROM)),
+        "default_rate": not columns.is_own_rate(values.get(table.LR_FROM)),
         "alike": _alike(row),
         "settings": settings,
         "runs": [os.path.relpath(run_dir, folder.parent) for run_dir in row.run_dirs],
@@ -147,7 +147,7 @@ def _line(folder: Path, row: Row) -> dict[str, Any]:
 
 
 def _shown(row: Row, path: str, form: str) -> str:
-    cell = table.text_of(row.values.get(path), form)
+    cell = columns.text_of(row.values.get(path), form)
     shared = path in table.MEASURED and row.values.get(table.SHARED) and cell != "-"
     return f"{cell}*" if shared else cell
 

@@ -1,17 +1,18 @@
 """One self-contained HTML page of an experiment: `report/index.html` in its folder.
 
 Nothing in it needs a network. Figures are those of `figures`, drawn by Plotly, whose code is in the
-page; the template is page.html.j2.
+page; the template is page.html.j2. The element `data` holds, for the page's own code, the figures,
+the rows (name, values by column, costs) and the comparisons of pairs.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,17 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from harness import results
-from harness.config import CONF_DIR
+from harness.report import answer, choices, columns, missing, setting, sheets
 from harness.report import evidence as ev
-from harness.report import missing, table
 from harness.report.evidence import Evidence
-from harness.report.figures import Figure, Series, labels
-from harness.report.summary import ends
-from harness.report.table import Row
+from harness.report.figure import Figure
+from harness.report.interactive import plotly
+from harness.report.sheet import Sheet
+from harness.report.table import LR_FROM, TEST, Row, headings
 
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
-DASHES = ("solid", "dash", "dot", "dashdot")
-MANY = 20  # entries of a legend that want room
-HEAT = [[0, "#6baed6"], [1, "#f3f8fd"]]  # black is legible on all of it
+HERO = ("parameters",)  # the figure that stands above the table
+MOST_CHOICES = 40  # of a filter: what has more is better sorted
+TALL = 700  # pixels from which a figure has a frame to scroll in
 
 
 def text(
@@ -40,31 +40,37 @@ def text(
 
     While it does, there are no files of figures and tables beside it.
     """
-    folder, rows, found = findings.folder, findings.rows, findings.found
+    folder, found = findings.folder, findings.found
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     test = found.get("test")
+    rows = _by_result(findings.rows, test)
     shown = {figure.axes.key: plotly(figure) for figure in drawn}
+    table, filters = columns.sheet(rows, test), _filters(rows)
     return environment.get_template("page.html.j2").render(
         title=folder.name,
-        question=question(folder.name),
-        answer=answer(rows, test),
-        notes=_notes(rows, test, findings.refused),
-        headings=_headings(rows, test),
-        rows=[_row(row, table.columns(rows), test) for row in rows],
-        filters=_filters(rows),
-        figures=[
-            {
-                "key": f.axes.key,
-                "title": f.axes.title,
-                "alt": f.alt,
-                "height": shown[f.axes.key]["layout"]["height"],
-            }
-            for f in drawn
-        ],
-        data=_embedded(shown),
+        question=answer.question(folder.name, rows),
+        setting=setting.find(folder, rows) if rows else None,
+        answer=answer.answer(rows, test),
+        choices=choices.sheet(rows, test) if test is not None else None,
+        notes=_notes(findings.rows, test, findings.refused),
+        tolerances=choices.TOLERANCES,
+        costs=_costs(rows),
+        table=table,
+        kinds=_kinds(table),
+        sorted_by=TEST if test is not None else "",
+        rows=[_row(row, test, filters) for row in rows],
+        filters=[{"name": f.name, "heading": f.heading, "values_": f.values} for f in filters],
+        legend=" ".join(columns.notes(rows)) if rows else "",
+        table_notes=test is not None and len(test.intervals) > 1,
+        heroes=[_figure(f, shown) for f in drawn if f.axes.key in HERO],
+        figures=[_figure(f, shown) for f in drawn if f.axes.key not in HERO],
+        sheets=sheets.further(rows, found),
+        data=_embedded(
+            {"figures": shown, "rows": _values(rows, table, test), "pairs": _pairs(rows, test)}
+        ),
         comparisons=bool(found),
         missing=missing.find(findings),
         provenance=_provenance(rows),
@@ -72,6 +78,20 @@ def text(
         plotly=get_plotlyjs() if drawn else "",
         refresh=refresh,
     )
+
+
+def _figure(figure: Figure, shown: dict[str, Any]) -> dict[str, Any]:
+    height = shown[figure.axes.key]["layout"]["height"]
+    return {
+        "key": figure.axes.key, "title": figure.axes.title, "alt": figure.alt, "height": height,
+        "tall": height > TALL,
+    }  # fmt: skip
+
+
+def _by_result(rows: Sequence[Row], test: Evidence | None) -> list[Row]:
+    """The rows by test perplexity, the lowest first; then those without one."""
+    place = {} if test is None else {name: i for i, name in enumerate(test.ordered)}
+    return sorted(rows, key=lambda row: place.get(row.name, len(place)))
 
 
 def _embedded(values: Any) -> str:
@@ -91,129 +111,126 @@ def _short(value: Any) -> Any:
     return value
 
 
-# ----------------------------------------------------------------------------------- in words
-
-
-def question(experiment: str) -> str | None:
-    """What the header of conf/experiment/<experiment>.yaml asks."""
-    path = CONF_DIR / "experiment" / f"{experiment}.yaml"
-    try:
-        header = path.read_text("utf-8")
-    except OSError:
-        return None
-    match = re.search(r"# Question:(.*?)# Command:", header, re.DOTALL)
-    if match is None:
-        return None
-    asked = " ".join(match[1].replace("#", " ").split())
-    return asked[:1].upper() + asked[1:]
-
-
-def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
-    """One sentence from the statistics: the best, what is as good, and what little does most."""
-    if test is None:
-        return None
-    best = test.ordered[0]
-    value, low, high = test.intervals[best].perplexity
-    why = test.intervals[best].missing
-    between = f"no interval: {why}" if why else f"{low:.1f} to {high:.1f}"
-    said = f"{best} reaches the lowest test perplexity, {value:.1f} ({between})"
-    if not test.comparisons:
-        return said + "."
-    compared = [ev.turned(c, best) for c in test.comparisons if best in (c.a, c.b)]
-    ties = [c.b for c in compared if c.better is None]
-    said += (
-        f", and cannot be told from {', '.join(ties[:3])}" + (" and more" if len(ties) > 3 else "")
-        if ties
-        else ", significantly lower than every other's"
-    )
-    share = {row.name: row.values["parameters.trainable_percent"] or 0 for row in rows}
-    small = [name for name in test.ordered if 0 < share[name] <= 5]
-    if small and small[0] != best:
-        ratio = test.intervals[small[0]].perplexity[0] / value
-        said += (
-            f"; of those that train at most 5 % of the parameters, {small[0]} "
-            f"({share[small[0]]:.2g} %) is best, at {ratio:.2f} times that perplexity"
-        )
-    return said + "."
-
-
 def _notes(rows: Sequence[Row], test: Evidence | None, refused: Sequence[str]) -> list[str]:
     notes = [f"No intervals, ranks or comparisons {reason}." for reason in refused]
     if test is not None:
         notes += ev.scope(test)
         if test.ranks and (said := ev.time_scope(rows)):
             notes.append(said)
-    notes += table.remarks(rows)
-    if any(row.values[table.SHARED] for row in rows):
-        notes.append("Memory and speed marked * were measured beside other runs: do not compare.")
     return notes
 
 
 # ------------------------------------------------------------------------------------ the table
 
 
-def _headings(rows: Sequence[Row], test: Evidence | None) -> list[dict[str, str]]:
-    kinds = {
-        heading: "text" if form == "s" else "number"
-        for heading, (_, form) in table.columns(rows).items()
-    }
-    kinds["r, k"] = "number"
-    if test is not None:
-        kinds |= {"95 %": "number", "rank": "number"}
-    kinds["seeds"] = "number"
-    return [{"name": name, "kind": kind} for name, kind in kinds.items()]
+@dataclass(frozen=True)
+class Filter:
+    """A choice above the table: what a column has, and what every row has in it."""
+
+    name: str  # of the attribute data-of-…
+    heading: str
+    values: list[str]
+    of: dict[str, str]  # row's name -> value
 
 
-def _row(row: Row, columns: Mapping[str, tuple[str, str]], test: Evidence | None) -> dict[str, Any]:
-    cells = []
-    for (heading, (path, form)), shown in zip(
-        columns.items(), table.cells(row, columns), strict=True
-    ):
-        value = row.values[path]
-        key = _order(value) if heading == "r, k" else value
-        cells.append({"shown": shown, "key": "" if key is None else key, "form": form})
-    if test is not None:
-        interval = test.intervals.get(row.name)
-        shown, low = (ends(interval), interval.perplexity[1]) if interval else ("-", math.nan)
-        key = "" if math.isnan(low) else low
-        cells.append({"shown": shown.replace("-", "–"), "key": key, "form": ""})
-        rank = test.ranks.get(row.name, "-")
-        cells.append({"shown": rank, "key": rank.split("-")[0], "form": ""})
-    cells.append({"shown": str(row.values["seeds"]), "key": row.values["seeds"], "form": ""})
+def _filters(rows: Sequence[Row]) -> list[Filter]:
+    """The columns that rows can be chosen by: method, targets, rank, and what else was varied."""
+    found = []
+    shown = columns.sheet(rows, None)
+    keys = ["method.label", "method.targets", "method.rank", *headings(rows)]
+    for place, column in enumerate(shown.columns):
+        of = {row.name: line[place].shown for row, line in zip(rows, shown.lines, strict=True)}
+        by = {line[place].shown: line[place].value for line in shown.lines}
+        if column.key not in keys or not 1 < len(by) <= MOST_CHOICES:
+            continue
+        heading = "rank" if column.key == "method.rank" else column.heading
+        ordered = sorted(by, key=lambda text: _order(by[text], text))
+        found.append(Filter(re.sub(r"[^a-z0-9]+", "-", heading.lower()), heading, ordered, of))
+    return found
+
+
+def _order(value: Any, text: str) -> tuple[float, str]:
+    """By number where it is one, with what is missing first."""
+    number = float(value) if isinstance(value, int | float) else math.inf
+    return (-math.inf if value is None else number), text
+
+
+def _kinds(table: Sheet) -> dict[str, str]:
+    """How each column is sorted: as numbers where all its values are."""
+    found = {}
+    for place, column in enumerate(table.columns):
+        values = [line[place].value for line in table.lines]
+        numbers = all(isinstance(v, int | float) for v in values if v is not None)
+        found[column.key] = "number" if numbers else "text"
+    return found
+
+
+def _costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The costs that a row can be chosen by, with their units."""
+    units = {ev.PARAMETERS: "parameters", ev.MEMORY: "MiB", ev.TIME: "seconds", ev.FLOPS: "TFLOPs"}
+    return [
+        {
+            "title": title, "name": choices.SHORT[title], "of": units[title],
+            "unit": f"{choices.UNITS.get(title, 1):.0f}",
+        }
+        for title in ev.BUDGETS
+        if any(ev.sure_costs(rows, title).values())
+    ]  # fmt: skip
+
+
+def _row(row: Row, test: Evidence | None, filters: Sequence[Filter]) -> dict[str, Any]:
+    """What the page needs of a row beside its cells."""
     return {
         "name": row.name,
-        "method": row.values["method.label"] or "-",
-        "targets": row.values["method.targets"] or "-",
-        "rank": row.values["method.rank"] or "-",
         "also": row.values["also"],
-        "lr_from": row.values[table.LR_FROM] or "",
-        "cells": cells,
-        "tie": test is not None and _ties_best(row.name, test),
+        "filters": {one.name: one.of[row.name] for one in filters},
+        "tie": _ties_best(row, test),
         "runs": [{"name": d.name, "href": f"../{d.name}/"} for d in row.run_dirs],
     }
 
 
-def _ties_best(name: str, test: Evidence) -> bool:
-    """Whether it is the best, or not significantly worse."""
-    best = test.ordered[0]
-    pair = [c for c in test.comparisons if {c.a, c.b} == {name, best}]
-    return name == best or any(c.better is None for c in pair)
+def _ties_best(row: Row, test: Evidence | None) -> bool:
+    return test is not None and row.name in test.intervals and choices.ties_best(row.name, test)
 
 
-def _order(rank: str | None) -> float | str:
-    try:
-        return float(rank) if rank else ""
-    except ValueError:
-        return 1e9  # full
-
-
-def _filters(rows: Sequence[Row]) -> dict[str, list[str]]:
-    found = {}
-    for name, path in (("method", "label"), ("targets", "targets"), ("rank", "rank")):
-        values = {str(row.values[f"method.{path}"] or "-") for row in rows}
-        if len(values) > 1:
-            found[name] = sorted(values, key=lambda v: (_order(v) if v != "-" else -1, v))
+def _values(rows: Sequence[Row], table: Sheet, test: Evidence | None) -> list[dict[str, Any]]:
+    """Every row for the page's code: its values by column, interval, and costs to be compared."""
+    costs = {title: ev.sure_costs(rows, title) for title in ev.BUDGETS}
+    found = []
+    for row, line in zip(rows, table.lines, strict=True):
+        interval = None if test is None else test.intervals.get(row.name)
+        found.append(
+            {
+                "name": row.name,
+                "trained": row.trained,
+                "tie": _ties_best(row, test),
+                "values": {c.key: v.value for c, v in zip(table.columns, line, strict=True)},
+                "perplexity": None if interval is None else interval.perplexity,
+                "lr_from": row.values[LR_FROM],
+                "costs": {t: known[row.name] for t, known in costs.items() if row.name in known},
+            }
+        )
     return found
+
+
+def _pairs(rows: Sequence[Row], test: Evidence | None) -> list[list[Any]]:
+    """Comparisons on the test set: two places in the rows, difference, low, high, p, Holm's p.
+
+    The difference is the first's log-perplexity less the second's, in nats per token.
+    """
+    place = {row.name: i for i, row in enumerate(rows)}
+    return [
+        [
+            place[c.a],
+            place[c.b],
+            *(_digits(v) for v in (c.difference, c.low, c.high, c.p, c.adjusted_p)),
+        ]
+        for c in (test.comparisons if test is not None else ())
+    ]
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _provenance(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -249,153 +266,3 @@ def _provenance(rows: Sequence[Row]) -> dict[str, list[str]]:
         if shown:
             found[title] = shown
     return found
-
-
-# ---------------------------------------------------------------------------------- the figures
-
-
-def plotly(figure: Figure) -> dict[str, Any]:
-    """A figure as Plotly's JSON; colours of text and grid are the page's."""
-    makers = {"points": _points, "bars": _bars, "heat": _heat}
-    traces = makers[figure.axes.kind](figure)
-    lying, many = figure.axes.kind == "bars", len(figure.series) > MANY
-    x: dict[str, Any] = {"title": {"text": html.escape(figure.axes.y if lying else figure.axes.x)}}
-    y: dict[str, Any] = {
-        "title": {"text": html.escape("" if lying else figure.axes.y)},
-        "automargin": True,
-    }
-    if figure.axes.log_x:
-        x["type"] = "log"
-        places = sorted({v for s in figure.series for v in s.x})
-        if len(places) <= 8 and places[-1] < 10_000:
-            x |= {"tickvals": places, "ticktext": [f"{v:g}" for v in places]}
-        else:
-            x |= {"dtick": 1, "exponentformat": "power"}
-    else:
-        x["separatethousands"] = True
-    if figure.axes.log_y:
-        y |= {"type": "log", "tickvals": _ticks(figure), "tickformat": ","}
-    if lying:
-        y["range"] = [len(figure.series[0].x) - 0.4, -0.6]
-    if figure.axes.kind == "heat":
-        x |= {"type": "category", "showgrid": False}
-        y |= {"type": "category", "showgrid": False}
-    layout: dict[str, Any] = {
-        "xaxis": x, "yaxis": y, "barmode": "stack", "hovermode": "closest",
-        "height": 150 + 24 * len(figure.series[0].x) if lying else 440 + 120 * many,
-        "shapes": [
-            {
-                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value,
-                "line": {"color": color, "dash": "dot", "width": 1.5},
-            }
-            for _, color, value in figure.references
-        ],
-        "annotations": [
-            {
-                "text": html.escape(label.text), "xref": "paper", "x": 0 if label.left else 1,
-                "xanchor": "left" if label.left else "right",
-                "y": math.log10(label.y) if figure.axes.log_y else label.y,
-                "yanchor": "bottom" if label.above else "top", "showarrow": False,
-                "font": {"size": 11},
-            }
-            for label in labels(figure)
-        ],
-        "showlegend": len(figure.series) > 1 and figure.axes.kind != "heat",
-    }  # fmt: skip
-    return {"data": traces, "layout": layout}
-
-
-def _ticks(figure: Figure) -> list[float]:
-    """Multiples of powers of ten about the values: 1, 2 and 5, or finer where they are close."""
-    shown = [v for s in figure.series for v in s.y] + [y for _, _, y in figure.references]
-    values = [v for v in shown if 0 < v < math.inf] or [1.0]
-    powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
-    ratio = max(values) / min(values)
-    digits = [1.0, 2.0, 5.0]
-    if ratio < 4:
-        digits = [d / 5 for d in range(5, 50)] if ratio < 1.5 else [d / 2 for d in range(2, 20)]
-    return [digit * 10.0**power for power in powers for digit in digits]
-
-
-def _points(figure: Figure) -> list[dict[str, Any]]:
-    traces: list[dict[str, Any]] = []
-    alike: Counter[str] = Counter()
-    for index, s in enumerate(figure.series):
-        dash = "dash" if s.dash else DASHES[alike[s.color] % len(DASHES)]
-        alike[s.color] += s.line and not s.dash
-        trace: dict[str, Any] = {
-            "type": "scatter", "name": html.escape(s.name), "x": s.x, "y": s.y,
-            "mode": "lines" if s.dash else "lines+markers" if s.line else "markers",
-            "line": {"color": s.color, "dash": dash, "width": 1.5},
-            "marker": {
-                "color": s.color, "symbol": SYMBOLS[index % len(SYMBOLS)],
-                **({"size": 5, "maxdisplayed": 8} if s.band else {"size": 9}),
-            },
-            "text": _one([html.escape(name) for name in s.rows]),
-            "hovertemplate": "%{text}<br>%{x:,} → %{y:.2f}<extra></extra>",
-            "legendgroup": str(index),
-        }  # fmt: skip
-        if s.low is not None and s.high is not None and not s.band:
-            trace["error_y"] = {
-                "type": "data", "symmetric": False, "thickness": 1, "width": 3,
-                "array": [h - v for h, v in zip(s.high, s.y, strict=True)],
-                "arrayminus": [v - low for low, v in zip(s.low, s.y, strict=True)],
-            }  # fmt: skip
-        elif s.low is not None and s.high is not None:
-            traces.append(_band(s, index))
-        traces.append(trace)
-    return traces
-
-
-def _one(texts: list[str]) -> str | list[str]:
-    """The texts of points, once if all are the same."""
-    return texts[0] if len(set(texts)) == 1 else texts
-
-
-def _band(s: Series, index: int) -> dict[str, Any]:
-    assert s.low is not None and s.high is not None
-    return {
-        "type": "scatter", "x": [*s.x, *reversed(s.x)], "y": [*s.high, *reversed(s.low)],
-        "fill": "toself", "fillcolor": f"{s.color}33", "line": {"width": 0}, "mode": "lines",
-        "hoverinfo": "skip", "showlegend": False, "legendgroup": str(index),
-    }  # fmt: skip
-
-
-def _bars(figure: Figure) -> list[dict[str, Any]]:
-    traces: list[dict[str, Any]] = []
-    for s in figure.series:
-        names = [html.escape(name) for name in s.x]
-        if s.hollow:
-            traces.append(
-                {
-                    "type": "scatter", "mode": "markers", "x": s.y, "y": names,
-                    "name": html.escape(s.name),
-                    "hovertemplate": "%{y}<br>%{x:,.1f}<extra></extra>",
-                    "marker": {"symbol": "line-ns-open", "size": 14, "line": {"width": 2}},
-                    "meta": "ink",
-                }
-            )  # fmt: skip
-            continue
-        traces.append(
-            {
-                "type": "bar", "orientation": "h", "x": s.y, "y": names,
-                "name": html.escape(s.name),
-                "marker": {"color": s.color},
-                "hovertemplate": "%{y}<br>%{x:,.1f} " + html.escape(s.name) + "<extra></extra>",
-            }
-        )  # fmt: skip
-    return traces
-
-
-def _heat(figure: Figure) -> list[dict[str, Any]]:
-    values = [s.y for s in figure.series]
-    return [
-        {
-            "type": "heatmap", "x": figure.series[0].x, "y": [s.name for s in figure.series],
-            "z": [[math.log(v) if v == v else None for v in row] for row in values],
-            "text": [[f"{v:.1f}" if v == v else "" for v in row] for row in values],
-            "texttemplate": "%{text}", "hovertemplate": "%{x}, r=%{y}: %{text}<extra></extra>",
-            "colorscale": HEAT, "showscale": False, "textfont": {"color": "#111111"},
-            "xgap": 2, "ygap": 2,
-        }
-    ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import shlex
 import sys
 import textwrap
@@ -12,15 +11,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import results, stats
+from rich.console import Console
+
+from harness import results
 from harness.console import reason
+from harness.report import answer, choices, columns, missing, setting, sheet, sheets, table, views
 from harness.report import evidence as ev
-from harness.report import missing, table, views
 from harness.report.evidence import Evidence, Findings
 from harness.report.table import Row
 
 NOT_APART = 6  # pairs named on the terminal; all are in comparisons.csv
-UNITS = {"peak memory": 2**20}  # MiB
 CSVS = ("results.csv", "comparisons.csv", "curves.csv")
 
 
@@ -29,23 +29,32 @@ def show(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
     tell(ev.find(folder, run_dirs), run_dirs)
 
 
-def tell(findings: Findings, run_dirs: Sequence[Path] | None = None, *, full: bool = False) -> None:
+def tell(
+    findings: Findings,
+    run_dirs: Sequence[Path] | None = None,
+    *,
+    full: bool = False,
+    wide: bool = False,
+) -> None:
     """Print what was found and write the CSVs, which hold every finished configuration.
 
-    `full` adds the comparisons, equal budgets, learning curves and forgetting.
+    First comes what was run, the answer in words and which configuration to take, then the table.
+    `full` adds the comparisons, equal budgets, learning curves and forgetting; `wide` prints every
+    column whatever the terminal's width.
     """
     folder, rows, found = findings.folder, findings.rows, findings.found
     everything = findings if rows == findings.everything else ev.find(folder)
     saved = _save(everything) if everything.rows else []
-    test = found.get("test")
     if rows:
-        table.print_rows(rows, beside(test))
-        if test is not None:
-            _print_claims(rows, test)
-        for reason in findings.refused:
-            print(f"no intervals, ranks or comparisons {reason}")
+        _print_first(findings, wide=wide)
+        left = _print_table(findings, wide=wide)
         if full:
-            _print_more(rows, found)
+            for one in sheets.further(rows, found):
+                print(f"\n{one.title}")
+                left |= bool(sheet.show(one, wide=wide))
+                _print_notes(one.notes)
+        if left:
+            print(f"every column: python -m harness.report --wide {shlex.quote(str(folder))}")
     else:
         print(f"\n{folder}: no finished run")
     for run in missing.find(findings):
@@ -58,28 +67,45 @@ def tell(findings: Findings, run_dirs: Sequence[Path] | None = None, *, full: bo
     print(f"{more}: python -m harness.report {shlex.quote(str(folder))}")
 
 
-# ------------------------------------------------------------------------------- beside the table
+def _print_first(findings: Findings, *, wide: bool) -> None:
+    """The title, what was run, the answer in words, and which configuration to take."""
+    rows, test = findings.rows, findings.found.get("test")
+    title = findings.folder.name
+    asked = answer.question(title, rows)
+    print(f"\n{title}: {asked}" if asked else f"\n{title}")
+    print(setting.find(findings.folder, rows).line)
+    if said := answer.answer(rows, test):
+        print()
+        _print_notes([said])
+    if test is not None and (found := choices.sheet(rows, test, choices.FEW_BUDGETS)) is not None:
+        print(f"\n{found.title}")
+        sheet.show(found, wide=wide)
 
 
-def beside(test: Evidence | None) -> dict[str, dict[str, str]]:
-    """The columns that statistics add to the table."""
-    if test is None:
-        return {}
-    columns = {"95 %": {name: ends(i) for name, i in test.intervals.items()}}
-    return columns | ({"rank": test.ranks} if len(test.ranks) > 1 else {})  # one has no rank
+def _print_table(findings: Findings, *, wide: bool) -> bool:
+    """The table of results, what its signs say and what it can claim; whether columns are left."""
+    rows, test = findings.rows, findings.found.get("test")
+    print()
+    left = sheet.show(columns.sheet(rows, test), wide=wide)
+    _print_notes(columns.notes(rows))
+    if left:
+        print(f"not shown: {', '.join(left)}")
+    if test is not None:
+        _print_claims(rows, test)
+    for refusal in findings.refused:
+        print(f"no intervals, ranks or comparisons {refusal}")
+    return bool(left)
 
 
-def ends(i: stats.Interval) -> str:
-    """An interval of perplexity in three digits; - where there is none."""
-    if i.missing:
-        return "-"
-    return "-".join(f"{v:.0f}" if v >= 100 else f"{v:.1f}" for v in i.perplexity[1:])
+def _print_notes(notes: Iterable[str]) -> None:
+    width = min(100, Console().width)
+    for note in notes:
+        print(textwrap.fill(note, width, break_long_words=False, break_on_hyphens=False))
 
 
 def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
     """What the intervals cover, which pairs are not told apart, and who is on which front."""
-    for sentence in ev.scope(test):
-        print(textwrap.fill(sentence, 100))
+    _print_notes(ev.scope(test))
     if len(test.intervals) == 1:
         return
     apart = [c for c in test.comparisons if c.better is None]
@@ -95,159 +121,12 @@ def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
     for title, dominated in ev.fronts(rows, test).items():
         on = [name for name in test.ordered if not dominated.get(name, ("",))]
         if any(ev.costs(rows, title).values()):  # or nothing costs anything
-            lines.append(f"  {title}{_mark(rows, title)}: {', '.join(on)}")
+            lines.append(f"  {title}: {', '.join(on)}")
     if lines:
         print("Pareto fronts (off them: something that costs no more is significantly better):")
         print("\n".join(lines))
         if said := ev.time_scope(rows):
-            print(textwrap.fill(said, 100))
-
-
-def _mark(rows: Sequence[Row], title: str) -> str:
-    """A star where sharing the machine can have moved the numbers."""
-    shared = any(row.values[table.SHARED] for row in rows)
-    return "*" if shared and title != "trainable parameters" else ""
-
-
-# ------------------------------------------------------------------------------- the full report
-
-
-def _print_more(rows: Sequence[Row], found: dict[str, Evidence]) -> None:
-    test = found.get("test")
-    if test is not None and test.comparisons:
-        _print_neighbours(test)
-        if test.ranks:
-            _print_budgets(rows, test)
-    _print_curves(rows)
-    for text, on in found.items():
-        if text != "test":
-            _print_forgetting(rows, on)
-
-
-def _print_neighbours(test: Evidence) -> None:
-    print("\nEach configuration and the next best: difference of log-perplexity, nats per token")
-    shown = table.plain(
-        ["configuration", "less the next best"],
-        ["difference", "95 %", "p", "p (Holm)", "detectable"],
-    )
-    for c in test.neighbours():
-        numbers = [f"{c.difference:.4f}", f"{c.low:.4f} to {c.high:.4f}"]
-        numbers += [f"{c.p:.2g}", f"{c.adjusted_p:.2g}", f"{ev.detectable(test, c):.4f}"]
-        shown.add_row(c.a, c.b, *numbers)
-    table.show(shown)
-    print(
-        f"Holm over all {len(test.comparisons)} pairs. detectable: the smallest difference that\n"
-        "this design finds with 80 % power if it is the clearest of them."
-    )
-
-
-def _print_budgets(rows: Sequence[Row], test: Evidence) -> None:
-    shown = table.plain([], ["at most"], ["of", "best", "test", "95 %", "not significantly worse"])
-    matched: list[str] = []
-    for title in ev.COST_PATHS:
-        shown_rows = [row for row in rows if row.name in test.intervals]
-        costs = ev.sure_costs(shown_rows, title)
-        mark, last = _mark(rows, title), None
-        for budget in views.budgets(list(costs.values()), UNITS.get(title, 1)):
-            found = views.within(budget, costs, test)
-            if found is None or found == last:
-                continue  # a larger budget that buys nothing
-            last = (best, ties) = found
-            i = test.intervals[best]
-            cells = [_cost(title, budget), title + mark, best, f"{i.perplexity[0]:.2f}", ends(i)]
-            shown.add_row(*cells, ev.some(ties) or "-")
-        exact = {n: c for n, c in ev.costs(shown_rows, title).items() if n in costs}
-        pairs = views.matched(exact, test.comparisons)
-        for c in pairs[:NOT_APART]:
-            better = f"{c.better} is better" if c.better else "not told apart"
-            matched.append(
-                f"  {title}{mark}: {c.a} and {c.b}, {abs(c.difference):.4f} nats, {better}"
-            )
-        if len(pairs) > NOT_APART:
-            matched.append(f"  {title}{mark}: and {len(pairs) - NOT_APART} more pairs")
-    if shown.row_count:
-        print("\nThe best within a budget")
-        table.show(shown)
-    if matched:
-        print("Pairs of equal cost (within 5 %):", *matched, sep="\n")
-
-
-def _cost(title: str, value: float) -> str:
-    if title == "peak memory":
-        return f"{value / 2**20:,.0f} MiB"
-    return f"{value:,.3g} s" if title == "training time" else f"{value:,.0f}"
-
-
-def _print_curves(rows: Sequence[Row]) -> None:
-    curves = _curves(rows)
-    if not curves:
-        return
-    levels = views.levels(curves)
-    tokens, seconds = (views.equal(curves, axis) for axis in ("tokens", "seconds"))
-    mark = _mark(rows, "training time")
-    headings = [f"{t:,.0f} tokens" for t in tokens] + [f"{s:,.3g} s{mark}" for s in seconds]
-    shown = table.plain(
-        ["configuration"], [*headings, *(f"steps to {level:g}" for level in levels)]
-    )
-    for c in curves:
-        cells = []
-        for axis, values in (("tokens", tokens), ("seconds", seconds)):
-            for value in values:
-                found = c.at(axis, value)
-                cells.append("-" if found is None else _perplexity(*found))
-        for level in levels:
-            cells.append(_steps(c.brackets(math.log(level))))
-        shown.add_row(c.name, *cells)
-    print(
-        "\nValidation perplexity at equal tokens and equal training time, and steps to a perplexity"
-    )
-    table.show(shown)
-    print(
-        "Perplexity is interpolated between validations; ± is half of a 95 % t-interval over "
-        "seeds.\nSteps are from the last validation above the level to the first one at or under "
-        "it, and\nwiden by the spread over seeds; - where a seed does not get there. A run cut "
-        "short is no\nshort run: schedules are for all steps."
-    )
-
-
-def _curves(rows: Iterable[Row]) -> list[views.Curve]:
-    trained = (row for row in rows if row.values["parameters.trainable"])
-    return [c for row in trained if (c := views.curve(row)) is not None]
-
-
-def _perplexity(nll: float, half: float | None) -> str:
-    value = views.perplexity(nll)
-    return f"{value:.2f}" + ("" if half is None else f" ± {value * half:.2g}")
-
-
-def _steps(found: Sequence[views.Bracket | None]) -> str:
-    reached = [bracket for bracket in found if bracket is not None]
-    if not reached or len(reached) < len(found):
-        return "-"
-    low, high = views.steps_interval(reached)
-    return f"{low:.0f}-{high:.0f}"
-
-
-def _print_forgetting(rows: Sequence[Row], on: Evidence) -> None:
-    moved, since = ev.forgetting(rows, on)
-    before = ev.before(rows, on)
-    count = next(iter(on.intervals.values())).num_documents
-    print(f"\nForgetting: perplexity on {on.text} ({count} documents) before and after adaptation")
-    shown = table.plain(
-        ["configuration"],
-        ["before", "after", "95 %", "rank", "nats forgotten", "of these 95 %", "p (Holm)"],
-    )
-    for name in on.ordered:
-        i, c = on.intervals[name], moved.get(name)
-        cells = [f"{before[name].perplexity[0]:.2f}", f"{i.perplexity[0]:.2f}", ends(i)]
-        cells.append(on.ranks.get(name, "-"))
-        if c is not None and not c.same:
-            cells += [f"{c.difference:.4f}", f"{c.low:.4f} to {c.high:.4f}", f"{c.adjusted_p:.2g}"]
-        else:
-            cells += ["0", "-", "-"]
-        shown.add_row(name, *cells)
-    table.show(shown)
-    print(f"nats forgotten: per token, since {since}. rank: as above, on this text.")
+            _print_notes([said])
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -259,7 +138,7 @@ def _save(findings: Findings) -> list[str]:
     files = {"results.csv": results_csv(findings)}
     if found:
         files["comparisons.csv"] = _csv(_comparisons(found))
-    if curves := _curves(findings.rows):
+    if curves := sheets.curves(findings.rows):
         files["curves.csv"] = _csv(_points(curves))
     try:
         for name in CSVS:

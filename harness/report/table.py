@@ -1,4 +1,4 @@
-"""One row per configuration: what is printed, and results.csv.
+"""One row per configuration: its values, and results.csv; `columns` has what tables show of it.
 
 Perplexity is per model token; word perplexity and bits per byte, which compare across tokenizers,
 are in results.csv and in each run's result.json. Over seeds, perplexities are exp of the mean
@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,43 +21,64 @@ import rich.box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from harness import ends, nlg, results
+from harness import nlg, results
 from harness.config import METHODS
 from harness.report import groups
 
-# heading -> (path in result.json, format of the number)
-COLUMNS = {
-    "method": ("method.label", "s"),
-    "targets": ("method.targets", "s"),
-    "r, k": ("method.rank", "s"),
-    "alpha": ("method.alpha", "g"),
-    "lr": ("method.lr", ".3g"),
-    "trainable": ("parameters.trainable", ",.0f"),
-    "%": ("parameters.trainable_percent", ".2f"),
-    "peak MiB": ("memory.peak_bytes", "MiB"),
-    "tok/s": ("speed.tokens_per_second", ",.0f"),
-    "step 0": ("quality.step0.validation.perplexity", ".2f"),
-    "val": ("quality.validation.perplexity", ".2f"),
-    "test": ("quality.test.perplexity", ".2f"),
-}
-CLASSIFIED = "quality.classification.test"
-SCORED = {  # where the task has labels (`harness.classify`), or completions were generated
-    "accuracy": (f"{CLASSIFIED}.accuracy", ".1%"),
-    "majority": (f"{CLASSIFIED}.majority_accuracy", ".1%"),
-} | {label: (f"quality.generation.{name}", ".2f") for name, label in nlg.METRICS.items()}
-WRITTEN = "quality.generation.tokens_per_second"  # likewise, in the CSV alone
-NUM_TEXT = 3  # the first columns, which are text
-SHOWN = {"train.lr"} | {
+SHOWN = {"train.lr"} | {  # of the configuration, what has a column
     f"method.{key}"
     for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual", "train_only")
 }
+TRAINABLE = "parameters.trainable"
 SHARED = "environment.runs_beside"
-MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
 LR_FROM = "method.lr_from"
-CLASSIFIED_CSV = tuple(  # likewise, in the CSV alone
+CLASSIFIED = "quality.classification.test"
+OF_LABELS = {  # where the task has labels (`harness.classify`)
+    f"{CLASSIFIED}.accuracy": "accuracy", f"{CLASSIFIED}.majority_accuracy": "majority",
+}  # fmt: skip
+OF_COMPLETIONS = {f"quality.generation.{name}": label for name, label in nlg.METRICS.items()}
+SCORES = OF_LABELS | OF_COMPLETIONS
+CLASSIFIED_CSV = tuple(  # in the CSV alone
     f"{CLASSIFIED}.{name}"
     for name in ("accuracy_low", "accuracy_high", "macro_f1", "log_loss", "num_examples")
 )
+WRITTEN = "quality.generation.tokens_per_second"  # of generating, in the CSV alone
+RANK, ALPHA, LR = "method.rank", "method.alpha", "method.lr"
+TEST = "quality.test.perplexity"
+MEASURED = ("memory.peak_bytes", "speed.tokens_per_second")  # which sharing a machine can move
+
+
+@dataclass(frozen=True)
+class Number:
+    """How a value of a row is written, and how long a narrow table keeps its column."""
+
+    heading: str
+    form: str
+    keep: int
+    why: str = ""
+
+
+COLUMNS = {
+    "method.label": Number("method", "s", 0),
+    "method.targets": Number("targets", "s", 0),
+    RANK: Number("r, k", "s", 0, "r of LoRA, k of U D V^T"),
+    ALPHA: Number("alpha", "g", 80),
+    LR: Number("lr", ".3g", 60, "the learning rate"),
+    TRAINABLE: Number("trainable", ",.0f", 70, "parameters that train"),
+    "parameters.trainable_percent": Number("%", ".2f", 20, "their share of all parameters"),
+    "memory.peak_bytes": Number(
+        "peak MiB", "MiB", 40,
+        "live tensors of a training step, or of evaluation where nothing trains",
+    ),
+    "speed.tokens_per_second": Number("tok/s", ",.0f", 100, "of optimizer steps"),
+    "quality.step0.validation.perplexity": Number(
+        "step 0", ".2f", 110, "validation perplexity per token before training"
+    ),
+    "quality.validation.perplexity": Number(
+        "val", ".2f", 90, "validation perplexity per token, from the checkpoint that it chose"
+    ),
+    TEST: Number("test", ".2f", 0, "test perplexity per token, from the same checkpoint"),
+}  # fmt: skip
 CSV_ONLY = (
     "method.name",
     LR_FROM,
@@ -68,12 +89,8 @@ CSV_ONLY = (
     "speed.train_seconds",
     SHARED,
 )
-LEGEND = (
-    "%: trainable share of all parameters. peak: live tensors of a training step (of evaluation,\n"
-    "where nothing trains). step 0: validation perplexity per token before training; val, test:\n"
-    "from the checkpoint that validation chose."
-)
-SHARED_LEGEND = "*: measured while other runs shared the machine; not for comparison."
+SETTINGS = {"data.name": "text", "model.name": "model"}  # headings that are no key's last part
+UNTRAINED = "untrained"  # what is said of a row whose method trains, after 0 steps
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,18 @@ class Row:
     run_dirs: list[Path]
     records: list[dict[str, Any]]  # their result.json
     repeated: dict[Path, str] = field(default_factory=dict)  # runs of a seed that is there -> why
+    # What tells it from other rows and has no column of its own: a setting, or a content -> value.
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything was trained: parameters to train, and a step to do it."""
+        return bool(self.values[TRAINABLE]) and not self.took_no_step
+
+    @property
+    def took_no_step(self) -> bool:
+        """Whether its method trains and has not: `train.steps=0`."""
+        return bool(self.values[TRAINABLE]) and _took_no_step(self.records[0])
 
 
 def rows(folder: Path) -> list[Row]:
@@ -96,22 +125,30 @@ def rows(folder: Path) -> list[Row]:
     for group, config in zip(found, flat, strict=True):
         own = {key: config[key] for key in others if key in config} | group.content
         values = _values(group.records) | {"also": " ".join(f"{k}={v}" for k, v in own.items())}
-        table.append(Row("", values, group.run_dirs, group.records, group.repeated))
+        table.append(Row("", values, group.run_dirs, group.records, group.repeated, own))
     return _named(sorted(table, key=_place))
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """`groups.settings` by dotted keys, with the labels of the model and the text."""
+    """`groups.settings` by dotted keys, with the labels of the model and the text.
+
+    What does not train has no settings of training.
+    """
     flat = _flat(groups.settings(record))
+    if not results.get(record, TRAINABLE):
+        flat = {key: value for key, value in flat.items() if not key.startswith("train.")}
     for key in ("model.name", "data.name"):
         flat[key] = results.get(record, key) or flat.get(key)
     return flat
 
 
+def _took_no_step(record: dict[str, Any]) -> bool:
+    return results.get(record, "config.train.steps") == 0
+
+
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
-    shown = [path for path, _ in (COLUMNS | SCORED).values()]
-    for path in [*shown, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
+    for path in [*COLUMNS, *SCORES, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
         found = [results.get(result, path) for result in records]
         numbers = [v for v in found if isinstance(v, int | float)]
         if path == SHARED:  # the worst of the runs
@@ -138,33 +175,55 @@ def _place(row: Row) -> tuple[Any, ...]:
 
 
 def _named(table: list[Row]) -> list[Row]:
-    """The rows with names: as few of the columns as tell them apart."""
-    forms = [
-        ("method.label", "{}"), ("method.targets", "{}"), ("method.rank", "{}"),
-        ("method.alpha", "alpha={:g}"), ("method.lr", "lr={:.3g}"), ("also", "{}"),
-    ]  # fmt: skip
+    """The rows with names: method, targets and rank, and of the rest what tells them apart."""
 
-    def name(row: Row, columns: int) -> str:
-        parts = []
-        for path, form in forms[:columns]:
-            if value := row.values[path]:
-                letter = "r=" if row.values["method.name"] == "lora" else "k="
-                key = letter if path == "method.rank" else ""
-                parts.append(key + form.format(value))
-        return " ".join(parts)
+    def base(row: Row) -> str:
+        letter = "r=" if row.values["method.name"] == "lora" else "k="
+        rank = row.values[RANK]
+        parts = [row.values["method.label"], row.values["method.targets"], rank and letter + rank]
+        return " ".join([*filter(None, parts), *([UNTRAINED] if row.took_no_step else [])])
 
-    names = [name(row, 3) for row in table]
-    for columns in range(4, len(forms) + 1):
-        count = Counter(names)
+    names = [base(row) for row in table]
+    forms = {ALPHA: "alpha={:g}", LR: "lr={:.3g}"}
+    parts = [
+        ["" if (value := row.values[key]) is None else form.format(value) for row in table]
+        for key, form in forms.items()
+    ]
+    for key, heading in headings(table).items():
+        texts = [setting_text(row.settings.get(key)) for row in table]
+        parts.append(["" if text == "-" else f"{heading}={text}" for text in texts])
+    for told in parts:
+        alike: dict[str, set[str]] = {}
+        for name, part in zip(names, told, strict=True):
+            alike.setdefault(name, set()).add(part)
         names = [
-            name(row, columns) if count[old] > 1 else old
-            for row, old in zip(table, names, strict=True)
+            f"{name} {part}".rstrip() if len(alike[name]) > 1 else name
+            for name, part in zip(names, told, strict=True)
         ]
     count = Counter(names)
     return [
         replace(row, name=old if count[old] == 1 else f"{old} {row.run_dirs[0].name}")
         for row, old in zip(table, names, strict=True)
     ]
+
+
+def headings(table: Sequence[Row]) -> dict[str, str]:
+    """The settings in which rows differ -> headings, as short as tells them apart."""
+    keys = list(dict.fromkeys(key for row in table for key in row.settings))
+    short = {key: SETTINGS.get(key, key.rpartition(".")[2]) for key in keys}
+    taken = Counter([*short.values(), *(number.heading for number in COLUMNS.values()), "seeds"])
+    return {key: name if taken[name] == 1 else key for key, name in short.items()}
+
+
+def setting_text(value: Any) -> str:
+    """A setting as tables and names show it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"{value:.10g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
@@ -192,15 +251,6 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def text_of(value: Any, form: str) -> str:
-    """A value as the table shows it."""
-    if value is None:
-        return "-"
-    if form == "MiB":
-        return f"{value / 2**20:,.0f}"
-    return str(value) if form == "s" else format(value, form)
-
-
 def plain(left: Sequence[str], right: Sequence[str] = (), last: Sequence[str] = ()) -> Table:
     """An empty table: headings of columns to the left, to the right, and to the left again."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -219,144 +269,29 @@ def show(table: Table) -> None:
     Console(width=max(console.width, own), markup=False).print(table)
 
 
-def columns(shown: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """COLUMNS, and of SCORED those that a row has."""
-    scored = {
-        heading: (path, form)
-        for heading, (path, form) in SCORED.items()
-        if any(row.values[path] is not None for row in shown)
-    }
-    return COLUMNS | scored
-
-
-def is_own_rate(lr_from: str | None) -> bool:
-    """Whether a rate was set, or tuned for just this configuration, if for other steps."""
-    return (lr_from or "set").split(", for ")[0] in ("set", "tuned", "not used")
-
-
-def cells(row: Row, columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """The row's text under each of the columns, marked where it needs a word."""
-    found = []
-    for path, form in columns.values():
-        cell = text_of(row.values[path], form)
-        if path in MEASURED and row.values[SHARED] and row.values[path] is not None:
-            cell += "*"
-        if path == "method.lr" and not is_own_rate(row.values[LR_FROM]):
-            cell = f"~{cell}"
-        found.append(cell)
-    return found
-
-
-def lines(
-    shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]
-) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows as text; `beside` are further columns: heading -> row's name -> text."""
-    also = any(row.values["also"] for row in shown)
-    own_columns = columns(shown)
-    headings = [*own_columns, *beside, "seeds", *(["also"] if also else [])]
-    found = []
-    for row in shown:
-        more = [column.get(row.name, "-") for column in beside.values()]
-        own = [row.values["also"]] if also else []
-        found.append([*cells(row, own_columns), *more, str(row.values["seeds"]), *own])
-    return headings, found
-
-
-def print_rows(shown: Sequence[Row], beside: Mapping[str, Mapping[str, str]]) -> None:
-    """Print rows and the legend."""
-    headings, found = lines(shown, beside)
-    right = [heading for heading in headings[NUM_TEXT:] if heading != "also"]
-    table = plain(headings[:NUM_TEXT], right, headings[NUM_TEXT + len(right) :])
-    for line in found:
-        table.add_row(*line)
-    print()
-    show(table)
-    print(LEGEND)
-    if said := _of_labels(shown):
-        print(said)
-    if "BLEU" in headings:
-        print("BLEU to CIDEr: of the test set's prompts, completed by that model (harness/nlg.py).")
-    records = [record for row in shown for record in row.records]
-    missing = [results.get(record, "quality.generation.skipped") or {} for record in records]
-    for name, why in {name: why for found in missing for name, why in found.items()}.items():
-        print(f"without {name}: {why}")
-    if any(not is_own_rate(row.values[LR_FROM]) for row in shown):
-        print(
-            "~: a default rate, or one tuned for something similar; method.lr_from in results.csv\n"
-            "says how it was found."
-        )
-    if any(row.values[SHARED] for row in shown):
-        print(SHARED_LEGEND)
-    for sentence in remarks(shown):
-        print(sentence)
-
-
-def remarks(shown: Sequence[Row]) -> list[str]:
-    """A sentence for what a row's runs have noted of themselves, by seed where they differ.
-
-    Training that ended before its steps, a saved model that is not the one that was evaluated, what
-    failed after the test set was read, weights drawn at random, a model that may see what follows.
-    """
-    said = []
-    for row in shown:
-        of_run: dict[str, list[int]] = {}
-        for record in row.records:
-            for remark in _remarks_of(record):
-                of_run.setdefault(remark, []).append(record["config"]["seed"])
-        for remark, seeds in of_run.items():
-            some = len(seeds) < len(row.records)
-            whose = f" (seed {', '.join(map(str, sorted(seeds)))})" if some else ""
-            said.append(f"{row.name}{whose}: {remark}.")
-    return said
-
-
-def _remarks_of(record: dict[str, Any]) -> Iterator[str]:
-    if (why := ends.told(record)) is not None:
-        yield why
-    if failure := results.get(record, "saved_check.failure"):
-        yield str(failure).rstrip(".")
-    for problem in record.get("problems") or []:
-        yield str(problem).splitlines()[0].rstrip(".")
-    if drawn := results.get(record, "model.weights.random"):
-        names = ", ".join(drawn[:3]) + ", …" * (len(drawn) > 3)
-        yield f"model.strict=false: weights that its files lack were drawn at random ({names})"
-    if results.get(record, "model.causal") is False:
-        yield "whether the model sees what it is to predict could not be told"
-
-
-def _of_labels(shown: Sequence[Row]) -> str:
-    """What accuracy is, and how far its interval reaches; "" where no row has one."""
-    found = [
-        quality
-        for row in shown
-        for record in row.records
-        if (quality := results.get(record, CLASSIFIED)) and quality["accuracy"] is not None
-    ]
-    if not found:
-        return ""
-    half = max(one["accuracy_high"] - one["accuracy_low"] for one in found) / 2
-    fewest, most = (f(one["num_examples"] for one in found) for f in (min, max))
-    count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    return (
-        f"accuracy: of {count} test examples, by the likelihood of the labels; ± {half:.1%} at\n"
-        "most (95 % over examples, seeds not counted). majority: always training's commonest label."
-    )
-
-
 def csv_lines(
     table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[str], list[list[Any]]]:
     """Columns by their path in result.json, and one line per configuration, with its runs."""
-    names = [path for path, _ in columns(table).values()]
-    for name in (WRITTEN, *CLASSIFIED_CSV):
-        names += [name] if any(row.values[name] is not None for row in table) else []
-    names += [*CSV_ONLY, "seeds", "also"]
+    written = [
+        path
+        for path in [*SCORES, WRITTEN, *CLASSIFIED_CSV]
+        if any(r.values[path] is not None for r in table)
+    ]
+    names = [*COLUMNS, *written, *CSV_ONLY, "seeds", "also"]
+    settings = list(dict.fromkeys(key for row in table for key in row.settings))
     found = []
     for row in table:
         runs = " ".join(run_dir.name for run_dir in row.run_dirs)
-        own = [*(row.values[name] for name in names), *(b.get(row.name) for b in beside.values())]
-        found.append([row.name, *own, runs])
-    return ["name", *names, *beside, "runs"], found
+        own = [row.values[name] for name in names]
+        own += [row.settings.get(key) for key in settings]
+        found.append([row.name, *own, *(b.get(row.name) for b in beside.values()), runs])
+    return ["name", *names, *map(csv_name, settings), *beside, "runs"], found
+
+
+def csv_name(key: str) -> str:
+    """What the CSV calls a setting: its path in result.json; `contents.…` of what was read."""
+    return f"config.{key}" if "." in key else f"contents.{key}"
 
 
 def csv_text(table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,0 +1,149 @@
+"""Which configuration to take: the smallest that is good enough, and the best within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.report import evidence as ev
+from harness.report import views
+from harness.report.evidence import Evidence
+from harness.report.sheet import Cell, Column, Sheet
+from harness.report.table import SHARED, TEST, Row
+
+TOLERANCES = (5, 10, 25, 50, 100)  # per cent above the lowest perplexity
+UNITS = {ev.MEMORY: 2**20, ev.FLOPS: 1e12}  # MiB, TFLOPs
+SHORT = {ev.PARAMETERS: "parameters", ev.MEMORY: "memory", ev.TIME: "seconds", ev.FLOPS: "FLOPs"}
+FEW_BUDGETS = 2  # of a kind, where room is short
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration to take, for what is wanted of it."""
+
+    wanted: str
+    take: str
+    least: tuple[str, ...] = ()  # the costs in which it is the smallest that will do
+    ties: tuple[str, ...] = ()  # within the same budget, and not significantly worse
+
+
+def good_enough(rows: Sequence[Row], test: Evidence) -> list[Choice]:
+    """The best row, and by every cost the smallest that is hardly worse.
+
+    A tolerance is named where a smaller row than before will do.
+    """
+    best = test.ordered[0]
+    found = [Choice("lowest", best)]
+    lowest = test.intervals[best].log_perplexity
+    shown = [row for row in rows if row.name in test.intervals]
+    costs = {title: ev.sure_costs(shown, title) for title in ev.BUDGETS}
+    allowed = {"not significantly higher": [n for n in test.ordered if ties_best(n, test)]} | {
+        f"up to {percent} % higher": [
+            name
+            for name in test.ordered
+            if views.perplexity(test.intervals[name].log_perplexity - lowest) <= 1 + percent / 100
+        ]
+        for percent in TOLERANCES
+    }
+    before = dict.fromkeys(costs, best)
+    for wanted, names in allowed.items():
+        picks: dict[str, list[str]] = {}
+        for title, known in costs.items():
+            # Of equal costs the better one: names are in the order of perplexity.
+            least = min((n for n in names if n in known), key=known.__getitem__, default=None)
+            if least is None or known[least] >= known.get(before[title], math.inf):
+                continue
+            picks.setdefault(least, []).append(title)
+            before[title] = least
+        found += [Choice(wanted, name, tuple(titles)) for name, titles in picks.items()]
+    return found
+
+
+def within_budgets(rows: Sequence[Row], test: Evidence, most: int | None = None) -> list[Choice]:
+    """The best row for every round budget that buys another one; `most` of a kind.
+
+    Budgets that buy the best of all are left out.
+    """
+    shown = [row for row in rows if row.name in test.intervals]
+    found = []
+    for title in ev.BUDGETS:
+        costs, last = ev.sure_costs(shown, title), None
+        own = []
+        for budget in views.budgets(list(costs.values()), UNITS.get(title, 1)):
+            bought = views.within(budget, costs, test)
+            if bought is None or bought == last:
+                continue
+            last = (best, ties) = bought
+            if best == test.ordered[0]:
+                break
+            own.append(Choice(f"≤ {amount(title, budget)}", best, ties=tuple(ties)))
+        if most is not None and len(own) > most:
+            own = own[:: -(-len(own) // most)]
+        found += own
+    return found
+
+
+def ties_best(name: str, test: Evidence) -> bool:
+    """Whether it is the best, or not significantly worse."""
+    best = test.ordered[0]
+    pair = [c for c in test.comparisons if {c.a, c.b} == {name, best}]
+    return name == best or any(c.better is None for c in pair)
+
+
+def amount(title: str, value: float) -> str:
+    """A cost with its unit."""
+    if title == ev.MEMORY:
+        return f"{value / 2**20:,.0f} MiB"
+    if title == ev.FLOPS:
+        return f"{value / 1e12:,.3g} TFLOPs"
+    return f"{value:,.3g} s" if title == ev.TIME else f"{value:,.0f} parameters"
+
+
+def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet | None:
+    """ "Which should I take?" as a table; None where there is nothing to choose from."""
+    if len(test.intervals) < 2 or not test.comparisons:
+        return None
+    named = {row.name: row for row in rows}
+    costs = {title: ev.costs(rows, title) for title in ev.BUDGETS}
+    lowest = test.intervals[test.ordered[0]].log_perplexity
+    heads = [
+        Column("wanted", "perplexity, or budget", text=True),
+        Column("take", "take", text=True),
+        Column(TEST, "test"),
+        Column("times", "× lowest", keep=20, why="its perplexity by the lowest"),
+        Column("least", "with the least", text=True, keep=5),
+        Column(ev.PARAMETERS, "trainable", keep=10),
+        Column(ev.MEMORY, "peak MiB", keep=40),
+        Column(ev.TIME, "seconds", keep=50),
+        Column(ev.FLOPS, "TFLOPs", keep=60),
+        Column("ties", "not significantly worse", text=True, keep=70),
+    ]
+    lines = []
+    for choice in [*good_enough(rows, test), *within_budgets(rows, test, most)]:
+        interval = test.intervals[choice.take]
+        times = views.perplexity(interval.log_perplexity - lowest)
+        every = set(choice.least) == {title for title in ev.BUDGETS if costs[title]}
+        least = "all costs" if every else ", ".join(SHORT[t] for t in choice.least) or "-"
+        line = [
+            Cell(choice.wanted, choice.wanted), Cell(choice.take, choice.take),
+            Cell(f"{interval.perplexity[0]:.2f}", interval.perplexity[0]),
+            Cell(f"{times:.2f}", times), Cell(least, least),
+        ]  # fmt: skip
+        line += [_cost_cell(named[choice.take], title, costs[title]) for title in ev.BUDGETS]
+        ties = ev.some(choice.ties) or "-"
+        lines.append([*line, Cell(ties, ties)])
+    if len(lines) < 2:
+        return None
+    found = Sheet("Which should I take?", heads, lines)
+    empty = [c.key for i, c in enumerate(heads) if all(line[i].shown == "-" for line in lines)]
+    return found.only([c.key for c in heads if c.key not in empty])
+
+
+def _cost_cell(row: Row, title: str, costs: dict[str, float]) -> Cell:
+    if row.name not in costs:
+        return Cell("-")
+    value = costs[row.name]
+    shown = amount(title, value).split(" ")[0]
+    measured = title in (ev.MEMORY, ev.TIME)
+    return Cell(f"{shown}*" if measured and row.values[SHARED] else shown, value)

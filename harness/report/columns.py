@@ -1,0 +1,203 @@
+"""The columns of the table of results: on the terminal, in Markdown and LaTeX, and on the page.
+
+After method, targets and rank come the settings in which rows differ, whatever they are: a sweep
+over them can be read in every table. results.csv has the same by their paths (`table.csv_lines`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from harness import results, stats
+from harness.report import remarks
+from harness.report.evidence import Evidence
+from harness.report.sheet import Cell, Column, Sheet
+from harness.report.table import (
+    ALPHA,
+    COLUMNS,
+    LR,
+    LR_FROM,
+    MEASURED,
+    OF_COMPLETIONS,
+    OF_LABELS,
+    RANK,
+    SHARED,
+    TRAINABLE,
+    UNTRAINED,
+    Number,
+    Row,
+    headings,
+    setting_text,
+)
+
+OF_TRAINING = ("method.lr", TRAINABLE, "parameters.trainable_percent")
+INTERVAL, PLACES = "quality.test.interval", "quality.test.rank"
+EMPTY = 1000  # `keep` of a column in which nothing stands
+
+
+LEGEND = (
+    "%: trainable share of all parameters. peak: live tensors of a training step (of evaluation, "
+    "where nothing trains). step 0: validation perplexity per token before training; val, test: "
+    "from the checkpoint that validation chose."
+)
+TILDE = (
+    "~: a default rate, or one tuned for something similar; method.lr_from in results.csv says how "
+    "it was found."
+)
+STAR = "*: measured while other runs shared the machine; not for comparison."
+NO_STEP = (
+    f"{UNTRAINED}: train.steps=0, so nothing was trained; the row has what its method is before "
+    "the first step."
+)
+
+
+def sheet(rows: Sequence[Row], test: Evidence | None) -> Sheet:
+    """The table of the rows, in their order."""
+    columns: list[Column] = []
+    filled: list[list[Cell]] = []  # a list a column
+
+    def add(key: str, number: Number, cells: list[Cell], *, text: bool = False) -> None:
+        keep = number.keep if any(cell.shown != "-" for cell in cells) else EMPTY
+        columns.append(Column(key, number.heading, text, keep, number.why))
+        filled.append(cells)
+
+    telling = telling_of(rows)
+    for key, number in COLUMNS.items():
+        kept = Number(number.heading, number.form, 0, number.why) if key in telling else number
+        cells = [_cell(row, key, number.form) for row in rows]
+        add(key, kept, cells, text=key in ("method.label", "method.targets", RANK))
+        if key == RANK:
+            for setting, heading in headings(rows).items():
+                own = [_setting(row, setting) for row in rows]
+                text = any(isinstance(cell.value, str) for cell in own)
+                add(setting, Number(heading, "s", 0, setting), own, text=text)
+    if test is not None:
+        add(
+            INTERVAL, Number("95 %", "", 10, f"interval of test over {test.sample}"),
+            [_interval(test, row) for row in rows],
+        )  # fmt: skip
+        if len(test.ranks) > 1:
+            why = "the places that a row may have, by paired tests"
+            add(PLACES, Number("rank", "", 30, why), [_places(test, row) for row in rows])
+    for key, label in OF_LABELS.items():
+        if any(row.values[key] is not None for row in rows):
+            number = Number(label, ".1%", 24, "of the test set's labels, by their likelihood")
+            add(key, number, [_cell(row, key, ".1%") for row in rows])
+    for place, (key, label) in enumerate(OF_COMPLETIONS.items()):
+        if any(row.values[key] is not None for row in rows):
+            why = "of the test set's prompts, completed by that model"
+            number = Number(label, ".2f", 96 + place if place else 25, why)
+            add(key, number, [_cell(row, key, ".2f") for row in rows])
+    seeds = [row.values["seeds"] for row in rows]
+    add("seeds", Number("seeds", "", 50), [Cell(str(n), n) for n in seeds])
+    return Sheet("Results", columns, [list(line) for line in zip(*filled, strict=True)])
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What the table's signs say, in sentences."""
+    said = [LEGEND]
+    if told := remarks.of_labels(rows):
+        said.append(told)
+    if any(row.values[key] is not None for row in rows for key in OF_COMPLETIONS):
+        said.append(
+            f"{', '.join(OF_COMPLETIONS.values())}: of the test set's prompts, completed by that "
+            "model (harness/nlg.py)."
+        )
+    records = [record for row in rows for record in row.records]
+    missing = [results.get(record, "quality.generation.skipped") or {} for record in records]
+    for name, why in {name: why for found in missing for name, why in found.items()}.items():
+        said.append(f"without {name}: {why}")
+    if any(not is_own_rate(row.values[LR_FROM]) for row in rows):
+        said.append(TILDE)
+    if any(row.values[SHARED] for row in rows):
+        said.append(STAR)
+    if any(row.took_no_step for row in rows):
+        said.append(NO_STEP)
+    return said + remarks.remarks(rows)
+
+
+def is_own_rate(lr_from: str | None) -> bool:
+    """Whether a rate was set, or tuned for just this configuration, if for other steps."""
+    return (lr_from or "set").split(", for ")[0] in ("set", "tuned", "not used")
+
+
+def ends(i: stats.Interval) -> str:
+    """An interval of perplexity in three digits; - where there is none."""
+    if i.missing:
+        return "-"
+    return "-".join(f"{v:.0f}" if v >= 100 else f"{v:.1f}" for v in i.perplexity[1:])
+
+
+def number_of(rank: str | None) -> float | None:
+    """A rank as what it is sorted by; whole matrices come last."""
+    if rank is None:
+        return None
+    try:
+        return float(rank)
+    except ValueError:
+        return math.inf
+
+
+def telling_of(rows: Sequence[Row]) -> set[str]:
+    """Of alpha and the rate, what is needed to tell rows apart."""
+    found: set[str] = set()
+    same: Callable[[Row], tuple[Any, ...]] = lambda row: (  # noqa: E731 - it is extended below
+        *(row.values[key] for key in ("method.label", "method.targets", RANK, *sorted(found))),
+        json.dumps(row.settings, sort_keys=True, default=str),
+    )
+    for key in (ALPHA, LR):
+        groups: dict[tuple[Any, ...], set[Any]] = {}
+        for row in rows:
+            groups.setdefault(same(row), set()).add(row.values[key])
+        if any(len(values) > 1 for values in groups.values()):
+            found.add(key)
+    return found
+
+
+def text_of(value: Any, form: str) -> str:
+    """A value as tables show it, by a format or in MiB; - where there is none."""
+    if value is None:
+        return "-"
+    return f"{value / 2**20:,.0f}" if form == "MiB" else format(value, form)
+
+
+def _cell(row: Row, key: str, form: str) -> Cell:
+    value = row.values[key]
+    if row.took_no_step and key in OF_TRAINING:
+        return Cell("-", None, NO_STEP)
+    if value is None:
+        return Cell("-")
+    shown = text_of(value, form)
+    if key in MEASURED and row.values[SHARED]:
+        return Cell(f"{shown}*", value, STAR)
+    if key == LR:
+        own = is_own_rate(row.values[LR_FROM])
+        return Cell(shown if own else f"~{shown}", value, row.values[LR_FROM] or "")
+    if key == RANK:
+        return Cell(shown, number_of(value))
+    if key == "method.label" and row.took_no_step:
+        return Cell(f"{shown}, {UNTRAINED}", value, NO_STEP)
+    return Cell(shown, value)
+
+
+def _setting(row: Row, key: str) -> Cell:
+    value = row.settings.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    shown = setting_text(value)
+    return Cell(shown, None if value is None else value if is_number else shown)
+
+
+def _interval(test: Evidence, row: Row) -> Cell:
+    interval = test.intervals.get(row.name)
+    if interval is None:
+        return Cell("-")
+    low = interval.perplexity[1]
+    return Cell(ends(interval), None if math.isnan(low) else low, interval.missing or "")
+
+
+def _places(test: Evidence, row: Row) -> Cell:
+    rank = test.ranks.get(row.name)
+    return Cell("-") if rank is None else Cell(rank, int(rank.split("-")[0]))

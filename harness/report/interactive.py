@@ -1,0 +1,175 @@
+"""The report's figures as Plotly's JSON, for the page."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import Counter
+from typing import Any
+
+from harness.report.figure import Figure, Series, labels
+
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
+DASHES = ("solid", "dash", "dot", "dashdot")
+MANY = 20  # entries of a legend that want room
+HEAT = [[0, "#6baed6"], [1, "#f3f8fd"]]  # black is legible on all of it
+
+
+def plotly(figure: Figure) -> dict[str, Any]:
+    """A figure as Plotly's JSON; colours of text and grid are the page's."""
+    makers = {"points": _points, "bars": _bars, "heat": _heat}
+    traces = makers[figure.axes.kind](figure)
+    lying, many = figure.axes.kind == "bars", len(figure.series) > MANY
+    x: dict[str, Any] = {"title": {"text": html.escape(figure.axes.y if lying else figure.axes.x)}}
+    y: dict[str, Any] = {
+        "title": {"text": html.escape("" if lying else figure.axes.y)},
+        "automargin": True,
+    }
+    if figure.axes.log_x:
+        x["type"] = "log"
+        places = sorted({v for s in figure.series for v in s.x})
+        if len(places) <= 8 and places[-1] < 10_000:
+            x |= {"tickvals": places, "ticktext": [f"{v:g}" for v in places]}
+        else:
+            x |= {"dtick": 1, "exponentformat": "power"}
+    else:
+        x["separatethousands"] = True
+    if figure.axes.log_y:
+        y |= {"type": "log", "tickvals": _ticks(figure), "tickformat": ","}
+    if lying:
+        y["range"] = [len(figure.series[0].x) - 0.4, -0.6]
+    if figure.axes.kind == "heat":
+        x |= {"type": "category", "showgrid": False}
+        y |= {"type": "category", "showgrid": False}
+    layout: dict[str, Any] = {
+        "xaxis": x, "yaxis": y, "barmode": "stack", "hovermode": "closest",
+        "height": 150 + 24 * len(figure.series[0].x) if lying else 440 + 120 * many,
+        "shapes": [
+            {
+                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value,
+                "line": {"color": color, "dash": "dot", "width": 1.5},
+            }
+            for _, color, value in figure.references
+        ],
+        "annotations": [
+            {
+                "text": html.escape(label.text), "xref": "paper", "x": 0 if label.left else 1,
+                "xanchor": "left" if label.left else "right",
+                "y": math.log10(label.y) if figure.axes.log_y else label.y,
+                "yanchor": "bottom" if label.above else "top", "showarrow": False,
+                "font": {"size": 11},
+            }
+            for label in labels(figure)
+        ],
+        "showlegend": len(figure.series) > 1 and figure.axes.kind != "heat",
+    }  # fmt: skip
+    return {"data": traces, "layout": layout}
+
+
+def _ticks(figure: Figure) -> list[float]:
+    """Multiples of powers of ten about the values: 1, 2 and 5, or finer where they are close."""
+    shown = [v for s in figure.series for v in s.y] + [y for _, _, y in figure.references]
+    values = [v for v in shown if 0 < v < math.inf] or [1.0]
+    powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
+    ratio = max(values) / min(values)
+    digits = [1.0, 2.0, 5.0]
+    if ratio < 4:
+        digits = [d / 5 for d in range(5, 50)] if ratio < 1.5 else [d / 2 for d in range(2, 20)]
+    return [digit * 10.0**power for power in powers for digit in digits]
+
+
+def _points(figure: Figure) -> list[dict[str, Any]]:
+    traces: list[dict[str, Any]] = []
+    alike: Counter[str] = Counter()
+    for index, s in enumerate(figure.series):
+        if s.halo:
+            traces.append(_halo(s, index))
+            continue
+        dash = "dash" if s.dash else DASHES[alike[s.color] % len(DASHES)]
+        alike[s.color] += s.line and not s.dash
+        trace: dict[str, Any] = {
+            "type": "scatter", "name": html.escape(s.name), "x": s.x, "y": s.y,
+            "mode": "lines" if s.dash else "lines+markers" if s.line else "markers",
+            "line": {"color": s.color, "dash": dash, "width": 1.5},
+            "marker": {
+                "color": s.color, "symbol": SYMBOLS[index % len(SYMBOLS)],
+                **({"size": 5, "maxdisplayed": 8} if s.band else {"size": 9}),
+            },
+            "text": _one([html.escape(name) for name in s.rows]),
+            "hovertemplate": "%{text}<br>%{x:,} → %{y:.2f}<extra></extra>",
+            "legendgroup": str(index),
+        }  # fmt: skip
+        if not (s.dash or s.band):
+            trace["meta"] = "rows"  # a row of the table each
+        if s.low is not None and s.high is not None and not s.band:
+            trace["error_y"] = {
+                "type": "data", "symmetric": False, "thickness": 1, "width": 3,
+                "array": [h - v for h, v in zip(s.high, s.y, strict=True)],
+                "arrayminus": [v - low for low, v in zip(s.low, s.y, strict=True)],
+            }  # fmt: skip
+        elif s.low is not None and s.high is not None:
+            traces.append(_band(s, index))
+        traces.append(trace)
+    return traces
+
+
+def _halo(s: Series, index: int) -> dict[str, Any]:
+    return {
+        "type": "scatter", "name": html.escape(s.name), "x": s.x, "y": s.y, "mode": "markers",
+        "marker": {"color": s.color, "opacity": 0.3, "size": 22}, "hoverinfo": "skip",
+        "legendgroup": str(index), "legendrank": 2000, "zorder": -1,
+    }  # fmt: skip
+
+
+def _one(texts: list[str]) -> str | list[str]:
+    """The texts of points, once if all are the same."""
+    return texts[0] if len(set(texts)) == 1 else texts
+
+
+def _band(s: Series, index: int) -> dict[str, Any]:
+    assert s.low is not None and s.high is not None
+    return {
+        "type": "scatter", "x": [*s.x, *reversed(s.x)], "y": [*s.high, *reversed(s.low)],
+        "fill": "toself", "fillcolor": f"{s.color}33", "line": {"width": 0}, "mode": "lines",
+        "hoverinfo": "skip", "showlegend": False, "legendgroup": str(index),
+    }  # fmt: skip
+
+
+def _bars(figure: Figure) -> list[dict[str, Any]]:
+    traces: list[dict[str, Any]] = []
+    for s in figure.series:
+        names = [html.escape(name) for name in s.x]
+        if s.hollow:
+            traces.append(
+                {
+                    "type": "scatter", "mode": "markers", "x": s.y, "y": names,
+                    "name": html.escape(s.name),
+                    "hovertemplate": "%{y}<br>%{x:,.1f}<extra></extra>",
+                    "marker": {"symbol": "line-ns-open", "size": 14, "line": {"width": 2}},
+                    "meta": "ink",
+                }
+            )  # fmt: skip
+            continue
+        traces.append(
+            {
+                "type": "bar", "orientation": "h", "x": s.y, "y": names,
+                "name": html.escape(s.name),
+                "marker": {"color": s.color},
+                "hovertemplate": "%{y}<br>%{x:,.1f} " + html.escape(s.name) + "<extra></extra>",
+            }
+        )  # fmt: skip
+    return traces
+
+
+def _heat(figure: Figure) -> list[dict[str, Any]]:
+    values = [s.y for s in figure.series]
+    return [
+        {
+            "type": "heatmap", "x": figure.series[0].x, "y": [s.name for s in figure.series],
+            "z": [[math.log(v) if v == v else None for v in row] for row in values],
+            "text": [[f"{v:.1f}" if v == v else "" for v in row] for row in values],
+            "texttemplate": "%{text}", "hovertemplate": "%{x}, r=%{y}: %{text}<extra></extra>",
+            "colorscale": HEAT, "showscale": False, "textfont": {"color": "#111111"},
+            "xgap": 2, "ygap": 2,
+        }
+    ]  # fmt: skip

@@ -1,0 +1,61 @@
+"""What runs have noted of themselves, in sentences under a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from harness import ends, results
+from harness.report.table import CLASSIFIED, Row
+
+
+def remarks(shown: Sequence[Row]) -> list[str]:
+    """A sentence for what a row's runs have noted of themselves, by seed where they differ.
+
+    Training that ended before its steps, a saved model that is not the one that was evaluated, what
+    failed after the test set was read, weights drawn at random, a model that may see what follows.
+    """
+    said = []
+    for row in shown:
+        of_run: dict[str, list[int]] = {}
+        for record in row.records:
+            for remark in _remarks_of(record):
+                of_run.setdefault(remark, []).append(record["config"]["seed"])
+        for remark, seeds in of_run.items():
+            some = len(seeds) < len(row.records)
+            whose = f" (seed {', '.join(map(str, sorted(seeds)))})" if some else ""
+            said.append(f"{row.name}{whose}: {remark}.")
+    return said
+
+
+def _remarks_of(record: dict[str, Any]) -> Iterator[str]:
+    if (why := ends.told(record)) is not None:
+        yield why
+    if failure := results.get(record, "saved_check.failure"):
+        yield str(failure).rstrip(".")
+    for problem in record.get("problems") or []:
+        yield str(problem).splitlines()[0].rstrip(".")
+    if drawn := results.get(record, "model.weights.random"):
+        names = ", ".join(drawn[:3]) + ", …" * (len(drawn) > 3)
+        yield f"model.strict=false: weights that its files lack were drawn at random ({names})"
+    if results.get(record, "model.causal") is False:
+        yield "whether the model sees what it is to predict could not be told"
+
+
+def of_labels(shown: Sequence[Row]) -> str:
+    """What accuracy is, and how far its interval reaches; "" where no row has one."""
+    found = [
+        quality
+        for row in shown
+        for record in row.records
+        if (quality := results.get(record, CLASSIFIED)) and quality["accuracy"] is not None
+    ]
+    if not found:
+        return ""
+    half = max(one["accuracy_high"] - one["accuracy_low"] for one in found) / 2
+    fewest, most = (f(one["num_examples"] for one in found) for f in (min, max))
+    count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    return (
+        f"accuracy: of {count} test examples, by the likelihood of the labels; ± {half:.1%} at\n"
+        "most (95 % over examples, seeds not counted). majority: always training's commonest label."
+    )
