@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -130,7 +130,10 @@ def _overlap(overlap: Frame, names: dict[str, str]) -> Frame:
 def show(summary: Frame, found: Survey, settings: Settings) -> None:
     """Print the tables: sizes and ranks, kinds of weights, layers, and overlap over seeds."""
     names = list(dict.fromkeys(summary["name"]))
-    known = {(row.name, row.of, row.quantity): row for row in map(_Row, summary.to_dict("records"))}
+    known = {
+        (row.name, row.of, row.quantity): row
+        for row in (_Row(values) for values in summary.to_dict("records"))
+    }
 
     def cell(name: str, of: str, quantity: str, form: str) -> str:
         row = known.get((name, of, quantity))
@@ -217,7 +220,7 @@ def _show_rounding(weights: Frame) -> None:
 class _Row:
     """A number of the summary with its spread."""
 
-    def __init__(self, values: dict[str, object]) -> None:
+    def __init__(self, values: Mapping[Hashable, object]) -> None:
         self.name, self.of, self.quantity = (str(values[k]) for k in ("name", "of", "quantity"))
         self.mean, self.low, self.high = (float(str(values[k])) for k in ("mean", "low", "high"))
         self.count = int(str(values["count"]))

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,7 @@ def write(found: Survey, folder: Path) -> Path:
     out.mkdir(exist_ok=True)
     for name in ("weights", "layers", "overlap"):
         table: pd.DataFrame = getattr(found, name)
-        results.write_atomically(
-            out / f"{name}.parquet", lambda path, table=table: table.to_parquet(path, index=False)
-        )
+        results.write_atomically(out / f"{name}.parquet", partial(table.to_parquet, index=False))
     return out
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,11 +41,20 @@ class Update:
     after: torch.Tensor
     stored_in_out: bool  # the parameter is W^T
     dtype: torch.dtype  # in which the base holds it
+    parameter: str = ""  # of the model, of which this is all or some rows
+    rows: slice | torch.Tensor = field(default_factory=lambda: slice(None))
 
     @property
     def delta(self) -> torch.Tensor:
         """DW (m, n), float64."""
         return self.after.double() - self.before.double()
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, value: torch.Tensor) -> None:
+        """Put `value`, of the shape of `before`, in this weight's place in `model`."""
+        weight = model.get_parameter(self.parameter)
+        place = weight.t() if self.stored_in_out else weight
+        place[self.rows] = value.to(weight.device, weight.dtype)
 
     @property
     def is_matrix(self) -> bool:
@@ -62,8 +71,9 @@ class Update:
 
     @property
     def error(self) -> float:
-        """The same for fp32, in which W + dW was read: smaller parts of dW are noise."""
-        return float(_steps(self.before, torch.float32).square().sum().div(12).sqrt())
+        """||.||_F of the noise in dW: W + dW was read in fp32, and an adapter's dW made in it."""
+        steps = (_steps(t, torch.float32).square().sum() for t in (self.after, self.delta))
+        return float(sum(steps) / 12) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,15 @@ def changed(pair: Pair) -> Iterator[Update]:
                     new[rows],
                     flipped,
                     pair.base_dtypes[name],
+                    name,
+                    rows,
                 )
+
+
+def kept(pair: Pair) -> Iterator[Update]:
+    """`changed`, of a pair whose adapted model is to be written into: the updates are copies."""
+    for update in changed(pair):
+        yield replace(update, after=update.after.clone())
 
 
 def parameter(model: nn.Module, name: str) -> nn.Parameter | None:
