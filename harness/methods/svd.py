@@ -106,6 +106,17 @@ def svd_factors(
         _counters["seconds"] += time.perf_counter() - start
 
 
+def cached_factors(
+    weight: torch.Tensor, cache_dir: str | os.PathLike[str] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Return what `svd_factors` would, if the cache has it: nothing is decomposed."""
+    weight = weight.detach().cpu().contiguous()
+    path = _cache_path(weight, cache_dir)
+    rows, columns = weight.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return _read(path, rows, columns, dtype) if path else None
+
+
 def truncated_factors(
     weight: torch.Tensor,
     *,

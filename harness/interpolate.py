@@ -1,0 +1,162 @@
+"""Between a base and what a run made of it: perplexity of W + lambda dW on new and old text.
+
+    python -m harness.interpolate outputs/main_seeds/RUN --scales 0,0.25,0.5,0.75,1,1.25
+    python -m harness.interpolate outputs/main_seeds/RUN --only q,k,v     # dW of these kinds alone
+
+lambda = 0 is the base and 1 the run's model (WiSE-FT, arXiv 2109.01903); every weight that the run
+changed is scaled, whatever the method, or only those of --only, the others staying as in the base.
+The new text is the run's validation split, and the test split with --test; the old ones are its
+further texts (evaluate.also). Nothing is trained. Numbers go to RUN/interpolate.csv and, by
+document, RUN/interpolate.parquet. Exit status 2 for what cannot be scaled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from harness import results, saved
+from harness.anatomy import texts, updates
+from harness.anatomy.texts import NEW, Evaluator, perplexity
+from harness.composition import explain
+from harness.config import ConfigError, nearest
+from harness.console import ended, reason
+from harness.report import table
+
+SCALES = "0,0.25,0.5,0.75,1,1.25"
+CSV, PARQUET = "interpolate.csv", "interpolate.parquet"
+
+
+def interpolate(
+    run_dir: Path, scales: list[float], only: list[str], *, test: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row for every scale and text, and the same by document.
+
+    Raises:
+        ConfigError: a run without a change of weights, or a kind that did not change.
+    """
+    run = saved.load(run_dir)
+    pair = updates.load(run)
+    changes = list(updates.kept(pair))
+    kinds = list(dict.fromkeys(update.kind for update in changes))
+    for kind in only:
+        if kind not in kinds:
+            raise ConfigError(f"--only: no weight of kind '{kind}' changed; {nearest(kind, kinds)}")
+    chosen = [update for update in changes if not only or update.kind in only]
+    read = texts.read(run, test=test)
+    evaluator = Evaluator(run, pair.adapted, read)
+    points, documents = [], []
+    for scale in scales:
+        write_into(pair, chosen, scale)
+        for text in read.by_name:
+            nll, num_tokens = evaluator.nats(text)
+            row = {"scale": scale, "kinds": ",".join(only) or "all", "text": text}
+            points.append(
+                row
+                | {
+                    "perplexity": perplexity((nll, num_tokens)),
+                    "nll_nats": float(nll.sum()),
+                    "num_tokens": int(num_tokens.sum()),
+                }
+            )
+            ids = read.by_name[text]["id"]
+            documents.append(
+                pd.DataFrame(row | {"id": ids, "nll_nats": nll, "num_tokens": num_tokens})
+            )
+    return pd.DataFrame(points), pd.concat(documents, ignore_index=True)
+
+
+@torch.no_grad()
+def write_into(pair: updates.Pair, chosen: list[updates.Update], scale: float) -> None:
+    """Make the adapted model the base plus `scale` times the updates that are chosen, in place.
+
+    At a scale of 1 a weight is the run's own, bit for bit.
+    """
+    for name, weight in pair.adapted.named_parameters():
+        before = updates.parameter(pair.base, name)
+        assert before is not None  # as `updates.changed` has seen
+        weight.copy_(before)
+    for update in chosen:
+        moved = torch.lerp(update.before, update.after, scale)
+        update.write(pair.adapted, moved)
+
+
+def show(points: pd.DataFrame) -> None:
+    """Print a line for every scale."""
+    names = list(dict.fromkeys(points["text"]))
+    shown = table.plain(
+        ["lambda"], [f"new text ({name})" if name in (NEW, "test") else name for name in names]
+    )
+    for scale, rows in points.groupby("scale", sort=False):
+        value = rows.set_index("text")["perplexity"]
+        shown.add_row(f"{scale:g}", *(f"{value[name]:.2f}" for name in names))
+    table.show(shown)
+    kinds = points["kinds"].iloc[0]
+    what = "every weight that changed" if kinds == "all" else f"of {kinds} alone"
+    print(f"perplexity per token of W + lambda dW, {what}")
+
+
+def parse_scales(text: str) -> Iterator[float]:
+    """The numbers of "0,0.5,1".
+
+    Raises:
+        ConfigError: one is not a finite number.
+    """
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        try:
+            scale = float(part)
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise ConfigError(f"--scales: {part!r} is not a number")
+        yield scale
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.interpolate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", type=Path, help="outputs/EXPERIMENT/RUN_NAME")
+    parser.add_argument("--scales", default=SCALES, help=f"values of lambda (default: {SCALES})")
+    parser.add_argument("--only", default="", help="kinds of weights, as in q,v,mlp_in,embeddings")
+    parser.add_argument("--test", action="store_true", help="the test split, too")
+    asked = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # PEFT's, of what it does while it loads
+    try:
+        scales = list(dict.fromkeys(parse_scales(asked.scales)))
+        if not scales:
+            raise ConfigError(f"--scales: name at least one, as in {SCALES}")
+        only = [kind for kind in asked.only.split(",") if kind]
+        points, documents = interpolate(asked.run_dir, scales, only, test=asked.test)
+        results.write_atomically(asked.run_dir / CSV, str(points.to_csv(index=False)))
+        results.write_atomically(
+            asked.run_dir / PARQUET, partial(documents.to_parquet, index=False)
+        )
+    except ConfigError as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or asked.run_dir}: {reason(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    show(points)
+    print(f"saved in {asked.run_dir}: {CSV}, {PARQUET}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ended(lambda: main(sys.argv[1:])))
