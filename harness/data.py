@@ -25,7 +25,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents, overlap, pairs, records
+from harness import documents, files, overlap, pairs, sources
 from harness.config import ConfigError, DataConfig
 from harness.console import reason
 from harness.loss import IGNORE
@@ -106,8 +106,15 @@ def prepare(
     fingerprint = _tokenizer_fingerprint(tokenizer)
     tables, counts, fresh = {}, {}, False
     texts: dict[str, list[documents.Document]] = {}  # what must not be in two splits
-    read = pairs.read if cfg.source == "pairs" else documents.read
-    for name, docs in read(cfg, wanted).items():
+    rule: dict[str, str] = {}
+    found: dict[str, list[Any]]
+    if cfg.source == "pairs":
+        found = {**pairs.read(cfg, wanted)}
+    else:
+        corpus = documents.corpus(cfg, wanted)
+        rule, found = corpus.rule(), {**documents.held(corpus)}
+        log.info("documents of data=%s: %s; split: %s", cfg.name, rule["documents"], rule["split"])
+    for name, docs in found.items():
         block = cfg.context if name == "train" else 0
         tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block, begins)
         counts[name] = len(docs)
@@ -115,23 +122,25 @@ def prepare(
         texts[name] = [(doc.id, doc.prompt) if isinstance(doc, pairs.Pair) else doc for doc in docs]
     blocks = tables.pop("train")
     copies, warnings = overlap.facts(cfg, texts, blocks, tables)
-    files, said = left_out(cfg)
-    return Data(blocks, tables, counts, fresh, fingerprint[:12], copies | files, [*said, *warnings])
+    unread, said = left_out(cfg)
+    facts = copies | unread | ({"rule": rule} if rule else {})
+    return Data(blocks, tables, counts, fresh, fingerprint[:12], facts, [*said, *warnings])
 
 
 def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
     """The files of a folder that are not read, for result.json and as a warning."""
     if cfg.source not in ("text_files", "pairs") or not cfg.path:
         return {}, []
-    files = records.left_out(cfg.path)
     if cfg.source == "pairs":
-        files = sorted({*files, *pairs.left_out(cfg)})
-    if not files:
+        left = sorted({*files.left_out(cfg.path, files.OF_PAIRS), *pairs.left_out(cfg)})
+    else:
+        left = files.left_out(cfg.path)
+    if not left:
         return {}, []
-    names = ", ".join(str(file) for file in files[:5]) + ", …" * (len(files) > 5)
-    said = f"data.path={cfg.path}: {len(files)} file(s) are left out: {names}"
-    first = [str(file) for file in files[:100]]
-    return {"left_out": {"files": len(files), "first": first}}, [said]
+    names = ", ".join(str(file) for file in left[:5]) + ", …" * (len(left) > 5)
+    said = f"data.path={cfg.path}: {len(left)} file(s) are left out: {names}"
+    first = [str(file) for file in left[:100]]
+    return {"left_out": {"files": len(left), "first": first}}, [said]
 
 
 def prepare_test(
@@ -156,7 +165,8 @@ def held_out_sizes(
     unknown: list[list[int] | None] = [None] * len(splits)
     try:
         if cfg.source in ("text_files", "pairs") and not cfg.id:
-            if sum(file.stat().st_size for file in documents.find_files(cfg.path)) > AT_HAND_BYTES:
+            own = sources.own_files(cfg).values()
+            if sum(file.stat().st_size for found in own for file in found) > AT_HAND_BYTES:
                 return unknown
         elif cfg.source != "kjv":
             return unknown

@@ -29,10 +29,12 @@ _LATER = {
     "model": ("package", "gguf", "remote_code", "strict"),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
+        "split", "validation_path", "test_path", "encoding",
     ),
     "targets": ("roles",),
     "evaluate": ("generate", "protocol", "prefix"),
 }  # fmt: skip
+PATHS = ("path", "id", "validation_path", "test_path")  # which contents stand for
 NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")
 
 
@@ -103,7 +105,7 @@ def _by_content(fields: dict[str, Any], content: str) -> None:
     if kind == "commit":
         fields["revision"] = value
     if kind == "sha256":
-        fields |= {key: None for key in ("path", "id") if key in fields} | {"content": value}
+        fields |= {key: None for key in PATHS if key in fields} | {"content": value}
 
 
 def is_deterministic(run: RunConfig) -> bool:
