@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -25,10 +26,11 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents, files, overlap, pairs, sources
+from harness import contents, documents, files, overlap, pairs, prepared, sources
 from harness.config import ConfigError, DataConfig
 from harness.console import reason
 from harness.loss import IGNORE
+from harness.prepared import Manifest
 
 log = logging.getLogger(__name__)
 CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached table changes
@@ -103,10 +105,80 @@ def prepare(
         ConfigError: no text, or less than one block of it.
     """
     wanted = documents.SPLITS if test else ("train", "validation")
+    tables, made, fresh = _prepared(cfg, tokenizer, wanted, begins)
+    blocks = tables.pop("train")
+    unread, said = left_out(cfg)
+    return Data(
+        blocks,
+        tables,
+        made.num_documents,
+        fresh,
+        _tokenizer_fingerprint(tokenizer)[:12],
+        made.facts | unread,
+        [*said, *made.warnings],
+    )
+
+
+def _prepared(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Sequence[str],
+    begins: tuple[int, ...],
+) -> tuple[dict[str, Dataset], Manifest, bool]:
+    """The tables of splits, what was found out about them, and whether one was made now.
+
+    Raises:
+        ConfigError: the text changed while it was read, or as `prepare`.
+    """
     fingerprint = _tokenizer_fingerprint(tokenizer)
-    tables, counts, fresh = {}, {}, False
+    content = _content(cfg)
+    key = prepared.key_of(cfg, content, fingerprint, begins, wanted)
+    if found := _found(cfg, content, key):
+        return *found, False
+    with prepared.alone(cfg, key):
+        if found := _found(cfg, content, key):  # another run has made it meanwhile
+            return *found, False
+        tables, made, fresh = _made(cfg, tokenizer, fingerprint, wanted, begins)
+        if _content(cfg) != content:
+            raise ConfigError(
+                f"the text at {cfg.path or cfg.id or cfg.name} changed while it was read: the same "
+                "command again reads it as it is now"
+            )
+        prepared.keep(cfg, content, key, made)
+    return tables, made, fresh
+
+
+def _content(cfg: DataConfig) -> str:
+    """What the text of `cfg` is, without asking the hub: "" where that is not certain."""
+    if cfg.id and not Path(cfg.id).is_dir():
+        pinned = re.fullmatch(r"[0-9a-f]{40}", cfg.revision or "")
+        return f"commit:{cfg.id}@{cfg.revision}" if pinned else ""
+    return contents.text_of(cfg)
+
+
+def _found(cfg: DataConfig, content: str, key: str) -> tuple[dict[str, Dataset], Manifest] | None:
+    """Tables that were made before, without a look at the text."""
+    if (made := prepared.find(cfg, content, key)) is None:
+        return None
+    tables = {}
+    for name, folder in made.tables.items():
+        if (table := _load(Path(cfg.cache_dir) / "tokens" / folder)) is None:
+            return None
+        tables[name] = table.with_format("numpy")
+    return tables, made
+
+
+def _made(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str,
+    wanted: Sequence[str],
+    begins: tuple[int, ...],
+) -> tuple[dict[str, Dataset], Manifest, bool]:
+    tables, counts, folders, fresh = {}, {}, {}, False
     texts: dict[str, list[documents.Document]] = {}  # what must not be in two splits
-    rule: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    warnings: list[str] = []
     found: dict[str, list[Any]]
     if cfg.source == "pairs":
         found = {**pairs.read(cfg, wanted)}
@@ -114,17 +186,18 @@ def prepare(
         corpus = documents.corpus(cfg, wanted)
         rule, found = corpus.rule(), {**documents.held(corpus)}
         log.info("documents of data=%s: %s; split: %s", cfg.name, rule["documents"], rule["split"])
+        facts["rule"] = rule
     for name, docs in found.items():
         block = cfg.context if name == "train" else 0
-        tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block, begins)
+        tables[name], folders[name], new = _table(cfg, docs, tokenizer, fingerprint, block, begins)
         counts[name] = len(docs)
         fresh = fresh or new
         texts[name] = [(doc.id, doc.prompt) if isinstance(doc, pairs.Pair) else doc for doc in docs]
-    blocks = tables.pop("train")
-    copies, warnings = overlap.facts(cfg, texts, blocks, tables)
-    unread, said = left_out(cfg)
-    facts = copies | unread | ({"rule": rule} if rule else {})
-    return Data(blocks, tables, counts, fresh, fingerprint[:12], facts, [*said, *warnings])
+    if "train" in tables:
+        held_out = {name: table for name, table in tables.items() if name != "train"}
+        copies, warnings = overlap.facts(cfg, texts, tables["train"], held_out)
+        facts = copies | facts
+    return tables, Manifest(folders, counts, facts, warnings), fresh
 
 
 def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
@@ -147,8 +220,7 @@ def prepare_test(
     cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, begins: tuple[int, ...] = ()
 ) -> Dataset:
     """The test split alone, as `Data.held_out` has it, of a text that is not trained on."""
-    docs = (pairs.read if cfg.source == "pairs" else documents.read)(cfg, ("test",))["test"]
-    return _table(cfg, docs, tokenizer, _tokenizer_fingerprint(tokenizer), 0, begins)[0]
+    return _prepared(cfg, tokenizer, ("test",), begins)[0]["test"]
 
 
 AT_HAND_BYTES = 64 * 2**20  # of files that a prediction reads; more fill every batch
@@ -193,8 +265,8 @@ def _table(
     fingerprint: str,
     block: int,
     begins: tuple[int, ...] = (),
-) -> tuple[Dataset, bool]:
-    """Blocks of `block` + 1 ids (0: documents as they are), and whether they were made now."""
+) -> tuple[Dataset, str, bool]:
+    """Blocks of `block` + 1 ids (0: documents as they are), their folder, and whether it is new."""
     paired = cfg.source == "pairs"
     if paired:  # what the key is made of
         texts = [(pair.id, json.dumps([pair.prompt, pair.completions])) for pair in docs]
@@ -215,7 +287,7 @@ def _table(
             table = _pack(docs, tokenizer, block, begins) if block else _tokenize(docs, tokenizer)
         _save(Dataset(table), folder)
         found = Dataset.load_from_disk(str(folder))
-    return found.with_format("numpy"), fresh
+    return found.with_format("numpy"), folder.name, fresh
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
