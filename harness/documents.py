@@ -59,15 +59,14 @@ class Corpus:
             )
         return {"documents": self.source.unit, "split": how}
 
-    def num_documents(self, split: str) -> int:
-        """How many documents a split has."""
-        return len(self.places[split][1])
-
-    def digests(self, split: str) -> bytes:
-        """What tells the documents of a split, their ids and their order from others."""
+    def index(self, split: str) -> Index:
+        """The index of the documents of a split, in its order."""
         part, at = self.places[split]
-        index = self.indexes[part]
-        return index.places[at].tobytes() + index.texts[at].tobytes()
+        return self.indexes[part].take(at)
+
+    def text(self, split: str, key: str) -> str:
+        """The text of the document `key` of a split."""
+        return next(text for _, _, (found, text) in self.walk([split]) if found == key)
 
     def walk(self, wanted: Sequence[str]) -> Iterator[tuple[str, int, Document]]:
         """(split, place in it, document) of the splits `wanted`, in the order of the source.
@@ -88,7 +87,7 @@ class Corpus:
             for number, name in enumerate(names):
                 at = self.places[name][1]
                 of[at], rank[at] = number, np.arange(len(at))
-            count = 0
+            count = 0  # documents come one at a time: no more of them is held here
             for i, (key, text) in enumerate(documents()):
                 count += 1
                 if i >= len(index):

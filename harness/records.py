@@ -27,6 +27,7 @@ from harness.files import TABLES, TEXTS, kind, walk
 OF_A_FOLDER = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 JSON_SPACE = " \t\r\n"  # RFC 8259
 ROWS = 1000  # of a table that are read at a time
+CHARS = 2**16  # of a JSON array that are read at a time
 
 Record = dict[str, Any]
 
@@ -176,32 +177,67 @@ def _json_lines(file: Path, encoding: str | None = None) -> Iterator[tuple[str, 
 
 def _json(file: Path, encoding: str | None = None) -> Iterator[tuple[str, Record]]:
     """Records of one array, or of lines where the file does not begin with `[`."""
-    whole = "".join(line for _, line in _lines(file, encoding))
-    position = _past_space(whole, 0)
-    if whole[position : position + 1] != "[":
+    array = _Array(line for _, line in _lines(file, encoding))
+    if array.next() != "[":
         yield from _json_lines(file, encoding)
         return
-    position = _past_space(whole, position + 1)
+    array.position += 1
     number = 0
-    while number or whole[position : position + 1] != "]":  # or else it is empty
+    while array.next() != "]" or number:  # or else it is empty
         number += 1
         where = f"{file}, record {number}"
-        value, position = _decoded(whole, position, where)
-        yield where, value
-        position = _past_space(whole, position)
-        if whole[position : position + 1] == "]":
+        yield where, array.record(where)
+        if array.next() == "]":
             break
-        if whole[position : position + 1] != ",":
+        if array.next() != ",":
             raise ConfigError(f"{where}: not JSON (expected , or ] after it)")
-        position = _past_space(whole, position + 1)
-    if rest := whole[position + 1 :].strip(JSON_SPACE):
+        array.position += 1
+    array.position += 1
+    if array.next():
+        rest = array.text[array.position :].rstrip(JSON_SPACE)
         raise ConfigError(f"{file}: not JSON (more after the array: {rest[:40]!r})")
 
 
-def _past_space(text: str, position: int) -> int:
-    while text[position : position + 1] and text[position] in JSON_SPACE:
-        position += 1
-    return position
+class _Array:
+    """A JSON text that is read a part at a time: `text` from `position` on is still to be read."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self.text = ""
+        self.position = 0
+
+    def _more(self, chars: int) -> bool:
+        """Read `chars` characters or more; whether there were any."""
+        parts = [self.text[self.position :]]
+        self.position, found = 0, 0
+        while found < chars and (line := next(self._lines, "")):
+            parts.append(line)
+            found += len(line)
+        self.text = "".join(parts)
+        return found > 0
+
+    def next(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            while self.position < len(self.text):
+                if self.text[self.position] not in JSON_SPACE:
+                    return self.text[self.position]
+                self.position += 1
+            if not self._more(CHARS):
+                return ""
+
+    def record(self, where: str) -> Record:
+        """The object that comes next."""
+        self.next()
+        while True:
+            try:
+                value, end = _decoded(self.text, self.position, where)
+            except ConfigError:  # it may end in what is not read yet
+                if not self._more(max(CHARS, len(self.text) - self.position)):
+                    raise
+                continue
+            self.position = end
+            return value
 
 
 def _table(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, Record]]:

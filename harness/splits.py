@@ -1,11 +1,12 @@
 """Which documents are train, validation and test: by what is known of them without their text.
 
-An `Index` has 33 bytes and the id for each document, so that a text of any size can be split.
+An `Index` has 41 bytes and the id for each document, so that a text of any size can be split.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Index:
     places: Digests  # SHA-256 of the id, its beginning
     texts: Digests  # of the text as it is used
     blank: NDArray[np.bool_]  # whether it is white space
+    num_bytes: NDArray[np.int64]
     ids: pa.ChunkedArray
 
     def __len__(self) -> int:
@@ -37,12 +39,15 @@ class Index:
     def of(documents: Iterable[tuple[str, str]], document_chars: int | None = None) -> Index:
         """The index of (id, text); of a text its first `document_chars` characters count."""
         places, texts, blank = bytearray(), bytearray(), bytearray()
+        sizes = array("q")
         parts: list[pa.Array] = []
         waiting: list[str] = []
         for key, text in documents:
             used = text[:document_chars]
             places += place(key)
-            texts += hashlib.blake2b(used.encode(), digest_size=WIDTH).digest()
+            encoded = used.encode()
+            sizes.append(len(encoded))
+            texts += hashlib.blake2b(encoded, digest_size=WIDTH).digest()
             blank.append(not used or used.isspace())
             waiting.append(key)
             if len(waiting) == 10_000:
@@ -54,8 +59,18 @@ class Index:
             np.frombuffer(bytes(places), kind),
             np.frombuffer(bytes(texts), kind),
             np.frombuffer(bytes(blank), bool),
+            np.array(sizes, np.int64),
             pa.chunked_array(parts),
         )
+
+    def take(self, at: Positions) -> Index:
+        """The index of the documents at positions, in their order."""
+        ids = self.ids.take(pa.array(at))
+        return Index(self.places[at], self.texts[at], self.blank[at], self.num_bytes[at], ids)
+
+    def digest(self) -> bytes:
+        """What tells these documents, their ids and their order from others."""
+        return hashlib.sha256(self.places.tobytes() + self.texts.tobytes()).digest()
 
 
 def place(key: str) -> bytes:

@@ -98,8 +98,9 @@ def test_a_manifest_or_table_that_is_damaged_is_made_again(cfg, tokenizer, tmp_p
         manifest.write_text(damaged)
         assert same(data.prepare(cfg, tokenizer), first)
     for file in (tmp_path / "cache" / "tokens").glob("*/*.arrow"):
+        whole = file.read_bytes()
         file.unlink()  # which is mapped into memory: it is not to be cut
-        file.write_bytes(b"")
+        file.write_bytes(whole[:-100])
     assert same(data.prepare(cfg, tokenizer), first)
 
 
