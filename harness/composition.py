@@ -39,7 +39,7 @@ from harness.validation import validate
 # The paths of a configuration, by section; a hub id has neither ~ nor $ in it.
 PATHS = {
     "model": ("path", "tokenizer", "remote_code", "cache_dir"),
-    "data": ("path", "id", "cache_dir"),
+    "data": ("path", "validation_path", "test_path", "id", "cache_dir"),
     "train": ("rates",),
 }
 
@@ -130,6 +130,8 @@ def expanded(path: Any, key: str = "outputs_dir") -> Any:
     Raises:
         ConfigError: no such user or variable, and no such file either.
     """
+    if isinstance(path, list):
+        return [expanded(one, key) for one in path]
     if not isinstance(path, str) or not ("$" in path or path.startswith("~")):
         return path
     found = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - Path's raises

@@ -76,11 +76,15 @@ class DataConfig:
     test_share: float = 0.05  # share of the documents
     train_share: float = 1.0  # share of the training documents that is used
     document_chars: int | None = None  # a document's first characters; null = all of it
+    split: str = "hash"  # hash | contiguous: which documents are held out, where a source has none
     cache_dir: str = ".cache"  # tokenised blocks, by content hash
     # text_files
-    path: str | None = None  # file, folder or glob
+    path: Any = None  # file, folder, glob, or a list of them
+    validation_path: Any = None  # the same, of text that is validation; null = cut from path
+    test_path: Any = None
+    encoding: str | None = None  # of text; null = UTF-8, or what a byte-order mark says
     text_field: str = "text"  # field of records
-    document_separator: str | None = None  # splits a .txt file into documents; null = one file, one
+    document_separator: str | None = None  # splits a text file; null = one document, or passages
     # hub
     id: str | None = None
     config_name: str | None = None

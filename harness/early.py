@@ -10,8 +10,8 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from harness import contents, documents, known_shapes, peft_fields, records
-from harness.config import ConfigError, DataConfig, RunConfig
+from harness import contents, documents, files, known_shapes, peft_fields, records, sources
+from harness.config import DataConfig, RunConfig
 
 WHOLE_BYTES = 16 * 2**20  # a text up to this size is read as a run will read it
 RECORDS = 1000  # of each file of a larger one, the first so many
@@ -27,8 +27,9 @@ def check(run: RunConfig) -> None:
     known_shapes.check(run)
     for key, cfg in contents.texts(run):
         if cfg.source in ("text_files", "pairs") and cfg.path:
-            files = records.find_files(cfg.path)
-            stamp = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+            kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
+            own = [file for some in sources.own_files(cfg, kinds).values() for file in some]
+            stamp = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in own)
             trained = documents.SPLITS if run.evaluate.test else documents.SPLITS[:2]
             _check_text(json.dumps(vars(cfg)), trained if key == "data" else ("test",), stamp)
 
@@ -38,20 +39,11 @@ def _check_text(
     described: str, splits: tuple[str, ...], stamp: tuple[tuple[str, int, int], ...]
 ) -> None:
     cfg = DataConfig(**json.loads(described))
-    files = [Path(name) for name, _, _ in stamp]
     small = sum(size for _, _, size in stamp) <= WHOLE_BYTES
     if small and cfg.source == "text_files":
         documents.read(cfg, splits)
         return
-    for file in files:
-        if records.kind(file) in (".jsonl", ".csv", ".parquet") or (
-            small and records.kind(file) == ".json"
-        ):
-            for _ in islice(records.records(file), None if small else RECORDS):
+    for file in (Path(name) for name, _, _ in stamp):
+        if files.kind(file) not in files.TEXTS and (small or files.kind(file) != ".json"):
+            for _ in islice(records.records(file, None, cfg.encoding), None if small else RECORDS):
                 pass
-    whole = cfg.source == "text_files" and not cfg.document_separator and len(files) < 3
-    if whole and all(records.kind(file) == ".txt" for file in files):
-        raise ConfigError(
-            f"{len(files)} document(s) cannot be split into train, validation and test: give at "
-            "least 3 files or records, or set data.document_separator to split a .txt file"
-        )

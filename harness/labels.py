@@ -154,5 +154,7 @@ def _described(group: str, option: str) -> dict[str, Any]:
     return dict(_read(group, option))
 
 
-def _of_path(path: str) -> str:
+def _of_path(path: Any) -> str:
+    if not isinstance(path, str):
+        return "+".join(_of_path(one) for one in path)
     return Path(path).expanduser().name or path

@@ -17,7 +17,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from harness import keys, records
+from harness import files, keys
 from harness.config import LAUNCHERS, ConfigError, nearest, options
 
 
@@ -122,7 +122,7 @@ def _of_a_path(group: str, value: str) -> str:
     """What to write for a file or folder, or an id of the hub, in place of an option."""
     path = Path(value).expanduser()
     looks = value.startswith(("/", "~", ".", "$")) or "*" in value or path.exists()
-    if group == "data" and (looks or records.kind(path)):
+    if group == "data" and (looks or files.kind(path)):
         return f"did you mean data=text_files data.path={_quoted(value)}?"
     if group == "model" and looks:
         return f"did you mean model=local model.path={_quoted(value)}?"

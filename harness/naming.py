@@ -29,11 +29,13 @@ _LATER = {
     "model": ("package", "gguf", "remote_code", "strict"),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
+        "split", "validation_path", "test_path", "encoding",
     ),
     "targets": ("roles",),
     "train": ("max_seconds", "max_flops", "early_stopping"),
     "evaluate": ("generate", "protocol", "prefix", "classify"),
 }  # fmt: skip
+PATHS = ("path", "id", "validation_path", "test_path")  # which contents stand for
 NOT_IDENTITY_OF_TRAINING = (  # epochs are in the steps
     "on_oom", "checkpoint_every", "rates", "lr_from", "epochs",
 )  # fmt: skip
@@ -109,7 +111,7 @@ def _by_content(fields: dict[str, Any], content: str) -> None:
     if kind == "commit":
         fields["revision"] = value
     if kind == "sha256":
-        fields |= {key: None for key in ("path", "id") if key in fields} | {"content": value}
+        fields |= {key: None for key in PATHS if key in fields} | {"content": value}
 
 
 def is_deterministic(run: RunConfig) -> bool:

@@ -12,47 +12,51 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from harness import tables
 from harness.config import DataConfig
 from harness.loss import IGNORE
 from harness.results import write_atomically
+from harness.splits import Index
 
 SPAN = 50  # tokens
 SHINGLE = 13  # tokens
 NEAR_SHARE = 0.05  # of a split's documents, above which near-duplicates are warned of
 PACKAGED = ("kjv", "docstrings")  # texts that repeat themselves, as recorded
 CHUNK = 2**18  # tokens at a time
+AT_ONCE = 2**23  # held-out tokens, with 8 bytes each, for one pass over the training text
 FILTER_BITS = 22
 FORMAT = "1"  # part of the cache's key; raise it when what is counted changes
 UInts = NDArray[np.uint64]
 
 
-def duplicates(texts: dict[str, list[tuple[str, str]]]) -> dict[str, list[str]]:
-    """Ids of documents, of (id, text) by split, whose text another document has too.
+def duplicates(texts: dict[str, Index]) -> dict[str, list[str]]:
+    """Ids of documents, by split, whose text another document has too.
 
     `documents`: those whose text one before them has, in whatever split. `test_in_training` and the
     like: those of test whose text is in training.
     """
-    found: dict[str, list[str]] = {"documents": []}
-    seen: set[str] = set()
-    for key, text in chain(*texts.values()):
-        if text in seen:
-            found["documents"].append(key)
-        seen.add(text)
-    by_split = {name: {text for _, text in documents} for name, documents in texts.items()}
+    found: dict[str, list[str]] = {}
+    every = np.concatenate([index.texts for index in texts.values()])
+    again = np.ones(len(every), bool)
+    again[np.unique(every, return_index=True)[1]] = False
+    ids = pa.chunked_array([part for index in texts.values() for part in index.ids.chunks])
+    found["documents"] = ids.filter(pa.array(again)).to_pylist()
     for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         if name in texts and other in texts:
             label = f"{name}_in_{'training' if other == 'train' else other}"
-            found[label] = [key for key, text in texts[name] if text in by_split[other]]
+            common = np.isin(texts[name].texts, texts[other].texts)
+            found[label] = texts[name].ids.filter(pa.array(common)).to_pylist()
     return found
 
 
@@ -64,13 +68,14 @@ def near(blocks: Dataset, held_out: dict[str, Dataset], cache_dir: str) -> dict[
 
     Found once for the same tokens, and kept in `cache_dir`.
     """
-    tables = [blocks, *held_out.values()]  # whose folders are named by what is in them
-    content = [Path(table.cache_files[0]["filename"]).parent.name for table in tables]
+    content = [tables.name_of(table) for table in (blocks, *held_out.values())]
     key = hashlib.sha256(" ".join([FORMAT, *held_out, *content]).encode()).hexdigest()[:32]
     kept = Path(cache_dir) / "overlap" / f"{key}.json"
     with suppress(OSError, ValueError):
         return dict(json.loads(kept.read_text("utf-8")))
-    found = shared({name: list(_spans(table)) for name, table in held_out.items()}, _train(blocks))
+    found = shared(
+        {name: list(_spans(table)) for name, table in held_out.items()}, _Training(blocks)
+    )
     with suppress(OSError):  # a cache that is for reading only
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, json.dumps(found))
@@ -84,19 +89,38 @@ def shared(
 
     `training` is one text in pieces, which are joined.
     """
-    every = [ids for documents in held_out.values() for _, ids in documents]
-    hashes = _hashes(np.concatenate([np.empty(0, np.int64), *every]))
-    known = np.unique(hashes)  # those across two documents do no harm: none looks at them
-    there = _present(known, training)[np.searchsorted(known, hashes)]
     found: dict[str, list[str]] = {name: [] for name in held_out}
-    start = 0
-    for name, documents in held_out.items():
-        for key, ids in documents:
-            hits = there[start : start + max(0, len(ids) - SHINGLE + 1)]
-            start += len(ids)
-            if hits.any() and _longest_run(hits) >= min(SPAN - SHINGLE + 1, len(hits)):
+    some: list[tuple[str, str, NDArray[Any]]] = []
+    size = 0
+    every = [(name, key, ids) for name, docs in held_out.items() for key, ids in docs]
+    for number, document in enumerate(every, 1):
+        some.append(document)
+        size += len(document[2])
+        if size >= AT_ONCE or number == len(every):  # or else memory would grow with the text
+            for name, key in _shared(some, training):
                 found[name].append(key)
+            some, size = [], 0
     return {name: list(dict.fromkeys(keys)) for name, keys in found.items()}
+
+
+def _shared(
+    documents: list[tuple[str, str, NDArray[Any]]], training: Iterable[NDArray[Any]]
+) -> Iterator[tuple[str, str]]:
+    """(split, id) of the documents, (split, id, tokens), that share a span with `training`."""
+    known = np.empty(sum(max(0, len(ids) - SHINGLE + 1) for _, _, ids in documents), np.uint64)
+    start = 0
+    for _, _, ids in documents:
+        hashes = _hashes(ids)
+        known[start : start + len(hashes)] = hashes
+        start += len(hashes)
+    known.sort()
+    there = _present(known, training)
+    for name, key, ids in documents:
+        if not len(hashes := _hashes(ids)):
+            continue
+        hits = there[np.searchsorted(known, hashes)]
+        if hits.any() and _longest_run(hits) >= min(SPAN - SHINGLE + 1, len(hits)):
+            yield name, key
 
 
 def _hashes(ids: NDArray[Any]) -> UInts:
@@ -114,7 +138,10 @@ def _hashes(ids: NDArray[Any]) -> UInts:
 
 
 def _present(known: UInts, training: Iterable[NDArray[Any]]) -> NDArray[np.bool_]:
-    """Which of the sorted hashes `known` are among those of the training text."""
+    """Which of the sorted hashes `known` are among those of the training text.
+
+    Of equal ones the first is marked, which `np.searchsorted` finds.
+    """
     there = np.zeros(len(known), bool)
     if not len(known):
         return there
@@ -142,30 +169,38 @@ def _longest_run(hits: NDArray[np.bool_]) -> int:
 def _spans(table: Dataset) -> Iterator[tuple[str, NDArray[Any]]]:
     """(id, tokens) of held-out documents; of pairs, each completion without its end."""
     paired = "skipped" in table.column_names
-    column = table.data.column("tokens").combine_chunks()
-    ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
-    ends = np.cumsum(lengths)
-    skipped = table.data.column("skipped").to_numpy() if paired else np.zeros_like(lengths)
-    keys = table.data.column("id").to_pylist()
-    for key, end, length, given in zip(keys, ends, lengths, skipped, strict=True):
-        yield str(key), ids[end - length + given : end - paired]
+    for batch in table.data.to_batches():
+        column = batch.column("tokens")
+        ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
+        skipped = batch.column("skipped").to_numpy() if paired else np.zeros_like(lengths)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        keys = batch.column("id").to_pylist()
+        for key, end, length, given in zip(keys, ends, lengths, skipped, strict=True):
+            yield str(key), ids[end - length + given : end - paired]
 
 
-def _train(blocks: Dataset) -> Iterator[NDArray[Any]]:
+@dataclass(frozen=True)
+class _Training:
     """The training text in pieces; of pairs, completions, apart by what is not predicted."""
-    paired = "targets" in blocks.column_names
-    column = blocks.data.column("targets" if paired else "tokens")
-    size = max(1, CHUNK // max(1, len(column[0])))
-    for start in range(0, len(column), size):
-        part = column.slice(start, size).combine_chunks()
-        ids = part.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-        if paired:
-            yield np.append(ids, IGNORE)
-            continue
-        rows = ids.reshape(len(part), -1)  # neighbours share an id
-        yield rows[:, :-1].reshape(-1)
-        if start + size >= len(column):
-            yield rows[-1, -1:]
+
+    blocks: Dataset
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        paired = "targets" in self.blocks.column_names
+        last: NDArray[Any] = np.empty(0, np.int64)
+        for batch in tables.batches(self.blocks):
+            column = batch.column("targets" if paired else "tokens")
+            size = max(1, CHUNK // max(1, len(column[0])))
+            for start in range(0, len(column), size):
+                part = column.slice(start, size)
+                ids = part.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+                if paired:
+                    yield np.append(ids, IGNORE)
+                    continue
+                rows = ids.reshape(len(part), -1)  # neighbours share an id
+                last = rows[-1, -1:]
+                yield rows[:, :-1].reshape(-1)
+        yield last
 
 
 # --------------------------------------------------------------------------- what is said
@@ -173,14 +208,16 @@ def _train(blocks: Dataset) -> Iterator[NDArray[Any]]:
 
 def facts(
     cfg: DataConfig,
-    texts: dict[str, list[tuple[str, str]]],
+    texts: dict[str, Index],
+    text_of: Callable[[str, str], str],
     blocks: Dataset,
     held_out: dict[str, Dataset],
 ) -> tuple[dict[str, Any], list[str]]:
     """`duplicates` and `near_duplicates` for result.json, and what is to be said of them.
 
-    `texts` has (id, text) by split, of pairs the prompt. Near-duplicates are counted without
-    duplicates of training. Packaged texts are counted alike and are not warned of.
+    `texts` has documents by split, of pairs the prompts; `text_of` gives one by split and id.
+    Near-duplicates are counted without duplicates of training. Packaged texts are counted alike
+    and are not warned of.
     """
     same = duplicates(texts)
     alike = {
@@ -195,12 +232,12 @@ def facts(
     if cfg.source in PACKAGED:
         return counts, said
     kind = "prompts" if cfg.source == "pairs" else "documents"
-    num = {name: len(documents) for name, documents in texts.items()}
+    num = {name: len(index) for name, index in texts.items()}
     total = sum(num.values())
     for label, keys in same.items():
         name, _, other = label.partition("_in_")
         if keys and other:
-            first = dict(texts[name])[keys[0]]
+            first = text_of(name, keys[0])
             said.append(
                 f"data={cfg.name}: {len(keys)} of {num[name]} {name} {kind} are in {other} too, "
                 f"word for word, as the source has them: the first is {first[:60]!r}"

@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from harness import documents, records
+from harness import documents, files, records
 from harness.config import ConfigError, DataConfig, nearest
 from harness.loss import IGNORE
 
@@ -66,7 +66,7 @@ def read(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> dict[str,
         # By prompts: all completions of one stay together. The test's share is of what validation
         # leaves.
         ids = [(pair.id, pair.prompt) for pair in found["train"]]
-        cut = documents.split(ids, cfg.validation_share, cfg.test_share)[missing]
+        cut = documents.split(ids, cfg.validation_share, cfg.test_share, how=cfg.split)[missing]
         names = {name for name, _ in cut}
         found[missing] = [pair for pair in found["train"] if pair.id in names]
         found["train"] = [pair for pair in found["train"] if pair.id not in names]
@@ -103,29 +103,38 @@ def styled(prompt: str, cfg: DataConfig) -> str:
 
 
 def _file_rows(cfg: DataConfig) -> dict[str, list[tuple[str, list[str]]]]:
-    return {split: list(_rows(file, cfg)) for split, file in _files(cfg).items()}
+    found = {split: list(_rows(file, cfg)) for split, file in _files(cfg).items()}
+    for split, path in (("validation", cfg.validation_path), ("test", cfg.test_path)):
+        if path:
+            own = files.find_files(path, encoding=cfg.encoding, kinds=files.OF_PAIRS)
+            found[split] = [row for file in own for row in _rows(file, cfg)]
+    return found
 
 
 def left_out(cfg: DataConfig) -> list[Path]:
     """The files of `cfg.path` that are no split's."""
-    return sorted(set(documents.find_files(cfg.path)) - set(_files(cfg).values()))
+    return sorted(set(_found(cfg)) - set(_files(cfg).values()))
+
+
+def _found(cfg: DataConfig) -> list[Path]:
+    return files.find_files(cfg.path, encoding=cfg.encoding, kinds=files.OF_PAIRS)
 
 
 def _files(cfg: DataConfig) -> dict[str, Path]:
     """By split, the folder's files that split_names or their own names say; or one file."""
-    files = documents.find_files(cfg.path)
-    if len(files) == 1 and not cfg.split_names:
-        return {"train": files[0]}
+    found = _found(cfg)
+    if len(found) == 1 and not cfg.split_names:
+        return {"train": found[0]}
     by_split: dict[str, Path] = {}
-    for file in files if not cfg.split_names else []:
-        if (split := STEMS.get(records.stem(file))) and (
+    for file in found if not cfg.split_names else []:
+        if (split := STEMS.get(files.stem(file))) and (
             other := by_split.setdefault(split, file)
         ) != file:
             raise ConfigError(
                 f"data.path={cfg.path}: {other} and {file} could both be its {split} split; say "
                 "which is which: '+data.split_names={train: FILE, test: FILE}'"
             )
-    names = [file.name for file in files]
+    names = [file.name for file in found]
     for split, name in cfg.split_names.items():
         if name not in names:
             raise ConfigError(f"data.split_names.{split}={name}: {nearest(name, names)}")
@@ -134,7 +143,7 @@ def _files(cfg: DataConfig) -> dict[str, Path]:
                 f"data.split_names.{split}={name}: {names.count(name)} files in {cfg.path} are "
                 "called so; give them names of their own"
             )
-        by_split[split] = files[names.index(name)]
+        by_split[split] = found[names.index(name)]
     if "train" not in by_split:
         raise ConfigError(
             f"data.path={cfg.path}: no training file among {', '.join(names[:12])}; say which is "
@@ -145,11 +154,11 @@ def _files(cfg: DataConfig) -> dict[str, Path]:
 
 def _rows(file: Path, cfg: DataConfig) -> Iterator[tuple[str, list[str]]]:
     """(prompt, completions) of a file of `prompt||completion` lines, or of records."""
-    if records.kind(file) != ".txt":
-        for where, record in records.records(file):
+    if files.kind(file) != ".txt":
+        for where, record in records.records(file, encoding=cfg.encoding):
             yield _filled(_fields(record, cfg, where), where)
         return
-    for number, line in enumerate(records.text(file).split("\n"), 1):
+    for number, line in enumerate(records.text(file, cfg.encoding).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

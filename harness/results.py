@@ -22,7 +22,8 @@ num_unseen} (`harness.classify`), evaluation.{context, stride,
 prefix.{name, id}, tokenizer}, environment.{commit, versions, hardware, sharded,
 runs_beside (null: not counted)}, saved (names of folders), saved_check.{nats_per_token, failure}
 (`harness.reloaded`), model.weights.{random, left_out} (with model.strict=false), problems (what
-failed after the test set was read, in words; absent where nothing did).
+failed after the test set was read, in words; absent where nothing did), data.rule.{documents,
+split} (what a document is and how they were split, in words).
 """
 
 from __future__ import annotations

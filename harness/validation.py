@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness import gguf, labels, records
+from harness import encodings, files, gguf, labels, sources
 from harness.config import (
     ASSETS_DIR,
     ConfigError,
@@ -22,7 +22,8 @@ from harness.config import (
     nearest,
     options,
 )
-from harness.documents import SOURCES, SPLITS, find_files  # needs the standard library only
+from harness.documents import SOURCES, SPLITS  # needs the standard library only
+from harness.files import find_files
 
 TRACKERS = {  # Accelerate's names, and the options of conf/tracker
     "wandb": ("project", "entity", "mode", "adapters", "patience"),
@@ -39,6 +40,7 @@ SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
     "data.source": (*SOURCES, "pairs"),
     "data.packing": ("packed", "padded"),
+    "data.split": ("hash", "contiguous"),
     "data.prompt_style": ("as_is", "e2e"),
     "train.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "auto"),
@@ -107,6 +109,7 @@ def validate(run: RunConfig) -> None:
     _require(data.context >= 2, "data.context", data.context, "at least 2 tokens")
     also = {f"evaluate.also.{name}": text for name, text in ev.also.items()}
     for where, text in {"data": data, **also}.items():
+        _validate_split(text, where)
         most = text.document_chars
         _require(most is None or most > 0, f"{where}.document_chars", most, "1 or more, or null")
     for key in ("validation_share", "test_share"):
@@ -116,7 +119,7 @@ def validate(run: RunConfig) -> None:
     share = data.train_share
     _require(0 < share <= 1, "data.train_share", share, "a share in (0, 1]")
     if data.source == "text_files":
-        find_files(data.path)
+        _validate_files(data, "data")
     if data.source == "hub" and not data.id:
         raise ConfigError("data=hub needs data.id, the id of a text data set on the hub")
     if data.source == "pairs":
@@ -204,7 +207,7 @@ def validate(run: RunConfig) -> None:
             there = [str(choice) for choice in CHOICES["data.source"]]
             raise ConfigError(f"{where}.source={text.source}: {nearest(text.source, there)}")
         if text.source == "text_files":
-            find_files(text.path)
+            _validate_files(text, where)
         for key in ("validation_share", "test_share"):
             share = getattr(text, key)
             _require(0 < share < 0.5, f"{where}.{key}", share, "a share in (0, 0.5)")
@@ -275,6 +278,33 @@ def _validate_steps(run: RunConfig) -> None:
     _require(steps >= 0, "train.steps", steps, "1 or more optimizer steps")
 
 
+def _validate_split(data: DataConfig, where: str) -> None:
+    """How a text is split, and what says where its held-out text is."""
+    if data.split not in CHOICES["data.split"]:
+        there = map(str, CHOICES["data.split"])
+        raise ConfigError(f"{where}.split={data.split}: {nearest(data.split, there)}")
+    if data.encoding:
+        encodings.check_name(data.encoding)
+    for key in ("validation_path", "test_path"):
+        if getattr(data, key) and not data.path:
+            raise ConfigError(
+                f"{where}.{key}={getattr(data, key)} belongs to text of your own: expected "
+                f"data=text_files or data=pairs with {where}.path, and this is data={data.name}"
+            )
+
+
+def _validate_files(data: DataConfig, where: str) -> None:
+    """The files of a text of one's own: all are there, and no two splits share one."""
+    for key in ("path", "validation_path", "test_path"):
+        value = getattr(data, key)
+        several = value if isinstance(value, list) else [value] if value else []
+        if not all(isinstance(one, str) and one for one in several):
+            raise ConfigError(
+                f"{where}.{key}={value}: expected a file, a folder, a glob or a list of them"
+            )
+    sources.own_files(data, files.OF_PAIRS if data.source == "pairs" else files.KINDS)
+
+
 def _validate_pairs(data: DataConfig, where: str) -> None:
     if bool(data.path) == bool(data.id):
         raise ConfigError(
@@ -282,7 +312,7 @@ def _validate_pairs(data: DataConfig, where: str) -> None:
             f"{where}.id (a data set on the hub); it has path={data.path} and id={data.id}"
         )
     if data.path:
-        find_files(data.path)
+        _validate_files(data, where)
     for key in ("packing", "prompt_style"):
         if (value := getattr(data, key)) not in CHOICES[f"data.{key}"]:
             there = map(str, CHOICES[f"data.{key}"])
@@ -329,12 +359,12 @@ def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:
             f"or set it to the context of {context}"
         )
     if data.source == "text_files":
-        files = find_files(data.path)
-        if len(files) != 1 or records.kind(files[0]) != ".txt":
+        found = find_files(data.path, encoding=data.encoding)
+        if len(found) != 1 or files.kind(found[0]) != ".txt":
             raise ConfigError(f"{where}: expected data.path to be one .txt file, the test set")
         if run.method.trains:
             raise ConfigError(
-                f"{where} reads all of {files[0]}, which method={run.method.name} trains on: use "
+                f"{where} reads all of {found[0]}, which method={run.method.name} trains on: use "
                 "data=hub data.id=FOLDER, with train.txt, valid.txt and test.txt, or method=none"
             )
 

@@ -6,13 +6,14 @@ import copy
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from harness import data, documents, evaluate
+from harness import documents, evaluate, packing
 from harness.config import ASSETS_DIR, DataConfig
 from harness.loss import NextToken
 from harness.lstm import LSTMConfig, LSTMForCausalLM
@@ -143,7 +144,8 @@ def test_perplexities_are_those_of_lm_eval(texts, tokenizer, monkeypatch, contex
     import lm_eval.utils
 
     model = gpt2_mini().eval()
-    table = Dataset(data._tokenize([("", text) for text in texts], tokenizer))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    table = Dataset(packing.rows([("", text) for text in texts], ids, pa.uint16()))
     assert min(map(len, table["tokens"])) < context < max(map(len, table["tokens"]))
     ours = evaluate.quality(
         *evaluate.document_nll(

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness import documents, records
+from harness import documents, files, records
 from harness.config import ConfigError, DataConfig
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548117077\n"
@@ -156,7 +156,7 @@ GOOD = b'{"text": "a"}\n'
         ("a.json", '{\n "text": "a"\n}', "line 1: not JSON"),
         ("a.txt", b"a" * 9000 + b"\n\xff\n", "line 2: not UTF-8"),
         ("a.txt", b"a" * 9000 + b"\n\0\n", "line 2: a NUL byte"),
-        ("a.txt", "a text".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("a.txt", "a text with words".encode("utf-16-le"), "looks like utf-16-le without a byte"),
         (
             "a.jsonl.gz",
             gzip.compress(GOOD * 500, mtime=0)[:-12],
@@ -165,8 +165,8 @@ GOOD = b'{"text": "a"}\n'
         ("a.jsonl.gz", GOOD, "cannot be read .Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.jsonl.zst", GOOD, "cannot be read .*ZSTD"),
-        ("a.jsonl.bz2", bz2.compress(GOOD), "is not one of .txt"),
-        ("a.parquet.gz", b"x", "is not one of .txt"),
+        ("a.jsonl.7z", bz2.compress(GOOD), "is not one of .txt"),
+        ("a.parquet.gz", gzip.compress(b"x"), "is not a parquet file"),
     ],
 )
 def test_what_is_broken_or_ambiguous_is_refused_with_file_and_record(tmp_path, name, content, said):
@@ -221,7 +221,7 @@ def test_what_datasets_would_read_another_way_is_refused(tmp_path, name, content
 def test_a_git_lfs_pointer_is_no_text(tmp_path, name):
     path = write(tmp_path / name, POINTER)
     with pytest.raises(ConfigError, match=r"git-lfs pointer .* run `git lfs pull`"):
-        records.find_files(str(path))
+        files.find_files(str(path))
 
 
 def read_hub(path):
@@ -261,7 +261,7 @@ def test_every_text_of_a_folder_is_read_once_and_the_rest_is_named(tmp_path):
     write(folder / ".cache" / "i.jsonl", numbered("i"))
     expected = [f"{n} {i}" for n in ("a", "B", "c", "c2", "d", "e", "h", "z") for i in range(3)]
     assert read(folder) == sorted([*expected, "g 0"])
-    left_out = [str(path.relative_to(folder)) for path in records.left_out(str(folder))]
+    left_out = [str(path.relative_to(folder)) for path in files.left_out(str(folder))]
     assert left_out == ["gone.jsonl", "notes.pdf", "sub/image.png"]
     found = documents.read(DataConfig("mine", "text_files", path=str(folder)))
     names = {key.partition("#")[0] for docs in found.values() for key, _ in docs}
@@ -296,4 +296,4 @@ def test_files_that_cannot_be_read_are_refused_among_others(tmp_path):
         path.unlink()
     os.mkfifo(tmp_path / "pipe.txt")  # would wait for ever
     assert len(read(tmp_path)) == 3
-    assert records.left_out(str(tmp_path)) == [tmp_path / "pipe.txt"]
+    assert files.left_out(str(tmp_path)) == [tmp_path / "pipe.txt"]
