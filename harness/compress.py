@@ -1,6 +1,7 @@
 """How much of what a run added is needed: perplexity of W + [dW]_k against the rank k.
 
     python -m harness.compress outputs/main_seeds/RUN --ranks 1,2,4,8,full
+    python -m harness.compress outputs/main_seeds/full-*-s[0-2]-* --ranks 8,64   # a seed each
     python -m harness.compress outputs/main_seeds/RUN --energy 0.5,0.9 --save adapters
 
 Nothing is trained. [dW]_k is the nearest matrix of rank k to what a run added, for every matrix in
@@ -20,7 +21,7 @@ import gc
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 from transformers import PreTrainedModel
 
 from harness import export, results, saved, weights
-from harness.anatomy import lowrank, texts, updates
+from harness.anatomy import curve, lowrank, texts, updates
 from harness.anatomy.lowrank import Direction
 from harness.anatomy.texts import NEW, Evaluator, Texts, perplexity
 from harness.composition import explain
@@ -210,38 +211,37 @@ def _save(
 # --------------------------------------------------------------------------- the command
 
 
-def show(found: Compressed, run: str) -> None:
+def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str]) -> None:
     """Print the curve: with and without the weights beside the matrices, beside trained LoRA."""
-    points, names = found.points, list(found.recorded)
-    both = found.beside and (points["beside"] == WITHOUT).any()
+    first = found[0]
+    points = pd.concat([one.points for one in found], ignore_index=True)
+    names, columns = list(dict.fromkeys(points["text"])), list(dict.fromkeys(points["beside"]))
     headings = ["parameters", "mean rank"]
     for name in names:
         label = {NEW: "validation"}.get(name, name)
-        headings += [label, *([f"{label}, matrices alone"] if both else [])]
-    if len(found.trained):
-        headings.append("LoRA trained at r=k")
+        headings += [f"{label}{', matrices alone' * (c == WITHOUT)}" for c in columns]
+    headings += ["LoRA trained at r=k"] * (len(first.trained) > 0)
     shown = table.plain(["rank of dW"], headings)
-    value = points.set_index(["rank", "beside", "text"])["perplexity"]
-    for label in dict.fromkeys(points["rank"]):
-        of = points[points["rank"] == label].iloc[0]
-        cells = [label, f"{of['parameters']:,}", f"{of['mean_rank']:.1f}"]
-        for name in names:
-            cells += [
-                f"{value[label, b, name]:.2f}" for b in ((WITH, WITHOUT) if both else (WITH,))
-            ]
-        if len(found.trained):
-            cells.append(_trained_at(found, label))
-        shown.add_row(*cells)
+    rows = curve.curve([one.documents for one in found], seeds, ["rank", "beside", "text"])
+    cells = {(r["rank"], r["beside"], r["text"]): curve.told(r) for _, r in rows.iterrows()}
+    for label, of in points.groupby("rank", sort=False):
+        line = [str(label), f"{of['parameters'].mean():,.0f}", f"{of['mean_rank'].mean():.1f}"]
+        line += [cells[label, column, name] for name in names for column in columns]
+        line += [_trained_at(first, str(label))] * (len(first.trained) > 0)
+        shown.add_row(*line)
     table.show(shown)
-    own = ", ".join(f"{name} {value:.2f}" for name, value in found.recorded.items())
-    print(f"perplexity per token; {run} itself: {own}")
-    if found.beside:
-        kinds = ", ".join(f"{kind} ({number:,})" for kind, number in found.beside.items())
+    over = "documents" if len(found) == 1 else f"{len(found)} seeds and documents"
+    print(f"perplexity per token, in brackets its 95 % interval over {over}")
+    for one, run in zip(found, runs, strict=True):
+        own = ", ".join(f"{name} {value:.2f}" for name, value in one.recorded.items())
+        print(f"{run} itself: {own}")
+    if first.beside:
+        kinds = ", ".join(f"{kind} ({number:,})" for kind, number in first.beside.items())
         print(
-            f"beside {found.matrices} matrices these moved too, and are whole: {kinds}.\n"
+            f"beside {first.matrices} matrices these moved too, and are whole: {kinds}.\n"
             "matrices alone: these as in the base"
         )
-    for folder in found.folders:
+    for folder in (folder for one in found for folder in one.folders):
         print(f"saved: {folder}, a PEFT LoRA of the matrices alone")
 
 
@@ -304,7 +304,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", type=Path, help="outputs/EXPERIMENT/RUN_NAME")
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="a seed each")
     parser.add_argument("--ranks", help=f"ranks of dW, or full (default: {RANKS})")
     parser.add_argument("--energy", default="", help="shares of ||dW||^2, each matrix to its rank")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write PEFT LoRA adapters")
@@ -318,18 +318,23 @@ def main(arguments: list[str]) -> int:
         ranks = list(parse_ranks(default if asked.ranks is None else asked.ranks))
         if not ranks and not energies:
             raise ConfigError("--ranks: name at least one, as in 1,2,4,full")
-        found = compress(asked.run_dir, ranks, energies, test=asked.test, save=asked.save)
-        write(found, asked.run_dir)
+        seeds = curve.seeds_of(asked.run_dirs)
+        found = []
+        for run_dir in asked.run_dirs:
+            own = asked.save / run_dir.name if asked.save and len(seeds) > 1 else asked.save
+            found.append(compress(run_dir, ranks, energies, test=asked.test, save=own))
+            write(found[-1], run_dir)
     except ConfigError as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or asked.run_dir}: {reason(error)}", file=sys.stderr)
+        print(f"error: {error.filename or asked.run_dirs[0]}: {reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    show(found, asked.run_dir.name)
-    print(f"saved in {asked.run_dir}: {CSV}, {PARQUET}")
+    show(found, seeds, [run_dir.name for run_dir in asked.run_dirs])
+    for run_dir in asked.run_dirs:
+        print(f"saved in {run_dir}: {CSV}, {PARQUET}")
     return 0
 
 

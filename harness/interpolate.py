@@ -17,7 +17,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from harness import results, saved
-from harness.anatomy import texts, updates
+from harness.anatomy import curve, texts, updates
 from harness.anatomy.texts import NEW, Evaluator, perplexity
 from harness.composition import explain
 from harness.config import ConfigError, nearest
@@ -90,19 +90,23 @@ def write_into(pair: updates.Pair, chosen: list[updates.Update], scale: float) -
         update.write(pair.adapted, moved)
 
 
-def show(points: pd.DataFrame) -> None:
+def show(documents: Sequence[pd.DataFrame], seeds: Sequence[int]) -> None:
     """Print a line for every scale."""
-    names = list(dict.fromkeys(points["text"]))
+    rows = curve.curve(documents, seeds, ["scale", "kinds", "text"])
+    names = list(dict.fromkeys(rows["text"]))
     shown = table.plain(
         ["lambda"], [f"new text ({name})" if name in (NEW, "test") else name for name in names]
     )
-    for scale, rows in points.groupby("scale", sort=False):
-        value = rows.set_index("text")["perplexity"]
-        shown.add_row(f"{scale:g}", *(f"{value[name]:.2f}" for name in names))
+    for scale, of in rows.groupby("scale", sort=False):
+        cells = {row["text"]: curve.told(row) for _, row in of.iterrows()}
+        shown.add_row(f"{scale:g}", *(cells[name] for name in names))
     table.show(shown)
-    kinds = points["kinds"].iloc[0]
+    kinds = rows["kinds"].iloc[0]
     what = "every weight that changed" if kinds == "all" else f"of {kinds} alone"
-    print(f"perplexity per token of W + lambda dW, {what}")
+    over = "documents" if len(documents) == 1 else f"{len(documents)} seeds and documents"
+    print(
+        f"perplexity per token of W + lambda dW, {what}, in brackets its 95 % interval over {over}"
+    )
 
 
 def parse_scales(text: str) -> Iterator[float]:
@@ -128,7 +132,7 @@ def main(arguments: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", type=Path, help="outputs/EXPERIMENT/RUN_NAME")
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="a seed each")
     parser.add_argument("--scales", default=SCALES, help=f"values of lambda (default: {SCALES})")
     parser.add_argument("--only", default="", help="kinds of weights, as in q,v,mlp_in,embeddings")
     parser.add_argument("--test", action="store_true", help="the test split, too")
@@ -140,21 +144,24 @@ def main(arguments: list[str]) -> int:
         if not scales:
             raise ConfigError(f"--scales: name at least one, as in {SCALES}")
         only = [kind for kind in asked.only.split(",") if kind]
-        points, documents = interpolate(asked.run_dir, scales, only, test=asked.test)
-        results.write_atomically(asked.run_dir / CSV, str(points.to_csv(index=False)))
-        results.write_atomically(
-            asked.run_dir / PARQUET, partial(documents.to_parquet, index=False)
-        )
+        seeds = curve.seeds_of(asked.run_dirs)
+        found = []
+        for run_dir in asked.run_dirs:
+            points, documents = interpolate(run_dir, scales, only, test=asked.test)
+            results.write_atomically(run_dir / CSV, str(points.to_csv(index=False)))
+            results.write_atomically(run_dir / PARQUET, partial(documents.to_parquet, index=False))
+            found.append(documents)
     except ConfigError as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or asked.run_dir}: {reason(error)}", file=sys.stderr)
+        print(f"error: {error.filename or asked.run_dirs[0]}: {reason(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    show(points)
-    print(f"saved in {asked.run_dir}: {CSV}, {PARQUET}")
+    show(found, seeds)
+    for run_dir in asked.run_dirs:
+        print(f"saved in {run_dir}: {CSV}, {PARQUET}")
     return 0
 
 

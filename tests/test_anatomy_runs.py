@@ -19,7 +19,7 @@ from harness.config import ASSETS_DIR
 
 IA3 = ("method=peft", "method.peft_type=IA3", "train.lr=0.05")
 PISSA = ("method=pissa", "method.r=4", "train.lr=0.002")
-BF16 = (*LORA, "model.frozen_dtype=bf16")
+BF16 = (*LORA, "model.frozen_dtype=bf16", "train.precision=bf16")
 CHANGED = {
     "full": FULL, "lora": LORA, "qv": QV, "udv": UDV, "truncate": TRUNCATE, "ia3": IA3,
     "pissa": PISSA, "bf16": BF16,

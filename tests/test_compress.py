@@ -2,14 +2,16 @@
 
 import copy
 
+import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
 from test_anatomy import moved, pair_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import compress, interpolate
-from harness.anatomy import lowrank, updates
+from harness import compress, interpolate, stats
+from harness.anatomy import curve, lowrank, updates
 from harness.config import ConfigError
 
 IDS = torch.arange(1, 25)[None]
@@ -159,3 +161,25 @@ def test_rows_of_one_head_after_another_are_written_where_they_were():
     interpolate.write_into(pair, list(updates.kept(pair)), 1)
     for name, parameter in pair.adapted.named_parameters():
         assert torch.equal(parameter, adapted.get_parameter(name))
+
+
+# --------------------------------------------------------------------------- intervals
+
+
+def by_document(shift, seed):
+    nll = [10.0 * (1 + shift) + 0.1 * seed + n / 3 for n in range(12)]
+    shared = {"id": [f"d{n}" for n in range(12)], "num_tokens": [4] * 12, "text": "validation"}
+    return pd.DataFrame(shared | {"rank": str(shift), "nll_nats": nll})
+
+
+def test_intervals_are_those_of_stats_over_the_seeds_given():
+    documents = [pd.concat([by_document(0, s), by_document(1, s)]) for s in range(3)]
+    found = curve.curve(documents, [0, 1, 2], ["rank", "text"]).set_index("rank")
+    for shift in (0, 1):
+        nll = np.stack([by_document(shift, s)["nll_nats"] for s in range(3)])
+        ids = tuple(by_document(0, 0)["id"])
+        (own,) = stats.intervals([stats.Evaluation("a", nll, np.full(12, 4), (0, 1, 2), ids, {})])
+        row = found.loc[str(shift)]
+        assert (row.perplexity, row.low, row.high) == pytest.approx(own.perplexity)
+    alone = curve.curve([by_document(0, 0).head(1)], [0], ["rank", "text"]).iloc[0]
+    assert np.isnan(alone.low) and "(" not in curve.told(alone)
