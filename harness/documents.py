@@ -108,7 +108,10 @@ def corpus(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Corpus:
 
     source = SOURCES[cfg.source](cfg)
     needed = [part for part in source.parts if part in splits or part == "train"]
-    indexes = {part: Index.of(source.parts[part](), cfg.document_chars) for part in needed}
+    exact = cfg.source in EXACT
+    indexes = {
+        part: Index.of(source.parts[part](), cfg.document_chars, exact=exact) for part in needed
+    }
     train = indexes["train"]
     places = {part: ("train", _all(index)) for part, index in indexes.items() if part == "train"}
     places |= {part: (part, _all(index)) for part, index in indexes.items() if part != "train"}
@@ -181,7 +184,7 @@ def split(
     """
     from harness.splits import Index, assign
 
-    index = Index.of(documents, document_chars)
+    index = Index.of(documents, document_chars, exact=True)
     found = assign(index, validation_share, test_share, how)
     return {name: [documents[i] for i in at] for name, at in found.items()}
 
@@ -380,6 +383,7 @@ def _docstrings_of(path: str) -> list[str]:
     return [text for node in nodes if (text := ast.get_docstring(node)) and len(text) >= 20]
 
 
+EXACT = ("kjv", "docstrings")  # whose recorded splits took only equal texts for duplicates
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "kjv": kjv,
     "text_files": text_files,

@@ -1,11 +1,11 @@
 """Held-out text that is in training too: counted, because it makes a perplexity too good.
 
-A document is a duplicate where another has the same text. It is a near-duplicate where it shares
-SPAN tokens in a row with the training text, or all of its tokens where it has fewer: Lee et al.
-2022 (arXiv 2107.06499) take out substrings of 50 BPE tokens that come twice. Two spans are the same
-where each SHINGLE tokens in a row of one are somewhere in the other text; 13 is the n-gram of Brown
-et al. 2020 (appendix C), and a document with fewer tokens is not looked at. Time grows with the
-training text, memory with the held-out text.
+A document is a duplicate where another has the same text, white space aside. It is a near-duplicate
+where it shares SPAN tokens in a row with the training text, or all of its tokens where it has
+fewer: Lee et al. 2022 (arXiv 2107.06499) take out substrings of 50 BPE tokens that come twice. Two
+spans are the same where each SHINGLE tokens in a row of one are somewhere in the other text; 13 is
+the n-gram of Brown et al. 2020 (appendix C), and a document with fewer tokens is not looked at.
+Time grows with the training text, memory with the held-out text.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def duplicates(texts: dict[str, Index]) -> dict[str, list[str]]:
     like: those of test whose text is in training.
     """
     found: dict[str, list[str]] = {}
-    every = np.concatenate([index.texts for index in texts.values()])
+    every = np.concatenate([index.alike for index in texts.values()])
     again = np.ones(len(every), bool)
     again[np.unique(every, return_index=True)[1]] = False
     ids = pa.chunked_array([part for index in texts.values() for part in index.ids.chunks])
@@ -55,7 +55,7 @@ def duplicates(texts: dict[str, Index]) -> dict[str, list[str]]:
     for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         if name in texts and other in texts:
             label = f"{name}_in_{'training' if other == 'train' else other}"
-            common = np.isin(texts[name].texts, texts[other].texts)
+            common = np.isin(texts[name].alike, texts[other].alike)
             found[label] = texts[name].ids.filter(pa.array(common)).to_pylist()
     return found
 

@@ -1,6 +1,6 @@
 """Which documents are train, validation and test: by what is known of them without their text.
 
-An `Index` has 41 bytes and the id for each document, so that a text of any size can be split.
+An `Index` has 57 bytes and the id for each document, so that a text of any size can be split.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Index:
 
     places: Digests  # SHA-256 of the id, its beginning
     texts: Digests  # of the text as it is used
+    alike: Digests  # the same without regard to white space: by which documents are duplicates
     blank: NDArray[np.bool_]  # whether it is white space
     num_bytes: NDArray[np.int64]
     ids: pa.ChunkedArray
@@ -36,9 +37,17 @@ class Index:
         return len(self.places)
 
     @staticmethod
-    def of(documents: Iterable[tuple[str, str]], document_chars: int | None = None) -> Index:
-        """The index of (id, text); of a text its first `document_chars` characters count."""
-        places, texts, blank = bytearray(), bytearray(), bytearray()
+    def of(
+        documents: Iterable[tuple[str, str]],
+        document_chars: int | None = None,
+        *,
+        exact: bool = False,
+    ) -> Index:
+        """The index of (id, text); of a text its first `document_chars` characters count.
+
+        `exact`: texts that differ in white space alone are no duplicates.
+        """
+        places, texts, blank, alike = bytearray(), bytearray(), bytearray(), bytearray()
         sizes = array("q")
         parts: list[pa.Array] = []
         waiting: list[str] = []
@@ -47,7 +56,10 @@ class Index:
             places += place(key)
             encoded = used.encode()
             sizes.append(len(encoded))
-            texts += hashlib.blake2b(encoded, digest_size=WIDTH).digest()
+            texts += (own := hashlib.blake2b(encoded, digest_size=WIDTH).digest())
+            words = " ".join(used.split())
+            same = exact or words == used
+            alike += own if same else hashlib.blake2b(words.encode(), digest_size=WIDTH).digest()
             blank.append(not used or used.isspace())
             waiting.append(key)
             if len(waiting) == 10_000:
@@ -58,6 +70,7 @@ class Index:
         return Index(
             np.frombuffer(bytes(places), kind),
             np.frombuffer(bytes(texts), kind),
+            np.frombuffer(bytes(alike), kind),
             np.frombuffer(bytes(blank), bool),
             np.array(sizes, np.int64),
             pa.chunked_array(parts),
@@ -66,7 +79,8 @@ class Index:
     def take(self, at: Positions) -> Index:
         """The index of the documents at positions, in their order."""
         ids = self.ids.take(pa.array(at))
-        return Index(self.places[at], self.texts[at], self.blank[at], self.num_bytes[at], ids)
+        found = (self.places[at], self.texts[at], self.alike[at], self.blank[at])
+        return Index(*found, self.num_bytes[at], ids)
 
     def digest(self) -> bytes:
         """What tells these documents, their ids and their order from others."""
@@ -87,7 +101,7 @@ def assign(
         ConfigError: fewer than three different documents, or none left to train on.
     """
     _, first, group, sizes = np.unique(
-        index.texts, return_index=True, return_inverse=True, return_counts=True
+        index.alike, return_index=True, return_inverse=True, return_counts=True
     )
     group = group.reshape(-1)
     if len(first) < 3:

@@ -223,3 +223,19 @@ def test_a_further_text_that_is_in_training_is_counted(harness, tmp_path):
     count = record["data"]["further_in_training"]["mine"]
     assert count > 10
     assert f"evaluate.also.mine: {count} of " in done.stderr
+
+
+def test_copies_that_differ_in_white_space_are_in_one_split_and_are_counted(tmp_path, make_run):
+    """Short ones, too, which are too short to be near-duplicates."""
+    file = tmp_path / "copies.jsonl"
+    texts = [f"Note {i} of the river." + end for end in ("", "\n", " ") for i in range(20)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run = make_run("data=text_files", f"data.path={file}", "data.test_share=0.2")
+    corpus = documents.corpus(run.data)
+    found = overlap.duplicates({name: corpus.index(name) for name in documents.SPLITS})
+    assert len(found["documents"]) == 40
+    assert found["test_in_training"] == found["validation_in_training"] == []
+    words = {
+        name: {text.strip() for _, text in docs} for name, docs in documents.held(corpus).items()
+    }
+    assert len(words["test"]) > 1 and not words["test"] & words["train"]
