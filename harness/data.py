@@ -11,10 +11,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,13 +26,25 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harness import contents, documents, files, overlap, packing, pairs, prepared, sources, tables
-from harness.config import ConfigError, DataConfig
+from harness import (
+    contents,
+    documents,
+    files,
+    overlap,
+    packing,
+    pairs,
+    prepared,
+    sources,
+    subset,
+    tables,
+)
+from harness.config import ConfigError, DataConfig, RunConfig
 from harness.loss import IGNORE
 from harness.prepared import Manifest
 from harness.splits import Index
 
 log = logging.getLogger(__name__)
+LONG_TOKENS = 500_000  # of validation, from where on it is said that a part would do
 CACHE_FORMAT = "2"  # part of every key; raise it when the layout of a cached table changes
 
 
@@ -94,11 +107,13 @@ def prepare(
     *,
     test: bool = True,
     begins: tuple[int, ...] = (),
+    most: Mapping[str, int | None] = MappingProxyType({}),
 ) -> Data:
     """Read, tokenise and pack the documents of `cfg`, or find the result in the cache.
 
     `begins` is put in front of every document of a training block and every prompt (`Prefix`).
-    Without `test` that split is not in the result: nothing that gets it can read it.
+    Without `test` that split is not in the result: nothing that gets it can read it. `most` has the
+    predicted tokens that a fixed part of a held-out split may have (`harness.subset`).
 
     Raises:
         ConfigError: no text, or less than one block of it.
@@ -107,9 +122,17 @@ def prepare(
     held_out, made, fresh = _prepared(cfg, tokenizer, wanted, begins)
     blocks = held_out.pop("train")
     unread, said = left_out(cfg)
+    parts, evaluated = {}, {}
+    for name, table in held_out.items():
+        parts[name], chosen = subset.of(table, most.get(name))
+        evaluated |= {name: chosen} if chosen else {}
+        if name == "validation" and not chosen and num_tokens(table) > LONG_TOKENS:
+            said = [*said, _long(cfg, num_tokens(table))]
+    if evaluated:
+        unread = unread | {"evaluated": evaluated}
     return Data(
         blocks,
-        held_out,
+        parts,
         made.num_documents,
         fresh,
         _tokenizer_fingerprint(tokenizer)[:12],
@@ -266,6 +289,11 @@ def _write_pairs(
         raise
 
 
+def most_tokens(run: RunConfig) -> dict[str, int | None]:
+    """Predicted tokens that a run reads of its held-out splits at most; None where it reads all."""
+    return {"validation": run.evaluate.validation_tokens, "test": run.evaluate.test_tokens}
+
+
 def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
     """The files of a folder that are not read, for result.json and as a warning."""
     if cfg.source not in ("text_files", "pairs") or not cfg.path:
@@ -282,28 +310,47 @@ def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
     return {"left_out": {"files": len(left), "first": first}}, [said]
 
 
+def _long(cfg: DataConfig, count: int) -> str:
+    return (
+        f"data={cfg.name}: every validation reads {count:,} tokens; "
+        f"evaluate.validation_tokens={LONG_TOKENS} reads a fixed part of them"
+    )
+
+
 def prepare_test(
-    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, begins: tuple[int, ...] = ()
-) -> Dataset:
-    """The test split alone, as `Data.held_out` has it, of a text that is not trained on."""
-    return _prepared(cfg, tokenizer, ("test",), begins)[0]["test"]
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    begins: tuple[int, ...] = (),
+    most: int | None = None,
+) -> tuple[Dataset, dict[str, Any]]:
+    """The test split alone, of a text that is not trained on, and which part of it it is.
+
+    As `Data.held_out` has it, and {} or what `subset.of` says.
+    """
+    return subset.of(_prepared(cfg, tokenizer, ("test",), begins)[0]["test"], most)
 
 
 AT_HAND_BYTES = 64 * 2**20  # of files that a prediction reads; more fill every batch
 
 
 def held_out_sizes(
-    cfg: DataConfig, splits: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
+    cfg: DataConfig,
+    splits: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    most: Mapping[str, int | None] = MappingProxyType({}),
 ) -> list[list[int] | None]:
     """Tokens of every document of some held-out `splits`, if the text is on this machine.
 
-    Nothing is cached. Without a `tokenizer` bytes stand for tokens, of which no document has more.
+    Of the part of each that is within `most` tokens. Nothing is cached. Without a `tokenizer` bytes
+    stand for tokens, of which no document has more.
     None for each split whose text is not at hand, cannot be read, or is long.
     """
     unknown: list[list[int] | None] = [None] * len(splits)
     try:
         if cfg.source in ("text_files", "pairs") and not cfg.id:
-            own = sources.own_files(cfg).values()
+            kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
+            own = sources.own_files(cfg, kinds).values()
             if sum(file.stat().st_size for found in own for file in found) > AT_HAND_BYTES:
                 return unknown
         elif cfg.source != "kjv":
@@ -312,17 +359,35 @@ def held_out_sizes(
             if tokenizer is None:
                 return unknown
             rows = pairs.read(cfg, splits).values()
-            made = [pairs.evaluated(some, tokenizer, cfg.context) for some in rows]
-            return [pc.list_value_length(table["tokens"]).to_pylist() for table in made]
+            made = [Dataset(pairs.evaluated(some, tokenizer, cfg.context)) for some in rows]
+            return [
+                _sizes(
+                    table["id"], subset.num_predicted(table), document_sizes(table), most.get(name)
+                )
+                for name, table in zip(splits, made, strict=True)
+            ]
         found = documents.read(cfg, splits)
     except (ConfigError, OSError):
         return unknown
     if tokenizer is None:
         return [[len(text.encode()) for _, text in docs] for docs in found.values()]
-    return [
-        [len(ids) for ids in _encode([text for _, text in docs], tokenizer)]
-        for docs in found.values()
-    ]
+    sizes: list[list[int] | None] = []
+    for name, docs in found.items():
+        counts: list[int] = []
+        for start in range(0, len(docs), packing.BATCH_DOCUMENTS):
+            some = [text for _, text in docs[start : start + packing.BATCH_DOCUMENTS]]
+            counts += [len(ids) for ids in _encode(some, tokenizer)]
+        sizes.append(_sizes([key for key, _ in docs], np.array(counts), counts, most.get(name)))
+    return sizes
+
+
+def _sizes(
+    ids: Sequence[str], predicted: NDArray[np.int64], sizes: list[int], most: int | None
+) -> list[int]:
+    """The sizes of the documents that are within `most` predicted tokens."""
+    if most is None or predicted.sum() <= most:
+        return sizes
+    return [sizes[i] for i in subset.within(ids, predicted, most)]
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -32,7 +32,7 @@ _LATER = {
         "split", "validation_path", "test_path", "encoding",
     ),
     "targets": ("roles",),
-    "evaluate": ("generate", "protocol", "prefix"),
+    "evaluate": ("generate", "protocol", "prefix", "validation_tokens", "test_tokens"),
 }  # fmt: skip
 PATHS = ("path", "id", "validation_path", "test_path")  # which contents stand for
 NOT_IDENTITY_OF_TRAINING = ("on_oom", "checkpoint_every", "rates", "lr_from")

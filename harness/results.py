@@ -15,7 +15,8 @@ bits_per_byte}, quality.also.NAME.{before, step0, after} with the same (the base
 before its first step where that is another, and after), quality.test_protocol
 (`harness.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
 num_prompts, num_tokens, seconds, tokens_per_second}, evaluation.{context, stride,
-prefix.{name, id}, tokenizer}, environment.{commit, versions, hardware, sharded,
+prefix.{name, id}, tokenizer, part.NAME (of a text that is read in part: `harness.subset`)},
+environment.{commit, versions, hardware, sharded,
 runs_beside (null: not counted)}, saved (names of folders), saved_check.{nats_per_token, failure}
 (`harness.reloaded`), model.weights.{random, left_out} (with model.strict=false), problems (what
 failed after the test set was read, in words; absent where nothing did), data.rule.{documents,

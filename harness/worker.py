@@ -211,11 +211,17 @@ def perform(
     tokenizer = models.load_tokenizer(run.model, model_config)
     first = prefix.find(tokenizer, run.evaluate.prefix)
     with accelerator.main_process_first():
-        text = data.prepare(run.data, tokenizer, test=run.evaluate.test, begins=first.begins)
-        further = {
-            name: data.prepare_test(cfg, tokenizer, begins=first.begins)
-            for name, cfg in run.evaluate.also.items()
-        }
+        most = data.most_tokens(run)
+        text = data.prepare(
+            run.data, tokenizer, test=run.evaluate.test, begins=first.begins, most=most
+        )
+        evaluated = text.facts.pop("evaluated", {})  # where a split is read in part
+        further = {}
+        for name, cfg in run.evaluate.also.items():
+            further[name], part = data.prepare_test(
+                cfg, tokenizer, begins=first.begins, most=most["test"]
+            )
+            evaluated |= {name: part} if part else {}
         in_training, copies = overlap.of_further(run.evaluate.also, text.blocks, further, run.data)
         by_protocol = protocols.read(run, tokenizer)
     context = run.evaluation_context
@@ -227,6 +233,8 @@ def perform(
         "prefix": first.recorded(),
         "tokenizer": text.tokenizer,
     }
+    if evaluated:  # runs whose parts differ are not compared
+        result["evaluation"]["part"] = evaluated
     result["data"] |= text.facts
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
     said = [said for cfg in run.evaluate.also.values() for said in data.left_out(cfg)[1]]

@@ -103,5 +103,5 @@ def test_without_the_test_split_nothing_of_it_is_there_or_is_tokenised(
     test = documents.read(corpus)["test"]
     assert test and read and not {words for _, words in test} & set(read)
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
-    alone = data.prepare_test(corpus, tokenizer)
+    alone, _ = data.prepare_test(corpus, tokenizer)
     assert {row["id"] for row in alone} == {name for name, _ in test}

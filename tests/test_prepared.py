@@ -50,12 +50,12 @@ def unread(monkeypatch):
 
 def test_a_later_run_finds_the_text_without_reading_it(cfg, tokenizer, unread):
     first = data.prepare(cfg, tokenizer)
-    alone = data.prepare_test(cfg, tokenizer)
+    alone, _ = data.prepare_test(cfg, tokenizer)
     unread()
     again = data.prepare(cfg, tokenizer)
     assert same(first, again) and again.num_documents == first.num_documents
     assert first.tokenized and not again.tokenized and again.facts["rule"]
-    assert repr(data.prepare_test(cfg, tokenizer)[:]) == repr(alone[:])
+    assert repr(data.prepare_test(cfg, tokenizer)[0][:]) == repr(alone[:])
     for change in ({"context": 16}, {"test_share": 0.2}, {"split": "contiguous"}):
         with pytest.raises(AssertionError, match="read again"):
             data.prepare(replace(cfg, **change), tokenizer)
