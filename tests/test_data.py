@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from harness import data, documents
+from harness import data, documents, prepared
 from harness.config import ConfigError, DataConfig
 
 
@@ -93,8 +93,8 @@ def test_without_the_test_split_nothing_of_it_is_there_or_is_tokenised(
     corpus, tokenizer, tmp_path, monkeypatch
 ):
     read = []
-    encode = data._encode
-    monkeypatch.setattr(data, "_encode", lambda docs, _: read.extend(docs) or encode(docs, _))
+    encode = prepared.encode
+    monkeypatch.setattr(prepared, "encode", lambda docs, _: read.extend(docs) or encode(docs, _))
     text = data.prepare(corpus, tokenizer, test=False)
     assert set(text.held_out) == {"validation"} and set(text.num_documents) == {
         "train",

@@ -43,7 +43,7 @@ def unread(monkeypatch):
 
     def stop():
         monkeypatch.setattr(documents, "corpus", refuse)
-        monkeypatch.setattr(data, "_encode", refuse)
+        monkeypatch.setattr(prepared, "encode", refuse)
 
     return stop
 
@@ -77,16 +77,16 @@ def test_a_changed_file_is_noticed_within_a_process(cfg, tokenizer, tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_refused_and_not_remembered(
     cfg, tokenizer, tmp_path, monkeypatch
 ):
-    encode = data._encode
+    encode = prepared.encode
 
     def meanwhile(docs, words):
         write(tmp_path / "a.jsonl", "cat")
         return encode(docs, words)
 
-    monkeypatch.setattr(data, "_encode", meanwhile)
+    monkeypatch.setattr(prepared, "encode", meanwhile)
     with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read"):
         data.prepare(cfg, tokenizer)
-    monkeypatch.setattr(data, "_encode", encode)
+    monkeypatch.setattr(prepared, "encode", encode)
     write(tmp_path / "a.jsonl", "fox")
     assert " fox " in tokenizer.decode(data.prepare(cfg, tokenizer).blocks[0]["tokens"])
 
@@ -108,14 +108,14 @@ def test_a_second_run_waits_for_the_first_to_prepare_and_says_so(
     cfg, tokenizer, unread, monkeypatch, capfd
 ):
     started, go_on = threading.Event(), threading.Event()
-    made = data._made
+    made = prepared._made
 
     def slowly(*asked):
         started.set()
         assert go_on.wait(60)
         return made(*asked)
 
-    monkeypatch.setattr(data, "_made", slowly)
+    monkeypatch.setattr(prepared, "_made", slowly)
     found = []
     runs = [
         threading.Thread(target=lambda: found.append(data.prepare(cfg, tokenizer)))
@@ -157,3 +157,23 @@ def test_text_that_is_not_known_by_content_is_never_found(cfg):
     for content in ("", "packages:kjv 1", "unknown: no network"):
         prepared.keep(cfg, content, "k", prepared.Manifest({}, {}, {}, []))
         assert prepared.find(cfg, content, "k") is None
+
+
+def test_a_file_that_changes_between_the_two_readings_leaves_no_table(
+    cfg, tokenizer, tmp_path, monkeypatch
+):
+    """The first reading finds the splits, the second one tokenises."""
+    first = repr(tokens(data.prepare(replace(cfg, cache_dir=str(tmp_path / "other")), tokenizer)))
+    corpus = documents.corpus
+
+    def meanwhile(*asked):
+        found = corpus(*asked)
+        write(tmp_path / "a.jsonl", "cat")
+        return found
+
+    monkeypatch.setattr(documents, "corpus", meanwhile)
+    with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read"):
+        data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(documents, "corpus", corpus)
+    write(tmp_path / "a.jsonl", "fox")
+    assert repr(tokens(data.prepare(cfg, tokenizer))) == first
