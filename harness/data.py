@@ -112,7 +112,8 @@ def prepare(
     held_out, made, fresh = prepared.tables_of(cfg, tokenizer, wanted, begins)
     blocks = held_out.pop("train")
     unread, said = left_out(cfg)
-    parts, evaluated = {}, {}
+    parts: dict[str, Dataset] = {}
+    evaluated: dict[str, Any] = {}
     for name, table in held_out.items():
         parts[name], chosen = subset.of(table, most.get(name))
         evaluated |= {name: chosen} if chosen else {}

@@ -73,7 +73,7 @@ def marked(beginning: bytes) -> str | None:
 def check_name(encoding: str) -> None:
     """Raise ConfigError unless Python knows the text encoding `encoding`."""
     try:
-        known = codecs.lookup(encoding)._is_text_encoding  # type: ignore[attr-defined]
+        known = codecs.lookup(encoding)._is_text_encoding
     except (LookupError, ValueError):  # a NUL in the name
         known = False
     if not known:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from harness.results import write_atomically
 from harness.splits import Index
 
 CACHE_FORMAT = "2"  # part of a table's key; raise it when its layout changes
-FORMAT = "1"  # part of a manifest's key; raise it when what is found out of a text changes
+READERS = (  # modules that say what a text is made into
+    "documents", "encodings", "files", "overlap", "packing", "pairs", "passages", "prepared",
+    "records", "sources", "splits", "tables",
+)  # fmt: skip
 KNOWN_BY_CONTENT = ("sha256:", "commit:")
 log = logging.getLogger(__name__)
 
@@ -49,8 +53,17 @@ def key_of(
 ) -> str:
     """What tells the tables of `splits` from others; `tokenizer` is a fingerprint."""
     fields = {k: v for k, v in vars(cfg).items() if k not in (*PATHS, "cache_dir")}
-    values = [FORMAT, content, tokenizer, list(begins), list(splits), fields]
+    values = [_code(), content, tokenizer, list(begins), list(splits), fields]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """A digest of the code that reads texts: where it changes, texts are read again."""
+    digest = hashlib.sha256()
+    for name in READERS:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def find(cfg: DataConfig, content: str, key: str) -> Manifest | None:

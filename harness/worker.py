@@ -211,15 +211,15 @@ def perform(
     tokenizer = models.load_tokenizer(run.model, model_config)
     first = prefix.find(tokenizer, run.evaluate.prefix)
     with accelerator.main_process_first():
-        most = data.most_tokens(run)
+        limits = data.most_tokens(run)
         text = data.prepare(
-            run.data, tokenizer, test=run.evaluate.test, begins=first.begins, most=most
+            run.data, tokenizer, test=run.evaluate.test, begins=first.begins, most=limits
         )
         evaluated = text.facts.pop("evaluated", {})  # where a split is read in part
         further = {}
         for name, cfg in run.evaluate.also.items():
             further[name], part = data.prepare_test(
-                cfg, tokenizer, begins=first.begins, most=most["test"]
+                cfg, tokenizer, begins=first.begins, most=limits["test"]
             )
             evaluated |= {name: part} if part else {}
         in_training, copies = overlap.of_further(run.evaluate.also, text.blocks, further, run.data)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from harness import data, digests, documents, prepared
-from harness.config import ConfigError, DataConfig
+from harness.config import REPOSITORY, ConfigError, DataConfig
 
 
 @pytest.fixture
@@ -32,6 +32,22 @@ def tokens(text):
 
 def same(one, other):
     return repr(tokens(one)) == repr(tokens(other)) and one.facts == other.facts
+
+
+def test_a_text_is_read_again_where_the_code_that_reads_it_changed(
+    cfg, tokenizer, unread, monkeypatch
+):
+    """Once: its tables are found by what is in them."""
+    data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(prepared, "_code", lambda: "another version")
+    assert not data.prepare(cfg, tokenizer).tokenized
+    for name in prepared.READERS:
+        assert (REPOSITORY / "harness" / f"{name}.py").is_file()
+    unread()
+    data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(prepared, "_code", lambda: "a third")
+    with pytest.raises(AssertionError, match="read again"):
+        data.prepare(cfg, tokenizer)
 
 
 @pytest.fixture

@@ -78,6 +78,11 @@ def at_hand(tmp_path, monkeypatch):
     for name in ("train", "valid", "test"):
         Path("e2e", f"{name}.txt").write_text("name[A]||A is a place.\n")
     Path("notes", "one.txt").write_text("some text")
+    Path("more").mkdir()
+    for name in ("book.txt", "old.txt", "more/b.jsonl", "a.jsonl", "corpus.txt"):
+        Path(name).write_text('{"text": "a"}\n')
+    for name in ("train", "test"):
+        Path(f"{name}.jsonl").write_text('{"text": "a"}\n')
     Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import random
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from harness import data, documents, overlap, packing, prepared, records, sources
+from harness import data, documents, overlap, packing, prepared, records, sources, tables
 from harness.config import DataConfig
 
 WORDS = "the river and a stone were by the old house of the king".split()  # noqa: SIM905
@@ -110,6 +112,19 @@ def test_a_failure_in_the_middle_leaves_nothing_half_made(texts, tokenizer, tmp_
         data.prepare(texts["text"], tokenizer)
     assert list((tmp_path / "c" / "tokens").iterdir()) == []
     assert digests(data.prepare(texts["text"], tokenizer)) == RECORDED["text"]
+
+
+def test_what_a_killed_run_left_is_cleared_away_a_day_later(tmp_path):
+    first, second = (tables.Writer(tmp_path / name) for name in "ab")
+    for writer in (first, second):
+        writer.write(pa.table({"a": [1]}))
+    for path in (first.scratch / tables.TABLE, first.scratch):
+        os.utime(path, (0, time.time() - tables.LEFT_SECONDS - 10))
+    third = tables.Writer(tmp_path / "c")
+    assert not first.scratch.exists() and second.scratch.exists()
+    second.finish()
+    third.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.mark.parametrize("seed", range(5))
