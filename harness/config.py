@@ -279,6 +279,8 @@ class EvaluateConfig:
     every: int = 50  # optimizer steps between validations
     batch_tokens: int | None = None  # tokens per evaluation batch; null = by memory
     test: bool = True  # false: the test set is not even loaded, as in tuning
+    validation_tokens: int | None = None  # most of validation: a fixed part of it; null = all
+    test_tokens: int | None = None  # the same of test, and of each further text
     prefix: str = "auto"  # auto | bos | eos | none: the token that a document follows
     protocol: str = "documents"  # of PROTOCOLS: the test set also by a published protocol
     # Further texts, whose test split is evaluated before and after adaptation.

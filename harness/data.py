@@ -7,14 +7,11 @@ memory does not grow with it (of pairs, it does).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +22,20 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from harness import contents, documents, files, overlap, packing, pairs, prepared, sources, tables
-from harness.config import ConfigError, DataConfig
+from harness import (
+    documents,
+    files,
+    packing,
+    pairs,
+    prepared,
+    sources,
+    subset,
+)
+from harness.config import ConfigError, DataConfig, RunConfig
 from harness.loss import IGNORE
-from harness.prepared import Manifest
-from harness.splits import Index
 
 log = logging.getLogger(__name__)
-CACHE_FORMAT = "2"  # part of every key; raise it when the layout of a cached table changes
+LONG_TOKENS = 500_000  # of validation, from where on it is said that a part would do
 
 
 @dataclass(frozen=True)
@@ -94,176 +97,44 @@ def prepare(
     *,
     test: bool = True,
     begins: tuple[int, ...] = (),
+    most: Mapping[str, int | None] = MappingProxyType({}),
 ) -> Data:
     """Read, tokenise and pack the documents of `cfg`, or find the result in the cache.
 
     `begins` is put in front of every document of a training block and every prompt (`Prefix`).
-    Without `test` that split is not in the result: nothing that gets it can read it.
+    Without `test` that split is not in the result: nothing that gets it can read it. `most` has the
+    predicted tokens that a fixed part of a held-out split may have (`harness.subset`).
 
     Raises:
         ConfigError: no text, or less than one block of it.
     """
     wanted = documents.SPLITS if test else ("train", "validation")
-    held_out, made, fresh = _prepared(cfg, tokenizer, wanted, begins)
+    held_out, made, fresh = prepared.tables_of(cfg, tokenizer, wanted, begins)
     blocks = held_out.pop("train")
     unread, said = left_out(cfg)
+    parts: dict[str, Dataset] = {}
+    evaluated: dict[str, Any] = {}
+    for name, table in held_out.items():
+        parts[name], chosen = subset.of(table, most.get(name))
+        evaluated |= {name: chosen} if chosen else {}
+        if name == "validation" and not chosen and num_tokens(table) > LONG_TOKENS:
+            said = [*said, _long(cfg, num_tokens(table))]
+    if evaluated:
+        unread = unread | {"evaluated": evaluated}
     return Data(
         blocks,
-        held_out,
+        parts,
         made.num_documents,
         fresh,
-        _tokenizer_fingerprint(tokenizer)[:12],
+        prepared.fingerprint(tokenizer)[:12],
         made.facts | unread,
         [*said, *made.warnings],
     )
 
 
-def _prepared(
-    cfg: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: Sequence[str],
-    begins: tuple[int, ...],
-) -> tuple[dict[str, Dataset], Manifest, bool]:
-    """The tables of splits, what was found out about them, and whether one was made now.
-
-    Raises:
-        ConfigError: the text changed while it was read, or as `prepare`.
-    """
-    fingerprint = _tokenizer_fingerprint(tokenizer)
-    content = _content(cfg)
-    key = prepared.key_of(cfg, content, fingerprint, begins, wanted)
-    if found := _found(cfg, content, key):
-        return *found, False
-    with prepared.alone(cfg, key):
-        if found := _found(cfg, content, key):  # another run has made it meanwhile
-            return *found, False
-        ready, made, fresh = _made(cfg, tokenizer, fingerprint, wanted, begins)
-        if _content(cfg) != content:
-            raise ConfigError(
-                f"the text at {cfg.path or cfg.id or cfg.name} changed while it was read: the same "
-                "command again reads it as it is now"
-            )
-        prepared.keep(cfg, content, key, made)
-    return ready, made, fresh
-
-
-def _content(cfg: DataConfig) -> str:
-    """What the text of `cfg` is, without asking the hub: "" where that is not certain."""
-    if cfg.id and not Path(cfg.id).is_dir():
-        pinned = re.fullmatch(r"[0-9a-f]{40}", cfg.revision or "")
-        return f"commit:{cfg.id}@{cfg.revision}" if pinned else ""
-    return contents.text_of(cfg)
-
-
-def _found(cfg: DataConfig, content: str, key: str) -> tuple[dict[str, Dataset], Manifest] | None:
-    """Tables that were made before, without a look at the text."""
-    if (made := prepared.find(cfg, content, key)) is None:
-        return None
-    there = {}
-    for name, folder in made.tables.items():
-        if (table := tables.load(Path(cfg.cache_dir) / "tokens" / folder)) is None:
-            return None
-        there[name] = table.with_format("numpy")
-    return there, made
-
-
-def _made(
-    cfg: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    fingerprint: str,
-    wanted: Sequence[str],
-    begins: tuple[int, ...],
-) -> tuple[dict[str, Dataset], Manifest, bool]:
-    """The tables of splits, found by what is in them or made now."""
-    facts: dict[str, Any] = {}
-    warnings: list[str] = []
-    cache = Path(cfg.cache_dir) / "tokens"
-    if cfg.source == "pairs":
-        found = pairs.read(cfg, wanted)
-        counts = {name: len(some) for name, some in found.items()}
-        texts = {name: Index.of((one.id, one.prompt) for one in found[name]) for name in wanted}
-        folders = {
-            name: cache / _key(_known(found[name]), fingerprint, _kind(cfg, name, begins))
-            for name in wanted
-        }
-
-        def text_of(split: str, key: str) -> str:
-            return next(one.prompt for one in found[split] if one.id == key)
-
-    else:
-        corpus = documents.corpus(cfg, wanted)
-        rule = facts["rule"] = corpus.rule()
-        log.info("documents of data=%s: %s; split: %s", cfg.name, rule["documents"], rule["split"])
-        texts = {name: corpus.index(name) for name in wanted}
-        counts = {name: len(index) for name, index in texts.items()}
-        text_of = corpus.text
-        folders = {
-            name: cache / _key(texts[name], fingerprint, _kind(cfg, name, begins))
-            for name in wanted
-        }
-    made = {name: tables.load(folder) for name, folder in folders.items()}
-    missing = [name for name, table in made.items() if table is None]
-    if missing and cfg.source == "pairs":
-        for name in missing:
-            _write_pairs(cfg, found[name], folders[name], name, tokenizer, begins)
-    elif missing:
-        packing.write(
-            cfg,
-            corpus,
-            {name: folders[name] for name in missing},
-            lambda some: _encode(some, tokenizer),
-            tokenizer,
-            begins,
-        )
-    ready = {name: made[name] or _there(folders[name]) for name in wanted}
-    ready = {name: table.with_format("numpy") for name, table in ready.items()}
-    if "train" in ready:
-        held_out = {name: table for name, table in ready.items() if name != "train"}
-        copies, warnings = overlap.facts(cfg, texts, text_of, ready["train"], held_out)
-        facts = copies | facts
-    kept = {name: folder.name for name, folder in folders.items()}
-    return ready, Manifest(kept, counts, facts, warnings), bool(missing)
-
-
-def _there(folder: Path) -> Dataset:
-    table = tables.load(folder)
-    if table is None:
-        raise OSError(f"{folder} was written and cannot be read")
-    return table
-
-
-def _known(some: list[pairs.Pair]) -> Index:
-    return Index.of((one.id, json.dumps([one.prompt, one.completions])) for one in some)
-
-
-def _kind(cfg: DataConfig, split: str, begins: tuple[int, ...]) -> str:
-    """What, besides texts and tokenizer, the table of a split depends on."""
-    block = cfg.context if split == "train" else 0  # 0: documents as they are
-    kind = f"pairs {cfg.packing} {cfg.context} {block}" if cfg.source == "pairs" else str(block)
-    if begins and (cfg.source == "pairs" or block):  # evaluation puts it before documents itself
-        kind += f" after {begins}"
-    return kind
-
-
-def _write_pairs(
-    cfg: DataConfig,
-    some: list[pairs.Pair],
-    folder: Path,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    begins: tuple[int, ...],
-) -> None:
-    if split == "train":
-        table = pairs.blocks(some, tokenizer, cfg.context, cfg.packing, begins)
-    else:
-        table = pairs.evaluated(some, tokenizer, cfg.context, begins)
-    writer = tables.Writer(folder)
-    try:
-        writer.write(table)
-        writer.finish()
-    except BaseException:
-        writer.discard()
-        raise
+def most_tokens(run: RunConfig) -> dict[str, int | None]:
+    """Predicted tokens that a run reads of its held-out splits at most; None where it reads all."""
+    return {"validation": run.evaluate.validation_tokens, "test": run.evaluate.test_tokens}
 
 
 def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
@@ -282,28 +153,47 @@ def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
     return {"left_out": {"files": len(left), "first": first}}, [said]
 
 
+def _long(cfg: DataConfig, count: int) -> str:
+    return (
+        f"data={cfg.name}: every validation reads {count:,} tokens; "
+        f"evaluate.validation_tokens={LONG_TOKENS} reads a fixed part of them"
+    )
+
+
 def prepare_test(
-    cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, *, begins: tuple[int, ...] = ()
-) -> Dataset:
-    """The test split alone, as `Data.held_out` has it, of a text that is not trained on."""
-    return _prepared(cfg, tokenizer, ("test",), begins)[0]["test"]
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    begins: tuple[int, ...] = (),
+    most: int | None = None,
+) -> tuple[Dataset, dict[str, Any]]:
+    """The test split alone, of a text that is not trained on, and which part of it it is.
+
+    As `Data.held_out` has it, and {} or what `subset.of` says.
+    """
+    return subset.of(prepared.tables_of(cfg, tokenizer, ("test",), begins)[0]["test"], most)
 
 
 AT_HAND_BYTES = 64 * 2**20  # of files that a prediction reads; more fill every batch
 
 
 def held_out_sizes(
-    cfg: DataConfig, splits: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
+    cfg: DataConfig,
+    splits: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    most: Mapping[str, int | None] = MappingProxyType({}),
 ) -> list[list[int] | None]:
     """Tokens of every document of some held-out `splits`, if the text is on this machine.
 
-    Nothing is cached. Without a `tokenizer` bytes stand for tokens, of which no document has more.
+    Of the part of each that is within `most` tokens. Nothing is cached. Without a `tokenizer` bytes
+    stand for tokens, of which no document has more.
     None for each split whose text is not at hand, cannot be read, or is long.
     """
     unknown: list[list[int] | None] = [None] * len(splits)
     try:
         if cfg.source in ("text_files", "pairs") and not cfg.id:
-            own = sources.own_files(cfg).values()
+            kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
+            own = sources.own_files(cfg, kinds).values()
             if sum(file.stat().st_size for found in own for file in found) > AT_HAND_BYTES:
                 return unknown
         elif cfg.source != "kjv":
@@ -312,37 +202,35 @@ def held_out_sizes(
             if tokenizer is None:
                 return unknown
             rows = pairs.read(cfg, splits).values()
-            made = [pairs.evaluated(some, tokenizer, cfg.context) for some in rows]
-            return [pc.list_value_length(table["tokens"]).to_pylist() for table in made]
+            made = [Dataset(pairs.evaluated(some, tokenizer, cfg.context)) for some in rows]
+            return [
+                _sizes(
+                    table["id"], subset.num_predicted(table), document_sizes(table), most.get(name)
+                )
+                for name, table in zip(splits, made, strict=True)
+            ]
         found = documents.read(cfg, splits)
     except (ConfigError, OSError):
         return unknown
     if tokenizer is None:
         return [[len(text.encode()) for _, text in docs] for docs in found.values()]
-    return [
-        [len(ids) for ids in _encode([text for _, text in docs], tokenizer)]
-        for docs in found.values()
-    ]
+    sizes: list[list[int] | None] = []
+    for name, docs in found.items():
+        counts: list[int] = []
+        for start in range(0, len(docs), packing.BATCH_DOCUMENTS):
+            some = [text for _, text in docs[start : start + packing.BATCH_DOCUMENTS]]
+            counts += [len(ids) for ids in prepared.encode(some, tokenizer)]
+        sizes.append(_sizes([key for key, _ in docs], np.array(counts), counts, most.get(name)))
+    return sizes
 
 
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{text}{tokenizer.eos_token_id}".encode()).hexdigest()
-
-
-def _key(texts: Index, tokenizer: str, kind: str) -> str:
-    """The name of a table: what its documents, tokenizer and kind make it."""
-    digest = hashlib.sha256("\0".join((CACHE_FORMAT, tokenizer, kind)).encode())
-    digest.update(texts.digest())
-    return digest.hexdigest()[:32]
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of every text, no special tokens added, on all cores."""
-    # Documents may be longer than the model's context: they are windowed later.
-    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(found["input_ids"])
+def _sizes(
+    ids: Sequence[str], predicted: NDArray[np.int64], sizes: list[int], most: int | None
+) -> list[int]:
+    """The sizes of the documents that are within `most` predicted tokens."""
+    if most is None or predicted.sum() <= most:
+        return sizes
+    return [sizes[i] for i in subset.within(ids, predicted, most)]
 
 
 def document_sizes(dataset: Dataset) -> list[int]:

@@ -87,15 +87,19 @@ class Corpus:
             for number, name in enumerate(names):
                 at = self.places[name][1]
                 of[at], rank[at] = number, np.arange(len(at))
+            changed = f"the text at {self.cfg.path or self.cfg.name} changed while it was read"
             count = 0  # documents come one at a time: no more of them is held here
             for i, (key, text) in enumerate(documents()):
                 count += 1
                 if i >= len(index):
                     break
                 if of[i] >= 0:
-                    yield names[of[i]], int(rank[i]), (key, text[:most])
+                    document = key, text[:most]
+                    if not index.has(i, document):
+                        raise ConfigError(changed)
+                    yield names[of[i]], int(rank[i]), document
             if count != len(index):
-                raise ConfigError(f"{self.cfg.path or self.cfg.name} changed while it was read")
+                raise ConfigError(changed)
 
 
 def corpus(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Corpus:

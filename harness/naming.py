@@ -33,7 +33,9 @@ _LATER = {
     ),
     "targets": ("roles",),
     "train": ("max_seconds", "max_flops", "early_stopping"),
-    "evaluate": ("generate", "protocol", "prefix", "classify"),
+    "evaluate": (
+        "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
+    ),
 }  # fmt: skip
 PATHS = ("path", "id", "validation_path", "test_path")  # which contents stand for
 NOT_IDENTITY_OF_TRAINING = (  # epochs are in the steps

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +73,7 @@ def near(blocks: Dataset, held_out: dict[str, Dataset], cache_dir: str) -> dict[
     kept = Path(cache_dir) / "overlap" / f"{key}.json"
     with suppress(OSError, ValueError):
         return dict(json.loads(kept.read_text("utf-8")))
-    found = shared(
-        {name: list(_spans(table)) for name, table in held_out.items()}, _Training(blocks)
-    )
+    found = shared({name: _spans(table) for name, table in held_out.items()}, _Training(blocks))
     with suppress(OSError):  # a cache that is for reading only
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, json.dumps(found))
@@ -83,23 +81,29 @@ def near(blocks: Dataset, held_out: dict[str, Dataset], cache_dir: str) -> dict[
 
 
 def shared(
-    held_out: dict[str, list[tuple[str, NDArray[Any]]]], training: Iterable[NDArray[Any]]
+    held_out: Mapping[str, Iterable[tuple[str, NDArray[Any]]]], training: Iterable[NDArray[Any]]
 ) -> dict[str, list[str]]:
     """Ids of the documents, (id, tokens) by split, that share a span with `training`.
 
-    `training` is one text in pieces, which are joined.
+    `training` is one text in pieces, which are joined; it may be gone through several times.
     """
     found: dict[str, list[str]] = {name: [] for name in held_out}
     some: list[tuple[str, str, NDArray[Any]]] = []
     size = 0
-    every = [(name, key, ids) for name, docs in held_out.items() for key, ids in docs]
-    for number, document in enumerate(every, 1):
-        some.append(document)
-        size += len(document[2])
-        if size >= AT_ONCE or number == len(every):  # or else memory would grow with the text
-            for name, key in _shared(some, training):
-                found[name].append(key)
-            some, size = [], 0
+
+    def look() -> None:
+        for name, key in _shared(some, training):
+            found[name].append(key)
+        some.clear()
+
+    for name, documents in held_out.items():
+        for key, ids in documents:
+            some.append((name, key, ids))
+            size += len(ids)
+            if size >= AT_ONCE:  # or else memory would grow with the text
+                look()
+                size = 0
+    look()
     return {name: list(dict.fromkeys(keys)) for name, keys in found.items()}
 
 
@@ -169,7 +173,7 @@ def _longest_run(hits: NDArray[np.bool_]) -> int:
 def _spans(table: Dataset) -> Iterator[tuple[str, NDArray[Any]]]:
     """(id, tokens) of held-out documents; of pairs, each completion without its end."""
     paired = "skipped" in table.column_names
-    for batch in table.data.to_batches():
+    for batch in tables.batches(table):
         column = batch.column("tokens")
         ids, lengths = column.flatten().to_numpy(), column.value_lengths().to_numpy()
         skipped = batch.column("skipped").to_numpy() if paired else np.zeros_like(lengths)

@@ -250,7 +250,7 @@ def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
     tokenizer = models.tokenizer_at_hand(run.model, model_config)
     found: list[Shape] = []
     for cfg, wanted in asked:
-        for num_tokens in data.held_out_sizes(cfg, wanted, tokenizer):
+        for num_tokens in data.held_out_sizes(cfg, wanted, tokenizer, data.most_tokens(run)):
             if num_tokens is None:
                 return full
             found += batches_of(run, model_config, num_tokens)

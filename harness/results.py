@@ -19,7 +19,8 @@ num_prompts, num_tokens, seconds, tokens_per_second},
 quality.classification.{labels, majority} and of validation and test quality.classification.SPLIT.
 {accuracy, accuracy_low, accuracy_high, macro_f1, log_loss, majority_accuracy, num_examples,
 num_unseen} (`harness.classify`), evaluation.{context, stride,
-prefix.{name, id}, tokenizer}, environment.{commit, versions, hardware, sharded,
+prefix.{name, id}, tokenizer, part.NAME (of a text that is read in part: `harness.subset`)},
+environment.{commit, versions, hardware, sharded,
 runs_beside (null: not counted)}, saved (names of folders), saved_check.{nats_per_token, failure}
 (`harness.reloaded`), model.weights.{random, left_out} (with model.strict=false), problems (what
 failed after the test set was read, in words; absent where nothing did), data.rule.{documents,

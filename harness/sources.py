@@ -83,8 +83,8 @@ def _unit(some: list[Path], cfg: DataConfig, whole: bool) -> str:
     kinds = {files.kind(file) in files.TEXTS for file in some}
     if not whole:
         return (
-            f"passage of a text file: paragraphs, which blank lines divide, up to "
-            f"{passages.PASSAGE_CHARS:,} characters or more"
+            "passage of a text file: paragraphs, which blank lines divide, grouped to at least "
+            f"{passages.PASSAGE_CHARS:,} characters (fewer in a short text)"
         )
     text = f"piece of a text file between {cfg.document_separator!r}"
     words = {True: text if cfg.document_separator else "text file", False: "record"}

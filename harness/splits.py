@@ -56,10 +56,9 @@ class Index:
             places += place(key)
             encoded = used.encode()
             sizes.append(len(encoded))
-            texts += (own := hashlib.blake2b(encoded, digest_size=WIDTH).digest())
+            texts += (own := _digest(encoded))
             words = " ".join(used.split())
-            same = exact or words == used
-            alike += own if same else hashlib.blake2b(words.encode(), digest_size=WIDTH).digest()
+            alike += own if exact or words == used else _digest(words.encode())
             blank.append(not used or used.isspace())
             waiting.append(key)
             if len(waiting) == 10_000:
@@ -76,6 +75,12 @@ class Index:
             pa.chunked_array(parts),
         )
 
+    def has(self, i: int, document: tuple[str, str]) -> bool:
+        """Whether document i is this (id, text as it is used)."""
+        key, text = document
+        known = place(key), _digest(text.encode())  # numpy leaves out NULs at the end
+        return (self.places[i], self.texts[i]) == tuple(part.rstrip(b"\0") for part in known)
+
     def take(self, at: Positions) -> Index:
         """The index of the documents at positions, in their order."""
         ids = self.ids.take(pa.array(at))
@@ -85,6 +90,10 @@ class Index:
     def digest(self) -> bytes:
         """What tells these documents, their ids and their order from others."""
         return hashlib.sha256(self.places.tobytes() + self.texts.tobytes()).digest()
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=WIDTH).digest()
 
 
 def place(key: str) -> bytes:

@@ -10,7 +10,9 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from harness.config import ConfigError
 from harness.console import reason
 
 TABLE, SIZE, UNSORTED = "table.arrow", "table.json", "unsorted.arrow"
+SCRATCH = ".writing-"
+LEFT_SECONDS = 86_400.0
 ROWS = 1000  # of a table that is put into another order, at a time
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,8 @@ class Writer:
         self.folder = folder
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            self.scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
+            _clear(folder.parent)
+            self.scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=SCRATCH))
         except OSError as error:
             raise ConfigError(
                 f"data.cache_dir: cannot write {folder.parent} ({reason(error)})"
@@ -74,6 +79,15 @@ class Writer:
     def discard(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed runs have left half-written, once nobody has written to it for a day."""
+    for scratch in folder.glob(f"{SCRATCH}*"):
+        with suppress(OSError):
+            newest = max(file.stat().st_mtime for file in (scratch, *scratch.iterdir()))
+            if time.time() - newest > LEFT_SECONDS:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load(folder: Path) -> Dataset | None:

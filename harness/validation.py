@@ -223,6 +223,15 @@ def validate(run: RunConfig) -> None:
             f"evaluate.classify=always: data={data.name} has no completions to choose from; use a "
             "data set of pairs (data=pairs), or evaluate.classify=auto"
         )
+    for key in ("validation_tokens", "test_tokens"):
+        most = getattr(ev, key)
+        _require(most is None or most > 0, f"evaluate.{key}", most, "1 or more tokens, or null")
+    if ev.test_tokens is not None and (ev.protocol != "documents" or ev.generate is not None):
+        other = "generate" if ev.generate is not None else f"protocol={ev.protocol}"
+        raise ConfigError(
+            f"evaluate.test_tokens={ev.test_tokens} with evaluate.{other}, which reads the test "
+            "set as a whole: leave one of them out"
+        )
     _require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
     _require(
         ev.batch_tokens is None or ev.batch_tokens > 0,

@@ -214,11 +214,17 @@ def perform(
     tokenizer = models.load_tokenizer(run.model, model_config)
     first = prefix.find(tokenizer, run.evaluate.prefix)
     with accelerator.main_process_first():
-        text = data.prepare(run.data, tokenizer, test=run.evaluate.test, begins=first.begins)
-        further = {
-            name: data.prepare_test(cfg, tokenizer, begins=first.begins)
-            for name, cfg in run.evaluate.also.items()
-        }
+        limits = data.most_tokens(run)
+        text = data.prepare(
+            run.data, tokenizer, test=run.evaluate.test, begins=first.begins, most=limits
+        )
+        evaluated = text.facts.pop("evaluated", {})  # where a split is read in part
+        further = {}
+        for name, cfg in run.evaluate.also.items():
+            further[name], part = data.prepare_test(
+                cfg, tokenizer, begins=first.begins, most=limits["test"]
+            )
+            evaluated |= {name: part} if part else {}
         in_training, copies = overlap.of_further(run.evaluate.also, text.blocks, further, run.data)
         by_protocol = protocols.read(run, tokenizer)
         task = classify.read(run, tokenizer, first.begins)
@@ -231,6 +237,8 @@ def perform(
         "prefix": first.recorded(),
         "tokenizer": text.tokenizer,
     }
+    if evaluated:  # runs whose parts differ are not compared
+        result["evaluation"]["part"] = evaluated
     result["data"] |= text.facts
     log.info("data: %s, tokenised now: %s", text.num_documents, text.tokenized)
     said = [said for cfg in run.evaluate.also.values() for said in data.left_out(cfg)[1]]

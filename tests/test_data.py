@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from harness import data, documents
+from harness import data, documents, prepared
 from harness.config import ConfigError, DataConfig
 
 
@@ -93,8 +93,8 @@ def test_without_the_test_split_nothing_of_it_is_there_or_is_tokenised(
     corpus, tokenizer, tmp_path, monkeypatch
 ):
     read = []
-    encode = data._encode
-    monkeypatch.setattr(data, "_encode", lambda docs, _: read.extend(docs) or encode(docs, _))
+    encode = prepared.encode
+    monkeypatch.setattr(prepared, "encode", lambda docs, _: read.extend(docs) or encode(docs, _))
     text = data.prepare(corpus, tokenizer, test=False)
     assert set(text.held_out) == {"validation"} and set(text.num_documents) == {
         "train",
@@ -103,5 +103,5 @@ def test_without_the_test_split_nothing_of_it_is_there_or_is_tokenised(
     test = documents.read(corpus)["test"]
     assert test and read and not {words for _, words in test} & set(read)
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
-    alone = data.prepare_test(corpus, tokenizer)
+    alone, _ = data.prepare_test(corpus, tokenizer)
     assert {row["id"] for row in alone} == {name for name, _ in test}

@@ -40,7 +40,7 @@ def texts(path, **options):
 
 @pytest.mark.parametrize("name", ["book.txt", "book.md", "book.rst"])
 def test_one_text_file_is_split_at_blank_lines(tmp_path, name):
-    written = paragraphs(400)
+    written = paragraphs(900)
     (tmp_path / name).write_text("\n \n\n".join(written) + "\n", "utf-8")
     found = read(tmp_path / name)
     pieces = sorted(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from harness import data, digests, documents, prepared
-from harness.config import ConfigError, DataConfig
+from harness.config import REPOSITORY, ConfigError, DataConfig
 
 
 @pytest.fixture
@@ -34,6 +34,22 @@ def same(one, other):
     return repr(tokens(one)) == repr(tokens(other)) and one.facts == other.facts
 
 
+def test_a_text_is_read_again_where_the_code_that_reads_it_changed(
+    cfg, tokenizer, unread, monkeypatch
+):
+    """Once: its tables are found by what is in them."""
+    data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(prepared, "_code", lambda: "another version")
+    assert not data.prepare(cfg, tokenizer).tokenized
+    for name in prepared.READERS:
+        assert (REPOSITORY / "harness" / f"{name}.py").is_file()
+    unread()
+    data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(prepared, "_code", lambda: "a third")
+    with pytest.raises(AssertionError, match="read again"):
+        data.prepare(cfg, tokenizer)
+
+
 @pytest.fixture
 def unread(monkeypatch):
     """Call it, and from then on reading a text is an error."""
@@ -43,19 +59,19 @@ def unread(monkeypatch):
 
     def stop():
         monkeypatch.setattr(documents, "corpus", refuse)
-        monkeypatch.setattr(data, "_encode", refuse)
+        monkeypatch.setattr(prepared, "encode", refuse)
 
     return stop
 
 
 def test_a_later_run_finds_the_text_without_reading_it(cfg, tokenizer, unread):
     first = data.prepare(cfg, tokenizer)
-    alone = data.prepare_test(cfg, tokenizer)
+    alone, _ = data.prepare_test(cfg, tokenizer)
     unread()
     again = data.prepare(cfg, tokenizer)
     assert same(first, again) and again.num_documents == first.num_documents
     assert first.tokenized and not again.tokenized and again.facts["rule"]
-    assert repr(data.prepare_test(cfg, tokenizer)[:]) == repr(alone[:])
+    assert repr(data.prepare_test(cfg, tokenizer)[0][:]) == repr(alone[:])
     for change in ({"context": 16}, {"test_share": 0.2}, {"split": "contiguous"}):
         with pytest.raises(AssertionError, match="read again"):
             data.prepare(replace(cfg, **change), tokenizer)
@@ -77,16 +93,16 @@ def test_a_changed_file_is_noticed_within_a_process(cfg, tokenizer, tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_refused_and_not_remembered(
     cfg, tokenizer, tmp_path, monkeypatch
 ):
-    encode = data._encode
+    encode = prepared.encode
 
     def meanwhile(docs, words):
         write(tmp_path / "a.jsonl", "cat")
         return encode(docs, words)
 
-    monkeypatch.setattr(data, "_encode", meanwhile)
+    monkeypatch.setattr(prepared, "encode", meanwhile)
     with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read"):
         data.prepare(cfg, tokenizer)
-    monkeypatch.setattr(data, "_encode", encode)
+    monkeypatch.setattr(prepared, "encode", encode)
     write(tmp_path / "a.jsonl", "fox")
     assert " fox " in tokenizer.decode(data.prepare(cfg, tokenizer).blocks[0]["tokens"])
 
@@ -108,14 +124,14 @@ def test_a_second_run_waits_for_the_first_to_prepare_and_says_so(
     cfg, tokenizer, unread, monkeypatch, capfd
 ):
     started, go_on = threading.Event(), threading.Event()
-    made = data._made
+    made = prepared._made
 
     def slowly(*asked):
         started.set()
         assert go_on.wait(60)
         return made(*asked)
 
-    monkeypatch.setattr(data, "_made", slowly)
+    monkeypatch.setattr(prepared, "_made", slowly)
     found = []
     runs = [
         threading.Thread(target=lambda: found.append(data.prepare(cfg, tokenizer)))
@@ -157,3 +173,23 @@ def test_text_that_is_not_known_by_content_is_never_found(cfg):
     for content in ("", "packages:kjv 1", "unknown: no network"):
         prepared.keep(cfg, content, "k", prepared.Manifest({}, {}, {}, []))
         assert prepared.find(cfg, content, "k") is None
+
+
+def test_a_file_that_changes_between_the_two_readings_leaves_no_table(
+    cfg, tokenizer, tmp_path, monkeypatch
+):
+    """The first reading finds the splits, the second one tokenises."""
+    first = repr(tokens(data.prepare(replace(cfg, cache_dir=str(tmp_path / "other")), tokenizer)))
+    corpus = documents.corpus
+
+    def meanwhile(*asked):
+        found = corpus(*asked)
+        write(tmp_path / "a.jsonl", "cat")
+        return found
+
+    monkeypatch.setattr(documents, "corpus", meanwhile)
+    with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read"):
+        data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(documents, "corpus", corpus)
+    write(tmp_path / "a.jsonl", "fox")
+    assert repr(tokens(data.prepare(cfg, tokenizer))) == first

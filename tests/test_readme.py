@@ -81,6 +81,12 @@ def at_hand(tmp_path, monkeypatch):
     for name in ("one", "two", "three"):
         Path("notes", f"{name}.txt").write_text(f"some text {name}")
     Path("my_model", "config.json").write_text('{"model_type": "gpt2"}')
+    Path("more").mkdir()
+    records = "".join(f'{{"text": "a record {i}"}}\n' for i in range(9))
+    for name in ("book.txt", "old.txt", "more/b.jsonl", "a.jsonl", "corpus.txt"):
+        Path(name).write_text(records)
+    for name in ("train", "test"):
+        Path(f"{name}.jsonl").write_text(records.replace("record", name))
     Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
 
 

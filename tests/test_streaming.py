@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import random
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from harness import data, documents, overlap, packing, records, sources
+from harness import data, documents, overlap, packing, prepared, records, sources, tables
 from harness.config import DataConfig
 
 WORDS = "the river and a stone were by the old house of the king".split()  # noqa: SIM905
@@ -63,7 +65,7 @@ def test_blocks_and_documents_are_those_of_recorded_runs(
 
 
 def test_no_more_than_a_batch_of_documents_is_held(texts, tokenizer, monkeypatch):
-    read, waiting, encode = [], [], data._encode
+    read, waiting, encode = [], [], prepared.encode
 
     def documents_of(file, cfg, whole):
         for found in texts_of(file, cfg, whole):
@@ -76,7 +78,7 @@ def test_no_more_than_a_batch_of_documents_is_held(texts, tokenizer, monkeypatch
 
     texts_of = sources._texts
     monkeypatch.setattr(sources, "_texts", documents_of)
-    monkeypatch.setattr(data, "_encode", encoded)
+    monkeypatch.setattr(prepared, "encode", encoded)
     monkeypatch.setattr(packing, "BATCH_CHARS", 2000)
     data.prepare(texts["text"], tokenizer)
     assert len(waiting) > 5 and waiting[0][0] < 30  # the first was tokenised before most were read
@@ -96,7 +98,7 @@ def test_tokens_are_the_narrowest_integers(texts, tokenizer):
 
 
 def test_a_failure_in_the_middle_leaves_nothing_half_made(texts, tokenizer, tmp_path, monkeypatch):
-    calls, encode = [], data._encode
+    calls, encode = [], prepared.encode
 
     def fails(some, tokenizer):
         calls.append(some)
@@ -105,11 +107,24 @@ def test_a_failure_in_the_middle_leaves_nothing_half_made(texts, tokenizer, tmp_
         return encode(some, tokenizer)
 
     monkeypatch.setattr(packing, "BATCH_CHARS", 2000)
-    monkeypatch.setattr(data, "_encode", fails)
+    monkeypatch.setattr(prepared, "encode", fails)
     with pytest.raises(MemoryError):
         data.prepare(texts["text"], tokenizer)
     assert list((tmp_path / "c" / "tokens").iterdir()) == []
     assert digests(data.prepare(texts["text"], tokenizer)) == RECORDED["text"]
+
+
+def test_what_a_killed_run_left_is_cleared_away_a_day_later(tmp_path):
+    first, second = (tables.Writer(tmp_path / name) for name in "ab")
+    for writer in (first, second):
+        writer.write(pa.table({"a": [1]}))
+    for path in (first.scratch / tables.TABLE, first.scratch):
+        os.utime(path, (0, time.time() - tables.LEFT_SECONDS - 10))
+    third = tables.Writer(tmp_path / "c")
+    assert not first.scratch.exists() and second.scratch.exists()
+    second.finish()
+    third.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.mark.parametrize("seed", range(5))

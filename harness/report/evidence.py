@@ -87,6 +87,13 @@ def scope(test: Evidence) -> list[str]:
         f"95 %: interval of test perplexity over {test.sample}; untrained models: over documents "
         "only."
     ]
+    parts = test.evaluations[0].settings.get("part") or {}
+    said += [
+        f"{name} is read in part (evaluate.*_tokens): {part['documents']:,} of "
+        f"{part['of_documents']:,} documents, {part['tokens']:,} of {part['of_tokens']:,} tokens, "
+        "the same for every run."
+        for name, part in parts.items()
+    ]
     if without := [f"{i.name} ({i.missing})" for i in test.intervals.values() if i.missing]:
         said.append(f"No interval: {some(without)}.")
     first = next(iter(test.intervals.values()))
