@@ -372,3 +372,13 @@ def test_settings_that_cannot_be_are_refused_by_name():
     }.items():
         with pytest.raises(ConfigError, match=said):
             settings.read([override])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 1.0, 10.0])
+def test_the_rank_of_a_lora_is_found_however_large_it_is_beside_the_weight(size):
+    w = 0.05 * drawn(64, 48).float()
+    delta = drawn(64, 4, seed=1).float() @ drawn(4, 48, seed=2).float()
+    delta *= size * w.norm() / delta.norm()
+    update = updates.Update("w", "q", 0, w, w + delta, False, torch.float32)
+    found = spectra.spectrum(spectra.factors(update.delta).s, (64, 48), update.error)
+    assert found.rank == 4
