@@ -60,6 +60,18 @@ def test_factors_are_lapacks(shape):
         torch.testing.assert_close(side.t() @ side, torch.eye(20, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
+def test_the_first_factors_alone_are_the_first_of_all(shape):
+    matrix = drawn(*shape)
+    u, s, v = spectra.factors(matrix, 5)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix))
+    assert u.shape == (shape[0], 5) and v.shape == (shape[1], 5)
+    nearest = spectra.factors(matrix)
+    torch.testing.assert_close(
+        (u * s[:5]) @ v.t(), (nearest.u * nearest.s)[:, :5] @ nearest.v[:, :5].t()
+    )
+
+
 def test_a_planted_rank_is_found_above_the_rounding_of_fp32():
     values = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     delta = (orthonormal(40, 3) * values) @ orthonormal(24, 3, 1).t() * 1e-3
@@ -372,3 +384,13 @@ def test_settings_that_cannot_be_are_refused_by_name():
     }.items():
         with pytest.raises(ConfigError, match=said):
             settings.read([override])
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 1.0, 10.0])
+def test_the_rank_of_a_lora_is_found_however_large_it_is_beside_the_weight(size):
+    w = 0.05 * drawn(64, 48).float()
+    delta = drawn(64, 4, seed=1).float() @ drawn(4, 48, seed=2).float()
+    delta *= size * w.norm() / delta.norm()
+    update = updates.Update("w", "q", 0, w, w + delta, False, torch.float32)
+    found = spectra.spectrum(spectra.factors(update.delta).s, (64, 48), update.error)
+    assert found.rank == 4

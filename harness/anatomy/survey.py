@@ -132,7 +132,7 @@ def _weight(
     }  # fmt: skip
     if not update.is_matrix:
         return row, None
-    found = spectra.factors(delta)
+    found = spectra.factors(delta, min(settings.directions, *delta.shape))
     shape = (int(delta.shape[0]), int(delta.shape[1]))
     spectrum = spectra.spectrum(found.s, shape, update.error)
     r = min(settings.directions, spectrum.rank)
