@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # numpy and pyarrow are loaded when there is text to split
 
 Splits = dict[str, list[Document]]  # of SPLITS -> documents
 
+EXACT = ("kjv", "docstrings")  # whose recorded splits took only equal texts for duplicates
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -387,7 +389,6 @@ def _docstrings_of(path: str) -> list[str]:
     return [text for node in nodes if (text := ast.get_docstring(node)) and len(text) >= 20]
 
 
-EXACT = ("kjv", "docstrings")  # whose recorded splits took only equal texts for duplicates
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "kjv": kjv,
     "text_files": text_files,

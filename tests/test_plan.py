@@ -138,7 +138,7 @@ def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
 
 
 @pytest.mark.parametrize("evaluated", [None, (3, 9)], ids=["long", "short"])
-@pytest.mark.parametrize("steps", [0, 1, 2])
+@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("method", [["method=full"], ["method=lora"], [*UDV, "method.train=udv"]])
 def test_the_first_step_and_a_short_text_need_less(make_run, method, steps, evaluated):
     run = make_run(*TINY, *method, f"train.steps={steps}", "evaluate.batch_tokens=2048")

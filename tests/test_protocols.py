@@ -396,7 +396,7 @@ def test_verify_prints_what_is_published_beside_what_is_measured(
     harness, tmp_path, hub_cache, tokenizer
 ):
     snapshot = hub_cache()
-    text = PAGES * 6
+    text = "".join(PAGES.replace("line is here", f"line {i} is here") for i in range(6))
     (tmp_path / "raw test.txt").write_text(text, "utf-8")
     both = ("--raw", "raw test.txt", "--tokenised", "raw test.txt")
     done: subprocess.CompletedProcess[str] = harness(

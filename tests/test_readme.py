@@ -83,8 +83,12 @@ def at_hand(tmp_path, monkeypatch):
     Path("my_model", "config.json").write_text('{"model_type": "gpt2"}')
     Path("more").mkdir()
     records = "".join(f'{{"text": "a record {i}"}}\n' for i in range(9))
-    for name in ("book.txt", "old.txt", "more/b.jsonl", "a.jsonl", "corpus.txt"):
+    for name in ("more/b.jsonl", "a.jsonl"):
         Path(name).write_text(records)
+    for name in ("book.txt", "old.txt", "corpus.txt"):
+        Path(name).write_text(
+            "\n\n".join(f"Paragraph {i}. " + "Some words. " * 40 for i in range(9))
+        )
     for name in ("train", "test"):
         Path(f"{name}.jsonl").write_text(records.replace("record", name))
     Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -99,6 +103,8 @@ def runs(overrides: list[str]) -> tuple[list[list[str]], int]:
             overrides = [
                 o for o in overrides if "hydra/launcher" not in o and "hydra.launch" not in o
             ]
+    if importlib.util.find_spec("mlflow") is None:  # which the page says how to install
+        overrides = [o for o in overrides if o != "tracker=mlflow"]
     first, last, number = [], [], 1
     for override in OverridesParser.create().parse_overrides(overrides):
         ends = [override.input_line] * 2

@@ -119,7 +119,9 @@ def test_the_generation_config_of_the_base_is_kept(tiny, make_run, tmp_path):
     tiny.save_pretrained(tmp_path / "base")
     own = {"do_sample": False, "temperature": 0.7, "eos_token_id": 0}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
-    run = make_run("model=local", f"model.path={tmp_path / 'base'}", "method=none")
+    run = make_run(
+        "model=local", f"model.path={tmp_path / 'base'}", "method=none", "data.context=32"
+    )
     base = saved.Saved(tmp_path, run, {}).base()
     assert base.config.use_cache is True
     base.save_pretrained(tmp_path / "out")  # transformers refuses it if it was changed

@@ -275,7 +275,7 @@ def test_a_system_that_kills_for_memory_gets_half_the_micro_batch(
     assert launch.launch(run, "test").failure_class == "oom" and len(asked) == 2
     assert finish(start(run, micro_batch=1)) == 0
     result = results.read(run.run_dir)
-    assert result["train"] == {"micro_batch_asked": 2, "micro_batch": 1}
+    assert result["train"].items() >= {"micro_batch_asked": 2, "micro_batch": 1}.items()
     expected, got = (losses(found) for found in (undisturbed[0].run_dir, run.run_dir))
     # The first one alone: then dropout, which is drawn in another order, tells them apart.
     assert got[0] == pytest.approx(expected[0], rel=1e-6) and len(got) == len(expected)

@@ -152,7 +152,7 @@ METHODS = {  # overrides, and the parameters that may train, by the part of thei
 WHERE = {
     "gpt2": ["targets=all"],
     "unfused": ["targets=qkvo"],
-    "lstm": ["targets=lstm_core"],
+    "lstm": ["model=lstm", "targets=lstm_core"],
 }
 CHANGES_THE_START = {"d", "u", "v", "udv", "truncate"}  # residual: drop
 
