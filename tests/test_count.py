@@ -22,7 +22,13 @@ def trainable(*overrides):
     return models.count_parameters(count.adapted(list(overrides))[1]).trainable
 
 
-@pytest.mark.parametrize("size", SIZES)
+LARGE = pytest.mark.slow  # a quarter of a minute each
+
+
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(s, marks=LARGE) if s in ("gpt2_large", "gpt2_xl") else s for s in SIZES],
+)
 def test_lora_counts_are_the_published_ones(size):
     layers, width, total = SIZES[size]
     full = count.adapted([f"model={size}", "method=full"])[1]

@@ -327,6 +327,7 @@ def meteor_by_definition(*counts):
 
 
 @needs_java
+@pytest.mark.slow
 def test_all_metrics_of_made_up_words_are_those_of_the_definitions(tmp_path, monkeypatch):
     """And Java leaves no process and no file, in the package's folder or in the temporary one."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))

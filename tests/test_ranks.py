@@ -29,6 +29,7 @@ def metrics(tmp_path, name):
 UDV = ["method=udv", "method.train=udv", "method.rank=16", "method.orthogonality=0.1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [["method=lora"], pytest.param(UDV, marks=pytest.mark.faults)])
 def test_two_ranks_take_the_steps_of_one(harness, tmp_path, method):
     one = harness(*method, *SAME, "run_name=one")

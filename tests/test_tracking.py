@@ -99,6 +99,7 @@ def sweep(folder, number, **fields):
     return folder
 
 
+@pytest.mark.slow
 def test_thirty_runs_are_thirty_runs_and_a_summary(tmp_path, capsys):
     folder = sweep(tmp_path / "exp", 30)
     (folder / "r8-s3" / "adapter").mkdir()
