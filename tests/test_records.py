@@ -166,7 +166,7 @@ GOOD = b'{"text": "a"}\n'
         ("a.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("a.jsonl.zst", GOOD, "cannot be read .*ZSTD"),
         ("a.jsonl.7z", bz2.compress(GOOD), "is not one of .txt"),
-        ("a.parquet.gz", gzip.compress(b"x"), "is not a parquet file"),
+        ("a.parquet.gz", gzip.compress(b"x", mtime=0), "is not a parquet file"),
     ],
 )
 def test_what_is_broken_or_ambiguous_is_refused_with_file_and_record(tmp_path, name, content, said):
