@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -86,12 +86,16 @@ class Task:
 
 
 def read(
-    run: RunConfig, tokenizer: PreTrainedTokenizerBase, begins: tuple[int, ...] = ()
+    run: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    begins: tuple[int, ...] = (),
+    evaluated: Mapping[str, Container[str]] | None = None,
 ) -> Task | None:
     """The run's task, or None where `evaluate.classify` or its data make it none.
 
     Labels are the completions of training and validation, whatever `data.train_share` leaves of
-    them. `begins` is what a prompt follows (`harness.prefix`).
+    them. `begins` is what a prompt follows (`harness.prefix`). `evaluated` has the ids of the
+    prompts of each split that perplexity is of, where that is a part (`harness.subset`).
 
     Raises:
         ConfigError: a prompt with a label is longer than `data.context`; with
@@ -112,7 +116,10 @@ def read(
             f"evaluate.classify=always: every completion of data={cfg.name} is {labels[0]!r}, and "
             "there is nothing to choose from: set it to auto"
         )
-    prompts = {split: found[split] for split in held_out}
+    prompts = {
+        split: [one for one in found[split] if evaluated is None or one.id in evaluated[split]]
+        for split in held_out
+    }
     sequences = {
         split: Dataset(
             pairs.evaluated(

@@ -65,8 +65,8 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     name = method.get("name") if isinstance(method, dict) else method
     if name not in METHODS:
         raise ConfigError(f"method.name={name!r} is not a method: {nearest(str(name), METHODS)}")
-    for key, value in ((method or {}).get("fields") or {}).items() if method else ():
-        _expand_field(method["fields"], key, value)
+    if isinstance(method, dict) and isinstance(fields := method.get("fields"), dict):
+        method["fields"] = {key: _path_or_other(value) for key, value in fields.items()}
     sections = {"method": _typed(METHODS[name], method, "method")}
     for key, schema in SECTIONS.items():
         section = values.pop(key, None)
@@ -153,12 +153,12 @@ def _expand(section: dict[str, Any], key: str, where: str = "") -> None:
             section[name] = expanded(section[name], f"{where or key}.{name}")
 
 
-def _expand_field(fields: dict[str, Any], key: str, value: Any) -> None:
-    """Expand a field of PEFT's that is a path, in place; of a pattern `$` is its own."""
-    if isinstance(value, str) and ("$" in value or value.startswith("~")):
-        found = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 - Path's raises
-        if os.path.exists(found):
-            fields[key] = found
+def _path_or_other(value: Any) -> Any:
+    """A field of PEFT's, expanded where it is a path that exists; of a pattern `$` is its own."""
+    if not isinstance(value, str) or not ("$" in value or value.startswith("~")):
+        return value
+    found = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 - Path's raises
+    return found if os.path.exists(found) else value
 
 
 def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:

@@ -227,7 +227,8 @@ def perform(
             evaluated |= {name: part} if part else {}
         in_training, copies = overlap.of_further(run.evaluate.also, text.blocks, further, run.data)
         by_protocol = protocols.read(run, tokenizer)
-        task = classify.read(run, tokenizer, first.begins)
+        ids = {name: set(table["id"]) for name, table in text.held_out.items()}
+        task = classify.read(run, tokenizer, first.begins, ids)
     context = run.evaluation_context
     stride = run.evaluate.stride or context
     result["data"] |= {"num_documents": text.num_documents, "num_blocks": text.num_blocks}

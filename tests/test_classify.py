@@ -144,6 +144,17 @@ def test_labels_and_baseline_do_not_depend_on_the_share_of_the_training_text(tas
     assert "classify" not in naming._values(task_run)["evaluate"]  # older runs are what they were
 
 
+def test_where_a_split_is_read_in_part_just_that_part_is_classified(task_run, tokenizer):
+    """Accuracy stands beside the perplexity of the same prompts; labels are of all."""
+    whole = classify.read(task_run, tokenizer)
+    ids = {split: {todo[0].id, todo[-1].id} for split, todo in whole.prompts.items()}
+    part = classify.read(task_run, tokenizer, (), ids)
+    assert {split: {one.id for one in todo} for split, todo in part.prompts.items()} == ids
+    assert part.labels == whole.labels and part.majority == whole.majority
+    for split, rows in part.sequences.items():
+        assert len(rows) == len(part.labels) * len(part.prompts[split])
+
+
 def test_without_a_test_set_validation_alone_is_classified(task_run, tokenizer):
     ask = replace(task_run, evaluate=replace(task_run.evaluate, test=False))
     assert set(classify.read(ask, tokenizer).prompts) == {"validation"}

@@ -226,9 +226,7 @@ def _no_effect(config: Any, name: str) -> str | None:
     held = str(getattr(value, "value", value))
     if (held == wanted) if wanted is not None else value:
         return None
-    return f"it acts with {other}={wanted or 'true'} alone".replace(
-        "rank_dropout=true", "rank_dropout"
-    )
+    return f"it acts with {f'{other}={wanted}' if wanted else other} alone"
 
 
 def try_out(adapted: PeftModel, *, labels: bool) -> float | None:
