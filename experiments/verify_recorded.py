@@ -18,10 +18,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import compose, results, run
+from harness import compose, run
 from harness.api import RunFailedError
-from harness.config import ConfigError, RunConfig, nearest
+from harness.config.errors import ConfigError, nearest
+from harness.config.run_config import RunConfig
 from harness.report import evidence, summary, table
+from harness.results import run_record
 
 HERE = Path(__file__).resolve().parent
 OUTPUTS = "outputs/verify_recorded"
@@ -98,7 +100,7 @@ def key(row: dict[str, str]) -> str:
 
 def key_of(one: RunConfig) -> str:
     """The key of the row that a run belongs to."""
-    found = results.describe_method(one)
+    found = run_record.describe_method(one)
     values = (found[name.removeprefix("method.")] for name in KEY)
     return key({name: "" if v is None else str(v) for name, v in zip(KEY, values, strict=True)})
 

@@ -1,38 +1,28 @@
 """The harness from Python, for scripts and notebooks: compose, plan, run, sweep, report, collect.
 
-In a notebook `run` and `sweep` show in the cell how far they are (`harness.notebook`).
+In a notebook `run` and `sweep` show in the cell how far they are (`harness.runs.notebook`).
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import setup_globals
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from harness import launch, mistakes, notebook, results, tracking, unused
-from harness.config import CONF_DIR, ConfigError, RunConfig, nearest
-from hydra_plugins.harness_grids import check, combinations
+from harness.config.errors import ConfigError, nearest
+from harness.config.run_config import RunConfig
+from harness.results import run_record
+from harness.runs import launcher, notebook, tracking
+from harness.runs.overrides import compose
 
 if TYPE_CHECKING:
-    from harness.predict import Prediction
+    from harness.runs.estimate import Prediction
 
-_composing = threading.Lock()  # Hydra's version is the process's
 COMMAND = "harness.run() of Python; config.yaml has all of it"
 UNITS = {
     "_bytes": "bytes",
@@ -64,70 +54,23 @@ class RunFailedError(RuntimeError):
     """A run that did not finish: class and message of the failure, and the path of its log."""
 
 
-def compose(*overrides: str) -> list[RunConfig]:
-    """Every run that `python -m harness` would make of these arguments, each once and validated.
-
-    One, or those of a sweep: `compose("method=lora", "method.r=1,8")`, or of an experiment.
-
-    Raises:
-        ConfigError: naming the overrides of the run that is wrong; also for two different runs in
-            one directory.
-    """
-    try:
-        return _compose(list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(mistakes.explain(error)) from error
-
-
-def _compose(overrides: list[str]) -> list[RunConfig]:
-    with _hydra() as loader:
-
-        def load(own: list[str]) -> DictConfig:
-            return loader.load_configuration("config", own, RunMode.RUN, from_shell=False)
-
-        # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
-        master = load([text for text in overrides if not _is_sweep(text)])
-        grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
-        seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
-        params = [f"{key}={value}" for key, value in seeds.items()]
-        jobs = combinations(grids, params, overrides, loader)
-        jobs, without = unused.left_out(jobs, load)
-        if without:
-            print(without, file=sys.stderr)
-        return check(jobs, load)[1]
-
-
-@contextmanager
-def _hydra() -> Iterator[ConfigLoaderImpl]:
-    """A loader of conf/ of our own: the caller's program may use Hydra itself, or threads."""
-    with _composing:
-        process = version.VersionBase.instance()
-        before = process.version_base
-        version.setbase("1.3")
-        try:
-            setup_globals()  # Hydra's resolvers
-            yield ConfigLoaderImpl(create_config_search_path(f"file://{CONF_DIR}"))
-        finally:
-            process.version_base = before
-
-
 def plan(run: RunConfig) -> Prediction | None:
     """Parameters, memory by category and FLOPs of `run`, before it runs; needs no weights.
 
     Held-out text that is on this machine is read for the size of its batches.
 
-    None where only a run can tell (`harness.predict.predict`). torch's threads and Accelerate's
+    None where only a run can tell (`harness.runs.estimate.predict`). torch's threads and Accelerate's
     state are left as they were.
 
     Raises:
         ConfigError: a target that is not there, a rank that is too large, too long a context.
     """
-    from harness import predict  # which needs torch
+    from harness.runs import estimate  # which needs torch
 
     with _quiet(), _as_they_were():
-        plain, model_config, accelerator = predict.setting(run)
-        evaluated = predict.largest_batch(run, model_config)
-        return predict.predict(plain, model_config, accelerator, evaluated)
+        plain, model_config, accelerator = estimate.setting(run)
+        evaluated = estimate.largest_batch(run, model_config)
+        return estimate.predict(plain, model_config, accelerator, evaluated)
 
 
 @contextmanager
@@ -170,8 +113,8 @@ def run(run: RunConfig) -> dict[str, Any]:
         RunFailedError: it did not finish.
     """
     with tracking.Beside([run], sweep=False), notebook.shown([run], alone=True):
-        outcome = launch.launch(run, COMMAND, quiet=notebook.has_cell())
-    record = results.read(outcome.run_dir)
+        outcome = launcher.launch(run, COMMAND, quiet=notebook.has_cell())
+    record = run_record.read(outcome.run_dir)
     if outcome.exit_code or record is None:
         raise RunFailedError(outcome.summary())
     return notebook.Result(record)
@@ -194,15 +137,15 @@ def sweep(*overrides: str) -> notebook.Report:
         )
     (folder,) = folders
     told = {run.run_dir.name: "" for run in runs}
-    results.write_sweep(folder, told)
+    run_record.write_sweep(folder, told)
     with tracking.Beside(runs, sweep=True), notebook.shown(runs, alone=False):
         for one in runs:
             try:
-                launch.launch(one, COMMAND, sweep=True)
+                launcher.launch(one, COMMAND, sweep=True)
             except ConfigError as error:
                 told[one.run_dir.name] = str(error)
     if any(told.values()):
-        results.write_sweep(folder, told)
+        run_record.write_sweep(folder, told)
     return notebook.report(folder, [run.run_dir for run in runs])
 
 
@@ -245,11 +188,6 @@ def collect(folder: str | Path) -> pd.DataFrame:
     return frame
 
 
-def without_flag(arguments: Iterable[str]) -> list[str]:
-    """Overrides for `compose`, which needs no -m to take several values."""
-    return [text for text in arguments if text not in ("-m", "--multirun")]
-
-
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
     """A column of results.csv by what it is; of counts, means over seeds may be no whole number."""
     last = str(column.name).rpartition(".")[2]
@@ -267,8 +205,3 @@ def _unit(name: str) -> str | None:
     return next(
         (UNITS[end] for end in ends if last == end or (end[0] == "_" and last.endswith(end))), None
     )
-
-
-def _is_sweep(text: str) -> bool:
-    """Whether an override has several values, as the override grammar sees it."""
-    return bool(OverridesParser.create().parse_override(text).is_sweep_override())

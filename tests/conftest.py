@@ -15,11 +15,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from harness import launch, results, worker
-from harness.composition import from_hydra
-from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, RunConfig
+from harness.config.paths import ASSETS_DIR, CONF_DIR, REPOSITORY
+from harness.config.run_config import RunConfig
 from harness.methods.svd import CACHE_ENV
 from harness.methods.udv import UDVLinear
+from harness.results import run_record
+from harness.runs import launcher, worker
+from harness.runs.composition import from_hydra
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -116,7 +118,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     """The directory of a finished short run by its overrides; each is run once in a session."""
     folder = tmp_path_factory.mktemp("runs")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.worker"])
+    context.set_forkserver_preload(["harness.runs.worker"])
     made: dict[tuple[str, ...], Path] = {}
 
     def make(*overrides: str) -> Path:
@@ -125,13 +127,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 settings = [*SHORT, *overrides, f"outputs_dir={folder}"]
                 run = from_hydra(compose("config", settings))
             run.run_dir.mkdir(parents=True)
-            launch.prepare(run, shlex.join(["python", "-m", "harness", *overrides]))
+            launcher.prepare(run, shlex.join(["python", "-m", "harness", *overrides]))
             process = context.Process(
                 target=worker.main, args=(run.run_dir,), kwargs={"quiet": True}
             )
             process.start()
             process.join(120)
-            record = results.read(run.run_dir)
+            record = run_record.read(run.run_dir)
             assert record is not None and record["status"] == "finished", record
             made[overrides] = run.run_dir
         return made[overrides]

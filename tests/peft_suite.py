@@ -25,7 +25,7 @@ import pytest
 import torch
 import transformers
 
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
 from harness.methods.lora_layer import FusedLinear, fuse
 from harness.methods.udv import UDVConfig
 

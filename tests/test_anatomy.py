@@ -12,9 +12,9 @@ import torch
 from peft.tuners.lora import intruders as peft_intruders
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.anatomy import functions, settings, spectra, survey, updates
-from harness.config import ConfigError
-from harness.methods import svd, tying
+from harness.artifacts.anatomy import functions, settings, spectra, survey, updates
+from harness.config.errors import ConfigError
+from harness.methods import svd, weight_tying
 
 SETTINGS = settings.read(["function_tokens=0"])
 
@@ -242,7 +242,7 @@ def test_lora_on_tied_embeddings_is_a_change_of_the_embeddings_alone(tiny):
     lora = peft.LoraConfig(r=2, target_modules=["wte"], init_lora_weights=False)
     adapted = peft.get_peft_model(copy.deepcopy(tiny), lora)
     delta = adapted.get_submodule("base_model.model.transformer.wte").get_delta_weight("default")
-    (update,) = changes(tiny, tying.merged(adapted)).values()
+    (update,) = changes(tiny, weight_tying.merged(adapted)).values()
     assert update.kind == "embeddings"
     torch.testing.assert_close(update.delta.t().float(), delta, atol=1e-6, rtol=1e-5)
 

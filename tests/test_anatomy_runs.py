@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from test_export import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
 from transformers import AutoModelForCausalLM
 
-from harness import compress, interpolate, saved
-from harness.anatomy import __main__ as anatomy
-from harness.anatomy import updates
-from harness.config import ASSETS_DIR
+from harness.artifacts import compress, interpolate
+from harness.artifacts.anatomy import __main__ as anatomy
+from harness.artifacts.anatomy import updates
+from harness.config.paths import ASSETS_DIR
+from harness.runs import finished_run as saved
 
 IA3 = ("method=peft", "method.peft_type=IA3", "train.lr=0.05")
 PISSA = ("method=pissa", "method.r=4", "train.lr=0.002")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from test_report import edit, one, put, ratio
 
-from harness import results
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
 from harness.report import answer, choices, evidence, figures, files, setting, summary, table
 from harness.report.__main__ import main
-from hydra_plugins import harness_grids
+from harness.results import run_record
+from harness.runs import grids as harness_grids
 
 
 def sweep_over(folder, **sections):
@@ -121,21 +121,21 @@ def test_the_commands_of_several_sweeps_are_kept_and_an_old_record_is_read(tmp_p
         put(tmp_path, name, r=int(name[1:]))
     old = {"hydra": {"overrides": {"hydra": ["hydra.mode=MULTIRUN"], "task": ["method.r=1,2"]}}}
     (tmp_path / "multirun.yaml").write_text(json.dumps(old))
-    results.write_sweep(tmp_path, runs)
+    run_record.write_sweep(tmp_path, runs)
     edit(tmp_path / "r4", lambda r: r["run"].update(command="python -m harness method.r=4"))
     assert setting.find(tmp_path, table.rows(tmp_path)).commands == [
         "python -m harness -m method.r=1,2", "python -m harness method.r=4",
     ]  # fmt: skip
     for command in ("harness one", "harness two", "harness one"):
-        results.write_sweep(tmp_path, {"r1": ""} if command == "harness one" else runs, command)
-    assert [s["command"] for s in results.sweep_commands(tmp_path)] == [
+        run_record.write_sweep(tmp_path, {"r1": ""} if command == "harness one" else runs, command)
+    assert [s["command"] for s in run_record.sweep_commands(tmp_path)] == [
         "harness two",
         "harness one",
     ]
     assert setting.find(tmp_path, table.rows(tmp_path)).commands == [
         "harness one", "harness two", "python -m harness method.r=4",
     ]  # fmt: skip
-    assert results.read_sweep(tmp_path) == {"r1": ""}
+    assert run_record.read_sweep(tmp_path) == {"r1": ""}
 
 
 def test_a_row_of_no_steps_does_not_look_like_a_trained_one(tmp_path, capsys):

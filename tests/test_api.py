@@ -15,10 +15,13 @@ from accelerate.state import AcceleratorState
 from test_report import put
 
 import harness
-from harness import collect, compose, plan, results, run, start
+from harness import collect, compose, plan, run
 from harness.api import RunFailedError
-from harness.composition import load
-from harness.config import REPOSITORY, ConfigError
+from harness.config.errors import ConfigError
+from harness.config.paths import REPOSITORY
+from harness.results import run_record
+from harness.runs import worker_process
+from harness.runs.composition import load
 
 
 def test_importing_the_package_loads_neither_torch_nor_pandas():
@@ -97,10 +100,10 @@ def test_mistakes_are_config_errors(overrides, message):
 
 def test_a_finished_run_is_not_done_again(finished_run):
     run_dir = finished_run("method=lora")
-    before = (run_dir / results.FILE_NAME).stat().st_mtime_ns
+    before = (run_dir / run_record.FILE_NAME).stat().st_mtime_ns
     record = run(load(run_dir / "config.yaml"))
-    assert record["status"] == "finished" and record == results.read(run_dir)
-    assert (run_dir / results.FILE_NAME).stat().st_mtime_ns == before
+    assert record["status"] == "finished" and record == run_record.read(run_dir)
+    assert (run_dir / run_record.FILE_NAME).stat().st_mtime_ns == before
 
 
 def test_a_run_that_fails_is_an_exception_that_names_the_log(tmp_path):
@@ -242,13 +245,13 @@ def test_two_threads_do_not_start_workers_at_once():
 
     def second():
         first_is_in.wait(60)
-        with start._our_multiprocessing():
+        with worker_process._our_multiprocessing():
             inside.set()
             first_is_out.wait(60)
 
     thread = threading.Thread(target=second)
     thread.start()
-    with start._our_multiprocessing():
+    with worker_process._our_multiprocessing():
         first_is_in.set()
         early = inside.wait(0.5)
     first_is_out.set()
@@ -260,7 +263,7 @@ def test_two_threads_do_not_start_workers_at_once():
 def test_plan_is_the_function_whatever_is_imported():
     """Python sets a package's attribute to each submodule that is imported, harness.plan too."""
     for line in (
-        "import harness.plan", "from harness import plan", "import harness.planning",
+        "import harness.plan", "from harness import plan", "import harness.commands.plan",
         "import importlib; importlib.import_module('harness.plan')", "import harness.api",
     ):  # fmt: skip
         code = f"{line}\nimport harness\nprint(harness.plan.__module__, harness.plan.__name__)"
@@ -273,9 +276,9 @@ def test_text_in_a_table_stays_text(tmp_path):
     labels = {1: "NA", 2: "1e3", 4: "007", 8: "nan"}
     for r, label in labels.items():
         run_dir = put(tmp_path, f"r{r}", r=r)
-        record = json.loads((run_dir / results.FILE_NAME).read_text())
+        record = json.loads((run_dir / run_record.FILE_NAME).read_text())
         record["method"] |= {"label": label, "lr": None if r > 1 else 0.01}
-        results.write(run_dir, record)
+        run_record.write(run_dir, record)
     found = collect(tmp_path).sort_values("method.rank")
     assert list(found["method.label"]) == list(labels.values())
     assert list(found["method.rank"]) == list(labels)  # numbers, as every row has one
@@ -284,5 +287,5 @@ def test_text_in_a_table_stays_text(tmp_path):
     assert list(found["method.lr"].isna()) == [False, True, True, True]
 
     record["method"]["rank"] = "full"
-    results.write(run_dir, record)
+    run_record.write(run_dir, record)
     assert sorted(collect(tmp_path)["method.rank"]) == ["1", "2", "4", "full"]

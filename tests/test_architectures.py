@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import models
-from harness.loss import NextToken
 from harness.methods import adapt
+from harness.models import pretrained
+from harness.models.loss import NextToken
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 KINDS = {
@@ -39,7 +39,7 @@ def build(kind):
     if kind == "gpt_neo":
         del fields["num_hidden_layers"], fields["num_attention_heads"]
     config = AutoConfig.for_model(kind, initializer_range=0.2, use_cache=False, **fields)
-    for name in models.dropout_fields(config):
+    for name in pretrained.dropout_fields(config):
         setattr(config, name, 0.0)
     return AutoModelForCausalLM.from_config(config)
 

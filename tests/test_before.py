@@ -8,9 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from harness import before, held_out, methods, models, results, worker
-from harness.launch import prepare
-from harness.loss import NextToken
+from harness import methods
+from harness.evaluation import base_model
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.results import run_record
+from harness.runs import worker
+from harness.runs.launcher import prepare
+from harness.training import evaluator
 
 PROMPTS = ["method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4"]
 STARTS = {  # overrides, and whether the method starts as the base
@@ -33,7 +38,7 @@ def test_a_start_that_is_not_the_base_is_found_and_the_base_given_back(name, tin
     ids = torch.arange(1, 25)[None]
     with torch.no_grad():
         exact = tiny(input_ids=ids).logits
-    base = before.Base(tiny, run, 28)
+    base = base_model.Base(tiny, run, 28)
     torch.manual_seed(1)
     bare = NextToken(methods.adapt(tiny, run))
     trained = [p.requires_grad for p in bare.parameters()]
@@ -52,9 +57,9 @@ def test_a_start_that_is_not_the_base_is_found_and_the_base_given_back(name, tin
 
 def test_a_base_whose_weights_the_method_has_moved_is_loaded_again(make_run):
     run = make_run("method=lora", "method.r=4", "targets=c_attn")
-    config = models.load_config(run.model)
-    model = models.load_model(run, config)
-    base = before.Base(model, run, None)
+    config = pretrained.load_config(run.model)
+    model = pretrained.load_model(run, config)
+    base = base_model.Base(model, run, None)
     bare = NextToken(methods.adapt(model, run))
     bare.model.get_base_model().transformer.wte.weight.data.mul_(0.5)
     apart = base.apart(bare, bare, config, Accelerator(cpu=True))
@@ -93,7 +98,7 @@ def test_what_is_forgotten_is_counted_from_the_base(tmp_path, make_run):
     run_dir, drawn = finished(
         tmp_path, make_run, "drawn", "method=lora", "method.init=false", "targets=c_attn"
     )
-    name = results.documents_name("other", "before")
+    name = run_record.documents_name("other", "before")
     tables = [pd.read_parquet(folder / name) for folder in (base_dir, run_dir)]
     np.testing.assert_allclose(tables[1]["nll_nats"], tables[0]["nll_nats"], rtol=1e-5)
     nats = {
@@ -113,12 +118,12 @@ def test_a_method_that_starts_as_nothing_costs_no_further_evaluation(
     tmp_path, make_run, monkeypatch
 ):
     read = []
-    nats = held_out.HeldOut.nats
+    nats = evaluator.HeldOut.nats
 
     def counted(self, name, *arguments, **named):
         read.append(name)
         return nats(self, name, *arguments, **named)
 
-    monkeypatch.setattr(held_out.HeldOut, "nats", counted)
+    monkeypatch.setattr(evaluator.HeldOut, "nats", counted)
     finished(tmp_path, make_run, "lora", "method=lora", "targets=c_attn")
     assert sorted(read) == ["other", "other", "test", "validation", "validation"]

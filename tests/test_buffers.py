@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness import checkpoint
-from harness.buffers import BUFFER, GENERATOR, NUMBER, SAMPLER, BufferState
+from harness.training import checkpoint
+from harness.training.buffers import BUFFER, GENERATOR, NUMBER, SAMPLER, BufferState
 
 MonteCLoRA = getattr(peft, "MontecloraConfig", None)
 IDS = torch.arange(24).reshape(2, 12)

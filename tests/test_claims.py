@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from harness import compose, results
-from harness.config import REPOSITORY, ConfigError
+from harness import compose
+from harness.config.errors import ConfigError
+from harness.config.paths import REPOSITORY
 from harness.report.table import rows
+from harness.results import run_record
 
 sys.path.insert(0, str(REPOSITORY / "experiments" / "claims"))
 import budgets
@@ -43,10 +45,10 @@ def truth(run, better):
 
 def write(folder, run, *, better=False, slower=1.5):
     """A finished run, its documents and its learning curve: LoRA's steps are `slower`."""
-    run_dir = folder / results.naming.run_name(run)
+    run_dir = folder / run_record.naming.run_name(run)
     run_dir.mkdir(parents=True)
     draw = np.random.default_rng(zlib.crc32(run_dir.name.encode()))
-    fixed = results.naming.is_deterministic(run)
+    fixed = run_record.naming.is_deterministic(run)
     nll = truth(run, better) + (0 if fixed else 0.01 * draw.normal())
     ids = [f"doc{i}" for i in range(DOCUMENTS)]
     nats = (nll + np.random.default_rng(0).normal(0, 0.1, DOCUMENTS)) * TOKENS
@@ -79,10 +81,10 @@ def write(folder, run, *, better=False, slower=1.5):
         "evaluation": {"context": 256, "stride": 256, "tokenizer": "abc"},
         "environment": {"commit": "abcdef012345", "hardware": {"cpu": "a CPU"}, "runs_beside": 0},
     }  # fmt: skip
-    results.write(run_dir, results.describe(run, run_dir) | record)
+    run_record.write(run_dir, run_record.describe(run, run_dir) | record)
     if not run.train.steps or fixed:
         return
-    with results.Metrics(run_dir, 0, -1) as metrics:
+    with run_record.Metrics(run_dir, 0, -1) as metrics:
         for step in range(run.train.steps + 1):
             if step:
                 seconds = (slower if lora else 1.0) * (1 + 0.001 * draw.normal())

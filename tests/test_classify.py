@@ -11,11 +11,14 @@ from scipy.stats import binomtest
 from test_report import put
 from transformers import AutoModelForCausalLM
 
-from harness import classify, naming, results
-from harness.config import ASSETS_DIR, ConfigError
-from harness.loss import NextToken
-from harness.pairs import Pair
+from harness.config import naming
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR
+from harness.data.pairs import Pair
+from harness.evaluation import classification
+from harness.models.loss import NextToken
 from harness.report import columns, table
+from harness.results import run_record
 
 LABELS = ("bad", "good", "neither good nor bad", "good indeed")  # one begins another
 WORDS = ("film", "book", "meal", "song", "trip", "game", "play", "talk", "walk", "view")
@@ -48,7 +51,7 @@ def task_run(make_run, task_file, tmp_path):
 
 def test_accuracy_is_that_of_plain_transformers_likelihoods(task_run, tokenizer, tmp_path):
     """Each label after each prompt by itself, in float64 log-softmax, without a batch."""
-    task = classify.read(task_run, tokenizer)
+    task = classification.read(task_run, tokenizer)
     assert task.labels == sorted(LABELS) and task.majority == "bad"
     model = AutoModelForCausalLM.from_pretrained(ASSETS_DIR / "gpt2_mini").eval()
     found = task.measure(NextToken(model), tmp_path, context=64, stride=64, batch_tokens=512)
@@ -86,7 +89,7 @@ def test_scores_agree_with_scikit_learn_and_scipy():
     labels = ["a", "b", "c"]
     todo = [Pair(f"test/{i}", "x", [labels[draw.integers(3)]]) for i in range(200)]
     nats = draw.gamma(3.0, size=(200, 3))
-    found = classify.quality(classify.scored(todo, labels, nats), labels, "b")
+    found = classification.quality(classification.scored(todo, labels, nats), labels, "b")
     gold = [pair.completions[0] for pair in todo]
     told = [labels[i] for i in nats.argmin(1)]
     shares = np.exp(-nats) / np.exp(-nats).sum(1, keepdims=True)
@@ -101,33 +104,33 @@ def test_scores_agree_with_scikit_learn_and_scipy():
 def test_every_completion_of_a_prompt_is_an_example():
     """A prompt that comes three times, once with another label; one that training never had."""
     todo = [Pair("p", "x", ["a", "a", "b"]), Pair("q", "y", ["z"])]
-    found = classify.quality(
-        classify.scored(todo, ["a", "b"], np.array([[1.0, 2.0], [1.0, 2.0]])), ["a", "b"], "a"
+    found = classification.quality(
+        classification.scored(todo, ["a", "b"], np.array([[1.0, 2.0], [1.0, 2.0]])), ["a", "b"], "a"
     )
     assert found["accuracy"] == found["majority_accuracy"] == 0.5
     assert (found["num_examples"], found["num_unseen"], found["log_loss"]) == (4, 1, np.inf)
 
 
 def test_a_likelihood_that_is_no_number_gives_no_accuracy():
-    examples = classify.scored([Pair("p", "x", ["a"])], ["a", "b"], np.array([[np.nan, 2.0]]))
-    found = results.finite(classify.quality(examples, ["a", "b"], "a"))
+    examples = classification.scored([Pair("p", "x", ["a"])], ["a", "b"], np.array([[np.nan, 2.0]]))
+    found = run_record.finite(classification.quality(examples, ["a", "b"], "a"))
     assert found["accuracy"] is found["macro_f1"] is None and found["majority_accuracy"] == 1
 
 
 def test_only_few_completions_that_come_again_are_labels(task_run, make_run, tokenizer, tmp_path):
     for choice, there in (("auto", True), ("never", False)):
         ask = replace(task_run, evaluate=replace(task_run.evaluate, classify=choice))
-        assert (classify.read(ask, tokenizer) is not None) == there
+        assert (classification.read(ask, tokenizer) is not None) == there
     sentences = tmp_path / "sentences.txt"  # completions that come once or twice are no labels
     sentences.write_text("".join(f"place {i}||Place {i // 2} is a pub .\n" for i in range(40)))
     plain = replace(task_run, data=replace(task_run.data, path=str(sentences)))
-    assert classify.read(plain, tokenizer) is None
+    assert classification.read(plain, tokenizer) is None
     always = replace(plain, evaluate=replace(plain.evaluate, classify="always"))
-    assert len(classify.read(always, tokenizer).labels) > 10
+    assert len(classification.read(always, tokenizer).labels) > 10
     sentences.write_text("".join(f"place {i}||yes\n" for i in range(40)))
-    assert classify.read(plain, tokenizer) is None
+    assert classification.read(plain, tokenizer) is None
     with pytest.raises(ConfigError, match="every completion of data=pairs is 'yes'"):
-        classify.read(always, tokenizer)
+        classification.read(always, tokenizer)
     with pytest.raises(ConfigError, match="data=kjv has no completions"):
         make_run("evaluate.classify=always")
     with pytest.raises(ConfigError, match="did you mean 'always'"):
@@ -137,7 +140,7 @@ def test_only_few_completions_that_come_again_are_labels(task_run, make_run, tok
 def test_labels_and_baseline_do_not_depend_on_the_share_of_the_training_text(task_run, tokenizer):
     """A sweep over data.train_share compares accuracies over the same labels."""
     little = replace(task_run, data=replace(task_run.data, train_share=0.05))
-    whole, part = (classify.read(run, tokenizer) for run in (task_run, little))
+    whole, part = (classification.read(run, tokenizer) for run in (task_run, little))
     assert (whole.labels, whole.majority, whole.prompts) == (
         part.labels, part.majority, part.prompts
     )  # fmt: skip
@@ -146,9 +149,9 @@ def test_labels_and_baseline_do_not_depend_on_the_share_of_the_training_text(tas
 
 def test_where_a_split_is_read_in_part_just_that_part_is_classified(task_run, tokenizer):
     """Accuracy stands beside the perplexity of the same prompts; labels are of all."""
-    whole = classify.read(task_run, tokenizer)
+    whole = classification.read(task_run, tokenizer)
     ids = {split: {todo[0].id, todo[-1].id} for split, todo in whole.prompts.items()}
-    part = classify.read(task_run, tokenizer, (), ids)
+    part = classification.read(task_run, tokenizer, (), ids)
     assert {split: {one.id for one in todo} for split, todo in part.prompts.items()} == ids
     assert part.labels == whole.labels and part.majority == whole.majority
     for split, rows in part.sequences.items():
@@ -157,7 +160,7 @@ def test_where_a_split_is_read_in_part_just_that_part_is_classified(task_run, to
 
 def test_without_a_test_set_validation_alone_is_classified(task_run, tokenizer):
     ask = replace(task_run, evaluate=replace(task_run.evaluate, test=False))
-    assert set(classify.read(ask, tokenizer).prompts) == {"validation"}
+    assert set(classification.read(ask, tokenizer).prompts) == {"validation"}
 
 
 def test_labels_that_look_alike_and_labels_that_are_new_are_warned_of(
@@ -169,7 +172,7 @@ def test_labels_that_look_alike_and_labels_that_are_new_are_warned_of(
         lines = [f"{prompt}||{label}\n" for prompt, label in records(labels, 8)]
         (folder / f"{split}.txt").write_text("".join(lines))
     ask = replace(task_run, data=replace(task_run.data, path=str(folder)))
-    alike, unseen = classify.read(ask, tokenizer).warnings
+    alike, unseen = classification.read(ask, tokenizer).warnings
     assert "'Good', 'good' differ in case or blanks alone" in alike
     assert "the test split has 1 completion(s)" in unseen and "'ugly'" in unseen
 
@@ -179,19 +182,19 @@ def test_a_label_that_does_not_fit_is_refused_before_training(task_run, tokenize
     longest = max(lengths(task_run, tokenizer))
     tight = replace(task_run, data=replace(task_run.data, context=longest - 1))
     with pytest.raises(ConfigError, match=f"longer than data.context={longest - 1}"):
-        classify.read(tight, tokenizer)
+        classification.read(tight, tokenizer)
 
 
 def lengths(run, tokenizer):
-    task = classify.read(run, tokenizer)
+    task = classification.read(run, tokenizer)
     return [len(row["tokens"]) for rows in task.sequences.values() for row in rows]
 
 
 def test_tables_show_accuracy_beside_perplexity_and_the_majority(tmp_path):
     for seed, right in enumerate((80, 90)):
         run_dir = put(tmp_path, f"lora-s{seed}", seed=seed)
-        record = json.loads((run_dir / results.FILE_NAME).read_text())
-        low, high = classify.wilson(right / 100, 100)
+        record = json.loads((run_dir / run_record.FILE_NAME).read_text())
+        low, high = classification.wilson(right / 100, 100)
         record["quality"]["classification"] = {
             "labels": ["a", "b"], "majority": "a",
             "test": {
@@ -200,7 +203,7 @@ def test_tables_show_accuracy_beside_perplexity_and_the_majority(tmp_path):
                 "num_examples": 100, "num_unseen": 0,
             },
         }  # fmt: skip
-        results.write(run_dir, record)
+        run_record.write(run_dir, record)
     put(tmp_path, "none", method="none")
     shown = table.rows(tmp_path)
     sheet = columns.sheet(shown, None)
@@ -220,7 +223,7 @@ def test_a_run_classifies_its_test_set(finished_run, task_file):
         "method=full", "train.lr=3e-3", "data=pairs", f"data.path={task_file}", "data.context=64",
         "data.validation_share=0.1", "data.test_share=0.2", "train.steps=30", "evaluate.every=30",
     )  # fmt: skip
-    record = results.read(run_dir)
+    record = run_record.read(run_dir)
     found = record["quality"]["classification"]["test"]
     examples = pd.read_parquet(run_dir / "classified-test.parquet")
     assert found["accuracy"] == examples["right"].mean() > found["majority_accuracy"]

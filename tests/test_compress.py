@@ -10,9 +10,10 @@ import torch
 from test_anatomy import moved, pair_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import compress, interpolate, stats
-from harness.anatomy import curve, lowrank, updates
-from harness.config import ConfigError
+from harness.artifacts import compress, interpolate
+from harness.artifacts.anatomy import curve, lowrank, updates
+from harness.config.errors import ConfigError
+from harness.report import stats
 
 IDS = torch.arange(1, 25)[None]
 

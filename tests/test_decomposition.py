@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from harness import results, stats
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
+from harness.report import stats
+from harness.results import run_record
 
 sys.path.insert(0, str(REPOSITORY / "experiments" / "main_seeds_control"))
 import decomposition
@@ -83,7 +84,7 @@ def row(folder, label, falls, every=10):
         run_dirs.append(folder / f"{label}-{seed}")
         run_dirs[-1].mkdir()
         records.append({"config": {"seed": seed}})
-        with results.Metrics(run_dirs[-1], 0, -1) as metrics:
+        with run_record.Metrics(run_dirs[-1], 0, -1) as metrics:
             for step in range(81):
                 if step:
                     metrics.log({"step": step, "train/nll": 3.0, "train/step_seconds": 0.5})

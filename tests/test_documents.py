@@ -5,8 +5,9 @@ import random
 import pandas as pd
 import pytest
 
-from harness import documents
-from harness.config import ConfigError, DataConfig
+from harness.config.errors import ConfigError
+from harness.config.schema import DataConfig
+from harness.data import documents
 
 
 @pytest.fixture(scope="module")

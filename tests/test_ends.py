@@ -6,10 +6,12 @@ import pytest
 from conftest import SHORT
 from test_train import config, run_loop, text  # noqa: F401 - text is a fixture
 
-from harness import ends, naming, results
-from harness.config import ConfigError, EarlyStopping
+from harness.config import ending, naming
+from harness.config.errors import ConfigError
+from harness.config.schema import EarlyStopping
 from harness.methods import adapt
 from harness.report import remarks, table
+from harness.results import run_record
 
 # ---------------------------------------------------------------------------- early stopping
 
@@ -28,7 +30,7 @@ from harness.report import remarks, table
 )
 def test_patience_runs_out_where_it_says(patience, min_delta, validations, step):
     cfg = EarlyStopping(patience, min_delta)
-    ended = [n for n in range(len(validations)) if ends.stops_early(validations[: n + 1], cfg)]
+    ended = [n for n in range(len(validations)) if ending.stops_early(validations[: n + 1], cfg)]
     assert (ended[0] if ended else None) == step
 
 
@@ -53,7 +55,7 @@ def test_seconds_are_a_cap_and_validation_is_read_where_it_ends(
 ):
     run = config(make_run, "method=full", "train.max_seconds=7", "evaluate.every=20")
     clock = iter(range(10_000))
-    monkeypatch.setattr("harness.train.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("harness.training.loop.time.perf_counter", lambda: next(clock))
     done, rows, _ = run_loop(adapt(tiny, run), text, run, tmp_path)
     assert done.ended_by == "max_seconds" and 0 < done.step < 20
     assert done.train_seconds >= 7 > done.train_seconds - done.train_seconds / done.step
@@ -63,12 +65,12 @@ def test_seconds_are_a_cap_and_validation_is_read_where_it_ends(
 def test_flops_are_a_cap_that_the_schedule_ends_with(make_run):
     run = make_run("method=lora", "train.max_flops=1e12", "train.steps=80")
     per_step = 3e7 * run.train.batch_tokens
-    assert ends.within_flops(run, 3e7).train.steps == math.floor(1e12 / per_step) == 16
-    assert ends.within_flops(run, 1.0).train.steps == 80
+    assert ending.within_flops(run, 3e7).train.steps == math.floor(1e12 / per_step) == 16
+    assert ending.within_flops(run, 1.0).train.steps == 80
     with pytest.raises(ConfigError, match=r"less than one optimizer step, 2.05e\+12"):
-        ends.within_flops(run, 1e9)
+        ending.within_flops(run, 1e9)
     with pytest.raises(ConfigError, match="not known before it runs"):
-        ends.within_flops(run, None)
+        ending.within_flops(run, None)
 
 
 # --------------------------------------------------------------------------- epochs
@@ -88,9 +90,10 @@ def test_epochs_are_steps_of_the_training_text(make_run):
 
 def naming_blocks(run):
     """Blocks of training text, counted from the documents and not by `prepare`."""
-    from harness import documents, models
+    from harness.data import documents
+    from harness.models import pretrained
 
-    tokenizer = models.load_tokenizer(run.model, models.load_config(run.model))
+    tokenizer = pretrained.load_tokenizer(run.model, pretrained.load_config(run.model))
     docs = documents.read(run.data, ("train",))["train"]
     tokens = sum(len(tokenizer(document)["input_ids"]) + 1 for _, document in docs)
     return (tokens - 1) // run.data.context
@@ -135,7 +138,7 @@ def test_a_run_says_what_ended_it_and_tables_say_it_too(harness, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         again = harness(*options, *more)
         assert "already finished" in again.stdout, again.stdout
-    records = dict(results.collect(tmp_path / "outputs" / "x"))
+    records = dict(run_record.collect(tmp_path / "outputs" / "x"))
     found = {r["run"]["ended_by"]: r["speed"]["steps"] for r in records.values()}
     assert found["early_stopping"] == 2 and 0 < found["max_flops"] < 9
     (capped,) = (r for r in records.values() if r["run"]["ended_by"] == "max_flops")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from harness import evaluate
-from harness.loss import NextToken
+from harness.evaluation import sliding_window
+from harness.models.loss import NextToken
 
 
 def documents(lengths, seed=0):
@@ -37,7 +37,7 @@ class Rank:
 
 
 def nll_of(model, docs, context, stride, batch_tokens=64):
-    return evaluate.document_nll(
+    return sliding_window.document_nll(
         NextToken(model), docs, context=context, stride=stride, bos=0, batch_tokens=batch_tokens
     )
 
@@ -46,7 +46,7 @@ def nll_of(model, docs, context, stride, batch_tokens=64):
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 9, 17])
 def test_windows_score_every_token_once_with_enough_context(n, context, stride):
     scored = []
-    for w in evaluate.windows([n], context, stride):
+    for w in sliding_window.windows([n], context, stride):
         assert 0 < w.end - w.start <= context
         for target in range(w.end - w.scored, w.end):
             scored.append(target)
@@ -79,7 +79,7 @@ def test_the_model_comes_back_in_its_mode_and_without_gradients(tiny):
 def test_the_metric_against_closed_forms():
     docs = documents([10, 30])
     nll, count = np.array([10.0, 70.0]), np.array([10, 30])
-    got = evaluate.quality(nll, count, docs)
+    got = sliding_window.quality(nll, count, docs)
     assert got == {
         "nll_nats": 80.0,
         "num_tokens": 40,
@@ -93,12 +93,12 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tiny):
     for p in tiny.parameters():
         p.data.zero_()
     docs = documents([50, 7])
-    got = evaluate.quality(*nll_of(tiny, docs, 16, 16), docs)
+    got = sliding_window.quality(*nll_of(tiny, docs, 16, 16), docs)
     assert got["perplexity"] == pytest.approx(64, rel=1e-6)
 
 
 def test_the_metric_refuses_nothing_and_survives_a_hopeless_model():
     with pytest.raises(ValueError, match="no token"):
-        evaluate.quality(np.array([0.0]), np.array([0]), documents([0]))
-    got = evaluate.quality(np.array([1e6]), np.array([10]), documents([10]))
+        sliding_window.quality(np.array([0.0]), np.array([0]), documents([0]))
+    got = sliding_window.quality(np.array([1e6]), np.array([10]), documents([10]))
     assert got["perplexity"] == math.inf

@@ -22,10 +22,14 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from harness import documents, export, results, saved
-from harness.config import ASSETS_DIR, REPOSITORY, ConfigError
+from harness.artifacts import export
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR, REPOSITORY
+from harness.data import documents
 from harness.methods import joined_lora
-from harness.unfuse import UNFUSED_TARGETS, unfuse_qkv
+from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
+from harness.results import run_record
+from harness.runs import finished_run as saved
 
 LORA = ("method=lora", "method.r=4", "train.lr=0.02")
 QV = ("method=lora_paper", "train.lr=0.02")
@@ -172,7 +176,7 @@ def test_a_merged_model_is_a_plain_gpt2(exported, name):
 @pytest.mark.parametrize("name", EXPORTS)
 def test_the_card_says_what_the_result_says(exported, name):
     run_dir, folder = exported[name]
-    record = results.read(run_dir)
+    record = run_record.read(run_dir)
     text = (folder / "README.md").read_text()
     data = yaml.safe_load(text.split("---\n")[1])
     assert data == metadata_load(folder / "README.md")
@@ -269,7 +273,7 @@ def test_the_card_of_a_task_says_how_it_was_evaluated(finished_run, tmp_path, ta
     run_dir = finished_run(*task)
     export.export(run_dir, tmp_path / "adapter", merge=False)
     card = (tmp_path / "adapter" / "README.md").read_text()
-    scores = results.read(run_dir)["quality"]["generation"]
+    scores = run_record.read(run_dir)["quality"]["generation"]
     assert "Every reference after its prompt and an end-of-text token" in card
     assert "Every document by itself" not in card
     assert f"completions of 2 test prompts: BLEU {scores['bleu']:.2f}" in card
@@ -430,12 +434,12 @@ def test_other_folders_are_named_for_what_they_are(finished_run, tmp_path):
         saved.load(tmp_path)
     cut = tmp_path / "runs" / name
     shutil.copytree(run_dir, cut)
-    record = results.read(cut)
+    record = run_record.read(cut)
     failure = {"class": "nan", "message": "the loss is NaN\nat step 3"}
-    results.write(cut, record | {"status": "failed", "failure": failure})
+    run_record.write(cut, record | {"status": "failed", "failure": failure})
     with pytest.raises(ConfigError, match=r"status is failed \(nan: the loss is NaN\)"):
         saved.load(cut)
-    results.write(cut, record)
+    run_record.write(cut, record)
     shutil.rmtree(cut / "adapter")
     with pytest.raises(ConfigError, match="adapter, which the run wrote, is not there"):
         export.export(cut, tmp_path / "out", merge=False)
@@ -446,13 +450,13 @@ def test_paths_of_a_run_are_found_from_where_it_was_started(finished_run, tmp_pa
     run_dir = finished_run(*LORA)
     moved = tmp_path / "start" / "outputs" / "scratch" / run_dir.name
     shutil.copytree(run_dir, moved)
-    record, text = results.read(moved), (moved / "config.yaml").read_text()
+    record, text = run_record.read(moved), (moved / "config.yaml").read_text()
     settings = yaml.safe_load(text)
     settings["outputs_dir"] = record["config"]["outputs_dir"] = "outputs"
     settings["model"] |= {"asset": None, "path": "bases/mine"}
     settings["data"] |= {"source": "text_files", "path": "gone/*.txt"}
     (moved / "config.yaml").write_text(yaml.safe_dump(settings))
-    results.write(moved, record)
+    run_record.write(moved, record)
     with pytest.raises(ConfigError, match=r"model\.path='bases/mine'.*start.*where the run was"):
         saved.load(moved)
     shutil.copytree(ASSETS_DIR / "gpt2_mini", tmp_path / "start" / "bases" / "mine")
@@ -462,7 +466,7 @@ def test_paths_of_a_run_are_found_from_where_it_was_started(finished_run, tmp_pa
 
 def test_the_command_line(finished_run, tmp_path, harness, monkeypatch, capsys):
     run_dir = finished_run(*LORA)
-    done = harness(str(run_dir), str(tmp_path / "out"), module="harness.export")
+    done = harness(str(run_dir), str(tmp_path / "out"), module="harness.artifacts.export")
     assert done.returncode == 0, done.stderr
     assert "a LORA adapter" in done.stdout and "identical logits" in done.stdout
     assert not done.stderr

@@ -12,10 +12,14 @@ from rich.console import Console
 from test_export import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
 from transformers import AutoModelForCausalLM
 
-from harness import generate, generation, saved
-from harness.config import ASSETS_DIR, ConfigError, GenerateConfig
-from harness.generate import Decoding
-from harness.pairs import Pair
+from harness.artifacts import sample
+from harness.artifacts.sample import Decoding
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR
+from harness.config.schema import GenerateConfig
+from harness.data.pairs import Pair
+from harness.evaluation import generation
+from harness.runs import finished_run as saved
 
 PROMPT = "And the LORD said unto"
 GREEDY = Decoding(max_new_tokens=12, temperature=None)
@@ -23,7 +27,7 @@ GREEDY = Decoding(max_new_tokens=12, temperature=None)
 
 def shown(run, decoding, *prompts, width=100):
     console = Console(file=io.StringIO(), width=width)
-    generate.side_by_side(run, decoding, iter(prompts), console)
+    sample.side_by_side(run, decoding, iter(prompts), console)
     return console.file.getvalue()
 
 
@@ -80,7 +84,7 @@ def test_beams_are_transformers_own(finished_run):
     expected = plain_continuation(base, run.tokenizer, PROMPT, num_beams=3)
     ids = run.tokenizer(PROMPT)["input_ids"]
     three = Decoding(12, None, num_beams=3)
-    assert generate.continuation(run.base(), run.tokenizer, ids, three) == expected
+    assert sample.continuation(run.base(), run.tokenizer, ids, three) == expected
 
 
 def test_a_seed_gives_the_same_draws_to_every_prompt_and_model(finished_run):
@@ -94,10 +98,10 @@ def test_a_seed_gives_the_same_draws_to_every_prompt_and_model(finished_run):
 @pytest.mark.parametrize(("overrides", "limit"), [(NONE, 256), (PROMPTS, 252)])
 def test_a_long_prompt_loses_its_beginning(finished_run, overrides, limit):
     run = saved.load(finished_run(*overrides))
-    room = generate.room_for_prompt(run, GREEDY)
+    room = sample.room_for_prompt(run, GREEDY)
     assert room == limit - 12
     ids = run.tokenizer(PROMPT * 80)["input_ids"]
-    kept, dropped = generate.prompt_tokens(run, PROMPT * 80, room)
+    kept, dropped = sample.prompt_tokens(run, PROMPT * 80, room)
     assert kept == ids[-room:] and dropped == len(ids) - room > 0
     output = shown(run, GREEDY, PROMPT * 80)
     assert f"{dropped} of {len(ids)} tokens of the prompt are left out" in output
@@ -107,28 +111,28 @@ def test_a_long_prompt_loses_its_beginning(finished_run, overrides, limit):
 
 def test_an_empty_prompt_begins_a_document_and_none_is_refused(finished_run):
     run = saved.load(finished_run(*NONE))
-    assert generate.prompt_tokens(run, "", 10) == ([run.tokenizer.eos_token_id], 0)
+    assert sample.prompt_tokens(run, "", 10) == ([run.tokenizer.eos_token_id], 0)
     with pytest.raises(ConfigError, match="no prompt"):
         shown(run, GREEDY)
-    assert list(generate.lines(io.StringIO("one\n\n two\r\n"))) == ["one", " two"]
+    assert list(sample.lines(io.StringIO("one\n\n two\r\n"))) == ["one", " two"]
 
 
 def test_a_task_is_asked_as_it_was_trained(finished_run, task):
     """As `evaluate=generate` completes the prompt, but for its guard against repetitions."""
     run = saved.load(finished_run(*task))
     prompt = "name : Place 7 | Type : pub"
-    ids, _ = generate.prompt_tokens(run, " name[Place 7], eatType[pub]", None)
+    ids, _ = sample.prompt_tokens(run, " name[Place 7], eatType[pub]", None)
     assert ids == [*run.tokenizer(prompt)["input_ids"], run.tokenizer.eos_token_id]
     pair = Pair("test/0", prompt, ["Place 7 is a pub ."])
     asked = GenerateConfig(num_beams=1, no_repeat_ngram=0, max_new_tokens=12)
     expected = generation.complete(run.model(), run.tokenizer, [pair], asked, Accelerator(cpu=True))
-    written = generate.continuation(run.model(), run.tokenizer, ids, GREEDY)
+    written = sample.continuation(run.model(), run.tokenizer, ids, GREEDY)
     assert [written.strip()] == expected.texts
     assert squeeze(written) in squeeze("".join(columns(shown(run, GREEDY, prompt))[0]))
 
 
 def test_the_terminal_gets_no_control_sequences():
-    assert generate._text("a\x1b[31mb\nc").plain == "a\ufffd[31mb\nc"
+    assert sample._text("a\x1b[31mb\nc").plain == "a\ufffd[31mb\nc"
 
 
 @pytest.mark.parametrize(
@@ -142,16 +146,16 @@ def test_the_terminal_gets_no_control_sequences():
 )
 def test_numbers_out_of_range_are_named(arguments, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        generate.decoding_of(generate.arguments_of(["run", *arguments]))
+        sample.decoding_of(sample.arguments_of(["run", *arguments]))
 
 
 def test_the_command_line(finished_run, harness, monkeypatch, capsys):
     run_dir = finished_run(*LORA)
     asked = (str(run_dir), "--prompt", PROMPT, "--prompt", "In the", "--max-new-tokens", "5")
-    done = harness(*asked, module="harness.generate")
+    done = harness(*asked, module="harness.artifacts.sample")
     assert done.returncode == 0, done.stderr
     assert len(columns(done.stdout)) == 2 and not done.stderr
     assert "temperature 0.8, seed 0" in done.stdout
     monkeypatch.setattr(logging, "disable", lambda level: None)  # for the tests that follow
-    assert generate.main([str(run_dir) + "x"]) == 2
+    assert sample.main([str(run_dir) + "x"]) == 2
     assert re.fullmatch(r"error: no folder .*\n", capsys.readouterr().err)

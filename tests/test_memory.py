@@ -6,14 +6,15 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 
-from harness import evaluate, memory
-from harness import train as training
-from harness.data import Data
-from harness.loss import NextToken
-from harness.memory import LiveTensors
+from harness.data.token_data import Data
+from harness.evaluation import sliding_window
 from harness.methods import adapt
+from harness.models.loss import NextToken
 from harness.report import axes
-from harness.stop import Stop
+from harness.system.signals import Stop
+from harness.training import loop as training
+from harness.training import memory
+from harness.training.memory import LiveTensors
 
 KIB = 1024
 
@@ -166,7 +167,7 @@ def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path
         held_out = Dataset.from_dict(lengths).with_format("numpy")
 
         def validate():
-            nll, count = evaluate.document_nll(
+            nll, count = sliding_window.document_nll(
                 model, held_out, context=16, stride=16, bos=0, batch_tokens=32
             )
             return nll.sum() / count.sum()

@@ -13,10 +13,12 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from harness import documents, evaluate, packing
-from harness.config import ASSETS_DIR, DataConfig
-from harness.loss import NextToken
-from harness.lstm import LSTMConfig, LSTMForCausalLM
+from harness.config.paths import ASSETS_DIR
+from harness.config.schema import DataConfig
+from harness.data import documents, packing
+from harness.evaluation import sliding_window
+from harness.models.loss import NextToken
+from harness.models.lstm import LSTMConfig, LSTMForCausalLM
 
 # No overlap, half a window, one token at a time, and a stride that divides nothing.
 WINDOWS = [(32, 32), (32, 16), (24, 1), (32, 13)]
@@ -79,7 +81,7 @@ def test_nats_are_the_definitions_in_float64(make, context, stride):
     rng = np.random.default_rng(0)
     # Empty, shorter than the context, as long, one more, several windows.
     tokens = [rng.integers(0, vocabulary, n).tolist() for n in (0, 1, 9, context, context + 1, 75)]
-    nll, count = evaluate.document_nll(
+    nll, count = sliding_window.document_nll(
         NextToken(model), Dataset.from_dict({"tokens": tokens}),
         context=context, stride=stride, bos=bos, batch_tokens=100,
     )  # fmt: skip
@@ -147,8 +149,8 @@ def test_perplexities_are_those_of_lm_eval(texts, tokenizer, monkeypatch, contex
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     table = Dataset(packing.rows([("", text) for text in texts], ids, pa.uint16()))
     assert min(map(len, table["tokens"])) < context < max(map(len, table["tokens"]))
-    ours = evaluate.quality(
-        *evaluate.document_nll(
+    ours = sliding_window.quality(
+        *sliding_window.document_nll(
             NextToken(model), table,
             context=context, stride=stride, bos=tokenizer.eos_token_id, batch_tokens=2048,
         ),

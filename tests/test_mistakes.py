@@ -10,19 +10,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from harness import (
-    arguments,
-    count,
-    keys,
-    known_shapes,
-    launch,
-    methods,
-    mistakes,
-    models,
-    peft_fields,
-    planning,
-)
-from harness.config import REPOSITORY, ConfigError, PeftMethod, options
+from harness import methods
+from harness.commands import arguments, count, plan
+from harness.config import keys, model_shapes, peft_fields
+from harness.config.errors import ConfigError
+from harness.config.paths import REPOSITORY, options
+from harness.config.schema import PeftMethod
+from harness.models import pretrained
+from harness.runs import launcher, mistakes
 
 RAW = ("Lexer", "viable", "Could not", "could not be converted", "usage:", "Ambiguous", "struct")
 
@@ -152,10 +147,10 @@ def test_help_says_what_every_option_and_key_is():
 @pytest.mark.parametrize("model", ["gpt2_mini", "gpt2", "gpt2_xl", "smollm2_135m"])
 def test_known_shapes_are_those_of_the_model(make_run, model):
     run = make_run(f"model={model}", "model.unfuse_qkv=false")
-    described = known_shapes._configuration(run.model)
-    base = models.on_meta(run, models.load_config(models.without_files(run).model))
-    there = models.matrices(base)
-    known = known_shapes.matrices(described)
+    described = model_shapes._configuration(run.model)
+    base = pretrained.on_meta(run, pretrained.load_config(pretrained.without_files(run).model))
+    there = pretrained.matrices(base)
+    known = model_shapes.matrices(described)
     assert {name.rpartition(".")[2] for name in there} <= {n.rpartition(".")[2] for n in known}
     for name, shape in there.items():
         (kind,) = [kind for kind in known if name == kind or name.endswith(f".{kind}")]
@@ -203,8 +198,8 @@ def test_what_needs_no_torch_is_found_before_a_run_is_planned(
 
 
 def test_only_the_beginning_of_a_large_text_is_looked_at(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.early.WHOLE_BYTES", 10)
-    monkeypatch.setattr("harness.early.RECORDS", 3)
+    monkeypatch.setattr("harness.runs.early_checks.WHOLE_BYTES", 10)
+    monkeypatch.setattr("harness.runs.early_checks.RECORDS", 3)
     file = tmp_path / "long.jsonl"
     file.write_text('{"text": "a text"}\n' * 5 + "{broken\n")
     assert make_run("data=text_files", f"data.path={file}").data.source == "text_files"
@@ -217,32 +212,32 @@ def test_a_mistake_that_only_the_worker_finds_leaves_no_directory(make_run, tmp_
     run = make_run(f"outputs_dir={tmp_path}/out", "method=full", "method.train_only=[nothing]")
 
     def refused(run, claim, *, quiet):
-        record = launch.results.read(run.run_dir) | {
+        record = launcher.results.read(run.run_dir) | {
             "status": "failed",
             "failure": {"class": "config", "message": "method.train_only: 'nothing' matches none"},
         }
-        launch.results.write(run.run_dir, record)
+        launcher.results.write(run.run_dir, record)
         (run.run_dir / "log.txt").write_text("Traceback …")
-        return launch._outcome(run.run_dir, record)
+        return launcher._outcome(run.run_dir, record)
 
-    monkeypatch.setattr(launch, "_attempt", refused)
-    outcome = launch.launch(run, "python -m harness …")
+    monkeypatch.setattr(launcher, "_attempt", refused)
+    outcome = launcher.launch(run, "python -m harness …")
     assert (outcome.status, outcome.exit_code) == ("refused", 2)
     assert outcome.summary() == "method.train_only: 'nothing' matches none"
     assert not list(tmp_path.iterdir())
 
     # What was there before, or was measured before the mistake was found, stays.
     run.run_dir.mkdir(parents=True)
-    assert launch.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
-    launch.shutil.rmtree(tmp_path / "out")
-    real = launch.prepare
+    assert launcher.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
+    launcher.shutil.rmtree(tmp_path / "out")
+    real = launcher.prepare
 
     def measured(run, *arguments, **more):
         real(run, *arguments, **more)
-        (run.run_dir / launch.results.METRICS_NAME).write_text('{"step": 0}\n')
+        (run.run_dir / launcher.results.METRICS_NAME).write_text('{"step": 0}\n')
 
-    monkeypatch.setattr(launch, "prepare", measured)
-    assert launch.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
+    monkeypatch.setattr(launcher, "prepare", measured)
+    assert launcher.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
 
 
 def test_plan_and_count_take_m(capsys):
@@ -252,7 +247,7 @@ def test_plan_and_count_take_m(capsys):
         ["none", "-", "-", "4,273,664"], ["full", "-", "-", "4,273,664"],
         ["lora", "all", "4", "4,339,200"], ["lora", "all", "8", "4,404,736"],
     ]  # fmt: skip
-    assert planning.main(["-m", "method=none,lora", "method.r=4,0"]) == 2
+    assert plan.main(["-m", "method=none,lora", "method.r=4,0"]) == 2
     shown = capsys.readouterr()
     assert "left out for methods that have no such key: method.r (none)" in shown.err
     assert "method.r=0: expected a rank of 1 or more" in shown.err
@@ -260,7 +255,7 @@ def test_plan_and_count_take_m(capsys):
 
 @pytest.mark.slow
 def test_plan_lists_the_runs_of_a_sweep(capsys):
-    assert planning.main(["-m", "method=none,lora", "method.r=4,8"]) == 0
+    assert plan.main(["-m", "method=none,lora", "method.r=4,8"]) == 0
     shown = capsys.readouterr()
     assert shown.out.count("lora-all-r") == 2 and shown.out.count("none-") == 1
 

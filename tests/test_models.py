@@ -15,11 +15,14 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from harness import environment, models, results
-from harness.config import ASSETS_DIR, CONF_DIR, ConfigError, TargetsConfig, TrainConfig
-from harness.loss import NextToken
-from harness.memory import LiveTensors
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR, CONF_DIR
+from harness.config.schema import TargetsConfig, TrainConfig
 from harness.methods import adapt, targets
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.results import environment, run_record
+from harness.training.memory import LiveTensors
 
 PROMPTS = [
     "method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4",
@@ -47,7 +50,7 @@ def test_checkpointed_blocks_have_the_same_gradients(tiny, make_run, method):
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
     plain, bytes_before = gradients(model)
-    models.checkpoint_activations(model, run.train)
+    pretrained.checkpoint_activations(model, run.train)
     again, bytes_after = gradients(model)
     assert bytes_after < bytes_before and plain.keys() == again.keys()
     for name, expected in plain.items():
@@ -59,22 +62,22 @@ def test_the_fused_gelu_is_the_saved_one(make_run):
     logits = []
     for gelu in ("fused", "as_saved"):
         run = make_run("model=gpt2_mini_init", "method=none", f"model.gelu={gelu}")
-        config = models.load_config(run.model)
+        config = pretrained.load_config(run.model)
         assert config.activation_function == {"fused": "gelu_pytorch_tanh"}.get(gelu, "gelu_new")
         torch.manual_seed(0)
         with torch.no_grad():
-            logits.append(models.load_model(run, config).eval()(ids).logits)
+            logits.append(pretrained.load_model(run, config).eval()(ids).logits)
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_shipped_models_logits_are_those_of_the_composed_gelu(make_run, tokenizer):
     ids = torch.tensor([tokenizer("Return the sum of all values in the given list.")["input_ids"]])
     run, logits = make_run("method=none"), []
-    for gelu in (models.FUSED_GELU, models.COMPOSED_GELU):
-        config = models.load_config(run.model)
+    for gelu in (pretrained.FUSED_GELU, pretrained.COMPOSED_GELU):
+        config = pretrained.load_config(run.model)
         config.activation_function = gelu
         with torch.no_grad():
-            logits.append(models.load_model(run, config).eval()(ids).logits)
+            logits.append(pretrained.load_model(run, config).eval()(ids).logits)
     assert not torch.equal(*logits)  # another kernel, another rounding
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
 
@@ -90,21 +93,23 @@ def test_the_shipped_models_logits_are_those_of_the_composed_gelu(make_run, toke
 )
 def test_an_exchanged_gelu_is_recorded(make_run, overrides, activation):
     run = make_run(*overrides)
-    assert models.facts(run.model, models.load_config(run.model))["activation"] == activation
+    assert (
+        pretrained.facts(run.model, pretrained.load_config(run.model))["activation"] == activation
+    )
 
 
 def test_both_gelus_are_one_function():
     x = torch.linspace(-12, 12, 10_001, dtype=torch.float64)
-    fused, composed = ACT2FN[models.FUSED_GELU](x), ACT2FN[models.COMPOSED_GELU](x)
+    fused, composed = ACT2FN[pretrained.FUSED_GELU](x), ACT2FN[pretrained.COMPOSED_GELU](x)
     torch.testing.assert_close(fused, composed, rtol=1e-12, atol=1e-14)
 
 
 def test_what_another_architecture_calls_its_gelu_is_exchanged_too(make_run):
     fields = "{model_type: phi, hidden_act: gelu_new, hidden_size: 32, num_attention_heads: 2}"
     run = make_run("model.asset=null", f"+model.architecture={fields}", "method=none")
-    config = models.load_config(run.model)
+    config = pretrained.load_config(run.model)
     assert config.hidden_act == "gelu_pytorch_tanh"
-    assert models.facts(run.model, config)["type"] == "phi"
+    assert pretrained.facts(run.model, config)["type"] == "phi"
 
 
 def test_logits_that_change_after_the_head_are_known_without_values():
@@ -120,29 +125,29 @@ def test_logits_that_change_after_the_head_are_known_without_values():
 def test_prompts_cannot_be_checkpointed(tiny, make_run):
     model = adapt(tiny, make_run(*PROMPTS))
     with pytest.raises(ConfigError, match=r"train\.checkpointing=true: .*set it to false"):
-        models.checkpoint_activations(model, TrainConfig(checkpointing=True))
+        pretrained.checkpoint_activations(model, TrainConfig(checkpointing=True))
 
 
 @pytest.mark.parametrize("method", ["full", "lora method.bias=all"])
 def test_what_trains_is_never_held_in_bf16(tiny, make_run, method):
     run = make_run(*f"method={method}".split(), "train.precision=bf16", "model.frozen_dtype=bf16")
     if method == "full":
-        assert models.dtype_of(run) == torch.float32
+        assert pretrained.dtype_of(run) == torch.float32
         return
     with pytest.raises(ConfigError, match=r"model\.frozen_dtype=bf16: this method trains .*bias"):
-        adapt(tiny.to(models.dtype_of(run)), run)
+        adapt(tiny.to(pretrained.dtype_of(run)), run)
 
 
 def test_freezing_in_bf16_moves_what_is_learned_by_rounding_only(finished_run):
     lora = ("method=lora", "method.r=4", "train.lr=0.02", "train.precision=bf16")
     plain, frozen = (
-        results.read(finished_run(*lora, *more)) for more in ((), ("model.frozen_dtype=bf16",))
+        run_record.read(finished_run(*lora, *more)) for more in ((), ("model.frozen_dtype=bf16",))
     )
     memory = [r["memory"]["by_category"]["frozen_weights"] for r in (plain, frozen)]
     assert memory[1] < 0.51 * memory[0]
     for name in ("step0.validation", "validation", "test"):
         one, other = (
-            math.log(results.get(r, f"quality.{name}.perplexity")) for r in (plain, frozen)
+            math.log(run_record.get(r, f"quality.{name}.perplexity")) for r in (plain, frozen)
         )
         assert one != other and abs(one - other) < 0.01, name  # nats a token; it learns 0.3
 
@@ -153,7 +158,7 @@ def test_every_dropout_of_the_base_is_set(kind, make_run):
         f"+model.architecture.model_type={kind}", "model.asset=null", "model.tokenizer=gpt2_mini",
         "targets=lstm" if kind == "lstm" else "targets=all",
     )  # fmt: skip
-    config = models.load_config(run.model)
+    config = pretrained.load_config(run.model)
     assert any("drop" in name for name in vars(config))
     for name, value in vars(config).items():
         is_a_heads = name.startswith(("summary_", "classifier_"))  # of another task
@@ -180,7 +185,7 @@ def test_bf16_without_its_instructions_is_warned_of(monkeypatch, has):
 def test_compiled_blocks_have_the_same_gradients(tiny, make_run):
     model = adapt(tiny, make_run("method=lora"))
     plain, _ = gradients(model)
-    models.compile_blocks(model)
+    pretrained.compile_blocks(model)
     ids = torch.arange(1, 41).reshape(2, 20)
     NextToken(model)(ids[:, :-1], ids[:, 1:]).objective.backward()
     compiled = {name: p.grad for name, p in model.named_parameters()}
@@ -190,9 +195,9 @@ def test_compiled_blocks_have_the_same_gradients(tiny, make_run):
 
 def test_what_has_no_blocks_cannot_be_compiled(make_run):
     run = make_run("model=lstm", "method=full")
-    model = models.load_model(run, models.load_config(run.model))
+    model = pretrained.load_model(run, pretrained.load_config(run.model))
     with pytest.raises(ConfigError, match=r"train\.compile=true: .*set it to false"):
-        models.compile_blocks(model)
+        pretrained.compile_blocks(model)
 
 
 def test_a_language_model_with_eyes_is_refused_and_can_be_saved_by_itself(tmp_path, make_run):
@@ -209,14 +214,14 @@ def test_a_language_model_with_eyes_is_refused_and_can_be_saved_by_itself(tmp_pa
     whole.save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini").save_pretrained(tmp_path / "whole")
     with pytest.raises(ConfigError, match="gemma3 model takes more than text"):
-        models.load_config(make_run("model=local", f"model.path={tmp_path}/whole").model)
+        pretrained.load_config(make_run("model=local", f"model.path={tmp_path}/whole").model)
     with pytest.raises(ConfigError, match=r"several stacks of layers \(model\.language_model"):
         targets.resolve(whole, TargetsConfig("q", ["self_attn.q_proj"]))
     page = (CONF_DIR / "README.md").read_text("utf-8")
     (lines,) = re.findall(r"```python\n(.*?AutoModelForImageTextToText.*?)```", page, re.DOTALL)
     exec(lines, {"SOURCE": str(tmp_path / "whole"), "FOLDER": str(tmp_path / "text")})
     run = make_run("model=local", f"model.path={tmp_path}/text")
-    alone = models.load_model(run, models.load_config(run.model)).eval()
+    alone = pretrained.load_model(run, pretrained.load_config(run.model)).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(alone(ids).logits, whole(input_ids=ids).logits)

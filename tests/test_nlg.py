@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import nlg
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
+from harness.evaluation import text_metrics
 
 pytest.importorskip("sacrebleu")
 coco = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
@@ -152,7 +152,7 @@ def without_java(monkeypatch):
 def test_bleu_and_nist_are_those_of_the_definition(seed, without_java):
     candidates, references = corpus(seed)
     split = [tokens(text) for text in candidates], [list(map(tokens, row)) for row in references]
-    found = nlg.score(candidates, references).values
+    found = text_metrics.score(candidates, references).values
     assert found["bleu"] == pytest.approx(bleu_by_definition(*split), rel=1e-9)
     assert found["nist"] == pytest.approx(nist_by_definition(*split), rel=1e-9)
     assert 0 < found["bleu"] < 100
@@ -167,33 +167,33 @@ def test_bleu_is_that_of_e2e_metrics(seed, without_java):
     for made, tolerance in ((long, 1e-10), ([*long, ("A pub", ["A pub by the river ."])], 0.05)):
         candidates, references = zip(*made, strict=True)
         split = [tokens(text) for text in candidates], [list(map(tokens, r)) for r in references]
-        assert nlg.score(candidates, references).values["bleu"] == pytest.approx(
+        assert text_metrics.score(candidates, references).values["bleu"] == pytest.approx(
             bleu_of_pymteval(*split), abs=tolerance
         )
 
 
 def test_orders_and_case_do_not_matter_and_perfect_is_100(without_java):
-    found = nlg.score(CANDIDATES, REFERENCES).values
+    found = text_metrics.score(CANDIDATES, REFERENCES).values
     shuffled = [texts[::-1] for texts in REFERENCES[::-1]]
-    again = nlg.score([text.upper() for text in CANDIDATES[::-1]], shuffled).values
+    again = text_metrics.score([text.upper() for text in CANDIDATES[::-1]], shuffled).values
     assert again == pytest.approx(found)
-    best = nlg.score([texts[-1] for texts in REFERENCES], REFERENCES).values
+    best = text_metrics.score([texts[-1] for texts in REFERENCES], REFERENCES).values
     assert best["bleu"] == pytest.approx(100) and best["nist"] > found["nist"]
-    some = nlg.score(["", *CANDIDATES[1:]], REFERENCES).values
+    some = text_metrics.score(["", *CANDIDATES[1:]], REFERENCES).values
     assert some["bleu"] < found["bleu"] and some["nist"] < found["nist"]
-    nothing = nlg.score(["", ""], [["A pub."], ["A pub."]]).values
+    nothing = text_metrics.score(["", ""], [["A pub."], ["A pub."]]).values
     assert nothing == {"bleu": 0, "nist": 0}
 
 
 def test_brevity_counts_the_closest_reference_for_bleu_and_the_mean_for_nist(without_java):
     reference = list("abcdefghijkl")
     texts = [" ".join(reference), " ".join(reference[:9]), " ".join(reference[:5])]
-    found = nlg.score([" ".join(reference[:7])], [texts]).values
+    found = text_metrics.score([" ".join(reference[:7])], [texts]).values
     assert found["bleu"] == pytest.approx(100)  # of 5 and 9, as far from 7, the shorter
-    found = nlg.score([" ".join(reference[:6])], [[texts[0], texts[1]]]).values
+    found = text_metrics.score([" ".join(reference[:6])], [[texts[0], texts[1]]]).values
     assert found["bleu"] == pytest.approx(100 * math.exp(1 - 9 / 6))
-    two_thirds = nlg.nist([reference[:8]], [[reference, reference]])
-    full = nlg.nist([[*reference[:8], *"wxyz"]], [[reference, reference]])
+    two_thirds = text_metrics.nist([reference[:8]], [[reference, reference]])
+    full = text_metrics.nist([[*reference[:8], *"wxyz"]], [[reference, reference]])
     # eight words of twelve: half of what the same matches weigh without the brevity penalty
     info = math.log2(24 / 2)
     assert two_thirds == pytest.approx(info / 2)
@@ -206,9 +206,11 @@ def test_nist_is_nltks_where_there_is_one_reference():
     candidates, references = corpus(3, instances=20)
     split = [text.split() for text in candidates]
     one = [[texts[0].split()] for texts in references]
-    assert nlg.nist(split, one) == pytest.approx(nist_score.corpus_nist(one, split, n=5))
+    assert text_metrics.nist(split, one) == pytest.approx(nist_score.corpus_nist(one, split, n=5))
     several = [[text.split() for text in texts] for texts in references]
-    assert nlg.nist(split, several) != pytest.approx(nist_score.corpus_nist(several, split, n=5))
+    assert text_metrics.nist(split, several) != pytest.approx(
+        nist_score.corpus_nist(several, split, n=5)
+    )
 
 
 def test_published_example_of_bleu(without_java):
@@ -216,7 +218,7 @@ def test_published_example_of_bleu(without_java):
     first = ["The dog bit the man.", "It was not unexpected.", "The man bit him first."]
     second = ["The dog had bit the man.", "No one was surprised.", "The man had bitten the dog."]
     system = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
-    found = nlg.score(system, list(zip(first, second, strict=True)))
+    found = text_metrics.score(system, list(zip(first, second, strict=True)))
     assert found.values["bleu"] == pytest.approx(48.53, abs=0.005)
 
 
@@ -225,7 +227,7 @@ def test_clipping_as_in_the_paper():
     candidate = ["the"] * 7
     texts = [tokens("the cat is on the mat"), tokens("there is a cat on the mat")]
     weight = math.log2(13 / 3)
-    assert nlg.nist([candidate], [texts]) == pytest.approx(weight * 2 / 7)
+    assert text_metrics.nist([candidate], [texts]) == pytest.approx(weight * 2 / 7)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_clipping_as_in_the_paper():
 def test_tokens_are_those_of_mteval(text, expected, without_java):
     """A text and its tokens by mteval-v13a's rules, written out by hand, are the same text."""
     filler = " one two three four five"
-    found = nlg.score([text + filler], [[expected + filler]]).values
+    found = text_metrics.score([text + filler], [[expected + filler]]).values
     assert found["bleu"] == pytest.approx(100)
 
 
@@ -291,14 +293,16 @@ def rouge_by_library(candidates, references):
 @pytest.fixture
 def ptb_is_split(monkeypatch):
     """Texts of words already: no Java in the way of the two Python metrics."""
-    monkeypatch.setattr(nlg, "_ptb", lambda texts: [" ".join(text.split()) for text in texts])
+    monkeypatch.setattr(
+        text_metrics, "_ptb", lambda texts: [" ".join(text.split()) for text in texts]
+    )
     monkeypatch.setenv("PATH", "/nonexistent")
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rouge_and_cider_are_those_of_the_definition(seed, ptb_is_split):
     candidates, references = corpus(seed)
-    found = nlg.score(candidates, references)
+    found = text_metrics.score(candidates, references)
     split = [text.split() for text in candidates], [[t.split() for t in row] for row in references]
     assert found.values["cider"] == pytest.approx(cider_by_definition(*split), rel=1e-6)
     assert found.values["rouge_l"] == pytest.approx(rouge_by_library(candidates, references))
@@ -309,7 +313,9 @@ def test_published_example_of_rouge(ptb_is_split):
     """Lin (2004), section 3.1: S2 and S3 against 'police killed the gunman' are 3/4 and 2/4."""
     reference = ["police killed the gunman"]
     for candidate, expected in (("police kill the gunman", 75), ("the gunman kill police", 50)):
-        assert nlg.score([candidate], [reference]).values["rouge_l"] == pytest.approx(expected)
+        assert text_metrics.score([candidate], [reference]).values["rouge_l"] == pytest.approx(
+            expected
+        )
 
 
 # ------------------------------------------------------------- with Java
@@ -343,8 +349,8 @@ def test_all_metrics_of_made_up_words_are_those_of_the_definitions(tmp_path, mon
         ["zorp bliv mavu splonk"],
     ]
     split = [tokens(text) for text in candidates], [list(map(tokens, row)) for row in references]
-    found = nlg.score(candidates, references)
-    assert not found.skipped and list(found.values) == list(nlg.METRICS)
+    found = text_metrics.score(candidates, references)
+    assert not found.skipped and list(found.values) == list(text_metrics.METRICS)
     assert found.values["bleu"] == pytest.approx(bleu_by_definition(*split), abs=0.01)
     assert found.values["nist"] == pytest.approx(nist_by_definition(*split))
     assert found.values["cider"] == pytest.approx(cider_by_definition(*split))
@@ -362,10 +368,10 @@ def test_a_path_with_a_blank_has_a_plain_one_for_as_long_as_it_is_needed(tmp_pat
     folder = tmp_path / "a b"
     folder.mkdir()
     (folder / "data").write_text("here")
-    with nlg._plain_path(folder) as plain:
+    with text_metrics._plain_path(folder) as plain:
         assert " " not in str(plain) and (plain / "data").read_text() == "here"
     assert not plain.exists() and (folder / "data").is_file() and len(list(tmp_path.iterdir())) == 1
-    with nlg._plain_path(tmp_path) as plain:
+    with text_metrics._plain_path(tmp_path) as plain:
         assert plain == tmp_path
 
 
@@ -375,11 +381,11 @@ def test_meteor_is_the_same_from_a_path_with_a_blank(tmp_path, monkeypatch):
     """Its jar looks for its data by a URL, in which a blank is escaped, twice."""
     from pycocoevalcap.meteor import meteor
 
-    there = nlg._meteor(["a b c d"], [["a b x d"]])
+    there = text_metrics._meteor(["a b c d"], [["a b x d"]])
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "meteor").symlink_to(Path(meteor.__file__).parent)
     monkeypatch.setattr(meteor, "__file__", str(tmp_path / "a b" / "meteor" / "meteor.py"))
-    assert nlg._meteor(["a b c d"], [["a b x d"]]) == there > 0
+    assert text_metrics._meteor(["a b c d"], [["a b x d"]]) == there > 0
 
 
 @needs_java
@@ -389,8 +395,8 @@ def test_ptb_tokens_are_those_of_pycocoevalcap():
     expected = coco.PTBTokenizer().tokenize(
         {i: [{"caption": t} for t in texts] for i, texts in enumerate(REFERENCES)}
     )
-    assert nlg._ptb_of_each(REFERENCES) == list(expected.values())
-    found = nlg._ptb(["", "...", "a\u2028b\x0cc\rd\ne\x85f", "£20 Café 日本", "1 1/2", ""])
+    assert text_metrics._ptb_of_each(REFERENCES) == list(expected.values())
+    found = text_metrics._ptb(["", "...", "a\u2028b\x0cc\rd\ne\x85f", "£20 Café 日本", "1 1/2", ""])
     assert found == ["", "", "a b c d e f", "# 20 café 日本", "1\u00a01/2", ""]
 
 
@@ -407,27 +413,36 @@ def test_scores_are_those_of_pycocoevalcap_in_any_order():
         {i: [{"caption": t} for t in texts] for i, texts in enumerate(REFERENCES)}
     )
     outputs = tokenizer.tokenize({i: [{"caption": t}] for i, t in enumerate(CANDIDATES)})
-    found = nlg.score(CANDIDATES, REFERENCES).values
+    found = text_metrics.score(CANDIDATES, REFERENCES).values
     scorers = {"meteor": (Meteor, 100), "rouge_l": (Rouge, 100), "cider": (Cider, 1)}
     for name, (scorer, scale) in scorers.items():
         expected = scale * scorer().compute_score(truths, outputs)[0]
         assert found[name] == pytest.approx(expected, rel=1e-12), name
     shuffled = [texts[::-1] for texts in REFERENCES[::-1]]
-    again = nlg.score([text.upper() for text in CANDIDATES[::-1]], shuffled).values
+    again = text_metrics.score([text.upper() for text in CANDIDATES[::-1]], shuffled).values
     assert again == pytest.approx(found)
 
 
 @needs_java
 @pytest.mark.slow
 def test_perfect_empty_and_odd_candidates():
-    found = nlg.score([texts[0] for texts in REFERENCES], [[texts[0]] for texts in REFERENCES])
+    found = text_metrics.score(
+        [texts[0] for texts in REFERENCES], [[texts[0]] for texts in REFERENCES]
+    )
     for name, best in (("bleu", 100), ("meteor", 100), ("rouge_l", 100), ("cider", 10)):
         assert found.values[name] == pytest.approx(best), name
-    nothing = nlg.score(["", " "], [["A pub by the river."], ["A pub.", "It is a pub here."]])
-    assert nothing.values == pytest.approx(dict.fromkeys(nlg.METRICS, 0)) and not nothing.skipped
+    nothing = text_metrics.score(
+        ["", " "], [["A pub by the river."], ["A pub.", "It is a pub here."]]
+    )
+    assert (
+        nothing.values == pytest.approx(dict.fromkeys(text_metrics.METRICS, 0))
+        and not nothing.skipped
+    )
     odd = ["...", "a\u2028b\x0cc\rd\ne", "|||", "日本 £ \ufffd \ud800 \U0001f600"]
-    found = nlg.score(odd, [["a b c d e"], ["..."], ["x ||| y"], ["日本 £ \ufffd \U0001f600", "."]])
-    assert set(found.values) == set(nlg.METRICS) and not found.skipped
+    found = text_metrics.score(
+        odd, [["a b c d e"], ["..."], ["x ||| y"], ["日本 £ \ufffd \U0001f600", "."]]
+    )
+    assert set(found.values) == set(text_metrics.METRICS) and not found.skipped
     assert all(math.isfinite(value) for value in found.values.values())
 
 
@@ -435,7 +450,7 @@ def test_perfect_empty_and_odd_candidates():
 
 
 def test_without_java_the_rest_is_scored(without_java):
-    found = nlg.score(CANDIDATES, REFERENCES)
+    found = text_metrics.score(CANDIDATES, REFERENCES)
     assert list(found.values) == ["bleu", "nist"]
     assert found.skipped == dict.fromkeys(("meteor", "rouge_l", "cider"), "java is not on the PATH")
 
@@ -450,11 +465,11 @@ def test_without_a_package_the_rest_is_scored(package, metrics, monkeypatch, ptb
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    found = nlg.score(CANDIDATES, REFERENCES)
+    found = text_metrics.score(CANDIDATES, REFERENCES)
     assert not metrics & set(found.values)
     for name in metrics:
         assert found.skipped[name].startswith(f"{package} is not installed")
-    assert set(found.values) | set(found.skipped) == set(nlg.METRICS)
+    assert set(found.values) | set(found.skipped) == set(text_metrics.METRICS)
 
 
 def fake_java(tmp_path, monkeypatch, script):
@@ -478,10 +493,10 @@ def fake_java(tmp_path, monkeypatch, script):
     ],
 )
 def test_a_java_that_hangs_or_dies_is_a_reason(script, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(nlg, "JAVA_SECONDS", 0.5)
+    monkeypatch.setattr(text_metrics, "JAVA_SECONDS", 0.5)
     fake_java(tmp_path, monkeypatch, script)
     children = set(psutil.Process().children(recursive=True))
-    found = nlg.score(CANDIDATES, REFERENCES)
+    found = text_metrics.score(CANDIDATES, REFERENCES)
     assert list(found.values) == ["bleu", "nist"]
     assert set(found.skipped) == {"meteor", "rouge_l", "cider"}
     assert all(reason in text for text in found.skipped.values()), found.skipped
@@ -498,17 +513,17 @@ def test_a_java_that_hangs_or_dies_is_a_reason(script, reason, tmp_path, monkeyp
 )
 @pytest.mark.usefixtures("ptb_is_split")
 def test_a_meteor_that_hangs_or_dies_is_a_reason(script, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(nlg, "JAVA_SECONDS", 0.5)
+    monkeypatch.setattr(text_metrics, "JAVA_SECONDS", 0.5)
     monkeypatch.setenv("PATH", os.defpath)
     fake_java(tmp_path, monkeypatch, script)
-    found = nlg.score(CANDIDATES[:2], REFERENCES[:2])
+    found = text_metrics.score(CANDIDATES[:2], REFERENCES[:2])
     assert set(found.skipped) == {"meteor"} and reason in found.skipped["meteor"], found.skipped
 
 
 def test_an_interrupt_leaves_no_java(tmp_path, monkeypatch):
     fake_java(tmp_path, monkeypatch, "exec sleep 60")
     children = set(psutil.Process().children(recursive=True))
-    with pytest.raises(KeyboardInterrupt), nlg._java("x", folder=tmp_path) as process:
+    with pytest.raises(KeyboardInterrupt), text_metrics._java("x", folder=tmp_path) as process:
         assert process.poll() is None
         raise KeyboardInterrupt
     assert process.returncode == -9
@@ -533,23 +548,23 @@ def test_an_interrupt_leaves_no_java(tmp_path, monkeypatch):
 )
 def test_errors_name_the_index(candidates, references, message):
     with pytest.raises(ConfigError, match=message):
-        nlg.score(candidates, references)
+        text_metrics.score(candidates, references)
 
 
 def test_the_command_line(tmp_path, capsys, without_java):
     outputs, truths = tmp_path / "outputs.txt", tmp_path / "truths.txt"
     outputs.write_text("".join(f"{text}\n" for text in CANDIDATES))
     truths.write_text("\n\n".join("\n".join(texts) for texts in REFERENCES) + "\n\n\n")
-    assert nlg.read(outputs, truths) == (CANDIDATES, REFERENCES)
-    assert nlg.main([str(outputs), str(truths)]) == 0
+    assert text_metrics.read(outputs, truths) == (CANDIDATES, REFERENCES)
+    assert text_metrics.main([str(outputs), str(truths)]) == 0
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    expected = nlg.score(CANDIDATES, REFERENCES).values
+    expected = text_metrics.score(CANDIDATES, REFERENCES).values
     assert shown["bleu"] == f"{expected['bleu']:.4f}" and shown["nist"] == f"{expected['nist']:.4f}"
     assert shown["meteor"] == "-  java is not on the PATH"
     truths.write_text("\n".join(texts[0] for texts in REFERENCES))
-    assert nlg.read(outputs, truths)[1] == [texts[:1] for texts in REFERENCES]
+    assert text_metrics.read(outputs, truths)[1] == [texts[:1] for texts in REFERENCES]
     outputs.write_text("one\n\nthree")
-    assert nlg.read(outputs, truths)[0] == ["one", "", "three"]
-    assert nlg.main([str(outputs), str(truths)]) == 2
-    assert nlg.main([str(outputs), str(tmp_path / "none.txt")]) == 2
+    assert text_metrics.read(outputs, truths)[0] == ["one", "", "three"]
+    assert text_metrics.main([str(outputs), str(truths)]) == 2
+    assert text_metrics.main([str(outputs), str(tmp_path / "none.txt")]) == 2
     assert capsys.readouterr().err.count("error: ") == 2

@@ -8,8 +8,10 @@ import pytest
 from test_report import put
 
 import harness
-from harness import compose, notebook, plan, results, sweep
-from harness.config import ConfigError
+from harness import compose, plan, sweep
+from harness.config.errors import ConfigError
+from harness.results import run_record
+from harness.runs import notebook
 
 SHORT = (
     "train.steps=2", "evaluate.every=1", "data.document_chars=300", "data.validation_share=0.002",
@@ -44,15 +46,15 @@ def test_a_run_shows_its_progress_in_the_cell(cell, tmp_path):
     with notebook.shown([one], alone=True):
         one.run_dir.mkdir(parents=True)
         row = {"step": 1, "tokens": 64, "eval/validation/nll": 3.0}
-        (one.run_dir / results.METRICS_NAME).write_text(json.dumps(row) + "\n")
+        (one.run_dir / run_record.METRICS_NAME).write_text(json.dumps(row) + "\n")
         record = {"status": "running", "run": {"name": "x"}}
-        results.write(one.run_dir, record)
+        run_record.write(one.run_dir, record)
         deadline = 100
         while not any("step 1 of 2" in p._repr_html_() for p in cell) and deadline:
             deadline -= 1
             notebook.progress.time.sleep(0.1)
         record |= {"status": "finished", "wall_seconds": 3.2}
-        results.write(one.run_dir, record)
+        run_record.write(one.run_dir, record)
     (during,) = [p for p in cell if "step 1 of 2" in p._repr_html_()][:1]
     assert '<progress value="1" max="2">' in during._repr_html_()
     assert "validation perplexity 20.09" in during._repr_html_()  # exp(3)
@@ -174,7 +176,7 @@ def test_a_notebook_shows_progress_and_results_in_its_cells(tmp_path, monkeypatc
     """Executed by a real kernel; what its cells then hold is what a reader sees."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("PYTHONPATH", str(harness.config.REPOSITORY))
+    monkeypatch.setenv("PYTHONPATH", str(harness.config.paths.REPOSITORY))
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in CELLS])
     folder = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(book, timeout=400, resources=folder).execute()

@@ -6,7 +6,7 @@ from importlib.metadata import requires
 import yaml
 from oldest import bounds
 
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
 
 
 def test_every_lower_bound_is_among_the_oldest_versions():

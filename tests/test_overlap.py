@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness import data, documents, overlap, pairs, results
-from harness.config import DataConfig
+from harness.config.schema import DataConfig
+from harness.data import documents, overlap, pairs, token_data
+from harness.results import run_record
 
 WORDS = ["river", "stone", "light", "people", "walked", "slowly", "old", "house", "bread", "salt"]
 
@@ -93,7 +94,7 @@ def test_copies_across_a_split_that_the_source_has_are_counted_and_told(tmp_path
     test[11] += " Its own words."
     train.append(test[11][:-3])
     cfg = config(tmp_path, {"train": train, "validation": [*validation, test[0]], "test": test})
-    text = data.prepare(cfg, tokenizer)
+    text = token_data.prepare(cfg, tokenizer)
     counts = text.facts["duplicates"]
     everything = [*train, *validation, test[0], *test]
     assert counts == {
@@ -111,10 +112,10 @@ def test_copies_across_a_split_that_the_source_has_are_counted_and_told(tmp_path
     ]
     assert "share 50 tokens" in text.warnings[-1] and "test/10" in text.warnings[-1]
     # What is not trained on is not in training.
-    fewer = data.prepare(replace(cfg, train_share=0.05), tokenizer).facts["duplicates"]
+    fewer = token_data.prepare(replace(cfg, train_share=0.05), tokenizer).facts["duplicates"]
     kept = {text for _, text in documents.read(replace(cfg, train_share=0.05))["train"]}
     assert fewer["test_in_training"] == len(kept & set(test)) < 5
-    without = data.prepare(cfg, tokenizer, test=False)
+    without = token_data.prepare(cfg, tokenizer, test=False)
     assert set(without.facts["duplicates"]) == {"documents", "validation_in_training"}
     assert set(without.facts["near_duplicates"]) == {"validation"}
 
@@ -126,7 +127,7 @@ def test_copies_in_one_file_are_in_one_split_and_counted(tmp_path, tokenizer):
     cfg = config(tmp_path, {"all": texts}, source="text_files", id=None, path=path)
     found = documents.read(cfg)
     assert not {t for _, t in found["test"]} & {t for _, t in found["train"]}
-    text = data.prepare(cfg, tokenizer)
+    text = token_data.prepare(cfg, tokenizer)
     assert text.num_documents == {"train": 180, "validation": 10, "test": 10}
     assert text.facts["duplicates"] == {
         "documents": 180, "validation_in_training": 0, "test_in_training": 0,
@@ -142,13 +143,13 @@ def test_what_is_shared_is_found_once_and_kept_with_the_tokens(tmp_path, tokeniz
     path = str(tmp_path / "all.jsonl")
     texts = [sentence(draw) for _ in range(20)]
     cfg = config(tmp_path, {"all": texts}, source="text_files", id=None, path=path)
-    first = data.prepare(cfg, tokenizer)
+    first = token_data.prepare(cfg, tokenizer)
     assert not first.warnings
     (kept,) = (tmp_path / ".cache" / "overlap").iterdir()
     kept.write_text("{half a file")  # a damaged one is made again
-    assert data.prepare(cfg, tokenizer).facts == first.facts
+    assert token_data.prepare(cfg, tokenizer).facts == first.facts
     monkeypatch.setattr(overlap, "shared", None)
-    assert data.prepare(cfg, tokenizer).facts == first.facts
+    assert token_data.prepare(cfg, tokenizer).facts == first.facts
 
 
 @pytest.mark.parametrize("packing", ["packed", "padded"])
@@ -166,7 +167,7 @@ def test_prompts_and_completions_of_training_in_another_split(tmp_path, tokenize
         "p", "pairs", path=str(tmp_path), context=256, cache_dir=str(tmp_path / ".cache"),
         packing=packing,
     )  # fmt: skip
-    text = data.prepare(cfg, tokenizer)
+    text = token_data.prepare(cfg, tokenizer)
     assert text.facts["duplicates"] == {
         "documents": 3, "validation_in_training": 1, "test_in_training": 2, "test_in_validation": 1,
     }  # fmt: skip
@@ -181,7 +182,7 @@ def test_prompts_and_completions_of_training_in_another_split(tmp_path, tokenize
 @pytest.mark.slow
 def test_the_packaged_text_repeats_itself_and_is_not_warned_of(tmp_path, tokenizer):
     cfg = DataConfig("kjv", "kjv", validation_share=0.02, test_share=0.04, cache_dir=str(tmp_path))
-    text = data.prepare(cfg, tokenizer)
+    text = token_data.prepare(cfg, tokenizer)
     assert set(text.facts["duplicates"].values()) == {0} and not text.warnings
     # 1 Samuel 31 and 1 Chronicles 10 tell of Saul's death in the same words, and so on.
     assert text.facts["near_duplicates"] == {"validation": 3, "test": 3}
@@ -204,7 +205,7 @@ def test_a_run_tells_once_of_copies_and_of_files_left_out(harness, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("5 of 5 test documents are in training too, word for word") == 1
     assert done.stderr.count("1 file(s) are left out: g/more.docx") == 1
-    ((run_dir, result),) = results.collect(tmp_path / "outputs" / "scratch")
+    ((run_dir, result),) = run_record.collect(tmp_path / "outputs" / "scratch")
     assert result["data"]["duplicates"]["test_in_training"] == 5
     assert "test documents are in training" in (run_dir / "log.txt").read_text()
 

@@ -12,8 +12,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from harness import documents, encodings, files, naming, pairs, passages
-from harness.config import ConfigError, DataConfig
+from harness.config import naming
+from harness.config.errors import ConfigError
+from harness.config.schema import DataConfig
+from harness.data import documents, pairs, passages
+from harness.system import encodings, files
 
 WORDS = ["the", "of", "and", "king", "lord", "house", "son", "day", "man", "earth", "über", "海"]
 

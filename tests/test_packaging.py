@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import SHORT
 
-from harness import results
-from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY
+from harness.config.paths import ASSETS_DIR, CONF_DIR, REPOSITORY
+from harness.results import run_record
 
 pytestmark = pytest.mark.slow
 LEFT = ["outputs/main/x/result.json", ".cache/tokens/x.bin", ".venv/x.py", "harness/__pycache__/x"]
@@ -117,10 +117,10 @@ def test_the_harness_runs_from_a_wheel_in_an_empty_folder(installed, tmp_path):
     assert "r: 4" in shown and shown == do(
         python, "-m", "harness", "method=lora", "method.r=4", "--cfg", "job"
     )
-    assert "131,072" in do(python, "-m", "harness.count", "method=lora", "method.r=8")
+    assert "131,072" in do(python, "-m", "harness.commands.count", "method=lora", "method.r=8")
     table = do(program, "-m", "method=none,lora", *SHORT)
     assert "131,072" in table
-    records = [record for _, record in results.collect(tmp_path / "outputs" / "scratch")]
+    records = [record for _, record in run_record.collect(tmp_path / "outputs" / "scratch")]
     assert [record["status"] for record in records] == ["finished"] * 2
     for record in records:
         assert record["environment"]["commit"] is None  # not theirs

@@ -13,9 +13,10 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from harness import memory, packed
-from harness.config import ASSETS_DIR
-from harness.loss import NextToken
+from harness.config.paths import ASSETS_DIR
+from harness.models import quantized
+from harness.models.loss import NextToken
+from harness.training import memory
 
 
 def test_the_parts_of_a_tensor_subclass_are_followed():
@@ -25,7 +26,7 @@ def test_the_parts_of_a_tensor_subclass_are_followed():
     live = memory.LiveTensors(model)
     live.close()
     assert live.by_category["frozen_weights"] == 2 * 8 * 8 * 4
-    assert packed.parts(torch.zeros(2)) == packed.parts(nn.Parameter(torch.zeros(2))) == []
+    assert quantized.parts(torch.zeros(2)) == quantized.parts(nn.Parameter(torch.zeros(2))) == []
 
 
 def test_scales_beside_a_parameter_are_followed():
@@ -42,12 +43,12 @@ def test_scales_beside_a_parameter_are_followed():
 
 def test_stored_bytes_are_those_of_the_tensors(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match="no safetensors file"):
-        packed.stored_bytes(tmp_path)
+        quantized.stored_bytes(tmp_path)
     tiny.save_pretrained(tmp_path, max_shard_size="40KB")
     files = list(tmp_path.glob("*.safetensors"))
     held = [tensor for file in files for tensor in load_file(file).values()]
     assert len(files) > 1
-    assert packed.stored_bytes(tmp_path) == sum(t.numel() * t.element_size() for t in held)
+    assert quantized.stored_bytes(tmp_path) == sum(t.numel() * t.element_size() for t in held)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_stored_bytes_are_those_of_the_tensors(tiny, tmp_path):
 def test_which_products_mix_the_tokens_of_a_batch(fields, mixes):
     stored = fields and {"quant_method": "bitsandbytes"} | fields
     for form in (stored, BitsAndBytesConfig(**fields) if fields else None):
-        assert packed.mixes_tokens(LlamaConfig(quantization_config=form)) == mixes
+        assert quantized.mixes_tokens(LlamaConfig(quantization_config=form)) == mixes
 
 
 # --------------------------------------------------------------------------- with the libraries
@@ -131,7 +132,7 @@ def test_a_run_counts_packed_bytes_and_predicts_them(
     run_dir = tmp_path / "outputs" / "scratch" / "one"
     result = json.loads((run_dir / "result.json").read_text())
     frozen = result["memory"]["by_category"]["frozen_weights"]
-    assert frozen == pytest.approx(packed.stored_bytes(folder), rel=1e-3)
+    assert frozen == pytest.approx(quantized.stored_bytes(folder), rel=1e-3)
     whole = AutoModelForCausalLM.from_pretrained(folder.parent / "plain" if which == "llama"
                                                  else ASSETS_DIR / which)  # fmt: skip
     assert result["parameters"]["base"] == sum(p.numel() for p in whole.parameters())
@@ -139,7 +140,7 @@ def test_a_run_counts_packed_bytes_and_predicts_them(
     assert predicted == pytest.approx(result["memory"]["peak_bytes"], rel=near)
     refused = harness(*base(folder), *LORA, *SHORT[:-1], "save_merged=always")
     assert refused.returncode != 0 and "cannot be merged into weights quantised" in refused.stderr
-    refused = harness(str(run_dir), "out", "--merge", module="harness.export")
+    refused = harness(str(run_dir), "out", "--merge", module="harness.artifacts.export")
     assert refused.returncode == 2 and "cannot be merged into weights quantised" in refused.stderr
 
 
@@ -147,7 +148,8 @@ def test_a_run_counts_packed_bytes_and_predicts_them(
 @pytest.mark.parametrize("which", ["llama", "gpt2_mini"])
 def test_evaluation_leaves_the_gradients_of_training_alone(make_run, quantised, which):
     """Against the same model that has evaluated nothing; counts are PEFT's own."""
-    from harness import methods, models
+    from harness import methods
+    from harness.models import pretrained
 
     run = make_run(*base(quantised("nf4", which)), *LORA)
     ids = torch.arange(1, 25)[None]
@@ -155,8 +157,8 @@ def test_evaluation_leaves_the_gradients_of_training_alone(make_run, quantised, 
     found = []
     for evaluates in (False, True):
         torch.manual_seed(0)
-        model = methods.adapt(models.load_model(run, models.load_config(run.model)), run)
-        counted = models.count_parameters(model)
+        model = methods.adapt(pretrained.load_model(run, pretrained.load_config(run.model)), run)
+        counted = pretrained.count_parameters(model)
         assert (counted.trainable, counted.total) == model.get_nb_trainable_parameters()
         predicts = NextToken(model)
         if evaluates:
@@ -177,7 +179,8 @@ def test_ia3_on_four_bits_is_ia3_on_what_they_stand_for(
     harness, make_run, quantised, name, tmp_path
 ):
     """Gradients against those of the same weights written out; and a whole run."""
-    from harness import methods, models
+    from harness import methods
+    from harness.models import pretrained
 
     ia3 = ["method=peft", "method.peft_type=IA3", "targets=all"]
     folder = quantised(name)
@@ -185,7 +188,7 @@ def test_ia3_on_four_bits_is_ia3_on_what_they_stand_for(
     ids = torch.arange(1, 25)[None]
     found = []
     for written_out in (False, True):
-        model = models.load_model(run, models.load_config(run.model))
+        model = pretrained.load_model(run, pretrained.load_config(run.model))
         if written_out:
             model = model.dequantize()
             model.config.quantization_config = None
@@ -208,7 +211,7 @@ def test_ia3_on_four_bits_is_ia3_on_what_they_stand_for(
     result = json.loads((tmp_path / "outputs" / "scratch" / "one" / "result.json").read_text())
     assert result["parameters"]["trainable"] == sum(g.numel() for g in packed_grads.values())
     assert result["memory"]["by_category"]["frozen_weights"] == pytest.approx(
-        packed.stored_bytes(folder), rel=1e-3
+        quantized.stored_bytes(folder), rel=1e-3
     )
     refused = harness(*base(folder), *ia3, *SHORT[:-1], "save_merged=always")
     assert refused.returncode != 0 and "cannot be merged into weights quantised" in refused.stderr

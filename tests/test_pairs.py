@@ -14,10 +14,18 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import compose, data, evaluate, generation, models, nlg, pairs, results, train
-from harness.config import ASSETS_DIR, ConfigError, DataConfig, GenerateConfig
-from harness.loss import IGNORE, NextToken
+from harness import compose
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR
+from harness.config.schema import DataConfig, GenerateConfig
+from harness.data import pairs, token_data
+from harness.data.token_tables import IGNORE
+from harness.evaluation import generation, sliding_window, text_metrics
 from harness.methods import adapt
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.results import run_record
+from harness.training import loop
 
 LINES = [
     (f"name : {name} | food : {food}", f"{name} serves {food} food{end} .")
@@ -193,7 +201,7 @@ def test_files_that_are_no_split_s_are_told_and_names_twice_are_refused(cfg, lin
         (folder / name).write_text(lines_file.read_text())
     named = replace(cfg, path=str(folder))
     assert len(pairs.read(named)["test"]) == 12
-    facts, (said,) = data.left_out(named)
+    facts, (said,) = token_data.left_out(named)
     assert facts["left_out"]["files"] == 3
     assert all(name in said for name in ("README.md", "folder/data.txt", "x/data.txt"))
     with pytest.raises(ConfigError, match=r"2 files in .* are called so"):
@@ -258,12 +266,12 @@ def test_loss_and_gradient_are_those_of_every_sequence_alone(
     model = adapt(model, make_run(method))
     some = pairs.read(cfg)["train"]
     table = Dataset(pairs.blocks(some, tokenizer, 96, packing)).with_format("numpy")
-    text = data.Data(table, {}, {}, True, "")
+    text = token_data.Data(table, {}, {}, True, "")
     order = text.by_length(list(range(len(table))))
     num_tokens = text.num_predicted(order)
-    batches = [data.batch_of(table, order[i : i + 3]) for i in range(0, len(order), 3)]
+    batches = [token_data.batch_of(table, order[i : i + 3]) for i in range(0, len(order), 3)]
     prepared = NextToken(model)
-    total = train.accumulate(prepared, batches, num_tokens, Accelerator(cpu=True))
+    total = loop.accumulate(prepared, batches, num_tokens, Accelerator(cpu=True))
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     nats, count = by_hand(model, some, tokenizer)
@@ -276,20 +284,20 @@ def test_loss_and_gradient_are_those_of_every_sequence_alone(
 
 
 def test_padded_batches_are_as_wide_as_their_longest(cfg, tokenizer):
-    text = data.prepare(DataConfig(**vars(cfg) | {"packing": "padded"}), tokenizer)
+    text = token_data.prepare(DataConfig(**vars(cfg) | {"packing": "padded"}), tokenizer)
     order = text.by_length(list(range(text.num_blocks)))
-    widths = [data.batch_of(text.blocks, [i]).inputs.shape[1] for i in order]
+    widths = [token_data.batch_of(text.blocks, [i]).inputs.shape[1] for i in order]
     assert widths == sorted(widths) and len(set(widths)) > 3
-    both = data.batch_of(text.blocks, [order[0], order[-1]])
+    both = token_data.batch_of(text.blocks, [order[0], order[-1]])
     assert both.inputs.shape == (2, widths[-1]) and both.positions is None
     assert (both.targets[0, widths[0] :] == IGNORE).all()
 
 
 def test_evaluation_counts_completions_only(cfg, tokenizer, mini):
-    text = data.prepare(cfg, tokenizer)
+    text = token_data.prepare(cfg, tokenizer)
     with torch.no_grad():
         nats, count = by_hand(mini, pairs.read(cfg)["test"], tokenizer)
-    found, tokens = evaluate.document_nll(
+    found, tokens = sliding_window.document_nll(
         NextToken(mini), text.held_out["test"], context=96, stride=96,
         bos=tokenizer.eos_token_id, batch_tokens=200,
     )  # fmt: skip
@@ -338,7 +346,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(cfg, tokenizer, mini):
 
 def test_a_model_that_cannot_generate_is_refused_before_training(cfg, tokenizer, make_run):
     run = make_run("model=lstm", "targets=lstm", "method=full")
-    lstm = models.load_model(run, models.load_config(run.model))
+    lstm = pretrained.load_model(run, pretrained.load_config(run.model))
     todo = pairs.read(cfg)["test"]
     with pytest.raises(ConfigError, match="LSTMForCausalLM cannot complete prompts"):
         generation.check(lstm, tokenizer, todo, GenerateConfig(), Accelerator(cpu=True), None)
@@ -397,7 +405,7 @@ SHORT = (
 def test_a_task_as_a_user_starts_it(harness, lines_file, tmp_path):
     done = harness("data=pairs", f"data.path={lines_file}", "evaluate=generate", *SHORT)
     assert done.returncode == 0, done.stderr
-    ((run_dir, result),) = results.collect(tmp_path / "outputs" / "scratch")
+    ((run_dir, result),) = run_record.collect(tmp_path / "outputs" / "scratch")
     found = result["quality"]["generation"]
     cfg = DataConfig("p", "pairs", path=str(lines_file))
     test = pairs.read(cfg)["test"]
@@ -408,7 +416,9 @@ def test_a_task_as_a_user_starts_it(harness, lines_file, tmp_path):
         == len(test)
         == len(pd.read_parquet(run_dir / "documents-test.parquet"))
     )
-    scores = nlg.score([row["completion"] for row in rows], [row["references"] for row in rows])
+    scores = text_metrics.score(
+        [row["completion"] for row in rows], [row["references"] for row in rows]
+    )
     assert {name: found[name] for name in scores.values} == pytest.approx(scores.values)
     assert found["skipped"] == scores.skipped
     assert result["speed"]["tokens"] < 2 * 384  # completions only
@@ -446,7 +456,7 @@ def test_a_published_recipe_runs_at_the_scale_of_a_cpu(harness, lines_file, tmp_
         "data.context=64", "train.batch_tokens=256", "evaluate.generate.prompts=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = results.collect(tmp_path / "outputs" / "paper_e2e_gpt2_medium")
+    found = run_record.collect(tmp_path / "outputs" / "paper_e2e_gpt2_medium")
     labels = {result["method"]["label"]: result for _, result in found}
     assert set(labels) == {"full", "lora_paper"}
     for result in labels.values():

@@ -8,22 +8,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from harness import (
-    compose,
-    composition,
-    data,
-    documents,
-    memory,
-    methods,
-    models,
-    planning,
-    predict,
-    results,
-    train,
-)
+from harness import compose, methods
 from harness import plan as harness_plan
-from harness.config import ConfigError
-from harness.loss import NextToken
+from harness.commands import plan
+from harness.config.errors import ConfigError
+from harness.data import documents, token_data
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.results import run_record
+from harness.runs import composition, estimate
+from harness.training import loop, memory
 
 TINY = [
     "model=gpt2_mini_init", "model.architecture.n_embd=64", "model.architecture.n_layer=3",
@@ -36,7 +30,7 @@ WIDE = [
     "model.architecture.vocab_size=50257", "train.batch_tokens=128",
 ]  # fmt: skip
 UDV = ["method=udv", "method.rank=16"]
-followed = predict._followed
+followed = estimate._followed
 # methods x targets x batch x length x precision x checkpointing x accumulation
 CONFIGURATIONS = [
     [*TINY, "method=full"],
@@ -86,8 +80,8 @@ def accelerator(run):
 def measured(run, config, accelerate, evaluated=None):
     """Real tensors, the worker's order of events: the second step or the only one, evaluation."""
     torch.manual_seed(0)
-    model = methods.adapt(models.load_model(run, config), run)
-    models.checkpoint_activations(model, run.train)
+    model = methods.adapt(pretrained.load_model(run, config), run)
+    pretrained.checkpoint_activations(model, run.train)
     frozen = not any(p.requires_grad for p in model.parameters())
     prepared = accelerate.prepare_model(
         NextToken(model, run.train.label_smoothing), evaluation_mode=frozen
@@ -96,7 +90,7 @@ def measured(run, config, accelerate, evaluated=None):
 
     def evaluate(optimizer):
         context = run.evaluation_context
-        tokens = run.evaluate.batch_tokens or predict.evaluate.batch_tokens(config)
+        tokens = run.evaluate.batch_tokens or estimate.evaluate.batch_tokens(config)
         shape = evaluated or (max(1, tokens // context), context)
         ids = torch.randint(0, config.vocab_size, shape)
         ids = ids.to(accelerate.device)
@@ -106,7 +100,7 @@ def measured(run, config, accelerate, evaluated=None):
     if frozen or not run.train.steps:
         evaluate(None)
         return on_evaluation, on_evaluation
-    optimizer = accelerate.prepare_optimizer(train.make_optimizer(model, run.train))
+    optimizer = accelerate.prepare_optimizer(loop.make_optimizer(model, run.train))
     prepared.train()
     shape = (run.train.micro_batch, run.data.context)
     number = run.train.batch_tokens // (shape[0] * shape[1])
@@ -116,10 +110,10 @@ def measured(run, config, accelerate, evaluated=None):
             ids = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
             packed = run.data.source == "pairs" and run.data.packing == "packed"
             positions = torch.arange(shape[1]).expand(shape) if packed else None
-            batches = [data.Batch(block, block, positions) for block in ids]
+            batches = [token_data.Batch(block, block, positions) for block in ids]
             penalty = methods.penalty(model, run)
-            train.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
-            train.apply(model, optimizer, accelerate, run.train)
+            loop.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
+            loop.apply(model, optimizer, accelerate, run.train)
     evaluate(optimizer)
     return report, on_evaluation
 
@@ -127,8 +121,8 @@ def measured(run, config, accelerate, evaluated=None):
 @pytest.mark.parametrize("overrides", CONFIGURATIONS, ids=lambda o: " ".join(o[-3:]))
 def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
     run = make_run(*overrides)
-    config = models.load_config(run.model)
-    found = predict.predict(run, config, accelerator(run))
+    config = pretrained.load_config(run.model)
+    found = estimate.predict(run, config, accelerator(run))
     expected, evaluated = measured(run, config, accelerator(run))
     assert found.evaluate["peak_bytes"] == pytest.approx(evaluated["peak_bytes"], rel=0.05)
     main = found.train or found.evaluate
@@ -142,8 +136,8 @@ def test_the_predicted_peak_is_the_measured_one(make_run, overrides):
 @pytest.mark.parametrize("method", [["method=full"], ["method=lora"], [*UDV, "method.train=udv"]])
 def test_the_first_step_and_a_short_text_need_less(make_run, method, steps, evaluated):
     run = make_run(*TINY, *method, f"train.steps={steps}", "evaluate.batch_tokens=2048")
-    config = models.load_config(run.model)
-    found = predict.predict(run, config, accelerator(run), evaluated)
+    config = pretrained.load_config(run.model)
+    found = estimate.predict(run, config, accelerator(run), evaluated)
     expected, on_evaluation = measured(run, config, accelerator(run), evaluated)
     assert found.peak_bytes == pytest.approx(expected["peak_bytes"], rel=0.05)
     assert found.evaluate["peak_bytes"] == pytest.approx(on_evaluation["peak_bytes"], rel=0.05)
@@ -179,25 +173,25 @@ def test_an_evaluation_batch_is_no_larger_than_the_text(make_run, tmp_path, toke
     path = notes(tmp_path / "short.jsonl", 40, 30)
     run = make_run("data=text_files", f"data.path={path}", "data.context=32", "evaluate.stride=16",
                    "train.batch_tokens=256")  # fmt: skip
-    config = models.load_config(run.model)
+    config = pretrained.load_config(run.model)
     sizes = [
         [len(tokenizer(text)["input_ids"]) for _, text in documents.read(run.data)[split]]
         for split in ("validation", "test")
     ]
     windows = max(sum(1 + -(-max(0, n - 32) // 16) for n in split) for split in sizes)
-    assert predict.largest_batch(run, config) == (windows, 32)
-    full = predict.full_batch(run, config)
+    assert estimate.largest_batch(run, config) == (windows, 32)
+    full = estimate.full_batch(run, config)
     assert full[0] > windows
     # Two thousand words are longer than any batch, and so is what is not here to be read.
     long = notes(tmp_path / "long.jsonl", 20, 20_000)
     for other in (["data=text_files", f"data.path={long}"], ["data=wikitext2"]):
         more = make_run(*other, "data.context=32", "train.batch_tokens=256")
-        assert predict.largest_batch(more, config) == full
+        assert estimate.largest_batch(more, config) == full
     # Without the tokenizer a byte is a token, which is an upper bound.
     bare = dataclasses.replace(run, model=dataclasses.replace(run.model, asset=None, id="far/away"))
-    assert windows < predict.largest_batch(bare, config)[0] <= full[0]
+    assert windows < estimate.largest_batch(bare, config)[0] <= full[0]
     assert (
-        predict.largest_batch(make_run("evaluate.protocol=hf_guide", "data=wikitext2"), config)[1]
+        estimate.largest_batch(make_run("evaluate.protocol=hf_guide", "data=wikitext2"), config)[1]
         == 256
     )
 
@@ -213,7 +207,7 @@ def test_a_runs_prediction_is_what_it_took(finished_run, tmp_path, method, docum
         "data.validation_share=0.05", "data.test_share=0.05", "train.micro_batch=4",
         "data.document_chars=null",
     )  # fmt: skip
-    record = results.read(run_dir)
+    record = run_record.read(run_dir)
     found, took = record["predicted"], record["memory"]
     assert found["peak_bytes"] == pytest.approx(took["peak_bytes"], rel=0.05)
     on_evaluation = took["evaluate"]["peak_bytes"]
@@ -230,9 +224,9 @@ def test_what_was_halved_is_predicted_as_it_was_done(make_run, tmp_path):
         make_run(*TINY, "method=full", cache, *more)
         for more in (["train.micro_batch=8"], ["train.micro_batch=4"], ["train.steps=1"])
     )
-    config = models.load_config(asked.model)
+    config = pretrained.load_config(asked.model)
     peaks = {
-        name: predict.recorded(run, config, accelerator(run))["peak_bytes"]
+        name: estimate.recorded(run, config, accelerator(run))["peak_bytes"]
         for name, run in (("asked", asked), ("done", done), ("one", one))
     }
     assert peaks["one"] < peaks["done"] < peaks["asked"]
@@ -240,8 +234,8 @@ def test_what_was_halved_is_predicted_as_it_was_done(make_run, tmp_path):
 
 def test_an_lstm_is_predicted_without_the_workspace_of_its_kernel(make_run):
     run = make_run(*MINI, "model=lstm", "method=full")
-    config = models.load_config(run.model)
-    found = predict.predict(run, config, accelerator(run))
+    config = pretrained.load_config(run.model)
+    found = estimate.predict(run, config, accelerator(run))
     peak = measured(run, config, accelerator(run))[0]["peak_bytes"]
     assert 0.8 * peak < found.train["peak_bytes"] < peak
 
@@ -253,14 +247,14 @@ def test_an_lstm_is_predicted_without_the_workspace_of_its_kernel(make_run):
 def test_a_gpus_library_keeps_two_workspaces(monkeypatch, device, capability, expected):
     """8,519,680 bytes is what torch's notes on CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8 come to."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert predict.library_bytes(torch.device(device)) == expected
+    assert estimate.library_bytes(torch.device(device)) == expected
 
 
 def test_flops_are_the_closed_form(make_run):
     # 2 FLOPs a weight and token forward, 4 backward where it trains, 2 where only its input's
     # gradient is needed; attention 4 T d forward (scores, then values) and 2.5 times that backward.
     full, lora = (
-        predict.predict(run, models.load_config(run.model), accelerator(run))
+        estimate.predict(run, pretrained.load_config(run.model), accelerator(run))
         for run in (make_run(*TINY, f"method={name}") for name in ("full", "none"))
     )
     d, layers, vocabulary, context = 64, 3, 1000, 32
@@ -278,7 +272,7 @@ def test_flops_of_lora_are_the_closed_form(make_run):
     # which the first c_attn needs none: nothing before it trains. A and B cost 6 each.
     r, d, layers, vocabulary, context = 8, 64, 3, 1000, 32
     run = make_run(*TINY, "method=lora", f"method.r={r}", "targets=c_attn")
-    found = predict.predict(run, models.load_config(run.model), accelerator(run))
+    found = estimate.predict(run, pretrained.load_config(run.model), accelerator(run))
     matrices = 12 * d * d * layers + d * vocabulary
     adapter = r * (d + 3 * d) * layers
     attention = 3.5 * 4 * context * d * layers
@@ -288,19 +282,19 @@ def test_flops_of_lora_are_the_closed_form(make_run):
 
 def test_a_sweep_over_seeds_and_rates_asks_for_one_prediction(make_run, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(predict, "_followed", lambda *a: made.append(a) or followed(*a))
+    monkeypatch.setattr(estimate, "_followed", lambda *a: made.append(a) or followed(*a))
     one, same, other = (
         make_run(*TINY, "method=lora", f"data.cache_dir={tmp_path / 'cache'}", *more)
         for more in (["seed=0"], ["seed=1", "train.lr=0.5", "train.steps=7"], ["method.r=3"])
     )
-    config = models.load_config(one.model)
-    first = predict.recorded(one, config, accelerator(one))
-    assert first == predict.recorded(same, config, accelerator(same)) and len(made) == 1
-    assert first != predict.recorded(other, config, accelerator(other)) and len(made) == 2
+    config = pretrained.load_config(one.model)
+    first = estimate.recorded(one, config, accelerator(one))
+    assert first == estimate.recorded(same, config, accelerator(same)) and len(made) == 1
+    assert first != estimate.recorded(other, config, accelerator(other)) and len(made) == 2
 
 
 def test_what_looks_at_values_leaves_the_rest_of_the_table(capsys):
-    assert planning.main(["method=peft", "method.peft_type=WAVEFT,IA3"]) == 0
+    assert plan.main(["method=peft", "method.peft_type=WAVEFT,IA3"]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if "-s0-" in line]
     rows = {line.split("-")[0].strip(): line for line in table}
     assert "only a run can tell" in rows["waveft"] and "only a run" not in rows["ia3"]
@@ -308,7 +302,7 @@ def test_what_looks_at_values_leaves_the_rest_of_the_table(capsys):
 
 def test_only_the_weights_can_tell_a_rank_by_energy(make_run):
     run = make_run(*TINY, "method=udv", "method.energy=0.9")
-    assert predict.predict(run, models.load_config(run.model), accelerator(run)) is None
+    assert estimate.predict(run, pretrained.load_config(run.model), accelerator(run)) is None
 
 
 @pytest.mark.parametrize(
@@ -316,13 +310,13 @@ def test_only_the_weights_can_tell_a_rank_by_energy(make_run):
     [("8GiB", 8 * 2**30), ("500MB", 5 * 10**8), ("1.5e9", 1.5e9), ("64 KiB", 65536), ("7B", 7)],
 )
 def test_sizes(text, size):
-    assert planning.parse_bytes(text) == size
+    assert plan.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["8 gigs", "", "-1GiB", "GiB", "1.2.3GiB", "."])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match=r"plan\.limit=.*8GiB"):
-        planning.parse_bytes(text)
+        plan.parse_bytes(text)
 
 
 @pytest.mark.slow
@@ -350,14 +344,14 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
     ],
 )
 def test_mistakes_are_answered_in_a_line(capsys, arguments, message):
-    assert planning.main(arguments) == 2
+    assert plan.main(arguments) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1
 
 
 def test_runs_are_called_as_they_will_be(capsys):
     asked = ["method=none,lora"]
-    assert planning.main(asked) == 0
+    assert plan.main(asked) == 0
     shown = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert {run.run_dir.name for run in compose(*asked)} <= shown
 

@@ -10,13 +10,19 @@ from test_evaluate import documents as some_documents
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from harness import data, documents, evaluate, generate, pairs, prefix, results, worker
-from harness.config import ASSETS_DIR, ConfigError, DataConfig
-from harness.launch import difference, is_same, prepare
-from harness.loss import NextToken
-from harness.naming import identity
+from harness.artifacts import sample
+from harness.config.errors import ConfigError
+from harness.config.naming import identity
+from harness.config.paths import ASSETS_DIR
+from harness.config.schema import DataConfig
+from harness.data import documents, pairs, token_data
+from harness.evaluation import prefix, sliding_window
+from harness.models.loss import NextToken
 from harness.report import evidence
-from harness.stats import check
+from harness.report.stats import check
+from harness.results import run_record
+from harness.runs import worker
+from harness.runs.launcher import difference, is_same, prepare
 
 
 def with_bos(*, adds=True):
@@ -70,13 +76,13 @@ def corpus(tmp_path):
 
 def test_training_sees_what_evaluation_gives(corpus):
     tokenizer = with_bos()
-    data.prepare(corpus, tokenizer)  # another stream, which the cache must not mistake for it
-    text = data.prepare(corpus, tokenizer, begins=prefix.find(tokenizer).begins)
+    token_data.prepare(corpus, tokenizer)  # another stream, which the cache must not mistake for it
+    text = token_data.prepare(corpus, tokenizer, begins=prefix.find(tokenizer).begins)
     stream = []
     for _, words in documents.read(corpus)["train"]:
         stream += [*tokenizer(words)["input_ids"], tokenizer.eos_token_id]  # with its own BOS
     expected = [stream[i : i + 33] for i in range(0, len(stream) - 32, 32)]
-    assert data.batch_of(text.blocks, list(range(text.num_blocks))).ids.tolist() == expected
+    assert token_data.batch_of(text.blocks, list(range(text.num_blocks))).ids.tolist() == expected
 
 
 def test_a_prompt_follows_bos_where_documents_do():
@@ -95,16 +101,16 @@ def test_a_prompt_follows_bos_where_documents_do():
 def test_a_prompt_that_is_cut_keeps_its_bos(make_run):
     tokenizer = with_bos()
     run = type("Saved", (), {"tokenizer": tokenizer, "run": make_run()})
-    ids, dropped = generate.prompt_tokens(run, "In the beginning God", 3)
+    ids, dropped = sample.prompt_tokens(run, "In the beginning God", 3)
     assert ids == [tokenizer.bos_token_id, *tokenizer("In the beginning God")["input_ids"][-2:]]
     assert dropped == len(tokenizer("In the beginning God")["input_ids"]) - 3
-    assert generate.prompt_tokens(run, "", 3) == ([tokenizer.bos_token_id], 0)
+    assert sample.prompt_tokens(run, "", 3) == ([tokenizer.bos_token_id], 0)
 
 
 def test_without_a_prefix_the_first_token_is_given(tiny):
     """Against transformers' loss, which predicts a text from its second token on."""
     docs = some_documents([20, 1, 0, 2])
-    nll, count = evaluate.document_nll(
+    nll, count = sliding_window.document_nll(
         NextToken(tiny), docs, context=32, stride=32, bos=None, batch_tokens=64
     )
     assert count.tolist() == [19, 0, 0, 1]
@@ -114,11 +120,11 @@ def test_without_a_prefix_the_first_token_is_given(tiny):
             exact = tiny(ids, labels=ids).loss.item()
         assert nll[index] / count[index] == pytest.approx(exact, rel=1e-5)
     docs = some_documents([50])
-    windowed, count = evaluate.document_nll(
+    windowed, count = sliding_window.document_nll(
         NextToken(tiny), docs, context=8, stride=3, bos=None, batch_tokens=64
     )
     ids = docs["tokens"][0].tolist()
-    after, _ = evaluate.document_nll(  # the rest of the document after its first token
+    after, _ = sliding_window.document_nll(  # the rest of the document after its first token
         NextToken(tiny), docs.map(lambda row: {"tokens": row["tokens"][1:]}),
         context=8, stride=3, bos=ids[0], batch_tokens=64,
     )  # fmt: skip
@@ -162,7 +168,7 @@ def test_a_run_records_what_its_documents_follow(tmp_path, make_run, tiny):
     check([eos, older])
     with pytest.raises(ConfigError, match="prefix"):
         check([bos, older])
-    assert results.get(record, "model.causal") is True
+    assert run_record.get(record, "model.causal") is True
 
     # A finished run of before EOS gave way to BOS is not today's run.
     today = json.loads((run.run_dir / "result.json").read_text())

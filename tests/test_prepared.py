@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from harness import data, digests, documents, prepared
-from harness.config import REPOSITORY, ConfigError, DataConfig
+from harness.config.errors import ConfigError
+from harness.config.paths import REPOSITORY
+from harness.config.schema import DataConfig
+from harness.data import documents, token_cache, token_data
+from harness.system import digests
 
 
 @pytest.fixture
@@ -38,16 +41,16 @@ def test_a_text_is_read_again_where_the_code_that_reads_it_changed(
     cfg, tokenizer, unread, monkeypatch
 ):
     """Once: its tables are found by what is in them."""
-    data.prepare(cfg, tokenizer)
-    monkeypatch.setattr(prepared, "_code", lambda: "another version")
-    assert not data.prepare(cfg, tokenizer).tokenized
-    for name in prepared.READERS:
+    token_data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(token_cache, "_code", lambda: "another version")
+    assert not token_data.prepare(cfg, tokenizer).tokenized
+    for name in token_cache.READERS:
         assert (REPOSITORY / "harness" / f"{name}.py").is_file()
     unread()
-    data.prepare(cfg, tokenizer)
-    monkeypatch.setattr(prepared, "_code", lambda: "a third")
+    token_data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(token_cache, "_code", lambda: "a third")
     with pytest.raises(AssertionError, match="read again"):
-        data.prepare(cfg, tokenizer)
+        token_data.prepare(cfg, tokenizer)
 
 
 @pytest.fixture
@@ -59,33 +62,33 @@ def unread(monkeypatch):
 
     def stop():
         monkeypatch.setattr(documents, "corpus", refuse)
-        monkeypatch.setattr(prepared, "encode", refuse)
+        monkeypatch.setattr(token_cache, "encode", refuse)
 
     return stop
 
 
 def test_a_later_run_finds_the_text_without_reading_it(cfg, tokenizer, unread):
-    first = data.prepare(cfg, tokenizer)
-    alone, _ = data.prepare_test(cfg, tokenizer)
+    first = token_data.prepare(cfg, tokenizer)
+    alone, _ = token_data.prepare_test(cfg, tokenizer)
     unread()
-    again = data.prepare(cfg, tokenizer)
+    again = token_data.prepare(cfg, tokenizer)
     assert same(first, again) and again.num_documents == first.num_documents
     assert first.tokenized and not again.tokenized and again.facts["rule"]
-    assert repr(data.prepare_test(cfg, tokenizer)[0][:]) == repr(alone[:])
+    assert repr(token_data.prepare_test(cfg, tokenizer)[0][:]) == repr(alone[:])
     for change in ({"context": 16}, {"test_share": 0.2}, {"split": "contiguous"}):
         with pytest.raises(AssertionError, match="read again"):
-            data.prepare(replace(cfg, **change), tokenizer)
+            token_data.prepare(replace(cfg, **change), tokenizer)
     with pytest.raises(AssertionError, match="read again"):
-        data.prepare(cfg, tokenizer, begins=(7,))
+        token_data.prepare(cfg, tokenizer, begins=(7,))
 
 
 def test_a_changed_file_is_noticed_within_a_process(cfg, tokenizer, tmp_path):
-    first = data.prepare(cfg, tokenizer)
+    first = token_data.prepare(cfg, tokenizer)
     file = tmp_path / "a.jsonl"
     before = file.stat()
     write(file, "cat")  # the same size
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # and the same time
-    again = data.prepare(cfg, tokenizer)
+    again = token_data.prepare(cfg, tokenizer)
     assert again.tokenized and not same(first, again)
     assert " cat " in tokenizer.decode(again.blocks[0]["tokens"])
 
@@ -93,48 +96,48 @@ def test_a_changed_file_is_noticed_within_a_process(cfg, tokenizer, tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_refused_and_not_remembered(
     cfg, tokenizer, tmp_path, monkeypatch
 ):
-    encode = prepared.encode
+    encode = token_cache.encode
 
     def meanwhile(docs, words):
         write(tmp_path / "a.jsonl", "cat")
         return encode(docs, words)
 
-    monkeypatch.setattr(prepared, "encode", meanwhile)
+    monkeypatch.setattr(token_cache, "encode", meanwhile)
     with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read"):
-        data.prepare(cfg, tokenizer)
-    monkeypatch.setattr(prepared, "encode", encode)
+        token_data.prepare(cfg, tokenizer)
+    monkeypatch.setattr(token_cache, "encode", encode)
     write(tmp_path / "a.jsonl", "fox")
-    assert " fox " in tokenizer.decode(data.prepare(cfg, tokenizer).blocks[0]["tokens"])
+    assert " fox " in tokenizer.decode(token_data.prepare(cfg, tokenizer).blocks[0]["tokens"])
 
 
 def test_a_manifest_or_table_that_is_damaged_is_made_again(cfg, tokenizer, tmp_path):
-    first = data.prepare(cfg, tokenizer)
+    first = token_data.prepare(cfg, tokenizer)
     (manifest,) = (tmp_path / "cache" / "prepared").glob("*.json")
     for damaged in ("", "[]", '{"tables": {"train": "gone"}}'):
         manifest.write_text(damaged)
-        assert same(data.prepare(cfg, tokenizer), first)
+        assert same(token_data.prepare(cfg, tokenizer), first)
     for file in (tmp_path / "cache" / "tokens").glob("*/*.arrow"):
         whole = file.read_bytes()
         file.unlink()  # which is mapped into memory: it is not to be cut
         file.write_bytes(whole[:-100])
-    assert same(data.prepare(cfg, tokenizer), first)
+    assert same(token_data.prepare(cfg, tokenizer), first)
 
 
 def test_a_second_run_waits_for_the_first_to_prepare_and_says_so(
     cfg, tokenizer, unread, monkeypatch, capfd
 ):
     started, go_on = threading.Event(), threading.Event()
-    made = prepared._made
+    made = token_cache._made
 
     def slowly(*asked):
         started.set()
         assert go_on.wait(60)
         return made(*asked)
 
-    monkeypatch.setattr(prepared, "_made", slowly)
+    monkeypatch.setattr(token_cache, "_made", slowly)
     found = []
     runs = [
-        threading.Thread(target=lambda: found.append(data.prepare(cfg, tokenizer)))
+        threading.Thread(target=lambda: found.append(token_data.prepare(cfg, tokenizer)))
         for _ in range(2)
     ]
     runs[0].start()
@@ -171,15 +174,17 @@ def test_many_small_files_are_not_hashed_again(tmp_path, monkeypatch):
 
 def test_text_that_is_not_known_by_content_is_never_found(cfg):
     for content in ("", "packages:kjv 1", "unknown: no network"):
-        prepared.keep(cfg, content, "k", prepared.Manifest({}, {}, {}, []))
-        assert prepared.find(cfg, content, "k") is None
+        token_cache.keep(cfg, content, "k", token_cache.Manifest({}, {}, {}, []))
+        assert token_cache.find(cfg, content, "k") is None
 
 
 def test_a_file_that_changes_between_the_two_readings_leaves_no_table(
     cfg, tokenizer, tmp_path, monkeypatch
 ):
     """The first reading finds the splits, the second one tokenises."""
-    first = repr(tokens(data.prepare(replace(cfg, cache_dir=str(tmp_path / "other")), tokenizer)))
+    first = repr(
+        tokens(token_data.prepare(replace(cfg, cache_dir=str(tmp_path / "other")), tokenizer))
+    )
     corpus = documents.corpus
 
     def meanwhile(*asked):
@@ -189,7 +194,7 @@ def test_a_file_that_changes_between_the_two_readings_leaves_no_table(
 
     monkeypatch.setattr(documents, "corpus", meanwhile)
     with pytest.raises(ConfigError, match=r"a\.jsonl changed while it was read"):
-        data.prepare(cfg, tokenizer)
+        token_data.prepare(cfg, tokenizer)
     monkeypatch.setattr(documents, "corpus", corpus)
     write(tmp_path / "a.jsonl", "fox")
-    assert repr(tokens(data.prepare(cfg, tokenizer))) == first
+    assert repr(tokens(token_data.prepare(cfg, tokenizer))) == first

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from test_evaluate import documents
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import evaluate, probes
-from harness.config import ConfigError
-from harness.loss import IGNORE, NextToken
+from harness.config.errors import ConfigError
+from harness.data.token_tables import IGNORE
+from harness.evaluation import probes, sliding_window
+from harness.models.loss import NextToken
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -108,9 +109,11 @@ def test_nats_of_a_document_are_those_of_it_alone_with_longrope():
             logits = model(input_ids=ids[:, :-1]).logits[0]
             exact.append(F.cross_entropy(logits, ids[0, 1:], reduction="sum").item())
     options = {"context": 96, "stride": 96, "bos": 0, "batch_tokens": 4096}
-    nll, _ = evaluate.document_nll(NextToken(model), docs, batching=batching(model), **options)
+    nll, _ = sliding_window.document_nll(
+        NextToken(model), docs, batching=batching(model), **options
+    )
     np.testing.assert_allclose(nll, exact, rtol=1e-5)
-    padded, _ = evaluate.document_nll(NextToken(model), docs, **options)
+    padded, _ = sliding_window.document_nll(NextToken(model), docs, **options)
     assert np.abs(padded / exact - 1).max() > 1e-3  # what this test is for
 
 
@@ -136,10 +139,10 @@ def test_rows_that_change_their_neighbours_are_evaluated_alone(tiny):
 
 
 def test_batches_hold_one_width_or_one_row_where_asked():
-    todo = list(evaluate.windows([3, 7, 7, 7, 2, 3], 8, 8))
-    assert list(evaluate._batches(todo, 21)) == [[1, 2, 3], [0, 5, 4]]
-    assert list(evaluate._batches(todo, 14, "one_width")) == [[1, 2], [3], [0, 5], [4]]
-    assert all(len(batch) == 1 for batch in evaluate._batches(todo, 99, "one_row"))
+    todo = list(sliding_window.windows([3, 7, 7, 7, 2, 3], 8, 8))
+    assert list(sliding_window._batches(todo, 21)) == [[1, 2, 3], [0, 5, 4]]
+    assert list(sliding_window._batches(todo, 14, "one_width")) == [[1, 2], [3], [0, 5], [4]]
+    assert all(len(batch) == 1 for batch in sliding_window._batches(todo, 99, "one_row"))
 
 
 def test_pairs_that_would_change_one_another_in_training_are_refused(make_run):

@@ -4,13 +4,13 @@ import json
 
 from rich.console import Console
 
-from harness import results
-from harness.progress import View, _duration
+from harness.results import run_record
+from harness.runs.progress import View, _duration
 
 
 def write(run, status, **more):
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    results.write(run.run_dir, {"status": status, **more})
+    run_record.write(run.run_dir, {"status": status, **more})
 
 
 def finished(perplexity):
@@ -28,7 +28,7 @@ def test_every_end_is_told_once_in_the_order_of_the_ends(make_run, tmp_path, cap
         view._look()
         write(runs[2], "running")
         view._look()
-        metrics = runs[2].run_dir / results.METRICS_NAME
+        metrics = runs[2].run_dir / run_record.METRICS_NAME
         metrics.write_text(json.dumps({"step": 25}) + '\n{"step": 26, "tra')  # being written
         console = Console(width=100, file=None, record=True)
         console.print(view._picture())

@@ -18,10 +18,14 @@ from test_evaluate import Rank
 from test_prefix import with_bos
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from harness import documents, evaluate, protocols, results
-from harness.config import ASSETS_DIR, CONF_DIR, REPOSITORY, ConfigError, DataConfig
-from harness.loss import NextToken
-from harness.naming import identity, run_name
+from harness.config.errors import ConfigError
+from harness.config.naming import identity, run_name
+from harness.config.paths import ASSETS_DIR, CONF_DIR, REPOSITORY
+from harness.config.schema import DataConfig
+from harness.data import documents
+from harness.evaluation import protocols, sliding_window
+from harness.models.loss import NextToken
+from harness.results import run_record
 
 # A line of WikiText is between spaces, and a blank one is a space.
 LINES = [
@@ -257,7 +261,7 @@ def test_gpt2_paper_divides_by_words_and_lines(model, tokenizer):
     assert text.sequences[0].tolist() == [tokenizer.eos_token_id, *ids]
     assert text.facts["lines_kept"] == 1
     assert text.facts["num_words"] == len(" ".join(lines).split()) + len(lines)
-    nll, count = evaluate.document_nll(
+    nll, count = sliding_window.document_nll(
         NextToken(model), Dataset.from_dict({"tokens": [ids]}),
         context=64, stride=32, bos=tokenizer.eos_token_id, batch_tokens=512,
     )  # fmt: skip
@@ -291,7 +295,7 @@ def test_ranks_divide_the_windows(tiny, tokenizer, rows, name):
     text = protocols.PROTOCOLS[name](rows, tokenizer, 32, 32)
     text = replace(text, sequences=[ids % 64 for ids in text.sequences])  # tiny's vocabulary
     whole, *parts = (
-        evaluate.window_nll(
+        sliding_window.window_nll(
             NextToken(tiny), text.windows, text.ids, batch_tokens=256, accelerator=rank
         )
         for rank in (None, Rank(0), Rank(1))
@@ -357,7 +361,7 @@ def test_a_run_reports_the_protocol_beside_its_test_set(
     done = harness(*asked, "evaluate.stride=32", "run_name=plain")
     assert done.returncode == 0, done.stderr
     runs = tmp_path / "outputs" / "scratch"
-    guide, plain = (results.read(runs / name)["quality"] for name in ("guide", "plain"))
+    guide, plain = (run_record.read(runs / name)["quality"] for name in ("guide", "plain"))
     found = guide.pop("test_protocol")
     assert guide == plain
     ids = tokenizer("\n\n".join(rows_of(PAGES)), return_tensors="pt")["input_ids"]
@@ -369,7 +373,7 @@ def test_a_run_reports_the_protocol_beside_its_test_set(
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------- harness.verify
+# --------------------------------------------------------------------------- harness.commands.verify_published
 
 
 @pytest.fixture
@@ -400,7 +404,7 @@ def test_verify_prints_what_is_published_beside_what_is_measured(
     (tmp_path / "raw test.txt").write_text(text, "utf-8")
     both = ("--raw", "raw test.txt", "--tokenised", "raw test.txt")
     done: subprocess.CompletedProcess[str] = harness(
-        "--only", "gpt2", *both, module="harness.verify"
+        "--only", "gpt2", *both, module="harness.commands.verify_published"
     )
     assert done.returncode == 1, done.stderr  # the tiny model is not gpt2
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("gpt2 ")]
@@ -418,14 +422,14 @@ def test_verify_prints_what_is_published_beside_what_is_measured(
 
 @pytest.mark.slow
 def test_verify_says_what_is_missing(harness, hub_cache):
-    done = harness("--only", "gpt2", module="harness.verify")
+    done = harness("--only", "gpt2", module="harness.commands.verify_published")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines() == [
         "error: nothing to compare: no weights of openai-community/gpt2 in the local hub cache, "
         "and the hub is out of reach"
     ]
     hub_cache()
-    done = harness("--only", "gpt2", module="harness.verify")
+    done = harness("--only", "gpt2", module="harness.commands.verify_published")
     assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nothing to compare: data.id=Salesforce/wikitext: could not be")

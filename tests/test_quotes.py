@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from harness import rates
-from harness.config import REPOSITORY
+from harness.config import rates
+from harness.config.paths import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "experiments" / "claims"))
 import statements

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats as scipy_stats
 from test_stats import simulate
 
-from harness import ranking, stats
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
+from harness.report import ranking, stats
 
 
 def comparison(a, b, difference, adjusted_p):

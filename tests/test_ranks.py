@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from harness import results
-from harness.config import CONF_DIR, REPOSITORY
+from harness.config.paths import CONF_DIR, REPOSITORY
+from harness.results import run_record
 
 SAME = [
     "train.steps=4", "evaluate.every=2", "data.validation_share=0.003", "data.test_share=0.003",
@@ -22,7 +22,7 @@ ACCELERATE = [
 
 
 def metrics(tmp_path, name):
-    rows = results.read_metrics(tmp_path / "outputs" / "scratch" / name)
+    rows = run_record.read_metrics(tmp_path / "outputs" / "scratch" / name)
     return [{k: v for k, v in row.items() if k != "train/step_seconds"} for row in rows]
 
 
@@ -41,7 +41,7 @@ def test_two_ranks_take_the_steps_of_one(harness, tmp_path, method):
         assert a.keys() == b.keys() and a["step"] == b["step"]
         for key, value in a.items():
             assert b[key] == pytest.approx(value, rel=1e-5), key
-    runs = dict(results.collect(tmp_path / "outputs" / "scratch"))
+    runs = dict(run_record.collect(tmp_path / "outputs" / "scratch"))
     processes = {p.name: result["environment"]["processes"] for p, result in runs.items()}
     assert processes == {"one": 1, "two": 2}
     nlls = [result["quality"]["test"]["nll_nats"] for result in runs.values()]
@@ -62,7 +62,7 @@ def test_accelerate_launch_by_hand_is_one_run_and_no_sweep(tmp_path):
     out, errors = by_hand.communicate(timeout=300)
     assert by_hand.returncode == 0, errors
     assert out.count("finished in") == 1  # said once
-    _, result = next(results.collect(tmp_path / "outputs" / "scratch"))
+    _, result = next(run_record.collect(tmp_path / "outputs" / "scratch"))
     assert result["status"] == "finished" and result["environment"]["processes"] == 2
     again = start(tmp_path, *run)
     out, _ = again.communicate(timeout=300)
@@ -82,7 +82,7 @@ def ranks_of(folder):
                 words = stream.read().split(b"\0")
         except OSError:
             continue
-        if b"harness.worker" in words and str(folder).encode() in words:
+        if b"harness.runs.worker" in words and str(folder).encode() in words:
             found.append(int(pid))
     return sorted(found)
 
@@ -90,7 +90,7 @@ def ranks_of(folder):
 def started(tmp_path, run_dir, steps, *arguments):
     """The program as a process of its own, whose run has taken so many steps."""
     controller = start(tmp_path, sys.executable, "-m", "harness", *arguments)
-    while results.last_metrics(run_dir).get("step", 0) < steps:
+    while run_record.last_metrics(run_dir).get("step", 0) < steps:
         assert controller.poll() is None, controller.communicate()
         time.sleep(0.01)
     return controller
@@ -106,7 +106,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_none_behind(tmp_path):
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 1 and "failed (killed)" in errors
     assert not ranks_of(run_dir)
-    assert results.read(run_dir)["failure"]["class"] == "killed"
+    assert run_record.read(run_dir)["failure"]["class"] == "killed"
 
 
 @pytest.mark.faults
@@ -118,9 +118,9 @@ def test_ranks_that_are_told_to_stop_write_a_checkpoint_and_go_on(harness, tmp_p
     controller = started(tmp_path, run_dir, 3, *run, "run_name=cut")
     controller.send_signal(signal.SIGTERM)
     controller.communicate(timeout=60)
-    assert controller.returncode == 130 and results.can_go_on(run_dir)
+    assert controller.returncode == 130 and run_record.can_go_on(run_dir)
     assert not ranks_of(run_dir)
     done = harness(*run, "run_name=cut")
     assert done.returncode == 0, done.stderr
-    assert results.read(run_dir)["run"]["resumed_at"]
+    assert run_record.read(run_dir)["run"]["resumed_at"]
     assert metrics(tmp_path, "cut") == metrics(tmp_path, "whole")

@@ -8,9 +8,11 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from harness import rates, results
-from harness.config import CONF_DIR, ConfigError, options
-from harness.rates import Rates, Tuned
+from harness.config import rates
+from harness.config.errors import ConfigError
+from harness.config.paths import CONF_DIR, options
+from harness.config.rates import Rates, Tuned
+from harness.results import run_record
 
 SETTING = {
     "model.name": "gpt2_mini", "model.asset": "gpt2_mini", "data.name": "kjv", "data.source": "kjv",
@@ -114,7 +116,7 @@ def test_a_rate_and_where_it_is_from(make_run, file, overrides, lr, said):
     run = make_run("train.lr=tuned", f"train.rates={file}", "train.steps=80", *overrides)
     assert run.train.lr == pytest.approx(lr)
     assert run.train.lr_from == said
-    assert results.describe_method(run)["lr_from"] == said
+    assert run_record.describe_method(run)["lr_from"] == said
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_a_rank_that_is_no_number_takes_what_there_is(make_run, tmp_path):
 
 
 def test_the_name_and_the_identity_do_not_tell_how_a_rate_was_found(make_run, file):
-    from harness.naming import identity, run_name
+    from harness.config.naming import identity, run_name
 
     tuned = make_run("method=full", "train.lr=tuned", f"train.rates={file}")
     given = make_run("method=full", "train.lr=2e-3")
@@ -283,7 +285,7 @@ def test_a_search_from_the_command_line(harness, tmp_path):
     runs = list((tmp_path / "outputs" / "tune").glob("*/result.json"))
     assert len(runs) == len(full.grid)
     for path in runs:  # nothing of the test set is there, and what was chosen by is on record
-        record = results.read(path.parent)
+        record = run_record.read(path.parent)
         assert "test" not in record["quality"] and "test" not in record["data"]["num_documents"]
         assert not (path.parent / "documents-test.parquet").exists()
         quality = record["quality"]["validation"]
@@ -306,7 +308,7 @@ def test_a_search_of_some_keeps_the_rates_of_others_and_diverging_ones_are_none(
     monkeypatch, tmp_path, make_run
 ):
     """With runs that are made up here: nll by rate, None diverges."""
-    from hydra_plugins import harness_rates
+    from harness.runs import lr_search as harness_rates
 
     path = tmp_path / "x.yaml"
     options = ["evaluate.test=false", f"outputs_dir={tmp_path}", "train.threads=1"]
@@ -328,7 +330,7 @@ def test_a_search_of_some_keeps_the_rates_of_others_and_diverging_ones_are_none(
             nll = parabola(curve[name], rate)
             run.run_dir.mkdir(parents=True, exist_ok=True)
             quality = {"validation": {"nll_nats": 10 * nll, "num_tokens": 10}, "best_step": 2}
-            results.write(run.run_dir, {"status": status, "quality": quality})
+            run_record.write(run.run_dir, {"status": status, "quality": quality})
             outcomes.append(SimpleNamespace(
                 status=status, failure_class=kind, run_dir=run.run_dir, exit_code=int(kind != ""),
             ))  # fmt: skip
@@ -357,11 +359,11 @@ def test_a_search_of_some_keeps_the_rates_of_others_and_diverging_ones_are_none(
     before = path.read_text()
     monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])
     search([["method=full"]], runs[:1])
-    assert path.read_text() == before and harness_rates.launch.OUTCOMES
+    assert path.read_text() == before and harness_rates.launcher.OUTCOMES
 
 
 def test_a_rate_that_breaks_is_told_and_nothing_is_written(monkeypatch, tmp_path, make_run):
-    from hydra_plugins import harness_rates
+    from harness.runs import lr_search as harness_rates
 
     sweeper = harness_rates.RateSweeper(
         grids=[{"method": "full"}], points=3, file=str(tmp_path / "x.yaml")
@@ -374,7 +376,7 @@ def test_a_rate_that_breaks_is_told_and_nothing_is_written(monkeypatch, tmp_path
     monkeypatch.setattr(sweeper, "_launch", lambda jobs, runs: [died] * len(jobs))
     monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])
     sweeper._do([["method=full"]], [run])
-    assert [died] * 3 == harness_rates.launch.OUTCOMES  # the exit status says so
+    assert [died] * 3 == harness_rates.launcher.OUTCOMES  # the exit status says so
     assert not (tmp_path / "x.yaml").exists()
     with pytest.raises(ConfigError, match="points=2"):
         harness_rates.RateSweeper(points=2)

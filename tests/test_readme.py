@@ -23,9 +23,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 
-from harness import results, unused
-from harness.composition import from_hydra
-from harness.config import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, options
+from harness.config import unused_keys
+from harness.config.paths import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, options
+from harness.results import run_record
+from harness.runs.composition import from_hydra
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
 PAGES = [
@@ -126,7 +127,7 @@ def test_every_run_that_the_pages_show_is_valid(arguments, comment, at_hand):
     flags = [word for word in arguments if word in ("-m", "--cfg", "job")]
     found, number = runs([word for word in arguments if word not in flags])
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        for overrides in unused.left_out(found, partial(compose, "config"))[0]:
+        for overrides in unused_keys.left_out(found, partial(compose, "config"))[0]:
             assert from_hydra(compose("config", overrides))
     assert number == 1 or "-m" in flags
     if stated := re.search(r"(\d+) runs", comment):
@@ -142,7 +143,9 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_every_further_command_explains_itself_and_knows_the_flags_shown(name, at_hand, capsys):
     path = name + ".__main__" * (REPOSITORY / name.replace(".", "/")).is_dir()
-    path = {"harness.plan": "harness.planning"}.get(path, path)  # which is a function in Python
+    path = {"harness.plan": "harness.commands.plan"}.get(
+        path, path
+    )  # which is a function in Python
     main = importlib.import_module(path).main
     try:
         status = main(["--help"])
@@ -155,10 +158,10 @@ def test_every_further_command_explains_itself_and_knows_the_flags_shown(name, a
     for arguments, _ in asked(name):
         for flag in (word for word in arguments if word.startswith("--")):
             assert flag in said, flag
-        if name in ("harness.count", "harness.plan"):  # which take a run's overrides
+        if name in ("harness.commands.count", "harness.plan"):  # which take a run's overrides
             own = [o for o in arguments if o != "-m" and not o.startswith(("--", "plan."))]
             with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-                found = unused.left_out(runs(own)[0], partial(compose, "config"))[0]
+                found = unused_keys.left_out(runs(own)[0], partial(compose, "config"))[0]
                 assert all(from_hydra(compose("config", o)) for o in found)
 
 
@@ -215,8 +218,8 @@ CHECK = """
 import json, sys
 from hydra import compose, initialize_config_dir
 from harness import documents, methods, models
-from harness.composition import from_hydra
-from harness.config import CONF_DIR
+from harness.runs.composition import from_hydra
+from harness.config.schema import CONF_DIR
 found = {}
 with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
     for line in json.loads(sys.argv[1]):
@@ -246,9 +249,9 @@ def test_how_to_add_followed_to_the_letter(changed, tmp_path):
     for words, _ in commands(section("How to add")):
         short = SHORT if words[2] == "harness" else []
         said[" ".join(words[2:])] = python(changed, tmp_path, *words[1:], *short)
-    assert re.search(rf"trainable +{BIASES:,} ", said["harness.count method=bias"])
+    assert re.search(rf"trainable +{BIASES:,} ", said["harness.commands.count method=bias"])
     records = {}
-    for run_dir, record in results.collect(tmp_path / "outputs" / "scratch"):
+    for run_dir, record in run_record.collect(tmp_path / "outputs" / "scratch"):
         assert record["status"] == "finished"
         records[record["method"]["name"], record["model"]["name"], record["data"]["name"]] = (
             run_dir, record,
@@ -263,11 +266,11 @@ def test_how_to_add_followed_to_the_letter(changed, tmp_path):
         if not value.equal(before[key.removeprefix("transformer.")])
     }  # fmt: skip
     assert moved and all(key.endswith(".bias") for key in moved)
-    python(changed, tmp_path, "-m", "harness.export", str(run_dir), "exported")
+    python(changed, tmp_path, "-m", "harness.artifacts.export", str(run_dir), "exported")
     _, gpt1 = records["lora", "gpt1_mini", "kjv"]
     assert gpt1["model"]["type"] == "openai-gpt" and gpt1["parameters"]["trainable"] == ATTENTION
     assert ("lora", "gpt2_mini", "descriptions") in records
-    rows = [record for _, record in results.collect(tmp_path / "outputs" / "biases")]
+    rows = [record for _, record in run_record.collect(tmp_path / "outputs" / "biases")]
     assert len(rows) == 7 and {row["status"] for row in rows} == {"finished"}
     assert (tmp_path / "outputs" / "biases" / "report" / "index.html").is_file()
 

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness import documents, files, records
-from harness.config import ConfigError, DataConfig
+from harness.config.errors import ConfigError
+from harness.config.schema import DataConfig
+from harness.data import documents, records
+from harness.system import files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548117077\n"
 

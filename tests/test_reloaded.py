@@ -11,9 +11,14 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from harness import evaluate, export, reloaded, results, saved
-from harness.config import ASSETS_DIR, REPOSITORY, ConfigError
-from harness.loss import NextToken
+from harness.artifacts import export
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR, REPOSITORY
+from harness.evaluation import sliding_window
+from harness.models.loss import NextToken
+from harness.results import run_record
+from harness.runs import finished_run as saved
+from harness.runs import saved_check
 
 CONTEXT = 16
 
@@ -42,21 +47,21 @@ def full(tiny, make_run, tmp_path):
     documents = Dataset.from_dict({"id": list("abcde"), "tokens": rows})
     nll = [nats_of(tiny, tokens) for tokens in rows]
     found = (pd.Series(nll).to_numpy(), pd.Series(map(len, rows)).to_numpy())
-    reloaded.keep(tmp_path, documents, found, bos=0)
+    saved_check.keep(tmp_path, documents, found, bos=0)
     tiny.save_pretrained(tmp_path / "model")
     record = {"evaluation": {"context": CONTEXT, "stride": CONTEXT}, "saved": ["model"]}
     return saved.Saved(tmp_path, run, record)
 
 
 def test_documents_are_kept_shortest_first_with_their_nats(full):
-    table = pd.read_parquet(full.run_dir / reloaded.FILE_NAME)
+    table = pd.read_parquet(full.run_dir / saved_check.FILE_NAME)
     assert table.id.tolist() == ["c", "a", "e", "b"]  # of 20, 30, 40 and 3 tokens; none of 0
     assert table.predicted.tolist() == [20, 30, 40, 3]
 
 
 def test_what_is_the_same_model_is_confirmed(full, tiny):
-    assert reloaded.compare(full, tiny, "it") < 1e-6
-    found = reloaded.check(full)
+    assert saved_check.compare(full, tiny, "it") < 1e-6
+    found = saved_check.check(full)
     assert found["failure"] is None and found["nats_per_token"] < 1e-6
 
 
@@ -69,9 +74,9 @@ def test_what_is_another_model_is_noted_and_the_result_stands(full, folder):
         save_file(tensors, file, metadata={"format": "pt"})
         said = "is not the model that the run evaluated: .* nats a token"
     else:
-        (full.run_dir / reloaded.FILE_NAME).write_bytes(b"no table")
+        (full.run_dir / saved_check.FILE_NAME).write_bytes(b"no table")
         said = "cannot be read"
-    failure = reloaded.check(full)["failure"]
+    failure = saved_check.check(full)["failure"]
     assert pd.Series([failure]).str.contains(said).all()
 
 
@@ -79,7 +84,7 @@ def test_nats_that_are_no_number_are_no_agreement(full, tiny):
     with torch.no_grad():
         tiny.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(ConfigError, match="nan nats a token"):
-        reloaded.compare(full, tiny, "it")
+        saved_check.compare(full, tiny, "it")
 
 
 def test_in_bf16_other_kernels_pass_and_weights_that_moved_do_not(make_run, tokenizer, tmp_path):
@@ -91,27 +96,27 @@ def test_in_bf16_other_kernels_pass_and_weights_that_moved_do_not(make_run, toke
         "id": list("abcdefgh"), "tokens": [ids[60 * i : 60 * i + 60] for i in range(8)],
     })  # fmt: skip
     with torch.autocast("cpu", torch.bfloat16):
-        found = evaluate.document_nll(
+        found = sliding_window.document_nll(
             NextToken(base), documents, context=256, stride=256, bos=0, batch_tokens=1024,
-            batching=evaluate.ONE_WIDTH,
+            batching=sliding_window.ONE_WIDTH,
         )  # fmt: skip
-    reloaded.keep(tmp_path, documents, found, bos=0)
+    saved_check.keep(tmp_path, documents, found, bos=0)
     one = saved.Saved(tmp_path, run, {"evaluation": {"context": 256, "stride": 256}, "saved": []})
-    assert reloaded.compare(one, base, "it") < 1e-4
+    assert saved_check.compare(one, base, "it") < 1e-4
     base.set_attn_implementation("eager")
-    assert reloaded.compare(one, base, "it") < reloaded.TOLERANCE["bf16"] / 2
+    assert saved_check.compare(one, base, "it") < saved_check.TOLERANCE["bf16"] / 2
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in base.parameters():
             weight += 0.03 * weight.std() * torch.randn(weight.shape, generator=draw)
     with pytest.raises(ConfigError, match=r"at most 0\.01 is rounding"):
-        reloaded.compare(one, base, "it")
+        saved_check.compare(one, base, "it")
 
 
 def test_a_run_that_kept_nothing_is_not_called_confirmed(full, tiny):
-    (full.run_dir / reloaded.FILE_NAME).unlink()
-    assert reloaded.compare(full, tiny, "it") is None
-    assert reloaded.check(full) == {"nats_per_token": None, "failure": None}
+    (full.run_dir / saved_check.FILE_NAME).unlink()
+    assert saved_check.compare(full, tiny, "it") is None
+    assert saved_check.check(full) == {"nats_per_token": None, "failure": None}
 
 
 def test_the_generation_config_of_the_base_is_kept(tiny, make_run, tmp_path):
@@ -135,7 +140,7 @@ def test_a_base_that_changed_since_is_not_exported(finished_run, tmp_path_factor
     base = tmp_path_factory.mktemp("bases") / "mine"
     shutil.copytree(ASSETS_DIR / "gpt2_mini", base)
     run_dir = finished_run(*method, "train.lr=0.002", "model=local", f"model.path={base}")
-    confirmed = results.read(run_dir)["saved_check"]
+    confirmed = run_record.read(run_dir)["saved_check"]
     assert confirmed["failure"] is None and confirmed["nats_per_token"] < 1e-4
     file = (base if method[0] == "method=lora" else run_dir / "model") / "model.safetensors"
     tensors = load_file(file)

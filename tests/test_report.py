@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from harness import lock, ranking, results
-from harness.config import REPOSITORY
-from harness.report import evidence, missing, summary, table, views
+from harness.config.paths import REPOSITORY
+from harness.report import evidence, missing, ranking, summary, table, views
 from harness.report.__main__ import main
+from harness.results import run_record
+from harness.system import lock
 
 DOCUMENTS = 40
 TOKENS = np.random.default_rng(7).integers(20, 200, DOCUMENTS)
@@ -71,9 +72,9 @@ def put(
         before = documents(also[0], "documents-more-before.parquet")
         after = documents(also[1], "documents-more.parquet")
         record["quality"]["also"] = {"more": {"before": before, "after": after}}
-    results.write(run_dir, record)
+    run_record.write(run_dir, record)
     if trains:
-        with results.Metrics(run_dir, 0, -1) as metrics:
+        with run_record.Metrics(run_dir, 0, -1) as metrics:
             for i, value in enumerate(curve):
                 row = {"step": 2 * i, "tokens": 200 * i, "eval/validation/nll": value}
                 metrics.log(row)
@@ -219,15 +220,15 @@ def test_what_is_not_in_the_table_is_told_of_with_its_reason(tmp_path, capsys):
         ("left", {"class": "oom", "message": "no room\nat all"}),
         ("again", {"class": "killed", "message": "the worker was killed"}),
     ):
-        results.write(tmp_path / name, results.read(tmp_path / name) | {"failure": failure})
+        run_record.write(tmp_path / name, run_record.read(tmp_path / name) | {"failure": failure})
     (tmp_path / "cut" / "checkpoints" / "6").mkdir(parents=True)
     put(tmp_path, "broken")
     (tmp_path / "broken" / "result.json").write_text("{")
-    no_test = results.read(put(tmp_path, "no-test", r=6))
+    no_test = run_record.read(put(tmp_path, "no-test", r=6))
     del no_test["quality"]["test"]
-    results.write(tmp_path / "no-test", no_test)
+    run_record.write(tmp_path / "no-test", no_test)
     planned = {"fine": "", "left": "", "other": "holds another", "to-come": ""}
-    results.write_sweep(tmp_path, planned)
+    run_record.write_sweep(tmp_path, planned)
     claim = lock.claim(at_work)
     found = {run.name: (run.status, str(run)) for run in missing.find(evidence.find(tmp_path))}
     claim.release()
@@ -299,7 +300,7 @@ def test_the_same_seed_twice_is_named_left_out_and_takes_nothing_from_others(tmp
 def edit(run_dir, change):
     record = json.loads((run_dir / "result.json").read_text())
     change(record)
-    results.write(run_dir, record)
+    run_record.write(run_dir, record)
     return run_dir
 
 
@@ -469,7 +470,7 @@ def test_the_speed_of_generation_is_in_the_csv_where_there_is_one(tmp_path):
     assert name not in summary.results_csv(evidence.find(tmp_path))
     record = json.loads((run_dir / "result.json").read_text())
     record["quality"]["generation"] = {"bleu": 1.0, "tokens_per_second": 12.5}
-    results.write(run_dir, record)
+    run_record.write(run_dir, record)
     (row,) = csv.DictReader(io.StringIO(summary.results_csv(evidence.find(tmp_path))))
     assert row[name] == "12.5"
 
@@ -479,7 +480,7 @@ def test_fields_that_only_one_method_has_and_how_runs_were_launched_tell_no_rows
         run_dir = put(tmp_path, name, r=fields["r"], launch={"since": len(name) + fields["r"]})
         record = json.loads((run_dir / "result.json").read_text())
         record["config"]["method"] |= fields
-        results.write(run_dir, record)
+        run_record.write(run_dir, record)
     assert [row.values["also"] for row in table.rows(tmp_path)] == ["", ""]
 
 
@@ -514,7 +515,7 @@ def test_what_has_overflowed_or_is_written_in_brackets_is_shown(tmp_path, capsys
     two = put(tmp_path, "two", r=2, method="lora [/b]", curve=(5.0, None, 4.0))
     record = json.loads((two / "result.json").read_text())
     record["quality"]["validation"]["perplexity"] = None
-    results.write(two, record)
+    run_record.write(two, record)
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "lora [/b]" in shown and "inf" in shown
@@ -702,7 +703,7 @@ def test_a_rate_that_was_not_found_for_the_row_is_marked(tmp_path, capsys, lr_fr
     run_dir = put(tmp_path, "one")
     record = json.loads((run_dir / "result.json").read_text())
     record["method"]["lr_from"] = lr_from
-    results.write(run_dir, record)
+    run_record.write(run_dir, record)
     summary.show(tmp_path)
     shown = capsys.readouterr().out
     assert ("~0.01" in cells(shown, "lora")[0]) == ("~: a default rate" in shown) == marked
@@ -718,7 +719,7 @@ def test_the_readme_recomputes_a_number_of_the_table(tmp_path, capsys, monkeypat
         run_dir = put(folder, f"mlp{seed}", r=8, seed=seed, nll=2 + seed / 10)
         record = json.loads((run_dir / "result.json").read_text())
         record["method"]["targets"] = "mlp"
-        results.write(run_dir, record)
+        run_record.write(run_dir, record)
     put(folder, "other", r=4)
     summary.show(folder)
     capsys.readouterr()

@@ -15,9 +15,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import checkpoint, documents, launch, results, worker
-from harness.config import ASSETS_DIR
-from harness.stop import Stop
+from harness.config.paths import ASSETS_DIR
+from harness.data import documents
+from harness.results import run_record
+from harness.runs import launcher, worker
+from harness.system.signals import Stop
+from harness.training import checkpoint
 
 # Dropout, so that the generators matter; validation at its best before the end, and not at it.
 CONFIG = [
@@ -29,14 +32,14 @@ CONFIG = [
     "evaluate.also={more: {source: docstrings, packages: [tqdm], test_share: 0.1}}",
 ]  # fmt: skip
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["harness.worker"])
+FORK.set_forkserver_preload(["harness.runs.worker"])
 
 
 def _worker(run_dir, deadly, number):
-    """Do the run; at the `number`-th call of `deadly` in harness.checkpoint die by SIGKILL."""
+    """Do the run; at the `number`-th call of `deadly` in harness.training.checkpoint die by SIGKILL."""
     calls = 0
     if deadly:
-        owners = {"fsync": os, "clear": results}
+        owners = {"fsync": os, "clear": run_record}
         owner, name = owners.get(deadly, checkpoint), deadly
         original = getattr(owner, name)
 
@@ -52,8 +55,8 @@ def _worker(run_dir, deadly, number):
 
 
 def start(run, *, deadly="", number=0, micro_batch=None):
-    go_on = results.can_go_on(run.run_dir)
-    launch.prepare(run, "test", go_on=go_on, micro_batch=micro_batch)
+    go_on = run_record.can_go_on(run.run_dir)
+    launcher.prepare(run, "test", go_on=go_on, micro_batch=micro_batch)
     process = FORK.Process(target=_worker, args=(run.run_dir, deadly, number))
     process.start()
     return process
@@ -66,11 +69,11 @@ def finish(process):
 
 def outcome(run_dir):
     """All that must not depend on how often the run was cut."""
-    result = results.read(run_dir)
+    result = run_record.read(run_dir)
     assert result["status"] == "finished", result
     rows = [
         {key: value for key, value in row.items() if key != "train/step_seconds"}
-        for row in results.read_metrics(run_dir)
+        for row in run_record.read_metrics(run_dir)
     ]
     adapter = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
     names = ("validation", "test", "more-before", "more")
@@ -83,8 +86,8 @@ def undisturbed(tmp_path_factory):
     """The outcome of a run that nothing cut, and how long its training took."""
     from hydra import compose, initialize_config_dir
 
-    from harness.composition import from_hydra
-    from harness.config import CONF_DIR
+    from harness.config.paths import CONF_DIR
+    from harness.runs.composition import from_hydra
 
     folder = tmp_path_factory.mktemp("undisturbed")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -165,11 +168,11 @@ def test_a_kill_at_a_random_moment_changes_nothing(undisturbed, tmp_path, seed):
         process.kill()
         if finish(process) == 0:
             break
-    if results.read(run.run_dir)["status"] != "finished":
+    if run_record.read(run.run_dir)["status"] != "finished":
         assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
     left = {path.name for path in run.run_dir.iterdir()}
-    assert not left & {results.CHECKPOINTS, results.BEST, results.RESERVE}
+    assert not left & {run_record.CHECKPOINTS, run_record.BEST, run_record.RESERVE}
 
 
 # Calls within the writing of a checkpoint, some of the first one and some of a later one.
@@ -189,11 +192,11 @@ def test_a_kill_while_a_checkpoint_is_written_changes_nothing(
 ):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     assert finish(start(run, deadly=deadly, number=number)) == -signal.SIGKILL
-    cut = results.can_go_on(run.run_dir)
+    cut = run_record.can_go_on(run.run_dir)
     assert cut or (deadly, number) not in MOMENTS[:2]
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
-    assert bool(results.read(run.run_dir)["run"]["resumed_at"]) == cut
+    assert bool(run_record.read(run.run_dir)["run"]["resumed_at"]) == cut
 
 
 @pytest.mark.slow
@@ -201,7 +204,7 @@ def test_a_kill_while_a_checkpoint_is_written_changes_nothing(
 def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, seed):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     assert finish(start(run, deadly="_generators", number=4)) == -signal.SIGKILL  # of step 8
-    older, newer = sorted((run.run_dir / results.CHECKPOINTS).glob("[0-9]*"))
+    older, newer = sorted((run.run_dir / run_record.CHECKPOINTS).glob("[0-9]*"))
     chance = random.Random(seed)
     victim = chance.choice(sorted(newer.iterdir()))
     content = victim.read_bytes()
@@ -214,32 +217,34 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, seed):
     both = victim.name == "best.safetensors" and victim.samefile(older / victim.name)
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
-    assert results.read(run.run_dir)["run"]["resumed_at"] == ([] if both else [4])
+    assert run_record.read(run.run_dir)["run"]["resumed_at"] == ([] if both else [4])
     assert "is damaged, the one before is used" in (run.run_dir / "log.txt").read_text()
 
 
 def test_with_every_checkpoint_damaged_the_run_begins_again(undisturbed, tmp_path):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     assert finish(start(run, deadly="_generators", number=4)) == -signal.SIGKILL
-    for folder in (run.run_dir / results.CHECKPOINTS).glob("[0-9]*"):
+    for folder in (run.run_dir / run_record.CHECKPOINTS).glob("[0-9]*"):
         (folder / "state.safetensors").write_bytes(b"")
     assert finish(start(run)) == 0
-    assert outcome(run.run_dir) == expected and not results.read(run.run_dir)["run"]["resumed_at"]
+    assert (
+        outcome(run.run_dir) == expected and not run_record.read(run.run_dir)["run"]["resumed_at"]
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_order_to_stop_says_resume_me(undisturbed, tmp_path, number):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     process = start(run)
-    while results.last_metrics(run.run_dir).get("step", 0) < 3 and process.is_alive():
+    while run_record.last_metrics(run.run_dir).get("step", 0) < 3 and process.is_alive():
         time.sleep(0.005)
     os.kill(process.pid, number)
     assert finish(process) == worker.RESUME_ME
-    assert results.read(run.run_dir)["status"] == "interrupted"
-    step = results.last_metrics(run.run_dir)["step"]
+    assert run_record.read(run.run_dir)["status"] == "interrupted"
+    step = run_record.last_metrics(run.run_dir)["step"]
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
-    assert results.read(run.run_dir)["run"]["resumed_at"] == [step]
+    assert run_record.read(run.run_dir)["run"]["resumed_at"] == [step]
 
 
 @pytest.mark.slow
@@ -252,7 +257,7 @@ def test_a_kill_at_the_very_end_loses_no_step(undisturbed, tmp_path):
     assert finish(start(run, deadly="export", number=1)) == -signal.SIGKILL
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
-    assert results.read(run.run_dir)["run"]["resumed_at"] == [12]
+    assert run_record.read(run.run_dir)["run"]["resumed_at"] == [12]
 
 
 def test_a_system_that_kills_for_memory_gets_half_the_micro_batch(
@@ -262,19 +267,19 @@ def test_a_system_that_kills_for_memory_gets_half_the_micro_batch(
     asked = []
 
     def attempt(run, claim, *, quiet):
-        asked.append(results.read(run.run_dir)["run"]["micro_batch"])
-        message = launch.KILLED_FOR_MEMORY if len(asked) == 1 else ""
-        return launch.Outcome(run.run_dir, "failed", message, "oom" if message else "nan")
+        asked.append(run_record.read(run.run_dir)["run"]["micro_batch"])
+        message = launcher.KILLED_FOR_MEMORY if len(asked) == 1 else ""
+        return launcher.Outcome(run.run_dir, "failed", message, "oom" if message else "nan")
 
-    monkeypatch.setattr(launch, "_attempt", attempt)
-    assert launch.launch(run, "test").failure_class == "nan"
+    monkeypatch.setattr(launcher, "_attempt", attempt)
+    assert launcher.launch(run, "test").failure_class == "nan"
     assert asked == [None, 1]  # train.micro_batch is 2
     asked.clear()
-    always = launch.Outcome(run.run_dir, "failed", launch.KILLED_FOR_MEMORY, "oom")
-    monkeypatch.setattr(launch, "_attempt", lambda *_, **__: asked.append(1) or always)
-    assert launch.launch(run, "test").failure_class == "oom" and len(asked) == 2
+    always = launcher.Outcome(run.run_dir, "failed", launcher.KILLED_FOR_MEMORY, "oom")
+    monkeypatch.setattr(launcher, "_attempt", lambda *_, **__: asked.append(1) or always)
+    assert launcher.launch(run, "test").failure_class == "oom" and len(asked) == 2
     assert finish(start(run, micro_batch=1)) == 0
-    result = results.read(run.run_dir)
+    result = run_record.read(run.run_dir)
     assert result["train"].items() >= {"micro_batch_asked": 2, "micro_batch": 1}.items()
     expected, got = (losses(found) for found in (undisturbed[0].run_dir, run.run_dir))
     # The first one alone: then dropout, which is drawn in another order, tells them apart.
@@ -282,20 +287,20 @@ def test_a_system_that_kills_for_memory_gets_half_the_micro_batch(
 
 
 def losses(run_dir):
-    return [row["train/nll"] for row in results.read_metrics(run_dir) if "train/nll" in row]
+    return [row["train/nll"] for row in run_record.read_metrics(run_dir) if "train/nll" in row]
 
 
 @pytest.mark.parametrize("retry", [0, 2])
 def test_what_is_worth_it_is_tried_again(undisturbed, tmp_path, monkeypatch, retry):
     run = dataclasses.replace(disturbed(undisturbed, tmp_path), retry=retry)
     tries = []
-    killed = launch.Outcome(run.run_dir, "failed", "killed", "killed")
-    monkeypatch.setattr(launch, "_attempt", lambda *_, **__: tries.append(1) or killed)
-    assert launch.launch(run, "test") == killed and len(tries) == 1 + retry
-    wrong = launch.Outcome(run.run_dir, "failed", "wrong", "error")
-    monkeypatch.setattr(launch, "_attempt", lambda *_, **__: tries.append(1) or wrong)
+    killed = launcher.Outcome(run.run_dir, "failed", "killed", "killed")
+    monkeypatch.setattr(launcher, "_attempt", lambda *_, **__: tries.append(1) or killed)
+    assert launcher.launch(run, "test") == killed and len(tries) == 1 + retry
+    wrong = launcher.Outcome(run.run_dir, "failed", "wrong", "error")
+    monkeypatch.setattr(launcher, "_attempt", lambda *_, **__: tries.append(1) or wrong)
     tries.clear()
-    assert launch.launch(run, "test") == wrong and len(tries) == 1
+    assert launcher.launch(run, "test") == wrong and len(tries) == 1
 
 
 def test_every_generator_goes_on_where_it_was(tiny, tmp_path):
@@ -330,7 +335,7 @@ def test_a_checkpoint_holds_what_trains_and_restores_it(tiny, tmp_path):
     (tmp_path / "best").write_bytes(b"best")
     for _ in range(4):
         checkpoint.save(tmp_path, tensors, {"n": 1.5}, tmp_path / "best", Accelerator(cpu=True))
-    assert len(list((tmp_path / results.CHECKPOINTS).iterdir())) == checkpoint.KEPT
+    assert len(list((tmp_path / run_record.CHECKPOINTS).iterdir())) == checkpoint.KEPT
     optimizer.step()
     fresh = torch.optim.AdamW([tiny.transformer.wpe.weight], fused=True)
     found = checkpoint.latest(tmp_path)

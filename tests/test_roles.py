@@ -11,12 +11,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from harness import models, roles
-from harness.composition import from_hydra
-from harness.config import CONF_DIR, REPOSITORY, ConfigError, TargetsConfig, options
+from harness.config import matrix_roles
+from harness.config.errors import ConfigError
+from harness.config.naming import identity, run_name
+from harness.config.paths import CONF_DIR, REPOSITORY, options
+from harness.config.schema import TargetsConfig
 from harness.methods import check, targets
-from harness.naming import identity, run_name
-from harness.unfuse import UNFUSED_TARGETS, unfuse_qkv
+from harness.models import pretrained
+from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
+from harness.runs.composition import from_hydra
 
 LAYERS = {  # where two layers need another field than num_hidden_layers
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
@@ -42,10 +45,10 @@ def parameters_of(model, name):
     return set(targets.resolve(model, named_set(name)).shapes)
 
 
-@pytest.mark.parametrize("kind", roles.SUFFIXES)
+@pytest.mark.parametrize("kind", matrix_roles.SUFFIXES)
 def test_every_set_is_what_it_says_on_every_architecture(kind):
     model = on_meta(kind)
-    table = roles.SUFFIXES[kind]
+    table = matrix_roles.SUFFIXES[kind]
     ends = {
         "embeddings": model.get_input_embeddings(),
         "head": model.get_output_embeddings(),
@@ -85,7 +88,7 @@ def test_every_set_is_what_it_says_on_every_architecture(kind):
 
 
 def test_gpt2s_parts_are_those_of_unfuse():
-    assert {role: roles.SUFFIXES["gpt2"][role] for role in "qkv"} == UNFUSED_TARGETS
+    assert {role: matrix_roles.SUFFIXES["gpt2"][role] for role in "qkv"} == UNFUSED_TARGETS
 
 
 def test_modules_by_name_stand_instead_of_roles(make_run):
@@ -127,10 +130,12 @@ def test_roles_that_are_not_there_are_refused_by_the_controller(make_run, overri
 def test_a_hub_models_roles_come_apart_where_gpt2_needs_it(make_run):
     run = make_run("model=hub", "model.id=someone/gpt2", "targets=qv")
     config = AutoConfig.for_model("gpt2", n_layer=2, n_embd=32, n_head=2, vocab_size=64)
-    assert models.wants_unfused(run, config)
-    assert not models.wants_unfused(make_run("model=hub", "model.id=a/b", "targets=attn"), config)
-    adapted = check(models.on_meta(run, config), run)
-    assert models.count_parameters(adapted).trainable == 2 * 2 * 2 * 8 * 32
+    assert pretrained.wants_unfused(run, config)
+    assert not pretrained.wants_unfused(
+        make_run("model=hub", "model.id=a/b", "targets=attn"), config
+    )
+    adapted = check(pretrained.on_meta(run, config), run)
+    assert pretrained.count_parameters(adapted).trainable == 2 * 2 * 2 * 8 * 32
 
 
 # ------------------------------------------------------------------------ names that are recorded

@@ -10,10 +10,12 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 
-from harness import checkpoint, worker
-from harness.config import ConfigError, DataConfig
-from harness.data import Data
+from harness.config.errors import ConfigError
+from harness.config.schema import DataConfig
+from harness.data.token_data import Data
 from harness.methods import adapt, invocation, merging
+from harness.runs import worker
+from harness.training import checkpoint
 
 IDS = torch.arange(24).reshape(2, 12)
 

@@ -11,10 +11,11 @@ import pytest
 from test_report import put
 
 from harness import __main__ as controller
-from harness import results, serve
-from harness.config import ConfigError
+from harness.commands import serve
+from harness.config.errors import ConfigError
 from harness.report import index
 from harness.report.__main__ import main as report
+from harness.results import run_record
 
 EVIL = "</script><script>window.evil=1</script>"
 
@@ -58,7 +59,7 @@ def test_one_page_has_every_experiment_and_its_configurations(root, capsys):
     assert experiments["seeds"]["page"] is None
     rows = {(row["experiment"], row["name"]): row for row in found["rows"]}
     assert len(rows) == 4
-    record = results.read(root / "seeds" / "r8-s0")
+    record = run_record.read(root / "seeds" / "r8-s0")
     (row,) = [row for (name, _), row in rows.items() if name == "seeds"]
     assert row["seeds"] == 2 and row["settings"]["train.steps"] == 100
     assert row["values"]["test"] == pytest.approx(record["quality"]["test"]["perplexity"], rel=0.05)
@@ -75,10 +76,10 @@ def test_only_rows_that_were_evaluated_alike_have_the_same_mark(root, tmp_path):
          {"evaluation": {"context": 256, "stride": 256, "tokenizer": "another"}})
     ):  # fmt: skip
         run_dir = put(tmp_path / f"exp{n}", "r8-s0", evaluation={"context": 256})
-        record = json.loads((run_dir / results.FILE_NAME).read_text())
+        record = json.loads((run_dir / run_record.FILE_NAME).read_text())
         for key, value in change.items():
             record[key] = record.get(key, {}) | value
-        results.write(run_dir, record)
+        run_record.write(run_dir, record)
     marks = {row["alike"] for row in data_of(index.text(tmp_path))["rows"]}
     assert len(marks | {alike["ranks"]}) == 4
 
@@ -87,7 +88,7 @@ def test_a_record_that_is_no_result_takes_no_other_experiment_with_it(root, tmp_
     copy = tmp_path / "outputs"
     shutil.copytree(root / "seeds", copy / "seeds")
     (copy / "odd" / "run").mkdir(parents=True)
-    results.write(copy / "odd" / "run", {"status": "finished"})
+    run_record.write(copy / "odd" / "run", {"status": "finished"})
     experiments = {one["name"]: one for one in data_of(index.text(copy))["experiments"]}
     assert "KeyError" in experiments["odd"]["problem"] and not experiments["seeds"]["problem"]
 

@@ -14,9 +14,12 @@ from test_evaluate import Rank, documents
 from test_ranks import SAME, metrics, ranks_of, start, started
 from transformers import AutoModelForCausalLM
 
-from harness import evaluate, protocols, results, shard
-from harness.config import ASSETS_DIR, CONF_DIR, ConfigError
-from harness.loss import NextToken
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR, CONF_DIR
+from harness.evaluation import protocols, sliding_window
+from harness.models.loss import NextToken
+from harness.results import run_record
+from harness.training import sharding
 
 SHARDED = ["launch.num_processes=2", "launch.accelerate=fsdp"]
 FULL, LORA = ["method=full"], ["method=lora", "method.r=3"]  # three rows in halves: uneven parts
@@ -57,14 +60,14 @@ def test_sharded_ranks_take_the_steps_of_one_and_hold_half(harness, tmp_path, me
         done = harness(*method, *SAME, "train.eps=1e-4", *overrides)
         assert done.returncode == 0, done.stderr
     folder = tmp_path / "outputs" / "scratch"
-    found = {name: results.read(folder / name) for name in alike}
+    found = {name: run_record.read(folder / name) for name in alike}
     ids = torch.arange(100, 140)[None]
     with torch.no_grad():
         logits = {name: loaded(folder / name)(ids).logits for name in alike}
     for name in alike.keys() - {"divided"}:
         same_numbers(metrics(tmp_path, name), metrics(tmp_path, "divided"))
-        assert results.get(found["divided"], "quality.test.nll_nats") == pytest.approx(
-            results.get(found[name], "quality.test.nll_nats"), rel=1e-5
+        assert run_record.get(found["divided"], "quality.test.nll_nats") == pytest.approx(
+            run_record.get(found[name], "quality.test.nll_nats"), rel=1e-5
         )
         mine, theirs = weights(folder / name), weights(folder / "divided")
         assert mine.keys() == theirs.keys()
@@ -99,7 +102,7 @@ def test_a_killed_rank_is_gone_on_from_sharded_or_not(harness, tmp_path):
         done = harness(*run, *then, "run_name=cut")
         assert done.returncode == 0, done.stderr
     for folder in (tmp_path, tmp_path / "alone"):
-        record = results.read(folder / "outputs" / "scratch" / "cut")
+        record = run_record.read(folder / "outputs" / "scratch" / "cut")
         assert record["run"]["resumed_at"] == [8]
     assert metrics(tmp_path, "cut") == metrics(tmp_path, "whole")
     same_numbers(metrics(tmp_path, "whole"), metrics(tmp_path / "alone", "cut"))
@@ -117,7 +120,7 @@ def test_by_hand_and_with_blocks_run_again_in_mixed_precision(harness, tmp_path)
     )  # fmt: skip
     _, errors = by_hand.communicate(timeout=300)
     assert by_hand.returncode == 0, errors
-    assert results.read(tmp_path / "outputs" / "scratch" / "two")["environment"]["sharded"]
+    assert run_record.read(tmp_path / "outputs" / "scratch" / "two")["environment"]["sharded"]
     for a, b in zip(metrics(tmp_path, "one"), metrics(tmp_path, "two"), strict=True):
         for key, value in a.items():
             # Other blocks share a product, whose gradients are rounded to bf16.
@@ -130,14 +133,14 @@ def test_ranks_run_equally_many_passes_and_count_each_document_once(tiny, length
     docs, prepared = documents(lengths), NextToken(tiny)
     passes = []
     prepared.register_forward_pre_hook(lambda *_: passes.append(1))
-    windows = list(evaluate.windows(lengths, 16, 16))
+    windows = list(sliding_window.windows(lengths, 16, 16))
     text = protocols.Text(
         [np.array([0, *ids]) for ids in docs["tokens"]], windows, None, {"name": "any"}
     )
     options = {"context": 16, "stride": 16, "bos": 0, "batch_tokens": 32}
     for of in (
-        lambda rank: evaluate.document_nll(prepared, docs, accelerator=rank, **options)[0],
-        lambda rank: evaluate.window_nll(
+        lambda rank: sliding_window.document_nll(prepared, docs, accelerator=rank, **options)[0],
+        lambda rank: sliding_window.window_nll(
             prepared, text.windows, text.ids, batch_tokens=32, accelerator=rank
         ),
     ):
@@ -166,16 +169,16 @@ def test_what_a_divided_model_cannot_do_is_refused(make_run, overrides, words):
 
 def test_a_weight_that_blocks_share_and_one_without_dimensions_are_refused(tiny):
     blocks = list(tiny.transformer.h)
-    shard._check(NextToken(tiny), blocks)  # tied embeddings are outside of all blocks
+    sharding._check(NextToken(tiny), blocks)  # tied embeddings are outside of all blocks
     own = blocks[1].ln_1.weight
     for other in (blocks[0].ln_1, tiny.transformer.ln_f):
         blocks[1].ln_1.weight = other.weight
         with pytest.raises(ConfigError, match=r"ln_\w\.weight is shared by several blocks"):
-            shard._check(NextToken(tiny), blocks)
+            sharding._check(NextToken(tiny), blocks)
     blocks[1].ln_1.weight = own
     blocks[1].scale = torch.nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ConfigError, match=r"transformer\.h\.1\.scale has no dimension"):
-        shard._check(NextToken(tiny), blocks)
+        sharding._check(NextToken(tiny), blocks)
 
 
 WORLD_OF_TWO = """
@@ -183,7 +186,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 from harness import shard
-from harness.loss import NextToken
+from harness.models.loss import NextToken
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(accelerator.process_index)  # unlike, and as the first one's from then on
 model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=6, n_layer=1, n_head=2))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import results
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
+from harness.results import run_record
 
 SHORT = [
     "train.steps=8", "evaluate.every=4", "data.validation_share=0.003", "data.test_share=0.003",
@@ -52,7 +52,7 @@ def none_left(folder, seconds=20):
 
 
 def wait_for_steps(controller, run_dir, steps):
-    while results.last_metrics(run_dir).get("step", 0) < steps:
+    while run_record.last_metrics(run_dir).get("step", 0) < steps:
         assert controller.poll() is None, controller.communicate()
         time.sleep(0.02)
 
@@ -92,7 +92,7 @@ def test_an_order_to_the_whole_group_is_one_line_at_any_moment(harness, tmp_path
         assert moment < 2
         return
     assert controller.returncode == 130 and "Traceback" not in errors, errors
-    found = dict(results.collect(tmp_path / "outputs" / "scratch"))
+    found = dict(run_record.collect(tmp_path / "outputs" / "scratch"))
     assert all(result["status"] == "interrupted" for result in found.values())
 
 
@@ -115,7 +115,7 @@ def test_a_server_that_is_killed_while_it_imports_is_started_again(tmp_path):
 
 def test_the_server_has_imported_all_and_its_collector_is_on_again():
     code = (
-        "import gc, sys\nfrom harness.server import MODULES\n"
+        "import gc, sys\nfrom harness.runs.forkserver import MODULES\n"
         "print(gc.isenabled(), gc.get_freeze_count() > 10**5, set(MODULES) <= set(sys.modules))"
     )
     done = subprocess.run(
@@ -148,7 +148,7 @@ def test_ranks_do_not_outlive_their_launcher_and_are_tried_again(harness, tmp_pa
     _, errors = controller.communicate(timeout=120)
     assert controller.returncode == 0, errors
     assert none_left(tmp_path)
-    cut, expected = (results.read(run_dir.parent / name) for name in ("cut", "whole"))
+    cut, expected = (run_record.read(run_dir.parent / name) for name in ("cut", "whole"))
     assert cut["run"]["resumed_at"] == [10] and cut["quality"] == expected["quality"]
 
 
@@ -157,7 +157,7 @@ def test_a_second_ctrl_c_leaves_no_rank_behind(tmp_path):
     endless = ["train.batch_tokens=1048576", "run_name=mine", *RANKS]  # a step takes minutes
     controller = start(tmp_path, *SHORT, *endless)
     run_dir = tmp_path / "outputs" / "scratch" / "mine"
-    while not results.last_metrics(run_dir):  # validation, after which the step begins
+    while not run_record.last_metrics(run_dir):  # validation, after which the step begins
         assert controller.poll() is None, controller.communicate()
         time.sleep(0.05)
     os.killpg(controller.pid, signal.SIGINT)
@@ -167,7 +167,7 @@ def test_a_second_ctrl_c_leaves_no_rank_behind(tmp_path):
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130 and "Traceback" not in errors, errors
     assert none_left(tmp_path)
-    assert results.read(run_dir)["status"] == "interrupted" and not results.can_go_on(run_dir)
+    assert run_record.read(run_dir)["status"] == "interrupted" and not run_record.can_go_on(run_dir)
 
 
 @pytest.mark.faults
@@ -179,7 +179,7 @@ def test_a_group_ctrl_c_has_ranks_write_a_checkpoint(tmp_path):
     os.killpg(controller.pid, signal.SIGINT)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130 and "Traceback" not in errors, errors
-    assert results.can_go_on(run_dir) and results.read(run_dir)["status"] == "interrupted"
+    assert run_record.can_go_on(run_dir) and run_record.read(run_dir)["status"] == "interrupted"
     assert none_left(tmp_path)
     other = subprocess.run(
         [sys.executable, "-m", "harness", *run, "launch.num_processes=1", "method.dropout=0.1"],
@@ -192,7 +192,7 @@ def test_a_group_ctrl_c_has_ranks_write_a_checkpoint(tmp_path):
 BREAKS = """
 import os, sys
 if os.environ.get("RANK") == "1" and "-m" in sys.orig_argv and not os.path.exists("broken"):
-    import harness.train as train
+    import harness.training.loop as train
     accumulate, calls = train.accumulate, 0
 
     def breaks(*arguments):
@@ -222,7 +222,7 @@ def test_what_ended_another_rank_is_told(tmp_path):
     _, errors = controller.communicate(timeout=120)
     assert controller.returncode == 1, errors
     assert "failed (error): ValueError: no such thing on this rank" in errors
-    failure = results.read(tmp_path / "outputs" / "scratch" / "mine")["failure"]
+    failure = run_record.read(tmp_path / "outputs" / "scratch" / "mine")["failure"]
     assert failure["class"] == "error" and any("Traceback" in line for line in failure["log_tail"])
 
 
@@ -234,9 +234,9 @@ def test_ranks_that_run_out_of_memory_get_half_the_micro_batch(harness, tmp_path
     _, errors = controller.communicate(timeout=120)
     assert controller.returncode == 0, errors
     folder = tmp_path / "outputs" / "scratch"
-    assert results.read(folder / "mine")["train"] == {"micro_batch_asked": 2, "micro_batch": 1}
+    assert run_record.read(folder / "mine")["train"] == {"micro_batch_asked": 2, "micro_batch": 1}
     mine, whole = (
-        [row["train/nll"] for row in results.read_metrics(folder / name) if "train/nll" in row]
+        [row["train/nll"] for row in run_record.read_metrics(folder / name) if "train/nll" in row]
         for name in ("mine", "whole")
     )
     assert mine == pytest.approx(whole, rel=1e-5)
@@ -249,7 +249,7 @@ def test_two_controllers_that_run_again_share_the_work(harness, tmp_path):
     both = [start(tmp_path, *sweep) for _ in range(2)]
     told = [controller.communicate(timeout=300) for controller in both]
     assert [controller.returncode for controller in both] == [0, 0], told
-    for run_dir, result in results.collect(tmp_path / "outputs" / "scratch"):
+    for run_dir, result in run_record.collect(tmp_path / "outputs" / "scratch"):
         assert result["status"] == "finished"
         assert (run_dir / "log.txt").read_text().count("INFO harness: parameters:") == 1
     ends = [out.count("finished in") for out, _ in told]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from harness import ranking, stats
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
+from harness.report import ranking, stats
 
 TRUTH = 3.0  # nats/token
 SETTINGS = {"context": 256, "stride": 256, "tokenizer": "gpt2_mini"}

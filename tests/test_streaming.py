@@ -12,8 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from harness import data, documents, overlap, packing, prepared, records, sources, tables
-from harness.config import DataConfig
+from harness.config.schema import DataConfig
+from harness.data import (
+    documents,
+    overlap,
+    packing,
+    records,
+    sources,
+    token_cache,
+    token_data,
+    token_tables,
+)
 
 WORDS = "the river and a stone were by the old house of the king".split()  # noqa: SIM905
 # Of each table, written down before texts were read a part at a time.
@@ -61,11 +70,11 @@ def test_blocks_and_documents_are_those_of_recorded_runs(
     texts, tokenizer, name, batch_chars, monkeypatch
 ):
     monkeypatch.setattr(packing, "BATCH_CHARS", batch_chars or packing.BATCH_CHARS)
-    assert digests(data.prepare(texts[name], tokenizer)) == RECORDED[name]
+    assert digests(token_data.prepare(texts[name], tokenizer)) == RECORDED[name]
 
 
 def test_no_more_than_a_batch_of_documents_is_held(texts, tokenizer, monkeypatch):
-    read, waiting, encode = [], [], prepared.encode
+    read, waiting, encode = [], [], token_cache.encode
 
     def documents_of(file, cfg, whole):
         for found in texts_of(file, cfg, whole):
@@ -78,15 +87,15 @@ def test_no_more_than_a_batch_of_documents_is_held(texts, tokenizer, monkeypatch
 
     texts_of = sources._texts
     monkeypatch.setattr(sources, "_texts", documents_of)
-    monkeypatch.setattr(prepared, "encode", encoded)
+    monkeypatch.setattr(token_cache, "encode", encoded)
     monkeypatch.setattr(packing, "BATCH_CHARS", 2000)
-    data.prepare(texts["text"], tokenizer)
+    token_data.prepare(texts["text"], tokenizer)
     assert len(waiting) > 5 and waiting[0][0] < 30  # the first was tokenised before most were read
     assert max(chars for _, chars in waiting) < 2500
 
 
 def test_tokens_are_the_narrowest_integers(texts, tokenizer):
-    text = data.prepare(texts["text"], tokenizer)
+    text = token_data.prepare(texts["text"], tokenizer)
     assert text.blocks.features["tokens"].feature.dtype == "uint16"
     assert all(t.features["tokens"].feature.dtype == "uint16" for t in text.held_out.values())
 
@@ -98,7 +107,7 @@ def test_tokens_are_the_narrowest_integers(texts, tokenizer):
 
 
 def test_a_failure_in_the_middle_leaves_nothing_half_made(texts, tokenizer, tmp_path, monkeypatch):
-    calls, encode = [], prepared.encode
+    calls, encode = [], token_cache.encode
 
     def fails(some, tokenizer):
         calls.append(some)
@@ -107,20 +116,20 @@ def test_a_failure_in_the_middle_leaves_nothing_half_made(texts, tokenizer, tmp_
         return encode(some, tokenizer)
 
     monkeypatch.setattr(packing, "BATCH_CHARS", 2000)
-    monkeypatch.setattr(prepared, "encode", fails)
+    monkeypatch.setattr(token_cache, "encode", fails)
     with pytest.raises(MemoryError):
-        data.prepare(texts["text"], tokenizer)
+        token_data.prepare(texts["text"], tokenizer)
     assert list((tmp_path / "c" / "tokens").iterdir()) == []
-    assert digests(data.prepare(texts["text"], tokenizer)) == RECORDED["text"]
+    assert digests(token_data.prepare(texts["text"], tokenizer)) == RECORDED["text"]
 
 
 def test_what_a_killed_run_left_is_cleared_away_a_day_later(tmp_path):
-    first, second = (tables.Writer(tmp_path / name) for name in "ab")
+    first, second = (token_tables.Writer(tmp_path / name) for name in "ab")
     for writer in (first, second):
         writer.write(pa.table({"a": [1]}))
-    for path in (first.scratch / tables.TABLE, first.scratch):
-        os.utime(path, (0, time.time() - tables.LEFT_SECONDS - 10))
-    third = tables.Writer(tmp_path / "c")
+    for path in (first.scratch / token_tables.TABLE, first.scratch):
+        os.utime(path, (0, time.time() - token_tables.LEFT_SECONDS - 10))
+    third = token_tables.Writer(tmp_path / "c")
     assert not first.scratch.exists() and second.scratch.exists()
     second.finish()
     third.discard()

@@ -7,8 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harness import data, documents, naming, stats, subset
-from harness.config import ConfigError, DataConfig
+from harness.config import naming
+from harness.config.errors import ConfigError
+from harness.config.schema import DataConfig
+from harness.data import documents, subset, token_data
+from harness.report import stats
 
 
 @pytest.fixture
@@ -22,9 +25,11 @@ def cfg(tmp_path):
 
 
 def test_the_part_is_of_whole_documents_in_the_order_of_their_hashes(cfg, tokenizer):
-    whole = data.prepare(cfg, tokenizer)
-    sizes = dict(zip(whole.held_out["test"]["id"], data.document_sizes(whole.held_out["test"])))  # noqa: B905
-    text = data.prepare(cfg, tokenizer, most={"test": 900, "validation": 10**6})
+    whole = token_data.prepare(cfg, tokenizer)
+    sizes = dict(
+        zip(whole.held_out["test"]["id"], token_data.document_sizes(whole.held_out["test"]))
+    )  # noqa: B905
+    text = token_data.prepare(cfg, tokenizer, most={"test": 900, "validation": 10**6})
     part = text.held_out["test"]
     ranked = sorted(sizes, key=lambda key: hashlib.sha256(key.encode()).digest())
     count = len(part)
@@ -37,10 +42,10 @@ def test_the_part_is_of_whole_documents_in_the_order_of_their_hashes(cfg, tokeni
     assert facts["test"]["of_tokens"] == sum(sizes.values())
     rows = {row["id"]: row for row in whole.held_out["test"].with_format(None)}
     assert all(row == rows[row["id"]] for row in part.with_format(None))
-    smaller = data.prepare(cfg, tokenizer, most={"test": 300}).held_out["test"]
+    smaller = token_data.prepare(cfg, tokenizer, most={"test": 300}).held_out["test"]
     assert set(smaller["id"]) < set(part["id"])
-    assert data.num_tokens(part) == facts["test"]["tokens"]  # as evaluation counts it
-    assert data.document_sizes(part) == [len(row["tokens"]) for row in part]
+    assert token_data.num_tokens(part) == facts["test"]["tokens"]  # as evaluation counts it
+    assert token_data.document_sizes(part) == [len(row["tokens"]) for row in part]
     assert "evaluated" not in whole.facts
 
 
@@ -54,9 +59,9 @@ def test_one_document_is_read_however_long_and_a_prompt_with_all_its_completions
 
 def test_what_is_predicted_of_evaluation_is_of_the_part(cfg, tokenizer):
     most = {"validation": 200, "test": 300}
-    text = data.prepare(cfg, tokenizer, most=most)
-    found = data.held_out_sizes(cfg, ("validation", "test"), tokenizer, most)
-    assert found == [data.document_sizes(text.held_out[name]) for name in most]
+    text = token_data.prepare(cfg, tokenizer, most=most)
+    found = token_data.held_out_sizes(cfg, ("validation", "test"), tokenizer, most)
+    assert found == [token_data.document_sizes(text.held_out[name]) for name in most]
 
 
 def test_a_part_is_another_run_and_all_of_it_the_run_that_it_was(make_run):
@@ -85,9 +90,9 @@ def test_runs_that_read_other_parts_are_not_compared():
 
 
 def test_a_long_validation_is_told_of(cfg, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "LONG_TOKENS", 100)
-    (said,) = data.prepare(cfg, tokenizer).warnings
+    monkeypatch.setattr(token_data, "LONG_TOKENS", 100)
+    (said,) = token_data.prepare(cfg, tokenizer).warnings
     assert "evaluate.validation_tokens=100 reads a fixed part" in said
-    assert data.prepare(cfg, tokenizer, most={"validation": 90}).warnings == []
-    alone, facts = data.prepare_test(replace(cfg, name="other"), tokenizer, most=200)
+    assert token_data.prepare(cfg, tokenizer, most={"validation": 90}).warnings == []
+    alone, facts = token_data.prepare_test(replace(cfg, name="other"), tokenizer, most=200)
     assert facts["documents"] == len(alone) < len(documents.read(cfg)["test"])

@@ -12,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from test_tracking import OFFLINE, read, runs_of, sweep
 
-from harness import results, tracking
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
+from harness.results import run_record
+from harness.runs import tracking
 
 pytest.importorskip("wandb")
 
@@ -148,5 +149,5 @@ def test_every_run_is_uploaded_once(tmp_path, place, capsys):
             if stream_id == run_id
             for line in told.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         ]
-        expected = results.read_metrics(folder / run["displayName"])
+        expected = run_record.read_metrics(folder / run["displayName"])
         assert [line["tokens"] for line in lines] == [row["tokens"] for row in expected]

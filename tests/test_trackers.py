@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 from test_tracking import runs_of, sweep
 
-from harness import results, trackers, tracking
-from harness.config import ConfigError
-from harness.follow import Follower
+from harness.config.errors import ConfigError
+from harness.results import run_record
+from harness.runs import trackers, tracking
+from harness.runs.tracker_process import Follower
+from harness.system import atomic
 
 NEW = {"mlflow": "mlflow", "comet_ml": "comet_ml", "clearml": "clearml", "aim": "aim",
        "swanlab": "swanlab"}  # fmt: skip
@@ -18,10 +20,10 @@ NEW = {"mlflow": "mlflow", "comet_ml": "comet_ml", "clearml": "clearml", "aim": 
 
 def cut(run_dir, rows, status):
     """Leave a run with the first rows of its metrics, and a status."""
-    whole, record = results.read_metrics(run_dir), results.read(run_dir)
+    whole, record = run_record.read_metrics(run_dir), run_record.read(run_dir)
     text = "".join(json.dumps(row) + "\n" for row in whole[:rows])
-    results.write_atomically(run_dir / "metrics.jsonl", text)
-    results.write(run_dir, record | {"status": status})
+    atomic.write_atomically(run_dir / "metrics.jsonl", text)
+    run_record.write(run_dir, record | {"status": status})
     return whole, record
 
 
@@ -38,8 +40,8 @@ def test_a_sweep_in_mlflow_is_read_back_from_its_sqlite_store(tmp_path, capsys, 
     said = capsys.readouterr().out
     assert f"2 runs; mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db" in said
     text = "".join(json.dumps(row) + "\n" for row in whole)
-    results.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
-    results.write(folder / "r8-s0", record)
+    atomic.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
+    run_record.write(folder / "r8-s0", record)
     with tracking.Beside(runs_of(folder, asked), sweep=True):
         pass
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
@@ -47,13 +49,13 @@ def test_a_sweep_in_mlflow_is_read_back_from_its_sqlite_store(tmp_path, capsys, 
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {"r8-s0", "r8-s1"}
     for name, run in runs.items():
-        record = results.read(folder / name)
+        record = run_record.read(folder / name)
         assert run.info.status == "FINISHED" and run.data.tags["status"] == "finished"
         assert run.data.params["train.lr"] == "0.01" and run.data.params["method.r"] == "8"
         assert run.data.params["seed"] == name[-1] and run.data.tags["model"] == "mini"
         test = record["quality"]["test"]["perplexity"]
         assert run.data.metrics["test/perplexity"] == pytest.approx(test)
-        rows = [r for r in results.read_metrics(folder / name) if "train/nll" in r]
+        rows = [r for r in run_record.read_metrics(folder / name) if "train/nll" in r]
         history = client.get_metric_history(run.info.run_id, "train/nll")
         assert [(m.step, m.value) for m in history] == [(r["tokens"], r["train/nll"]) for r in rows]
     assert not (tmp_path / "mlruns").exists()
@@ -66,7 +68,7 @@ def test_tensorboard_has_the_settings_of_a_run_beside_its_numbers(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
 
     folder = sweep(tmp_path / "exp", 1)
-    record = results.read(folder / "r8-s0")
+    record = run_record.read(folder / "r8-s0")
     with SummaryWriter(tmp_path / "events") as writer:
         trackers.write_hparams(writer, record, trackers.summary(record))
     events = EventAccumulator(str(tmp_path / "events"))
@@ -135,7 +137,7 @@ def test_a_tracker_of_one_run_a_process_never_has_two_open(tmp_path):
     assert opened == ["r8-s0"] and list(logged) == ["r8-s0"]
     text = "".join(json.dumps(row) + "\n" for row in whole)
     (folder / "r8-s0" / "metrics.jsonl").write_text(text)
-    results.write(folder / "r8-s0", record)
+    run_record.write(folder / "r8-s0", record)
     cut(folder / "r8-s2", 2, "running")  # and one whose process is gone
     follower.look(last=True)
     assert ends == ["r8-s0", "r8-s1"] and not opened

@@ -15,8 +15,11 @@ from types import SimpleNamespace
 import pytest
 from test_report import put
 
-from harness import results, tracking
-from harness.config import REPOSITORY, ConfigError
+from harness.config.errors import ConfigError
+from harness.config.paths import REPOSITORY
+from harness.results import run_record
+from harness.runs import tracking
+from harness.system import atomic
 
 wandb = pytest.importorskip("wandb")
 OFFLINE = {"project": "p", "entity": None, "mode": "offline", "adapters": True, "patience": 120}
@@ -95,7 +98,7 @@ def sweep(folder, number, **fields):
         run_dir = put(folder, f"r8-s{seed}", r=8, seed=seed, nll=3 + seed / 10, **fields)
         record = json.loads((run_dir / "result.json").read_text()) | {"model": {"name": "mini"}}
         record["config"]["train"] = {"lr": 0.01, "schedule": "cosine"}
-        results.write(run_dir, record)
+        run_record.write(run_dir, record)
     return folder
 
 
@@ -117,14 +120,14 @@ def test_thirty_runs_are_thirty_runs_and_a_summary(tmp_path, capsys):
     assert list(run.facts.tags) == ["mini", "kjv"] and run.exit == 0
     assert run.config["train"] == {"lr": 0.01, "schedule": "cosine"}  # nested, to filter by
     assert run.config["method"]["targets"] == "all" and run.config["seed"] == 3
-    rows = results.read_metrics(folder / "r8-s3")
+    rows = run_record.read_metrics(folder / "r8-s3")
     assert len(run.history) == len(rows)
     for logged, row in zip(run.history, rows, strict=True):
         assert row.items() <= logged.items()
     assert run.metrics == {"train/*": "tokens", "eval/*": "tokens"} | {
         key: value for key, value in run.metrics.items() if key not in ("train/*", "eval/*")
     }
-    record = results.read(folder / "r8-s3")
+    record = run_record.read(folder / "r8-s3")
     assert run.summary["test/perplexity"] == record["quality"]["test"]["perplexity"]
     assert run.summary["parameters/trainable"] == 8000 and run.summary["status"] == "finished"
     assert run.summary["memory/peak_gib"] == record["memory"]["peak_bytes"] / 2**30
@@ -148,12 +151,12 @@ def test_several_trackers_follow_a_run_that_is_cut_and_goes_on(tmp_path):
 
     folder = sweep(tmp_path / "exp", 1)
     run_dir = folder / "r8-s0"
-    whole, record = results.read_metrics(run_dir), results.read(run_dir)
+    whole, record = run_record.read_metrics(run_dir), run_record.read(run_dir)
 
     def state(rows, status):
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        results.write_atomically(run_dir / "metrics.jsonl", text)
-        results.write(run_dir, record | {"status": status})
+        atomic.write_atomically(run_dir / "metrics.jsonl", text)
+        run_record.write(run_dir, record | {"status": status})
 
     asked = {"wandb": OFFLINE, "tensorboard": {"patience": 60}}
     state(whole[:4], "interrupted")
@@ -193,10 +196,10 @@ def test_trackio_keeps_its_runs_in_the_sweeps_folder_and_asks_nobody(tmp_path, c
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 34)  # whose it is would be asked of the hub
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = sweep(tmp_path / "exp", 2)
-    whole, record = (f(folder / "r8-s0") for f in (results.read_metrics, results.read))
+    whole, record = (f(folder / "r8-s0") for f in (run_record.read_metrics, run_record.read))
     text = "".join(json.dumps(row) + "\n" for row in whole[:4])
-    results.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
-    results.write(folder / "r8-s0", record | {"status": "interrupted"})
+    atomic.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
+    run_record.write(folder / "r8-s0", record | {"status": "interrupted"})
     tracker = {"trackio": {"project": "p", "patience": 120}}
     with tracking.Beside(runs_of(folder, tracker), sweep=True) as beside:
         pass
@@ -205,8 +208,8 @@ def test_trackio_keeps_its_runs_in_the_sweeps_folder_and_asks_nobody(tmp_path, c
     with pytest.raises(ProcessLookupError):  # nor has it left a server
         os.killpg(beside._processes["trackio"].pid, 0)
     text = "".join(json.dumps(row) + "\n" for row in whole)
-    results.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
-    results.write(folder / "r8-s0", record)
+    atomic.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
+    run_record.write(folder / "r8-s0", record)
     with tracking.Beside(runs_of(folder, tracker), sweep=True):
         pass
     assert not asked.exists() and not (tmp_path / "home").exists()
@@ -219,11 +222,11 @@ def test_trackio_keeps_its_runs_in_the_sweeps_folder_and_asks_nobody(tmp_path, c
     for name in ("r8-s0", "r8-s1"):
         mine = [(step, values) for other, _, step, values in logged if other == name]
         steps = [(step, values) for step, values in mine if "test/perplexity" not in values]
-        expected = results.read_metrics(folder / name)
+        expected = run_record.read_metrics(folder / name)
         assert [step for step, _ in steps] == [row["tokens"] for row in expected]
         for (_, values), row in zip(steps, expected, strict=True):
             assert values.items() >= {k: v for k, v in row.items() if "/" in k}.items()
-        quality = results.read(folder / name)["quality"]
+        quality = run_record.read(folder / name)["quality"]
         assert mine[-1][1]["test/perplexity"] == quality["test"]["perplexity"]
         config = json.loads(configs[name])
         assert config["_Group"] == "exp" and config["train"]["lr"] == 0.01
@@ -320,7 +323,7 @@ def state_of(pid):
 def test_a_mistake_is_named(make_run, overrides, said):
     from hydra.errors import HydraException
 
-    from harness.composition import explain
+    from harness.runs.composition import explain
 
     with pytest.raises((ConfigError, HydraException)) as error:
         make_run(*overrides)
@@ -328,7 +331,7 @@ def test_a_mistake_is_named(make_run, overrides, said):
 
 
 def test_trackers_compose_alone_and_together_and_make_no_other_run(make_run):
-    from harness.naming import identity
+    from harness.config.naming import identity
 
     plain = make_run()
     assert plain.tracker == {}

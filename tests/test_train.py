@@ -12,13 +12,14 @@ from peft import LoHaConfig, LoKrConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from harness import train as training
-from harness.checkpoint import load_trained, save_trained
-from harness.config import ConfigError, TrainConfig
-from harness.data import Data, batch_of, block_order
-from harness.loss import NextToken
+from harness.config.errors import ConfigError
+from harness.config.schema import TrainConfig
+from harness.data.token_data import Data, batch_of, block_order
 from harness.methods import adapt
-from harness.stop import Stop
+from harness.models.loss import NextToken
+from harness.system.signals import Stop
+from harness.training import loop as training
+from harness.training.checkpoint import load_trained, save_trained
 
 BLOCKS = 10
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from harness.unfuse import UNFUSED_TARGETS, fuse_qkv, is_unfused, unfuse_qkv
+from harness.models.split_qkv import UNFUSED_TARGETS, fuse_qkv, is_unfused, unfuse_qkv
 
 # name: (layers L, width d, heads, total parameters, {LoRA rank on q and v: trainable parameters})
 PUBLISHED = {

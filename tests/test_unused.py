@@ -3,7 +3,7 @@
 import pytest
 
 from harness.api import compose
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from harness.config import REPOSITORY
+from harness.config.paths import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "experiments"))
 import verify_recorded as verify

@@ -15,8 +15,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import methods, models, naming, weights
-from harness.config import ASSETS_DIR, ConfigError
+from harness import methods
+from harness.config import naming
+from harness.config.errors import ConfigError
+from harness.config.paths import ASSETS_DIR
+from harness.models import pretrained, weights
 
 FILE, ADAPTER_FILE = "model.safetensors", "adapter_model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548118077\n"
@@ -36,7 +39,7 @@ def rewrite(folder, change, name=FILE):
 
 def loaded(make_run, folder, *more):
     run = make_run("model=local", f"model.path={folder}", "data.context=32", "method=none", *more)
-    return models.load_with_misfits(run, models.load_config(run.model))
+    return pretrained.load_with_misfits(run, pretrained.load_config(run.model))
 
 
 def without(part):
@@ -117,7 +120,7 @@ def test_the_masks_of_gpt_neo_are_no_weights(tmp_path, make_run):
 
 def test_a_saved_lstm_loads(tmp_path, make_run):
     run = make_run("model=lstm", "targets=lstm")
-    made = models.load_model(run, models.load_config(run.model))
+    made = pretrained.load_model(run, pretrained.load_config(run.model))
     made.save_pretrained(tmp_path / "base")
     model, misfits = loaded(make_run, tmp_path / "base", "targets=lstm")
     assert not misfits
@@ -165,7 +168,7 @@ def test_an_adapter_in_a_base_folder_is_refused(folder, make_run, tiny, method):
     adapter_in(folder, tiny)
     run = make_run("model=local", f"model.path={folder}", "data.context=32", f"method={method}")
     with pytest.raises(ConfigError, match=r"base holds an adapter \(adapter_config\.json\)"):
-        models.load_config(run.model)
+        pretrained.load_config(run.model)
     with pytest.raises(ConfigError, match=r"would be put on the model unasked"):
         weights.load(folder)
 
@@ -212,7 +215,7 @@ def test_a_pointer_in_place_of_a_tokenizer_is_called_one(make_run, tmp_path):
     (folder / "tokenizer.json").write_text(POINTER)
     run = make_run("model=local", f"model.path={folder}", "data.context=32")
     with pytest.raises(ConfigError, match=r"tokenizer\.json is a git-lfs pointer"):
-        models.load_tokenizer(run.model, models.load_config(run.model))
+        pretrained.load_tokenizer(run.model, pretrained.load_config(run.model))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -287,7 +290,7 @@ def test_a_quantised_base_names_the_package_that_reads_it(folder, make_run, fiel
     quantised(folder, **fields)
     run = make_run("model=local", f"model.path={folder}", "data.context=32", "method=lora")
     with pytest.raises(ConfigError, match=rf"quantised \({fields['quant_method']}\)") as error:
-        models.load_config(run.model)
+        pretrained.load_config(run.model)
     assert re.search(rf"install.*({package})", str(error.value))
     assert "\n" not in str(error.value)
 
@@ -308,6 +311,6 @@ def test_packed_weights_are_counted_as_peft_counts_them(tiny):
         packed = torch.zeros(block.mlp.c_fc.weight.numel() // 2, 1, dtype=torch.uint8)
         block.mlp.c_fc.weight = Params4bit(packed, requires_grad=False)
     model = get_peft_model(tiny, LoraConfig(target_modules=["attn.c_proj"], fan_in_fan_out=True))
-    found = models.count_parameters(model)
+    found = pretrained.count_parameters(model)
     assert (found.trainable, found.total) == model.get_nb_trainable_parameters()
     assert found.total > sum(p.numel() for p in model.parameters())

@@ -24,8 +24,7 @@ from statements import (
     trainable,
 )
 
-from harness import stats
-from harness.report import evidence
+from harness.report import evidence, stats
 from harness.report.axes import CATEGORIES, Axes, color_of
 from harness.report.figure import Figure, Series
 

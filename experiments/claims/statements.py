@@ -13,12 +13,12 @@ import numpy as np
 from scipy import special
 from scipy import stats as scipy_stats
 
-from harness import ranking, results, stats
-from harness.config import ConfigError, nearest
-from harness.report import evidence, views
+from harness.config.errors import ConfigError, nearest
+from harness.report import evidence, ranking, stats, views
 from harness.report.axes import Axes, color_of
 from harness.report.figure import Figure, Series
 from harness.report.table import Row
+from harness.results import run_record
 
 MIB = 2**20
 CONTROL = "full-only-matrices"  # the matrices of LoRA at full rank, all else frozen
@@ -69,7 +69,7 @@ def step_seconds(row: Row) -> list[float]:
     return [
         statistics.median(
             metric["train/step_seconds"]
-            for metric in results.read_metrics(run_dir)
+            for metric in run_record.read_metrics(run_dir)
             if metric["step"] > 3 and "train/step_seconds" in metric
         )
         for run_dir in row.run_dirs

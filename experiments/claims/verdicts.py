@@ -22,7 +22,7 @@ from brief import lstm
 from seven import CLAIMS, LEVELS
 from statements import Claim, Runs, curve, is_borrowed, short, step_seconds
 
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
 from harness.report import evidence, summary
 from harness.report.draw import draw
 from harness.report.table import rows

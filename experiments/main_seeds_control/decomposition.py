@@ -8,7 +8,7 @@ perplexities l of LoRA, c of the control and f of full fine-tuning
     l - f = (l - c) + (c - f)        gap = rank + frozen parts
 
 Prints the table, and writes results.csv, decomposition.csv and steps.csv beside this file. The
-differences and their intervals are those of `harness.stats.compare`, paired by seed and document.
+differences and their intervals are those of `harness.report.stats.compare`, paired by seed and document.
 The interval of a share s = (c - f) / (l - f) is Fieller's: every s at which c - f - s (l - f)
 cannot be told from 0.
 
@@ -30,9 +30,8 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize
 
-from harness import stats
-from harness.config import ConfigError
-from harness.report import evidence, summary
+from harness.config.errors import ConfigError
+from harness.report import evidence, stats, summary
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent

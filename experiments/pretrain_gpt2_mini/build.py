@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from harness import documents, results
-from harness.composition import from_hydra
-from harness.config import ASSETS_DIR, CONF_DIR
+from harness.config.paths import ASSETS_DIR, CONF_DIR
+from harness.data import documents
+from harness.results import run_record
+from harness.runs.composition import from_hydra
 
 ASSET = ASSETS_DIR / "gpt2_mini"
 VOCABULARY = 4096
@@ -56,7 +57,7 @@ def tokenizer() -> None:
 
 def package(run_dir: Path) -> None:
     """Turn a finished pretraining run into the shipped folder: half precision, card, record."""
-    result = results.read(run_dir)
+    result = run_record.read(run_dir)
     if result is None or result["status"] != "finished":
         sys.exit(f"{run_dir} holds no finished run")
     weights = {

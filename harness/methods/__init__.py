@@ -15,18 +15,20 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from harness import peft_fields, roles
-from harness.config import (
-    ConfigError,
-    FullMethod,
-    LoraMethod,
-    PeftMethod,
-    RunConfig,
-    SvdMethod,
-    UdvMethod,
-    nearest,
+from harness.config import matrix_roles, peft_fields
+from harness.config.errors import ConfigError, nearest
+from harness.config.run_config import RunConfig
+from harness.config.schema import FullMethod, LoraMethod, PeftMethod, SvdMethod, UdvMethod
+from harness.methods import (
+    fields,
+    lora_layer,
+    refusals,
+    svd,
+    targets,
+    train_only,
+    udv,
+    weight_tying,
 )
-from harness.methods import fields, lora_layer, refusals, svd, targets, train_only, tying, udv
 from harness.methods.values import typed
 
 
@@ -139,7 +141,7 @@ def _peft(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         if "fan_in_fan_out" in names:
             named["fan_in_fan_out"] = matched.conv1d
         if "feedforward_modules" in names:  # IA3 scales these at their input
-            mlp = roles.mlp_of(model.config.model_type)
+            mlp = matrix_roles.mlp_of(model.config.model_type)
             named["feedforward_modules"] = [
                 m for m in matched.suffixes if m in mlp or m.startswith("mlp")
             ]
@@ -363,7 +365,7 @@ def _wrap(model: PreTrainedModel, config: Any, given: dict[str, Any]) -> nn.Modu
             f"{kind} would train nothing on this model: it has no parameters for these targets"
         )
     if getattr(config, "ensure_weight_tying", False):
-        tying.check_tied(adapted)
+        weight_tying.check_tied(adapted)
     return adapted
 
 

@@ -28,8 +28,8 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from harness.config import ConfigError, nearest
-from harness.models import matrices
+from harness.config.errors import ConfigError, nearest
+from harness.models.pretrained import matrices
 
 
 def check_names(

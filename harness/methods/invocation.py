@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from torch import nn
 
-from harness.config import ConfigError, DataConfig
-from harness.data import Data
-from harness.loss import IGNORE
+from harness.config.errors import ConfigError
+from harness.config.schema import DataConfig
+from harness.data.token_data import Data
+from harness.data.token_tables import IGNORE
 
 
 def check(model: nn.Module, data: DataConfig, text: Data, further: dict[str, Dataset]) -> list[str]:

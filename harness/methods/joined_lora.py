@@ -4,7 +4,7 @@
                 = x W + s (x A^T) B^T,    A = [A_q; A_v] (2 r, d),
                                           B = [B_q 0; 0 0; 0 B_v] (3 d, 2 r)
 
-so that what was trained on a model whose q, k and v are three matrices (`harness.unfuse`) loads
+so that what was trained on a model whose q, k and v are three matrices (`harness.models.split_qkv`) loads
 onto the published one. The zeros of B are held as numbers: the file grows, and training that went
 on from it would move them.
 
@@ -21,7 +21,7 @@ import peft
 import torch
 
 from harness.methods import FROM_WEIGHTS
-from harness.unfuse import UNFUSED_TARGETS
+from harness.models.split_qkv import UNFUSED_TARGETS
 
 Tensors = dict[str, torch.Tensor]
 FUSED = "attn.c_attn"

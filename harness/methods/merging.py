@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from harness import packed
+from harness.models import quantized
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -23,7 +23,7 @@ def obstacle(model: nn.Module) -> str | None:
     kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
     if not hasattr(model, "merge_and_unload"):
         return f"{kind} has nothing to merge: it adds prompts, not weights"
-    if packing := packed.packing_of(getattr(model, "config", None)):
+    if packing := quantized.packing_of(getattr(model, "config", None)):
         return (
             f"{kind} cannot be merged into weights quantised by {packing}: the sums would be "
             "rounded to as few bits, which is another model"

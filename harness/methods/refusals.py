@@ -2,7 +2,7 @@
 
 `before` looks at a configuration, before there is an adapted model; `after` asks the adapted model
 itself, so that what a new PEFT method wants of a training loop is found without a list of names.
-What PEFT documents as a loss to be added by the caller is added (`harness.loss.NextToken`).
+What PEFT documents as a loss to be added by the caller is added (`harness.models.loss.NextToken`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
-from harness.config import ConfigError, RunConfig
-from harness.loss import own_losses
+from harness.config.errors import ConfigError
+from harness.config.run_config import RunConfig
+from harness.models.loss import own_losses
 
 ADAPTER = "default"
 

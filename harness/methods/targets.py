@@ -1,6 +1,6 @@
 """Target names to weight matrices, checked before PEFT sees them.
 
-A target is a role (`harness.roles`) or a module-name suffix, as PEFT matches them. On a model whose
+A target is a role (`harness.config.matrix_roles`) or a module-name suffix, as PEFT matches them. On a model whose
 q, k and v are three matrices `attn.c_attn` stands for all three.
 """
 
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from harness import roles
-from harness.config import ConfigError, TargetsConfig
-from harness.models import matrices
-from harness.unfuse import UNFUSED_TARGETS, is_unfused
+from harness.config import matrix_roles
+from harness.config.errors import ConfigError
+from harness.config.schema import TargetsConfig
+from harness.models.pretrained import matrices
+from harness.models.split_qkv import UNFUSED_TARGETS, is_unfused
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
     layers = {match[1] for name in there if (match := re.search(r"\.(\d+)\.", name))}
     kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in there})
     architecture = getattr(getattr(model, "config", None), "model_type", "")
-    named = roles.modules_of(targets, architecture)
+    named = matrix_roles.modules_of(targets, architecture)
     if named is None:
         raise ConfigError(
             f"targets={targets.name}: which modules are {', '.join(targets.roles)} in a model of "

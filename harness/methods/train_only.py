@@ -4,7 +4,7 @@
     method.train_only=[embeddings,positions]   roles and kinds together
     method.train_only=[mlp.c_fc.weight,h.0]    names of parameters or modules, from their end
 
-An entry is a role of `harness.roles` (the weight of each such matrix, without its bias), a kind of
+An entry is a role of `harness.config.matrix_roles` (the weight of each such matrix, without its bias), a kind of
 `KINDS`, or the name of a parameter or of a module (then all that is in it). A name may leave out
 its beginning, at a dot, and `*` stands for anything but a dot.
 """
@@ -18,8 +18,9 @@ from collections import defaultdict
 from torch import nn
 from transformers import PreTrainedModel
 
-from harness import roles
-from harness.config import ConfigError, TargetsConfig, nearest
+from harness.config import matrix_roles
+from harness.config.errors import ConfigError, nearest
+from harness.config.schema import TargetsConfig
 from harness.methods import targets
 
 KINDS = {
@@ -64,7 +65,7 @@ def _matches(model: PreTrainedModel, entry: str) -> list[nn.Parameter]:
     if entry in ("embeddings", "head"):
         module = getattr(model, f"get_{'in' if entry == 'embeddings' else 'out'}put_embeddings")()
         found = [] if module is None else [module.weight]
-    elif entry in roles.ROLES or entry == "matrices":
+    elif entry in matrix_roles.ROLES or entry == "matrices":
         named = TargetsConfig(entry, roles=MATRICES if entry == "matrices" else [entry])
         try:
             modules = targets.resolve(model, named).shapes
@@ -102,7 +103,7 @@ def _all(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _hint(model: nn.Module, entry: str) -> str:
     """The nearest role, kind or name; or else the roles and kinds there are."""
-    words = [*KINDS, *roles.ROLES]
+    words = [*KINDS, *matrix_roles.ROLES]
     ends = set()
     for name, _ in _all(model):
         pieces = re.sub(r"\.\d+(?=\.)", ".*", name).split(".")

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal, Union
 
-from harness.config import ConfigError, nearest
+from harness.config.errors import ConfigError, nearest
 
 SCALE = re.compile("alpha|lambda|scal")  # PEFT calls these int, and divides by them
 # What a number may be, by the end of its field's name.

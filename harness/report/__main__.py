@@ -13,15 +13,17 @@ import sys
 import time
 from pathlib import Path
 
-from harness import lock, results
-from harness.config import ConfigError, nearest
-from harness.console import ended, reason
+from harness.config.errors import nearest
 from harness.report import evidence, files, index, summary
+from harness.results import run_record
+from harness.system import lock
+from harness.system.console import command
 
 PERIOD_SECONDS = 10
 OPTIONS = ("--wide", "--page", "--watch", "--index")
 
 
+@command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status: 2 for no such folder, and runs not to compare."""
     if {"-h", "--help"} & set(arguments):
@@ -42,27 +44,16 @@ def main(arguments: list[str]) -> int:
         there = [p.name for p in folder.parent.glob("*") if p.is_dir()]
         print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
         return 2
-    try:
-        if "--index" in asked:
-            print(f"page: {index.write(folder)}")
-            return 0
-        if "--watch" in asked:
-            watch(folder)
-        findings = evidence.find(folder)
-        if "--page" not in asked:
-            summary.tell(findings, full=True, wide="--wide" in asked)
-        if findings.rows:
-            print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print(f"error: {error.filename or folder}: {reason(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if "--index" in asked:
+        print(f"page: {index.write(folder)}")
+        return 0
+    if "--watch" in asked:
+        watch(folder)
+    findings = evidence.find(folder)
+    if "--page" not in asked:
+        summary.tell(findings, full=True, wide="--wide" in asked)
+    if findings.rows:
+        print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
     return 2 if findings.refused else 0
 
 
@@ -71,7 +62,7 @@ def watch(folder: Path) -> None:
     before, said = None, False
     while True:
         began = time.monotonic()
-        names = (results.FILE_NAME, results.METRICS_NAME)
+        names = (run_record.FILE_NAME, run_record.METRICS_NAME)
         paths = [path for name in names for path in folder.glob(f"*/{name}")]
         state = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
         if state != before:
@@ -85,4 +76,4 @@ def watch(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(lambda: main(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from harness.config import CONF_DIR
-from harness.ranking import ENOUGH_SEEDS
+from harness.config.paths import CONF_DIR
 from harness.report import columns
 from harness.report import evidence as ev
 from harness.report.evidence import Evidence
+from harness.report.ranking import ENOUGH_SEEDS
 from harness.report.table import ALPHA, LR, RANK, SHARED, Row, headings
 
 FEW_PERCENT = 5  # of the parameters: what counts as little

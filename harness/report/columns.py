@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from harness import results, stats
-from harness.report import remarks
+from harness.report import remarks, stats
 from harness.report.evidence import Evidence
 from harness.report.sheet import Cell, Column, Sheet
 from harness.report.table import (
@@ -32,6 +31,7 @@ from harness.report.table import (
     headings,
     setting_text,
 )
+from harness.results import run_record
 
 OF_TRAINING = ("method.lr", TRAINABLE, "parameters.trainable_percent")
 INTERVAL, PLACES = "quality.test.interval", "quality.test.rank"
@@ -104,10 +104,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if any(row.values[key] is not None for row in rows for key in OF_COMPLETIONS):
         said.append(
             f"{', '.join(OF_COMPLETIONS.values())}: of the test set's prompts, completed by that "
-            "model (harness/nlg.py)."
+            "model (harness/evaluation/text_metrics.py)."
         )
     records = [record for row in rows for record in row.records]
-    missing = [results.get(record, "quality.generation.skipped") or {} for record in records]
+    missing = [run_record.get(record, "quality.generation.skipped") or {} for record in records]
     for name, why in {name: why for found in missing for name, why in found.items()}.items():
         said.append(f"without {name}: {why}")
     if any(not is_own_rate(row.values[LR_FROM]) for row in rows):

@@ -1,7 +1,7 @@
 """What a table's rows can claim: intervals, paired tests, ranks and fronts, from nats per document.
 
-Every number here comes from the runs' `documents-*.parquet`; `harness.stats` and
-`harness.ranking` have the statistics. Runs whose evaluation differs (documents, context, stride,
+Every number here comes from the runs' `documents-*.parquet`; `harness.report.stats` and
+`harness.report.ranking` have the statistics. Runs whose evaluation differs (documents, context, stride,
 prefix, tokenizer) are refused.
 """
 
@@ -19,10 +19,11 @@ import pandas as pd
 import pyarrow as pa
 from scipy import special
 
-from harness import ranking, results, stats
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
+from harness.report import ranking, stats
 from harness.report.table import SHARED, Row
 from harness.report.table import rows as table_rows
+from harness.results import run_record
 
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
 MANY = 4  # names in a sentence or a cell
@@ -202,7 +203,7 @@ def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
 
 def also(rows: Iterable[Row]) -> list[str]:
     """The further texts that any row was evaluated on."""
-    named = (results.get(row.records[0], "quality.also") or {} for row in rows)
+    named = (run_record.get(row.records[0], "quality.also") or {} for row in rows)
     return list(dict.fromkeys(name for names in named for name in names))
 
 
@@ -238,7 +239,7 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
     changed = {
         name: replace(c, adjusted_p=p) for (name, c), p in zip(moved.items(), adjusted, strict=True)
     }
-    measured = all(results.get(record, "quality.base") for row in rows for record in row.records)
+    measured = all(run_record.get(record, "quality.base") for row in rows for record in row.records)
     return found | changed, "the base model" if measured else "before the first step"
 
 
@@ -265,7 +266,7 @@ def _never_learned(row: Row) -> tuple[int, ...]:
     lost = []
     for record in row.records:
         end, start = (
-            results.get(record, f"quality.{path}.perplexity") or math.inf  # null: not finite
+            run_record.get(record, f"quality.{path}.perplexity") or math.inf  # null: not finite
             for path in ("validation", "step0.validation")
         )
         if end >= start * (1 - stats.ROUNDING):
@@ -274,7 +275,7 @@ def _never_learned(row: Row) -> tuple[int, ...]:
 
 
 def _of_run(run_dir: Path, record: dict[str, Any], text: str, when: str) -> stats.Evaluation:
-    path = run_dir / results.documents_name(text, when)
+    path = run_dir / run_record.documents_name(text, when)
     try:
         table = pd.read_parquet(path, columns=["id", "nll_nats", "num_tokens"])
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -285,7 +286,7 @@ def _of_run(run_dir: Path, record: dict[str, Any], text: str, when: str) -> stat
         raise ConfigError(f"{path} sums to {summed} nats, and result.json says {told}")
     settings = dict(record.get("evaluation") or {})
     # Of runs from before it could be asked for it is the end-of-text token.
-    settings["prefix"] = results.get(settings, "prefix.name") or "eos"
+    settings["prefix"] = run_record.get(settings, "prefix.name") or "eos"
     if text == "test":
         settings["data"] = record["data"]["name"]
     tokens = table["num_tokens"].to_numpy(np.int64)
@@ -295,7 +296,7 @@ def _of_run(run_dir: Path, record: dict[str, Any], text: str, when: str) -> stat
 
 def _quality(record: dict[str, Any], text: str, when: str = "after") -> dict[str, Any] | None:
     path = "quality.test" if text == "test" else f"quality.also.{text}.{when}"
-    found: dict[str, Any] | None = results.get(record, path)
+    found: dict[str, Any] | None = run_record.get(record, path)
     return found
 
 
@@ -328,7 +329,7 @@ def run_seconds(rows: Iterable[Row]) -> dict[str, list[float]]:
     """
     found = {}
     for row in rows:
-        values = [results.get(record, COST_PATHS[TIME]) for record in row.records]
+        values = [run_record.get(record, COST_PATHS[TIME]) for record in row.records]
         alone = not row.values[SHARED] and row.trained
         if alone and len(values) > 1 and all(values):
             found[row.name] = [float(value) for value in values]
@@ -383,8 +384,8 @@ def _cost(row: Row, title: str) -> float | None:
         return None if value is None else float(value)
     counted = []
     for record in row.records:
-        per_token = results.get(record, "predicted.train_flops_per_token")
-        tokens = results.get(record, "speed.tokens")
+        per_token = run_record.get(record, "predicted.train_flops_per_token")
+        tokens = run_record.get(record, "speed.tokens")
         if not per_token or not tokens:
             return None
         counted.append(float(per_token) * float(tokens))

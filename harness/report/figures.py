@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness import results, stats
 from harness.report import evidence as ev
-from harness.report import views
+from harness.report import stats, views
 from harness.report.axes import (
     ALPHA,
     CATEGORIES,
@@ -29,6 +28,7 @@ from harness.report.axes import (
 from harness.report.evidence import Evidence
 from harness.report.figure import REFERENCES, Figure, Series
 from harness.report.table import Row
+from harness.results import run_record
 
 GREY = "#808080"
 WORDS = 4  # lines that a caption tells of
@@ -262,7 +262,7 @@ def _heat(rows: Sequence[Row], test: Evidence) -> list[Figure]:
 
 
 def _memory(rows: Sequence[Row]) -> Figure | None:
-    shown = [row for row in rows if results.get(row.records[0], "memory.by_category")]
+    shown = [row for row in rows if run_record.get(row.records[0], "memory.by_category")]
     if not shown:
         return None
     names = [row.name for row in shown]
@@ -285,7 +285,7 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
 
 
 def _mean(row: Row, path: str) -> float:
-    found = [value for record in row.records if (value := results.get(record, path)) is not None]
+    found = [value for record in row.records if (value := run_record.get(record, path)) is not None]
     return sum(found) / len(found) if found else 0.0
 
 

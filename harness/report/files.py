@@ -9,11 +9,11 @@ import shlex
 import shutil
 from pathlib import Path
 
-from harness import results
 from harness.report import columns, draw, page, setting, sheet
 from harness.report.evidence import Findings
 from harness.report.figure import Figure
 from harness.report.figures import figures
+from harness.system import atomic
 
 FOLDER = "report"
 
@@ -48,7 +48,7 @@ def write(findings: Findings) -> Path:
         ),
         ("table.tex", f"% {made_by}\n% {line}\n{sheet.latex(found)}"),
     ):
-        results.write_atomically(folder / name, text)
+        atomic.write_atomically(folder / name, text)
     return _write_page(findings, drawn)
 
 
@@ -60,5 +60,5 @@ def write_page(findings: Findings, refresh: int | None = None) -> Path:
 def _write_page(findings: Findings, drawn: list[Figure], refresh: int | None = None) -> Path:
     path = findings.folder / FOLDER / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write_atomically(path, page.text(findings, drawn, command(findings.folder), refresh))
+    atomic.write_atomically(path, page.text(findings, drawn, command(findings.folder), refresh))
     return path

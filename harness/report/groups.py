@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness import naming, results
+from harness.config import naming
+from harness.results import run_record
 
 DIGITS = 6  # of a digest, as run names have them
 
@@ -31,7 +32,7 @@ class Group:
 def find(folder: Path) -> list[Group]:
     """The groups of a folder's finished runs, by the name of their first run."""
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
-    for run_dir, record in results.collect(folder):
+    for run_dir, record in run_record.collect(folder):
         if record["status"] == "finished":
             found.setdefault(_key(record), []).append((run_dir, record))
     return _told_apart([_once(runs) for runs in found.values()])
@@ -50,22 +51,22 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key(record: dict[str, Any]) -> str:
-    known = results.get(record, "run.configuration")
+    known = run_record.get(record, "run.configuration")
     return json.dumps([known or settings(record), _counts(record)], sort_keys=True)
 
 
 def _counts(record: dict[str, Any]) -> dict[str, Any]:
     """How much text a run has read: other numbers are other text."""
-    documents = results.get(record, "data.num_documents") or {}
+    documents = run_record.get(record, "data.num_documents") or {}
     counts = {f"documents.{split}": count for split, count in documents.items()}
-    return counts | {"blocks": results.get(record, "data.num_blocks")}
+    return counts | {"blocks": run_record.get(record, "data.num_blocks")}
 
 
 def _once(runs: list[tuple[Path, dict[str, Any]]]) -> Group:
     """Every seed once: by the run whose result was written first (by name, if at the same time)."""
 
     def written(run: tuple[Path, dict[str, Any]]) -> tuple[int, str]:
-        return (run[0] / results.FILE_NAME).stat().st_mtime_ns, run[0].name
+        return (run[0] / run_record.FILE_NAME).stat().st_mtime_ns, run[0].name
 
     first: dict[Any, tuple[Path, dict[str, Any]]] = {}
     repeated = {}
@@ -83,12 +84,12 @@ def _once(runs: list[tuple[Path, dict[str, Any]]]) -> Group:
 def _difference(record: dict[str, Any], kept: dict[str, Any]) -> str:
     """Whether two runs that should be the same are, in words."""
     for text in ("test", "validation"):
-        one, other = (results.get(r, f"quality.{text}.nll_nats") for r in (record, kept))
+        one, other = (run_record.get(r, f"quality.{text}.nll_nats") for r in (record, kept))
         if None in (one, other) or one == other:
             continue
         if math.isclose(one, other, rel_tol=1e-6):
             return "their numbers are the same to rounding"
-        ours, theirs = (results.get(r, f"quality.{text}.perplexity") for r in (record, kept))
+        ours, theirs = (run_record.get(r, f"quality.{text}.perplexity") for r in (record, kept))
         return f"their numbers differ: {text} perplexity {_told(ours)} here, {_told(theirs)} there"
     return "their numbers are the same"
 
@@ -121,12 +122,12 @@ def _contents(record: dict[str, Any]) -> dict[str, str]:
     """What a run has read, in short: digests where there are any, else counts."""
     names = {"data": "text", "model": "weights", "model.tokenizer": "tokenizer"}
     found = {}
-    for key, content in (results.get(record, "run.contents") or {}).items():
+    for key, content in (run_record.get(record, "run.contents") or {}).items():
         kind, _, value = content.partition(":")
         short = value.strip() if kind in ("packages", "unknown") else value[:DIGITS]
         found[names.get(key, key)] = short
     if not found:
         counts = _counts(record).items()
         found = {f"data.{k}": str(v) for k, v in counts if v is not None}
-    known = results.get(record, "run.configuration")
+    known = run_record.get(record, "run.configuration")
     return found | ({"configuration": known[:DIGITS]} if known else {})

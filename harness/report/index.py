@@ -22,11 +22,12 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from harness import results
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
 from harness.report import columns, table
 from harness.report.table import Row
-from harness.trackers import flat
+from harness.results import run_record
+from harness.results.run_record import flat
+from harness.system import atomic
 
 FILE_NAME = "index.html"
 TEMPLATE = Path(__file__).with_name("index.html.j2")
@@ -55,7 +56,7 @@ class Experiment:
 
 def find(root: Path) -> list[Path]:
     """The folders below `root` that hold runs, by name."""
-    return sorted({path.parent.parent for path in root.glob(f"*/*/{results.FILE_NAME}")})
+    return sorted({path.parent.parent for path in root.glob(f"*/*/{run_record.FILE_NAME}")})
 
 
 def text(root: Path) -> str:
@@ -91,13 +92,13 @@ def text(root: Path) -> str:
 def write(root: Path) -> Path:
     """Write the page into `root`; returns its path."""
     path = root / FILE_NAME
-    results.write_atomically(path, text(root))
+    atomic.write_atomically(path, text(root))
     return path
 
 
 def _in_a_script(data: Any) -> Any:
     """JSON that nothing in it can end the script of."""
-    plain = json.dumps(results.finite(data), sort_keys=True)
+    plain = json.dumps(run_record.finite(data), sort_keys=True)
     for character in "<>&\u2028\u2029":
         plain = plain.replace(character, f"\\u{ord(character):04x}")
     return markupsafe.Markup(plain)
@@ -106,10 +107,10 @@ def _in_a_script(data: Any) -> Any:
 def _read(folder: Path) -> tuple[Experiment, list[dict[str, Any]]]:
     counts: dict[str, int] = {}
     changed = 0.0
-    for run_dir, record in results.collect(folder):
+    for run_dir, record in run_record.collect(folder):
         status = str(record.get("status"))
         counts[status] = counts.get(status, 0) + 1
-        changed = max(changed, (run_dir / results.FILE_NAME).stat().st_mtime)
+        changed = max(changed, (run_dir / run_record.FILE_NAME).stat().st_mtime)
     own_page = folder / "report" / "index.html"
     page = f"{folder.name}/report/index.html" if own_page.is_file() else None
     try:
@@ -132,9 +133,9 @@ def _line(folder: Path, row: Row) -> dict[str, Any]:
         "experiment": folder.name,
         "name": row.name,
         "also": values["also"],
-        "model": results.get(first, "model.name"),
-        "data": results.get(first, "data.name"),
-        "steps": results.get(first, "config.train.steps") if method.get("lr") else None,
+        "model": run_record.get(first, "model.name"),
+        "data": run_record.get(first, "data.name"),
+        "steps": run_record.get(first, "config.train.steps") if method.get("lr") else None,
         "seeds": values["seeds"],
         "values": {h: values.get(path) for path, (h, _) in NUMBERS.items()},
         "shown": {h: _shown(row, path, form) for path, (h, form) in NUMBERS.items()},
@@ -161,15 +162,15 @@ def _alike(row: Row) -> str:
     first = row.records[0]
     contents = {
         key: value
-        for key, value in (results.get(first, "run.contents") or {}).items()
+        for key, value in (run_record.get(first, "run.contents") or {}).items()
         if key == "data"
     }
     evaluation = first.get("evaluation") or {}
     parts = [
-        contents or results.get(first, "data.name"),
-        results.get(first, "data.num_documents.test"),
-        results.get(first, "quality.test.num_tokens"),
+        contents or run_record.get(first, "data.name"),
+        run_record.get(first, "data.num_documents.test"),
+        run_record.get(first, "quality.test.num_tokens"),
         [evaluation.get(key) for key in ("context", "stride", "tokenizer")],
-        results.get(first, "evaluation.prefix.id"),
+        run_record.get(first, "evaluation.prefix.id"),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

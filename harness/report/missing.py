@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import lock, results
 from harness.report.evidence import Findings
+from harness.results import run_record
+from harness.system import lock
 
 AGAIN = "the same command tries it again"
 
@@ -30,8 +31,8 @@ class Missing:
 
 def find(findings: Findings) -> list[Missing]:
     """Every such run: those that have begun, by name, and then those of the last sweep only."""
-    folder, planned = findings.folder, results.read_sweep(findings.folder)
-    names = ("config.yaml", results.FILE_NAME)
+    folder, planned = findings.folder, run_record.read_sweep(findings.folder)
+    names = ("config.yaml", run_record.FILE_NAME)
     run_dirs = {path.parent for name in names for path in folder.glob(f"*/{name}")}
     found = [
         one
@@ -54,7 +55,7 @@ def find(findings: Findings) -> list[Missing]:
 def _begun(run_dir: Path) -> Missing | None:
     """What became of a run that has a configuration in its directory; None if it is finished."""
     name, log = run_dir.name, (run_dir / "log.txt").exists()
-    record = results.read(run_dir)
+    record = run_record.read(run_dir)
     if record is None:
         reason = "there is no result.json that can be read"
         return Missing(name, "unreadable", reason, "rerun=true replaces it", log)
@@ -62,7 +63,7 @@ def _begun(run_dir: Path) -> Missing | None:
     if status == "finished":
         return None
     if status == "running":
-        step, steps = _step(run_dir), results.get(record, "config.train.steps")
+        step, steps = _step(run_dir), run_record.get(record, "config.train.steps")
         at = f"at step {step}" + (f" of {steps}" if steps else "")
         if lock.is_claimed(run_dir):
             return Missing(name, "running", at, log=log)
@@ -74,15 +75,15 @@ def _begun(run_dir: Path) -> Missing | None:
     kind = failure.get("class")
     reason = ": ".join(filter(None, (kind, said[0] if said else "")))
     left = "a sweep leaves it as it is until retry=1"
-    return Missing(name, status, reason, AGAIN if kind in results.NOT_LEFT else left, log)
+    return Missing(name, status, reason, AGAIN if kind in run_record.NOT_LEFT else left, log)
 
 
 def _step(run_dir: Path) -> int:
-    return int(results.last_metrics(run_dir).get("step", 0))
+    return int(run_record.last_metrics(run_dir).get("step", 0))
 
 
 def _goes_on(run_dir: Path) -> str:
-    return "the same command goes on with it" if results.can_go_on(run_dir) else AGAIN
+    return "the same command goes on with it" if run_record.can_go_on(run_dir) else AGAIN
 
 
 def _not_compared(findings: Findings) -> Iterator[Missing]:

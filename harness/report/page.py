@@ -19,7 +19,6 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from harness import results
 from harness.report import answer, choices, columns, missing, setting, sheets
 from harness.report import evidence as ev
 from harness.report.evidence import Evidence
@@ -27,6 +26,7 @@ from harness.report.figure import Figure
 from harness.report.interactive import plotly
 from harness.report.sheet import Sheet
 from harness.report.table import LR_FROM, TEST, Row, headings
+from harness.results import run_record
 
 HERO = ("parameters",)  # the figure that stands above the table
 MOST_CHOICES = 40  # of a filter: what has more is better sorted
@@ -248,7 +248,7 @@ def _provenance(rows: Sequence[Row]) -> dict[str, list[str]]:
     for title, path in paths.items():
         counted: Counter[str] = Counter()
         for record in records:
-            value = results.get(record, path)
+            value = run_record.get(record, path)
             if isinstance(value, dict):
                 value = ", ".join(f"{k} {v}" for k, v in value.items())
             elif isinstance(value, list):

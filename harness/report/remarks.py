@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from harness import ends, results
+from harness.config import ending
 from harness.report.table import CLASSIFIED, Row
+from harness.results import run_record
 
 
 def remarks(shown: Sequence[Row]) -> list[str]:
@@ -29,16 +30,16 @@ def remarks(shown: Sequence[Row]) -> list[str]:
 
 
 def _remarks_of(record: dict[str, Any]) -> Iterator[str]:
-    if (why := ends.told(record)) is not None:
+    if (why := ending.told(record)) is not None:
         yield why
-    if failure := results.get(record, "saved_check.failure"):
+    if failure := run_record.get(record, "saved_check.failure"):
         yield str(failure).rstrip(".")
     for problem in record.get("problems") or []:
         yield str(problem).splitlines()[0].rstrip(".")
-    if drawn := results.get(record, "model.weights.random"):
+    if drawn := run_record.get(record, "model.weights.random"):
         names = ", ".join(drawn[:3]) + ", …" * (len(drawn) > 3)
         yield f"model.strict=false: weights that its files lack were drawn at random ({names})"
-    if results.get(record, "model.causal") is False:
+    if run_record.get(record, "model.causal") is False:
         yield "whether the model sees what it is to predict could not be told"
 
 
@@ -48,7 +49,7 @@ def of_labels(shown: Sequence[Row]) -> str:
         quality
         for row in shown
         for record in row.records
-        if (quality := results.get(record, CLASSIFIED)) and quality["accuracy"] is not None
+        if (quality := run_record.get(record, CLASSIFIED)) and quality["accuracy"] is not None
     ]
     if not found:
         return ""

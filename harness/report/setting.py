@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from harness import launch, results
 from harness.report.table import Row
+from harness.results import run_record
 
 FEW = 3  # values or commands that are named
 SWEEP_RECORD = "multirun.yaml"  # Hydra's of the last sweep: all there is of older ones
@@ -54,7 +54,7 @@ def _values(records: Iterable[dict[str, Any]], *paths: str) -> list[Any]:
     """The distinct values of the first of the paths that a record has, sorted."""
     found: dict[Any, None] = {}
     for record in records:
-        known = (results.get(record, path) for path in paths)
+        known = (run_record.get(record, path) for path in paths)
         value = next((value for value in known if value is not None), None)
         if value is not None:
             found[value] = None
@@ -81,8 +81,8 @@ def _length(trained: Sequence[dict[str, Any]]) -> str:
 
 
 def _prefixes(records: Sequence[dict[str, Any]]) -> str:
-    """What documents follow (`harness.prefix`); EOS in runs from before it could be asked for."""
-    names = {results.get(record, "evaluation.prefix.name") or "eos" for record in records}
+    """What documents follow (`harness.evaluation.prefix`); EOS in runs from before it could be asked for."""
+    names = {run_record.get(record, "evaluation.prefix.name") or "eos" for record in records}
     return " or ".join("nothing" if name == "none" else name.upper() for name in sorted(names))
 
 
@@ -111,7 +111,7 @@ def _dates(rows: Sequence[Row]) -> str:
         for run_dir, record in zip(row.run_dirs, row.records, strict=True):
             if date := record.get("date"):
                 days.add(str(date)[:10])
-            elif (path := run_dir / results.FILE_NAME).exists():
+            elif (path := run_dir / run_record.FILE_NAME).exists():
                 days.add(time.strftime("%Y-%m-%d", time.gmtime(path.stat().st_mtime)))
     if not days:
         return ""
@@ -123,7 +123,7 @@ def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
     run_dirs = [run_dir for row in rows for run_dir in row.run_dirs]
     left = {run_dir.name for run_dir in run_dirs}
     found = []
-    for sweep in reversed(results.sweep_commands(folder)):
+    for sweep in reversed(run_record.sweep_commands(folder)):
         if left & set(sweep["runs"]):
             found.append(str(sweep["command"]))
             left -= set(sweep["runs"])
@@ -131,10 +131,10 @@ def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
         run_dir.name: str(command)
         for row in rows
         for run_dir, record in zip(row.run_dirs, row.records, strict=True)
-        if (command := results.get(record, "run.command"))
+        if (command := run_record.get(record, "run.command"))
     }
-    if not results.sweep_commands(folder) and (recorded := _of_hydra(folder)):
-        named = set(results.read_sweep(folder)) or left
+    if not run_record.sweep_commands(folder) and (recorded := _of_hydra(folder)):
+        named = set(run_record.read_sweep(folder)) or left
         if left & named:
             found.append(recorded)
             left -= named
@@ -152,4 +152,4 @@ def _of_hydra(folder: Path) -> str | None:
         return None
     asked = [text for text in own if text != "hydra.mode=MULTIRUN"]
     flag = ["-m"] if len(asked) < len(own) else []
-    return launch.command_line([*flag, *task, *asked])
+    return run_record.command_line([*flag, *task, *asked])

@@ -13,12 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from harness import results
-from harness.console import reason
 from harness.report import answer, choices, columns, missing, setting, sheet, sheets, table, views
 from harness.report import evidence as ev
 from harness.report.evidence import Evidence, Findings
 from harness.report.table import Row
+from harness.system import atomic
+from harness.system.console import reason
 
 NOT_APART = 6  # pairs named on the terminal; all are in comparisons.csv
 CSVS = ("results.csv", "comparisons.csv", "curves.csv")
@@ -143,7 +143,7 @@ def _save(findings: Findings) -> list[str]:
     try:
         for name in CSVS:
             if name in files:  # another controller may write it, too
-                results.write_atomically(findings.folder / name, files[name])
+                atomic.write_atomically(findings.folder / name, files[name])
             else:
                 (findings.folder / name).unlink(missing_ok=True)
     except OSError as error:

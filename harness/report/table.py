@@ -21,9 +21,10 @@ import rich.box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from harness import nlg, results
-from harness.config import METHODS
+from harness.config.schema import METHODS
+from harness.evaluation import text_metrics
 from harness.report import groups
+from harness.results import run_record
 
 SHOWN = {"train.lr"} | {  # of the configuration, what has a column
     f"method.{key}"
@@ -33,10 +34,12 @@ TRAINABLE = "parameters.trainable"
 SHARED = "environment.runs_beside"
 LR_FROM = "method.lr_from"
 CLASSIFIED = "quality.classification.test"
-OF_LABELS = {  # where the task has labels (`harness.classify`)
+OF_LABELS = {  # where the task has labels (`harness.evaluation.classification`)
     f"{CLASSIFIED}.accuracy": "accuracy", f"{CLASSIFIED}.majority_accuracy": "majority",
 }  # fmt: skip
-OF_COMPLETIONS = {f"quality.generation.{name}": label for name, label in nlg.METRICS.items()}
+OF_COMPLETIONS = {
+    f"quality.generation.{name}": label for name, label in text_metrics.METRICS.items()
+}
 SCORES = OF_LABELS | OF_COMPLETIONS
 CLASSIFIED_CSV = tuple(  # in the CSV alone
     f"{CLASSIFIED}.{name}"
@@ -135,21 +138,21 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     What does not train has no settings of training.
     """
     flat = _flat(groups.settings(record))
-    if not results.get(record, TRAINABLE):
+    if not run_record.get(record, TRAINABLE):
         flat = {key: value for key, value in flat.items() if not key.startswith("train.")}
     for key in ("model.name", "data.name"):
-        flat[key] = results.get(record, key) or flat.get(key)
+        flat[key] = run_record.get(record, key) or flat.get(key)
     return flat
 
 
 def _took_no_step(record: dict[str, Any]) -> bool:
-    return results.get(record, "config.train.steps") == 0
+    return run_record.get(record, "config.train.steps") == 0
 
 
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
     for path in [*COLUMNS, *SCORES, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
-        found = [results.get(result, path) for result in records]
+        found = [run_record.get(result, path) for result in records]
         numbers = [v for v in found if isinstance(v, int | float)]
         if path == SHARED:  # the worst of the runs
             numbers = [max(numbers)] if numbers else []

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from harness import results, stats
+from harness.report import stats
 from harness.report.evidence import Evidence
 from harness.report.table import Row
+from harness.results import run_record
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def curve(row: Row) -> Curve | None:
     tokens: dict[int, int] = {}
     for run_dir in row.run_dirs:
         so_far, validated = {0: 0.0}, {}
-        for metric in results.read_metrics(run_dir):
+        for metric in run_record.read_metrics(run_dir):
             step = metric["step"]
             if "train/nll" in metric:
                 so_far[step] = so_far.get(step - 1, math.nan) + metric["train/step_seconds"]

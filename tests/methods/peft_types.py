@@ -18,11 +18,14 @@ import torch
 from accelerate import Accelerator
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from harness import compose, methods, models, predict, train
-from harness.config import ConfigError
-from harness.data import Batch
-from harness.loss import NextToken
-from harness.methods import merging, tying
+from harness import compose, methods
+from harness.config.errors import ConfigError
+from harness.data.token_data import Batch
+from harness.methods import merging, weight_tying
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.runs import estimate
+from harness.training import loop
 
 MODELS = {
     "GPT-2": "{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128, "
@@ -64,7 +67,7 @@ def refusal(name: str, model: str) -> str | None:
     """Why a method is refused on a model, in one line, or None where it is built."""
     run, config = setting(name, model)
     try:
-        methods.adapt(models.load_model(run, config), run)
+        methods.adapt(pretrained.load_model(run, config), run)
     except ConfigError as error:
         return shortened(str(error))
     return None
@@ -88,7 +91,7 @@ def _base(model, targets):
         f"+model.architecture={MODELS[model]}", "data.context=16", "train.micro_batch=2",
         "train.batch_tokens=32", "evaluate.batch_tokens=32",
     )  # fmt: skip
-    return run, models.load_config(run.model)
+    return run, pretrained.load_config(run.model)
 
 
 def outcome(name: str, model: str) -> tuple[str, str]:
@@ -97,19 +100,19 @@ def outcome(name: str, model: str) -> tuple[str, str]:
         return f"refused: {why}", ""
     run, config = setting(name, model)
     torch.manual_seed(0)
-    base = models.load_model(run, config)
+    base = pretrained.load_model(run, config)
     bare = copy.deepcopy(base)
     adapted = methods.adapt(base, run)
-    counted = models.count_parameters(adapted).trainable
+    counted = pretrained.count_parameters(adapted).trainable
     notes = [] if counted == adapted.get_nb_trainable_parameters()[0] else ["counts otherwise"]
     ids = torch.arange(2, 34).view(2, 16)
-    optimizer, accelerator = train.make_optimizer(adapted, run.train), Accelerator(cpu=True)
+    optimizer, accelerator = loop.make_optimizer(adapted, run.train), Accelerator(cpu=True)
     before = adapted.state_dict()
     before = {key: value.clone() for key, value in before.items()}
     for _ in range(2):
         prepared = NextToken(adapted).train()
-        train.accumulate(prepared, [Batch(ids, ids, None)], ids.numel(), accelerator)
-        train.apply(adapted, optimizer, accelerator, run.train)
+        loop.accumulate(prepared, [Batch(ids, ids, None)], ids.numel(), accelerator)
+        loop.apply(adapted, optimizer, accelerator, run.train)
     if all(torch.equal(before[key], value) for key, value in adapted.state_dict().items()):
         notes.append("nothing moves")
     adapted.eval()
@@ -122,12 +125,12 @@ def outcome(name: str, model: str) -> tuple[str, str]:
                 notes.append("reloads" if torch.equal(again, logits) else "reloads as another")
             except Exception as error:  # whatever it is, it is what the table is to tell
                 notes.append(f"does not reload ({type(error).__name__})")
-    found = predict.predict(run, config, accelerator)
+    found = estimate.predict(run, config, accelerator)
     notes.append("predicted" if found else "not predicted")
     if why := merging.obstacle(adapted):
         notes.append(f"does not merge: {shortened(why)}")
     else:
-        whole = tying.merged(adapted)
+        whole = weight_tying.merged(adapted)
         with torch.no_grad():
             near = torch.allclose(whole(input_ids=ids).logits, logits, atol=1e-3)
         notes.append("merges" if near else "merges as another")

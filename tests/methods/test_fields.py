@@ -18,11 +18,13 @@ from omegaconf import OmegaConf
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness import compose, memory, methods, models, train
-from harness.config import ConfigError
-from harness.data import Batch
-from harness.loss import NextToken
+from harness import compose, methods
+from harness.config.errors import ConfigError
+from harness.data.token_data import Batch
 from harness.methods import fields, refusals
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.training import loop, memory
 
 IDS = torch.arange(4, 36).view(2, 16)
 LLAMA = LlamaConfig(
@@ -290,11 +292,11 @@ def test_a_pattern_that_matches_has_its_effect(tiny, make_run):
 def test_a_run_is_not_changed_by_being_adapted(make_run):
     fields = ("+method.fields.modules_to_save=[lm_head]", "+method.fields.ensure_weight_tying=true")
     run = make_run("model=gpt2_mini", "method=lora", *fields)
-    config = models.load_config(run.model)
-    on_meta = methods.check(models.on_meta(run, config), run)
-    found = [methods.adapt(models.load_model(run, config), run) for _ in range(2)]
+    config = pretrained.load_config(run.model)
+    on_meta = methods.check(pretrained.on_meta(run, config), run)
+    found = [methods.adapt(pretrained.load_model(run, config), run) for _ in range(2)]
     assert run.method.fields == {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
-    counts = [models.count_parameters(model) for model in (on_meta, *found)]
+    counts = [pretrained.count_parameters(model) for model in (on_meta, *found)]
     assert counts[0] == counts[1] == counts[2]
     first, last = found[1].get_input_embeddings(), found[1].get_output_embeddings()
     assert first.weight is last.weight and first.weight.requires_grad
@@ -321,7 +323,7 @@ def gradients(model, *, passes=1):
     prepared = NextToken(model).train()
     rows = IDS.chunk(passes)
     batches = [Batch(part, part, None) for part in rows]
-    train.accumulate(prepared, batches, IDS.numel(), Accelerator(cpu=True))
+    loop.accumulate(prepared, batches, IDS.numel(), Accelerator(cpu=True))
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -408,7 +410,7 @@ def test_prompts_in_the_embeddings_can_be_checkpointed(name):
         run = peft_run(name, tokens)
         run = replace(run, train=replace(run.train, checkpointing=checkpointing))
         assert methods.num_virtual_tokens(run) == (3 if name == "CPT" else 4)
-        return gradients(models.checkpoint_activations(methods.adapt(llama(), run), run.train))
+        return gradients(pretrained.checkpoint_activations(methods.adapt(llama(), run), run.train))
 
     plain, again = found(False), found(True)
     assert plain and all(torch.equal(plain[n], again[n]) for n in plain)
@@ -420,7 +422,7 @@ def test_an_error_of_the_meta_device_is_no_refusal():
         bare = LlamaForCausalLM(LLAMA)
     with pytest.raises(methods.NeedsWeightsError):
         methods.check(bare, run)
-    count = models.count_parameters(methods.adapt(llama(), run)).trainable
+    count = pretrained.count_parameters(methods.adapt(llama(), run)).trainable
     assert count == 2 * 4 * 4 * (32 + 32)  # r (m + n) of four square matrices a layer
 
 

@@ -7,12 +7,13 @@ import peft
 import pytest
 import torch
 
-from harness import methods, models
-from harness.config import ConfigError
-from harness.loss import NextToken
-from harness.lstm import LSTMConfig, LSTMForCausalLM
+from harness import methods
+from harness.config.errors import ConfigError
 from harness.methods import adapt, svd, targets
-from harness.unfuse import unfuse_qkv
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.models.lstm import LSTMConfig, LSTMForCausalLM
+from harness.models.split_qkv import unfuse_qkv
 
 IDS = torch.arange(1, 21).view(2, 10)
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
@@ -25,9 +26,9 @@ def trainable(model):
 def test_none_trains_nothing_and_full_everything(tiny, make_run):
     total = sum(p.numel() for p in tiny.parameters())
     assert not trainable(adapt(tiny, make_run("method=none")))
-    assert models.count_parameters(tiny).total == total
+    assert pretrained.count_parameters(tiny).total == total
     full = adapt(tiny, make_run("method=full"))
-    assert models.count_parameters(full).trainable == total
+    assert pretrained.count_parameters(full).trainable == total
     assert tiny.lm_head.weight is tiny.transformer.wte.weight  # tied, counted once
     d, n_layer = 32, 2
     assert total == 64 * d + 32 * d + n_layer * (12 * d * d + 13 * d) + 2 * d
@@ -39,7 +40,7 @@ def test_none_trains_nothing_and_full_everything(tiny, make_run):
 )
 def test_lora_counts(tiny, make_run, targets, per_layer):
     model = adapt(tiny, make_run("method=lora", f"targets={targets}", "method.r=3"))
-    assert models.count_parameters(model).trainable == per_layer * 3 * 32 * 2
+    assert pretrained.count_parameters(model).trainable == per_layer * 3 * 32 * 2
     assert all("lora_" in name for name in trainable(model))
 
 
@@ -73,7 +74,11 @@ def test_any_peft_method_by_name_trains(tiny, make_run, peft_type, extra):
     targets = "attn" if peft_type == "VERA" else "all"
     method = f"method.peft_type={peft_type}"
     model = adapt(tiny, make_run("method=peft", method, f"targets={targets}", *extra))
-    assert 0 < models.count_parameters(model).trainable < models.count_parameters(model).total / 2
+    assert (
+        0
+        < pretrained.count_parameters(model).trainable
+        < pretrained.count_parameters(model).total / 2
+    )
     found = NextToken(model)(IDS, IDS)
     assert found.nats.shape == IDS.shape
     found.objective.backward()
@@ -178,11 +183,11 @@ def part(name):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_checked_without_weights(tiny, make_run, method):
     run = make_run("model=gpt2_mini", *METHODS[method][0])
-    on_meta = methods.check(models.on_meta(run, models.load_config(run.model)), run)
-    real = adapt(models.load_model(run, models.load_config(run.model)), run)
+    on_meta = methods.check(pretrained.on_meta(run, pretrained.load_config(run.model)), run)
+    real = adapt(pretrained.load_model(run, pretrained.load_config(run.model)), run)
     assert trainable(on_meta) == trainable(real)
     if getattr(run.method, "energy", None) is None:  # which only the weights can tell
-        assert models.count_parameters(on_meta) == models.count_parameters(real)
+        assert pretrained.count_parameters(on_meta) == pretrained.count_parameters(real)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -286,9 +291,9 @@ def test_lora_paper_is_the_papers(make_run):
     assert run.targets.modules == ["attn.c_attn.q", "attn.c_attn.v"]
     assert (run.method.r, run.method.lora_alpha, run.method.dropout) == (4, 32, 0.1)
     assert make_run("method=lora_paper", "targets=mlp").targets.name == "mlp"
-    config = models.load_config(run.model)
-    assert models.wants_unfused(run, config)
-    assert not models.wants_unfused(make_run("targets=c_attn"), config)
+    config = pretrained.load_config(run.model)
+    assert pretrained.wants_unfused(run, config)
+    assert not pretrained.wants_unfused(make_run("targets=c_attn"), config)
 
 
 def test_orthogonality_is_added_only_where_it_is_asked_for(tiny, make_run):
@@ -328,7 +333,7 @@ def test_svd_methods_refuse_what_does_not_fit(tiny, make_run, overrides, message
 def test_unfusing_what_has_no_c_attn_is_refused(make_run):
     run = make_run("model=lstm", "targets=lstm", "model.unfuse_qkv=true")
     with pytest.raises(ConfigError, match=r"model\.unfuse_qkv"):
-        models.on_meta(run, models.load_config(run.model))
+        pretrained.on_meta(run, pretrained.load_config(run.model))
 
 
 def test_ranks_by_pattern_and_energy_are_recorded(tiny, make_run):
@@ -345,7 +350,7 @@ def test_ranks_by_pattern_and_energy_are_recorded(tiny, make_run):
 
 
 def test_the_size_of_a_truncated_model_counts_factors_for_weights(tiny, make_run):
-    total = models.count_parameters(tiny).total
+    total = pretrained.count_parameters(tiny).total
     d, k = 32, 3
     shapes = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
     saved = 2 * sum(m * n - k * (m + n + 1) for m, n in shapes)

@@ -8,8 +8,9 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft_types import MODELS, names, refusal, setting, table
 
-from harness import methods, models
-from harness.config import CONF_DIR, REPOSITORY
+from harness import methods
+from harness.config.paths import CONF_DIR, REPOSITORY
+from harness.models import pretrained
 
 PAGE = (CONF_DIR / "PEFT.md").read_text("utf-8")
 ROWS = {
@@ -43,8 +44,8 @@ def test_what_the_table_says_of_building_is_so(name):
         found = f"refused: {refusal(name, model)}"
         if not cell.startswith("refused: "):
             run, config = setting(name, model)
-            adapted = methods.adapt(models.load_model(run, config), run)
-            found = f"{models.count_parameters(adapted).trainable:,}"
+            adapted = methods.adapt(pretrained.load_model(run, config), run)
+            found = f"{pretrained.count_parameters(adapted).trainable:,}"
         assert found == cell, model
 
 

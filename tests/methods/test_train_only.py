@@ -10,11 +10,16 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from harness import checkpoint, compose, count, methods, models, naming, plan
-from harness import train as training
-from harness.config import REPOSITORY, ConfigError
-from harness.data import Data, batch_of, block_order
+from harness import compose, methods, plan
+from harness.commands import count
+from harness.config import naming
+from harness.config.errors import ConfigError
+from harness.config.paths import REPOSITORY
+from harness.data.token_data import Data, batch_of, block_order
 from harness.methods import adapt, train_only
+from harness.models import pretrained
+from harness.training import checkpoint
+from harness.training import loop as training
 
 BLOCKS = 10
 MATRIX = re.compile(r"\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
@@ -53,16 +58,16 @@ def test_counts_are_closed_forms(model, layers, d, vocabulary, positions):
         "norms,biases": (13 * layers + 2) * d,
     }
     run = compose(f"model={model}", "method=full")[0]
-    base = models.on_meta(run, models.load_config(models.without_files(run).model))
+    base = pretrained.on_meta(run, pretrained.load_config(pretrained.without_files(run).model))
     for entries, expected in closed.items():
         found = train_only.select(base, entries.split(","))
         assert sum(p.numel() for p in found.values()) == expected, entries
     whole = sum(closed[name] for name in ("matrices", "embeddings", "positions", "norms,biases"))
-    assert models.count_parameters(base).total == whole
+    assert pretrained.count_parameters(base).total == whole
     # q and v are parts of one matrix, which is taken apart where one of them is named.
     asked = [f"model={model}", "method=full", "method.train_only=[q,v]"]
     apart = count.adapted(asked)[1]
-    assert models.count_parameters(apart).trainable == 2 * d * d * layers
+    assert pretrained.count_parameters(apart).trainable == 2 * d * d * layers
 
 
 def test_matrices_are_what_lora_adapts_and_no_bias(tiny, make_run):

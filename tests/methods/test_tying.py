@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from harness import checkpoint, models
-from harness.config import ConfigError
+from harness.config.errors import ConfigError
 from harness.methods import adapt
-from harness.methods.tying import merged
+from harness.methods.weight_tying import merged
+from harness.models import pretrained
+from harness.training import checkpoint
 
 V, D, IDS = 80, 16, torch.arange(1, 41).reshape(2, 20)  # 80 rows, of which a tokenizer may have 64
 BASES = {
@@ -81,8 +82,8 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
     run = make_run(
         "model=local", f"model.path={folder}", "data.context=32", "save_merged=always", *overrides
     )
-    plain = models.load_model(run, models.load_config(run.model))
-    total = models.count_parameters(plain).total
+    plain = pretrained.load_model(run, pretrained.load_config(run.model))
+    total = pretrained.count_parameters(plain).total
     head = 0 if kind != "untied" else V * D
     assert total == V * D + head + sum(
         p.numel()
@@ -90,7 +91,7 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
         if not name.endswith((first + ".weight", "lm_head.weight"))
     )
     model = adapt(plain, run)
-    counted = models.count_parameters(model)
+    counted = pretrained.count_parameters(model)
     assert counted.trainable == expected(kind)
     assert counted.total == total + counted.trainable
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(whole), active, rtol=1e-4, atol=1e-4)
     if case == "save_tied":
-        assert models.count_parameters(whole).total == total  # tied as before
+        assert pretrained.count_parameters(whole).total == total  # tied as before
     if "adapter" in saved:
         again = AutoModelForCausalLM.from_pretrained(folder)
         loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
@@ -123,7 +124,7 @@ def test_pefts_own_merge_moves_the_tied_head_too(base, make_run):
     different = []
     for merge in (lambda model: model.merge_and_unload(), merged):
         torch.manual_seed(1)
-        model = adapt(models.load_model(run, models.load_config(run.model)), run)
+        model = adapt(pretrained.load_model(run, pretrained.load_config(run.model)), run)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -154,7 +155,7 @@ def test_tying_that_peft_does_not_do_is_refused(base, overrides, message, make_r
     tie = "+method.fields.ensure_weight_tying=true"
     run = make_run("model=local", f"model.path={folder}", "data.context=32", *LORA, tie, *overrides)
     with pytest.raises(ConfigError, match=message):
-        adapt(models.load_model(run, models.load_config(run.model)), run)
+        adapt(pretrained.load_model(run, pretrained.load_config(run.model)), run)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make_run, tmp_path, tokenizer):
@@ -162,4 +163,4 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make_run, tmp_path,
     tokenizer.save_pretrained(tmp_path)
     run = make_run("model=local", f"model.path={tmp_path}", "data.context=32")
     with pytest.raises(ConfigError, match=r"has 4096 ids, more than the model's vocabulary of 80"):
-        models.load_tokenizer(run.model, models.load_config(run.model))
+        pretrained.load_tokenizer(run.model, pretrained.load_config(run.model))

@@ -25,8 +25,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness import data, documents
-from harness.config import REPOSITORY, DataConfig
+from harness.config.paths import REPOSITORY
+from harness.config.schema import DataConfig
+from harness.data import documents, token_data
 
 HERE = Path(__file__).resolve().parent
 MB = 10**6
@@ -58,14 +59,14 @@ def prepare(file: Path, cache: Path) -> dict[str, float]:
     """Prepare `file` in this process, and say what it took."""
     from transformers import AutoTokenizer
 
-    from harness.config import ASSETS_DIR
+    from harness.config.paths import ASSETS_DIR
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
     tokenizer(["to load what is loaded late"] * 64)
     cfg = DataConfig("bench", "text_files", path=str(file), cache_dir=str(cache))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, began = memory("VmRSS"), time.perf_counter()
-    text = data.prepare(cfg, tokenizer)
+    text = token_data.prepare(cfg, tokenizer)
     found = {
         "seconds": time.perf_counter() - began,
         "peak_mb": (memory("VmHWM") - before) / MB,

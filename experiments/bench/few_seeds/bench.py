@@ -1,4 +1,4 @@
-"""Whether a test other than that of harness.stats claims more at 2 and 3 seeds, and still holds.
+"""Whether a test other than that of harness.report.stats claims more at 2 and 3 seeds, and still holds.
 
     python experiments/bench/few_seeds/bench.py      # about 12 minutes; writes results.csv
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, special
 
-from harness import ranking, stats
+from harness.report import ranking, stats
 
 CONFIGURATIONS, DOCUMENTS, FAMILIES = 6, 59, 1000
 SEED_SD = 0.01  # nats per token

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.start import ALLOCATOR
+from harness.runs.worker_process import ALLOCATOR
 
 if __name__ == "__main__" and not ALLOCATOR.items() <= os.environ.items():  # as a worker has it
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
@@ -30,7 +30,9 @@ if __name__ == "__main__" and not ALLOCATOR.items() <= os.environ.items():  # as
 import torch
 import torch.nn.functional as F
 
-from harness import environment, loss, memory
+from harness.models import loss
+from harness.results import environment
+from harness.training import memory
 
 HERE = Path(__file__).resolve().parent
 WIDTH, VOCABULARY = 768, 50257
@@ -47,7 +49,7 @@ def whole(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def in_chunks_of(size: int) -> Way:
-    """`harness.loss.linear_nll` with `size` tokens a chunk."""
+    """`harness.models.loss.linear_nll` with `size` tokens a chunk."""
 
     def way(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         before, loss.chunk_tokens = loss.chunk_tokens, lambda *_: size

@@ -19,9 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))
 from test_report import put  # the tests' synthetic runs
 
-from harness import results
 from harness.report import evidence, files
 from harness.report.axes import CATEGORIES
+from harness.results import run_record
 
 HERE = Path(__file__).resolve().parent
 SEEDS = 5
@@ -52,13 +52,13 @@ def make(folder: Path, number: int) -> int:
         nonlocal made
         for seed in range(SEEDS):
             run_dir = put(folder, f"{name}-s{seed}", seed=seed, curve=curve, **fields)
-            record = results.read(run_dir) or {}
+            record = run_record.read(run_dir) or {}
             record["method"]["targets"] = targets
             record["config"]["targets"] = {"name": targets}
             sizes = {c: (i + 1) * 2**22 for i, c in enumerate(CATEGORIES)}
             record["memory"] |= {"by_category": sizes, "peak_bytes": sum(sizes.values())}
             record["predicted"] = {"peak_bytes": sum(sizes.values())}
-            results.write(run_dir, record)
+            run_record.write(run_dir, record)
             made += 1
 
     runs("full", "all", method="full", r=300, nll=2.0)

@@ -3,7 +3,7 @@
     make bench                     # or: python experiments/bench/sweep_overhead/bench.py
 
 The same 12 short runs twice a round: by one `python -m harness -m …`, whose workers are forked from
-a server, and by a plain `python -m harness.worker` for each. Then a sweep over 12 ranks. A run's
+a server, and by a plain `python -m harness.runs.worker` for each. Then a sweep over 12 ranks. A run's
 overhead is the time from the end of the run before (of the first one in a sweep: from the start of
 the command) to its own end, less what its worker spent in optimizer steps and evaluation. Writes
 results.csv beside this file.
@@ -23,9 +23,11 @@ from pathlib import Path
 import pandas as pd
 from hydra import compose, initialize_config_dir
 
-from harness import composition, config, launch, results
-from harness.config import REPOSITORY
-from harness.start import ALLOCATOR
+from harness.config import paths
+from harness.config.paths import REPOSITORY
+from harness.results import run_record
+from harness.runs import composition, launcher
+from harness.runs.worker_process import ALLOCATOR
 
 HERE = Path(__file__).resolve().parent
 RUNS = 12
@@ -48,9 +50,9 @@ def start(*arguments: str, cwd: str) -> None:
         sys.exit(done.stderr[-3000:])
 
 
-def run_config(folder: str, name: str, seed: int) -> config.RunConfig:
+def run_config(folder: str, name: str, seed: int) -> run_config.RunConfig:
     """The configuration of one run by itself."""
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         where = [f"outputs_dir={folder}/outputs", f"experiment_name={name}", f"seed={seed}"]
         return composition.from_hydra(compose("config", [*SHORT, *where]))
 
@@ -61,8 +63,8 @@ def overheads(folder: Path, began: list[float]) -> list[float]:
     `began` holds when a run's command started, or only that of the sweep's.
     """
     runs = sorted(
-        ((run_dir / results.FILE_NAME).stat().st_mtime, result["speed"])
-        for run_dir, result in results.collect(folder)
+        ((run_dir / run_record.FILE_NAME).stat().st_mtime, result["speed"])
+        for run_dir, result in run_record.collect(folder)
     )
     assert len(runs) == RUNS
     found, last = [], began[0]
@@ -97,9 +99,9 @@ def main() -> None:
             for seed in range(RUNS):
                 run = run_config(scratch, name, seed)
                 run.run_dir.mkdir(parents=True)
-                launch.prepare(run, "bench")
+                launcher.prepare(run, "bench")
                 began.append(time.time())
-                start("harness.worker", str(run.run_dir), cwd=scratch)
+                start("harness.runs.worker", str(run.run_dir), cwd=scratch)
             plain = overheads(Path(scratch) / "outputs" / name, began)
             rows.append(
                 {

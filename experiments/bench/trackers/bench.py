@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness import results
-from harness.config import REPOSITORY
-from harness.start import ALLOCATOR
+from harness.config.paths import REPOSITORY
+from harness.results import run_record
+from harness.runs.worker_process import ALLOCATOR
 
 HERE = Path(__file__).resolve().parent
 SWEEP = ["-m", "method=lora", "train.steps=60", "train.lr=2e-2", "seed=0,1",
@@ -46,8 +46,8 @@ def sweep(folder: Path, name: str, port: int | None) -> dict[str, float]:
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     ended = time.time()
-    runs = list(results.collect(folder / "outputs" / name))
-    last = max((run_dir / results.FILE_NAME).stat().st_mtime for run_dir, _ in runs)
+    runs = list(run_record.collect(folder / "outputs" / name))
+    last = max((run_dir / run_record.FILE_NAME).stat().st_mtime for run_dir, _ in runs)
     return {
         "train_s": sum(result["speed"]["train_seconds"] for _, result in runs),
         "last_result_s": last - began,

@@ -107,7 +107,7 @@ def held(device: str) -> dict[str, int | None]:
     """The most memory so far: the process's, or what CUDA's allocator has reserved."""
     import torch
 
-    from harness import memory
+    from harness.training import memory
 
     if device == "cuda":
         return {"reserved_bytes": torch.cuda.max_memory_reserved()}
@@ -122,20 +122,24 @@ def measure(
     from accelerate.utils import set_seed
     from hydra import compose, initialize_config_dir
 
-    from harness import composition, config, data, environment, models, predict
+    from harness.config import paths
+    from harness.data import token_data
+    from harness.models import pretrained
+    from harness.results import environment
+    from harness.runs import composition, estimate
 
     torch.set_num_threads(environment.usable_cores())
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         run = composition.from_hydra(compose("config", overrides(shape, method, precision, device)))
-    model_config = models.load_config(run.model)
-    text = data.prepare(run.data, models.load_tokenizer(run.model, model_config))
+    model_config = pretrained.load_config(run.model)
+    text = token_data.prepare(run.data, pretrained.load_tokenizer(run.model, model_config))
     blocks = [
-        data.batch_of(
-            text.blocks, data.block_order(0, step, run.train.micro_batch, text.num_blocks)
+        token_data.batch_of(
+            text.blocks, token_data.block_order(0, step, run.train.micro_batch, text.num_blocks)
         )
         for step in range(steps)
     ]
-    rate = predict.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
+    rate = estimate.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
     set_seed(0)
     go = on_harness if side == "harness" else on_trainer
     found = go(run, model_config, blocks, device, dropout=0.1 if side == "trainer" else 0.0)
@@ -145,19 +149,22 @@ def measure(
 def on_harness(
     run: Any, model_config: Any, blocks: list[Any], device: str, dropout: float
 ) -> dict[str, Any]:
-    """As `harness.worker` does it."""
+    """As `harness.runs.worker` does it."""
     from accelerate import Accelerator
 
-    from harness import memory, methods, models, predict, train
-    from harness.loss import NextToken
+    from harness import methods
+    from harness.models import pretrained
+    from harness.models.loss import NextToken
+    from harness.runs import estimate
+    from harness.training import loop, memory
 
     bf16 = run.train.precision == "bf16"
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
-    model = methods.adapt(models.load_model(run, model_config), run).to(accelerator.device)
+    model = methods.adapt(pretrained.load_model(run, model_config), run).to(accelerator.device)
     if run.train.compile:
-        models.compile_blocks(model)
+        pretrained.compile_blocks(model)
     prepared = accelerator.prepare_model(NextToken(model))
-    optimizer = accelerator.prepare_optimizer(train.make_optimizer(model, run.train))
+    optimizer = accelerator.prepare_optimizer(loop.make_optimizer(model, run.train))
     prepared.train()
     num_tokens = blocks[0].targets.numel()
     seconds, losses = [], []
@@ -166,8 +173,8 @@ def on_harness(
 
     def step(batch: Any) -> None:
         start = time.perf_counter()
-        total = train.accumulate(prepared, [batch], num_tokens, accelerator)
-        train.apply(model, optimizer, accelerator, run.train)
+        total = loop.accumulate(prepared, [batch], num_tokens, accelerator)
+        loop.apply(model, optimizer, accelerator, run.train)
         losses.append(total.item() / num_tokens)
         seconds.append(finished(device) - start)
 
@@ -177,7 +184,7 @@ def on_harness(
     live: dict[str, Any] = {}
     with memory.measured(model, optimizer, live):
         step(blocks[0])
-    flops = predict.predict(run, model_config, accelerator)
+    flops = estimate.predict(run, model_config, accelerator)
     return {
         **most,
         "seconds": seconds[:-1],
@@ -205,7 +212,7 @@ def on_trainer(
         TrainingArguments,
     )
 
-    from harness import memory
+    from harness.training import memory
 
     fields = dict(run.model.architecture)
     fields.pop("model_type")
@@ -279,7 +286,7 @@ def on_trainer(
 
 def run_case(case: tuple[str, str, str, str], device: str, steps: int) -> dict[str, Any]:
     """A case in a process of its own."""
-    from harness.start import ALLOCATOR
+    from harness.runs.worker_process import ALLOCATOR
 
     side = case[1]
     environment = (ALLOCATOR if side == "harness" else {}) | dict(os.environ)

@@ -1,0 +1,122 @@
+"""The held-out texts of a finished run, read as the run read them, for models made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import nn
+
+from harness.config import run_config
+from harness.data import token_data
+from harness.evaluation import prefix, probes, sliding_window
+from harness.evaluation.sliding_window import Nats
+from harness.models import pretrained
+from harness.models.loss import NextToken
+from harness.results import environment
+from harness.runs.finished_run import Saved
+from harness.system import contents
+
+NEW = "validation"  # the text that was learnt; test is read once, by the run itself
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents by name: NEW (and test, if asked for) and the run's further texts."""
+
+    by_name: dict[str, Dataset]
+    bos: int | None
+    context: int
+    stride: int
+
+
+def key(run: Saved) -> str:
+    """What two runs have in common that read the same texts in the same way."""
+    found = run.run
+    shared = [run_config.to_dict(found)[name] for name in ("data", "evaluate", "model")]
+    return json.dumps([shared, found.contents], sort_keys=True, default=str)
+
+
+def read(run: Saved, *, test: bool = False) -> Texts:
+    """Read and tokenise, or find in the cache, what `run` was evaluated on.
+
+    Raises:
+        ConfigError: a text is not there, or not as it was.
+    """
+    disable_progress_bars()
+    found = run.run
+    contents.check(found)
+    first = prefix.find(run.tokenizer, found.evaluate.prefix)
+    text = token_data.prepare(found.data, run.tokenizer, test=test, begins=first.begins)
+    also = {
+        name: token_data.prepare_test(cfg, run.tokenizer, begins=first.begins)
+        for name, cfg in found.evaluate.also.items()
+    }
+    context = found.evaluation_context
+    stride = found.evaluate.stride or context
+    return Texts(text.held_out | also, first.id, context, stride)
+
+
+class Evaluator:
+    """Measures one model, whose weights may change between two texts."""
+
+    def __init__(self, run: Saved, model: nn.Module, texts: Texts) -> None:
+        self.texts, self.bf16 = texts, environment.precision_of(run.run) == "bf16"
+        self.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        settings = pretrained.load_config(run.run.model)
+        self.batch_tokens = run.run.evaluate.batch_tokens or sliding_window.batch_tokens(settings)
+        with self._autocast():
+            self.predicts = NextToken(model.to(self.device))
+            widest = min(texts.context, self.batch_tokens // 2)
+            name = run.run.model.name
+            self.batching = probes.batching(self.predicts, name, settings, widest)
+
+    def nats(self, text: str) -> Nats:
+        """Nats and predicted tokens of every document of a text (`evaluate.document_nll`)."""
+        with self._autocast():
+            return sliding_window.document_nll(
+                self.predicts,
+                self.texts.by_name[text],
+                context=self.texts.context,
+                stride=self.texts.stride,
+                bos=self.texts.bos,
+                batch_tokens=self.batch_tokens,
+                batching=self.batching,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def perplexity(found: Nats) -> float:
+    """Exp of the mean nats per predicted token."""
+    nll, num_tokens = found
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll.sum() / num_tokens.sum()))
+
+
+def batches(texts: Texts, name: str, num_tokens: int, size: int = 8) -> Iterator[torch.Tensor]:
+    """Beginnings of documents, (B, T) ids with B <= size, `num_tokens` in all, one width a batch.
+
+    Each is at most a context long and starts as evaluation has it start.
+    """
+    table = texts.by_name[name].with_format("arrow")[:]
+    first = table["first"].to_pylist() if "first" in table.column_names else None
+    by_width: dict[int, list[list[int]]] = {}
+    left = num_tokens
+    for row, column in enumerate(table["tokens"]):
+        start = first[row] if first else texts.bos
+        ids = [*([] if start is None else [start]), *column.as_py()]
+        ids = ids[: min(texts.context, left)]
+        if ids:
+            by_width.setdefault(len(ids), []).append(ids)
+            left -= len(ids)
+        if left <= 0:
+            break
+    for rows in by_width.values():
+        for begin in range(0, len(rows), size):
+            yield torch.tensor(rows[begin : begin + size])

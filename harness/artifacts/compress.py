@@ -1,0 +1,332 @@
+"""How much of what a run added is needed: perplexity of W + [dW]_k against the rank k.
+
+    python -m harness.compress outputs/main_seeds/RUN --ranks 1,2,4,8,full
+    python -m harness.compress outputs/main_seeds/full-*-s[0-2]-* --ranks 8,64   # a seed each
+    python -m harness.compress outputs/main_seeds/RUN --energy 0.5,0.9 --save adapters
+
+Nothing is trained. [dW]_k is the nearest matrix of rank k to what a run added, for every matrix in
+the layers. Embeddings, head, positions, norms and biases that moved as well are kept as the run has
+them in one column and put back to the base's in the other. Perplexities are of the validation
+split and of the run's further texts; --test reads the test split too, for a record whose ranks are
+chosen. Beside them stand the runs of the same experiment that trained a LoRA of rank k on the same
+text and base. --save writes a PEFT LoRA of every rank, which holds the matrices alone. Numbers go
+to RUN/compress.csv and, by document, RUN/compress.parquet. Exit status 2 for what cannot be
+compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from harness.artifacts import export
+from harness.artifacts.anatomy import curve, lowrank, texts, updates
+from harness.artifacts.anatomy.lowrank import Direction
+from harness.artifacts.anatomy.texts import NEW, Evaluator, Texts, perplexity
+from harness.config.errors import ConfigError
+from harness.models import weights
+from harness.report import table
+from harness.results import run_record
+from harness.runs import finished_run
+from harness.runs.finished_run import Saved
+from harness.system import atomic
+from harness.system.console import command
+
+RANKS = "1,2,4,8,16,32,64,full"
+WITH, WITHOUT = "with", "without"  # the weights beside the matrices
+CSV, PARQUET = "compress.csv", "compress.parquet"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One approximation: its label, and the rank of every matrix."""
+
+    label: str
+    ranks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What was measured: a row for every approximation, text and treatment of other weights."""
+
+    points: pd.DataFrame
+    documents: pd.DataFrame
+    beside: dict[str, int]  # number of elements, by kind, of the other weights that moved
+    matrices: int
+    recorded: dict[str, float]  # the run's own perplexity, by text
+    trained: pd.DataFrame  # LoRA runs of the experiment
+    folders: list[Path]
+
+
+def compress(
+    run_dir: Path,
+    ranks: list[int | str],
+    energies: list[float],
+    *,
+    test: bool = False,
+    save: Path | None = None,
+) -> Compressed:
+    """Measure every approximation of a finished run, and write adapters into `save`.
+
+    Raises:
+        ConfigError: a run without a change of matrices, a rank above one, a share that is none, or
+            adapters that the published base cannot take.
+    """
+    run = finished_run.load(run_dir)
+    pair = updates.load(run)
+    found, beside = lowrank.decompose(pair)
+    if not found:
+        raise ConfigError(f"{run.name} changed no matrix in the layers: there is no rank to choose")
+    asked = [Asked(str(rank), lowrank.by_rank(found, rank)) for rank in ranks]
+    asked += [Asked(f"energy {e:g}", lowrank.by_energy(found, e)) for e in energies]
+    if save is not None:
+        _check_can_save(run, pair, save)
+    kept = {name: pair.adapted.get_parameter(name).detach().clone() for name in beside}
+    kinds: dict[str, int] = {}
+    for name, weight in kept.items():
+        module = pair.adapted.get_submodule(name.rpartition(".")[0])
+        kind = updates.kind_of(name, module, pair.adapted)
+        kinds[kind] = kinds.get(kind, 0) + weight.numel()
+    folders = [_save(run, pair, found, one, save) for one in asked] if save is not None else []
+    read = texts.read(run, test=test)
+    points, documents = _measure(run, pair, found, asked, kept, read)
+    names = list(read.by_name)
+    return Compressed(
+        points, documents, kinds, len(found), recorded(run, names), trained(run, names), folders
+    )
+
+
+def _measure(
+    run: Saved,
+    pair: updates.Pair,
+    found: Mapping[str, Direction],
+    asked: list[Asked],
+    kept: Mapping[str, torch.Tensor],
+    read: Texts,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    evaluator = Evaluator(run, pair.adapted, read)  # the model that is written into from here on
+    points, documents = [], []
+    for one in asked:
+        for others in (WITH, WITHOUT) if kept else (WITH,):
+            own = kept if others == WITH else {}
+            lowrank.write_into(pair.adapted, pair, found, one.ranks, own)
+            for text in read.by_name:
+                nll, num_tokens = evaluator.nats(text)
+                points.append({
+                    "rank": one.label, "beside": others, "text": text,
+                    "parameters": sum(found[n].num_parameters(k) for n, k in one.ranks.items()),
+                    "mean_rank": float(np.mean(list(one.ranks.values()))),
+                    "perplexity": perplexity((nll, num_tokens)),
+                    "nll_nats": float(nll.sum()), "num_tokens": int(num_tokens.sum()),
+                })  # fmt: skip
+                documents.append(pd.DataFrame({
+                    "rank": one.label, "beside": others, "text": text,
+                    "id": read.by_name[text]["id"], "nll_nats": nll, "num_tokens": num_tokens,
+                }))  # fmt: skip
+    return pd.DataFrame(points), pd.concat(documents, ignore_index=True)
+
+
+def recorded(run: Saved, names: list[str]) -> dict[str, float]:
+    """The perplexities that the run itself measured, of the texts there are."""
+    found = {name: quality_of(run.record, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def quality_of(record: dict[str, Any], text: str, when: str = "after") -> float | None:
+    """A run's own perplexity on validation, test or a further text."""
+    path = f"quality.{text}" if text in (NEW, "test") else f"quality.also.{text}.{when}"
+    value: float | None = run_record.get(record, f"{path}.perplexity")
+    return value
+
+
+def trained(run: Saved, names: list[str]) -> pd.DataFrame:
+    """Finished LoRA runs beside this one, on the same base, text and evaluation.
+
+    Columns: name, r, targets, seed, parameters, and a perplexity for every text.
+    """
+    sections = ("model", "data", "evaluate")
+    own = [run.record["config"][section] for section in sections]
+    found = []
+    for path, record in run_record.collect(run.run_dir.resolve().parent):
+        same = [record["config"][section] for section in sections] == own
+        if record["status"] == "finished" and record["method"]["name"] == "lora" and same:
+            contents = [run_record.get(r, "run.contents") for r in (record, run.record)]
+            if contents[0] == contents[1]:
+                found.append({
+                    "name": path.name, "r": record["method"]["r"],
+                    "targets": record["method"]["targets"], "seed": record["run"]["seed"],
+                    "parameters": record["parameters"]["trainable"],
+                } | {name: quality_of(record, name) for name in names})  # fmt: skip
+    return pd.DataFrame(found)
+
+
+# --------------------------------------------------------------------------- adapters
+
+
+def _check_can_save(run: Saved, pair: updates.Pair, folder: Path) -> None:
+    """Raise ConfigError where no adapter can be written, before anything is measured."""
+    if run.run.model.architecture:
+        raise ConfigError(
+            f"--save: {run.name} drew its base at random, and no adapter loads onto a published one"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--save: {folder} is not an empty folder: name a new one")
+
+
+def _save(
+    run: Saved, pair: updates.Pair, found: Mapping[str, Direction], one: Asked, out: Path
+) -> Path:
+    """Write one adapter, load it onto the published base again and compare its logits."""
+    folder = out / one.label.replace(" ", "-")
+    folder.mkdir(parents=True)
+    source, options = finished_run.source(run.run), export.base_options(run)
+
+    def base() -> PreTrainedModel:
+        return weights.load(source, **options)[0].eval()
+
+    lowrank.save(base(), found, one.ranks, folder, source, run.run.model.revision)
+    gc.collect()
+    again = weights.load_adapter(base(), folder)
+    merged = base().float()
+    with torch.no_grad():
+        for name, direction in found.items():
+            merged.get_parameter(name).add_(direction.delta(one.ranks[name]))
+    logits, expected = export.probe(again.float()), export.probe(merged)
+    apart = float((logits - expected).abs().max())
+    if not apart <= export.ROUNDING * float(expected.abs().max()):
+        raise ConfigError(f"{folder}: the adapter, loaded again, differs by {apart:.3g} in logits")
+    return folder
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str]) -> None:
+    """Print the curve: with and without the weights beside the matrices, beside trained LoRA."""
+    first = found[0]
+    points = pd.concat([one.points for one in found], ignore_index=True)
+    names, columns = list(dict.fromkeys(points["text"])), list(dict.fromkeys(points["beside"]))
+    headings = ["parameters", "mean rank"]
+    for name in names:
+        label = {NEW: "validation"}.get(name, name)
+        headings += [f"{label}{', matrices alone' * (c == WITHOUT)}" for c in columns]
+    headings += ["LoRA trained at r=k"] * (len(first.trained) > 0)
+    shown = table.plain(["rank of dW"], headings)
+    rows = curve.curve([one.documents for one in found], seeds, ["rank", "beside", "text"])
+    cells = {(r["rank"], r["beside"], r["text"]): curve.told(r) for _, r in rows.iterrows()}
+    for label, of in points.groupby("rank", sort=False):
+        line = [str(label), f"{of['parameters'].mean():,.0f}", f"{of['mean_rank'].mean():.1f}"]
+        line += [cells[label, column, name] for name in names for column in columns]
+        line += [_trained_at(first, str(label))] * (len(first.trained) > 0)
+        shown.add_row(*line)
+    table.show(shown)
+    over = "documents" if len(found) == 1 else f"{len(found)} seeds and documents"
+    print(f"perplexity per token, in brackets its 95 % interval over {over}")
+    for one, run in zip(found, runs, strict=True):
+        own = ", ".join(f"{name} {value:.2f}" for name, value in one.recorded.items())
+        print(f"{run} itself: {own}")
+    if first.beside:
+        kinds = ", ".join(f"{kind} ({number:,})" for kind, number in first.beside.items())
+        print(
+            f"beside {first.matrices} matrices these moved too, and are whole: {kinds}.\n"
+            "matrices alone: these as in the base"
+        )
+    for folder in (folder for one in found for folder in one.folders):
+        print(f"saved: {folder}, a PEFT LoRA of the matrices alone")
+
+
+def _trained_at(found: Compressed, label: str) -> str:
+    """Validation perplexity of the best kind of LoRA trained at this rank, mean over its seeds."""
+    if not label.isdigit():
+        return "-"
+    rows = found.trained[found.trained["r"] == int(label)]
+    rows = rows[rows[NEW].notna()]
+    if rows.empty:
+        return "-"
+    best = min(
+        (float(np.exp(np.log(group[NEW]).mean())), f"{targets}, {parameters:,}")
+        for (targets, parameters), group in rows.groupby(["targets", "parameters"])
+    )
+    return f"{best[0]:.2f} ({best[1]})"
+
+
+def write(found: Compressed, run_dir: Path) -> None:
+    """Write the points and their documents into the run's folder."""
+    text = found.points.to_csv(index=False)
+    atomic.write_atomically(run_dir / CSV, str(text))
+    atomic.write_atomically(run_dir / PARQUET, partial(found.documents.to_parquet, index=False))
+
+
+def parse_ranks(text: str) -> Iterator[int | str]:
+    """The ranks of "1,2,full".
+
+    Raises:
+        ConfigError: one is neither a whole number from 1 on nor full.
+    """
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        if part != "full" and (not part.isdigit() or int(part) < 1):
+            raise ConfigError(
+                f"--ranks: {part!r} is no rank: expected whole numbers from 1, or full"
+            )
+        yield part if part == "full" else int(part)
+
+
+def parse_shares(text: str) -> Iterator[float]:
+    """The shares of "0.5,0.9".
+
+    Raises:
+        ConfigError: one is not above 0 and at most 1.
+    """
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        try:
+            share = float(part)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ConfigError(f"--energy: {part!r} is no share: expected above 0 and at most 1")
+        yield share
+
+
+@command
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="harness compress",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="a seed each")
+    parser.add_argument("--ranks", help=f"ranks of dW, or full (default: {RANKS})")
+    parser.add_argument("--energy", default="", help="shares of ||dW||^2, each matrix to its rank")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="write PEFT LoRA adapters")
+    parser.add_argument("--test", action="store_true", help="the test split, too")
+    asked = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # PEFT's, of what it does while it loads
+    energies = list(parse_shares(asked.energy))
+    default = "" if energies else RANKS
+    ranks = list(parse_ranks(default if asked.ranks is None else asked.ranks))
+    if not ranks and not energies:
+        raise ConfigError("--ranks: name at least one, as in 1,2,4,full")
+    seeds = curve.seeds_of(asked.run_dirs)
+    found = []
+    for run_dir in asked.run_dirs:
+        own = asked.save / run_dir.name if asked.save and len(seeds) > 1 else asked.save
+        found.append(compress(run_dir, ranks, energies, test=asked.test, save=own))
+        write(found[-1], run_dir)
+    show(found, seeds, [run_dir.name for run_dir in asked.run_dirs])
+    for run_dir in asked.run_dirs:
+        print(f"saved in {run_dir}: {CSV}, {PARQUET}")
+    return 0

@@ -1,0 +1,186 @@
+"""The arguments of `python -m harness` that are no overrides, and its help."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from harness.config import keys
+from harness.config.errors import ConfigError, nearest
+from harness.config.paths import CONF_DIR, options
+
+FLAGS = {
+    "-m, --multirun": "a sweep: key=1,2 takes every value, and several such keys every combination",
+    "--cfg job": "show the configuration and run nothing; of a sweep, python -m harness.plan -m …",
+    "--info defaults": "show which files of conf/ the configuration is made of",
+    "--config-dir FOLDER": "options of your own, in a folder like conf/",
+    "--shell-completion install=bash": "complete keys and options with tab (see --hydra-help)",
+    "--version": "the version of the harness",
+    "--hydra-help": "Hydra's further flags",
+}
+USAGE = """\
+harness: what do LoRA and its relatives save, and what do they cost, against full fine-tuning?
+
+  python -m harness method=lora method.r=8 targets=all     one run
+  python -m harness -m method.r=1,4 seed=0,1,2,3,4         a sweep: every combination
+  python -m harness experiment=main                        a published experiment (conf/experiment)
+  python -m harness method=lora --cfg job                  show the config, run nothing
+  python -m harness.plan -m method.r=1,4,16                what runs would need: memory, FLOPs, time
+  python -m harness.report outputs/main                    the table of an experiment
+"""
+
+
+def read(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments as Hydra reads them.
+
+    Raises:
+        ConfigError: a flag that there is not, or flags that do not go together.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(_refused(message, arguments))
+
+    parser.error = refuse  # type: ignore[method-assign]  # argparse would print usage and exit
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    found, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise ConfigError(_unknown(unknown[0], flags))
+    shows = "--cfg" if found.cfg else "--info" if found.info else ""
+    if shows and found.multirun:
+        raise ConfigError(
+            f"{shows} shows one configuration, and -m asks for several: python -m harness.plan -m "
+            f"{shlex.join(found.overrides)} lists them; without -m one is shown".replace("  ", " ")
+        )
+    if found.resolve and not found.cfg:
+        raise ConfigError("--resolve goes with --cfg: --cfg job --resolve")
+    asked = [found.run, bool(found.cfg), found.multirun, found.shell_completion, bool(found.info)]
+    if sum(asked) > 1:
+        raise ConfigError("of --run, --multirun, --cfg, --info and --shell-completion give one")
+    return found
+
+
+def _refused(message: str, arguments: Sequence[str]) -> str:
+    """What argparse refused, in our words: a flag's value is missing, or is none of its choices."""
+    if match := re.match(r"argument ([\w/-]+): ", message):
+        flag = match[1].partition("/")[0]
+        choices = re.findall(r"'?([\w-]+)'?(?:, |\)$)", message.partition("choose from ")[2])
+        given = re.search(r"invalid choice: '([^']*)'", message)
+        if given:
+            return f"{flag} {given[1]}: {nearest(given[1], choices)}"
+        return f"{flag}: expected a value" + " (job, hydra or all)" * (flag == "--cfg")
+    return f"{shlex.join(arguments)}: {message}"
+
+
+def _unknown(flag: str, flags: Sequence[str]) -> str:
+    """A flag that there is not: a key with dashes, or nearly one of the flags."""
+    name, equals, value = flag.lstrip("-").partition("=")
+    key = name.replace("-", "_")
+    meant = f"{key}{equals or '='}{value or '…'}"
+    if key in keys.every():
+        return f"{flag}: keys have no dashes; did you mean {meant}?"
+    if hint := keys.elsewhere(key):
+        return f"{flag}: no such flag, and keys have no dashes; {hint}"
+    hint = nearest(flag, flags)
+    hint = hint if hint.startswith("did you mean") else "python -m harness --help lists them"
+    return f"{flag}: no such flag; {hint}"
+
+
+def version_line() -> str:
+    """The version of the harness and of what composes its configuration."""
+    try:
+        own = version("peft-harness")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        own = "of a checkout that is not installed"
+    return f"harness {own} (Hydra {version('hydra-core')})"
+
+
+# --------------------------------------------------------------------------- help
+
+
+def help_text(overrides: Sequence[str] = ()) -> str:
+    """What can be run and asked for; of a group the keys of the option that `overrides` choose."""
+    given = dict(text.split("=", 1) for text in overrides if "=" in text)
+    parts = [USAGE, "Flags:\n"]
+    parts += [f"  {flag:32} {what}" for flag, what in FLAGS.items()]
+    parts.append("\nGroups, and the options of each (group=option):")
+    for group in (*keys.GROUPS, "scale"):
+        parts.append(f"\n  {group}=")
+        for option in sorted(options(group)):
+            if (group, option) != ("data", "source"):  # what the others share
+                parts.append(f"    {option:22} {sentence_of(group, option)}")
+    parts.append("\nKeys (key=value), with their defaults; help with method=udv shows udv's:\n")
+    parts += _keys(_body("config").partition("hydra:")[0].partition("experiment_name:"), "")
+    for group, default in _defaults().items():
+        option = given.get(group, default)
+        if group in ("tracker", "experiment", "scale") or option not in options(group):
+            continue
+        parts.append(f"\n  {group}={option}:")
+        parts += _keys(("", "", _with_bases(group, option)), f"{group}.")
+    return "\n".join(parts)
+
+
+def _defaults() -> dict[str, str]:
+    """Group -> option of conf/config.yaml."""
+    found = re.findall(r"^  - (\w+): (\w+)", _body("config"), re.M)
+    return {group: option for group, option in found if group != "override"}
+
+
+def _body(name: str) -> str:
+    return (CONF_DIR / f"{name}.yaml").read_text("utf-8")
+
+
+def sentence_of(group: str, option: str) -> str:
+    """The first sentence of an option's file, or the question of an experiment, on one line."""
+    lines = []
+    for line in _body(f"{group}/{option}").splitlines():
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").strip())
+    text = " ".join(lines)
+    if match := re.search(r"Question:\s*(.*?)(?: Command:|$)", text):
+        text = match[1]
+    sentence = re.split(r"(?<!et al\.)(?<=[.?])\s", text, maxsplit=1)[0].rstrip(".:")
+    return sentence if len(sentence) <= 100 else f"{sentence[:98].rsplit(' ', 1)[0]} …"
+
+
+def _with_bases(group: str, option: str) -> str:
+    """An option's keys after those of the files of its folder that it starts from."""
+    body = _body(f"{group}/{option}")
+    bases = re.findall(r"^  - (?!_self_|override)(\w+)", body, re.M)
+    own = re.sub(r"^defaults:\n(?:  - .*\n)+", "", body, flags=re.M)
+    own = re.sub(r"\A(?:#.*\n)+", "", own)  # what the option is stands above
+    return "".join(_with_bases(group, base) for base in bases if base in options(group)) + own
+
+
+def _keys(parts: tuple[str, str, str], prefix: str) -> list[str]:
+    """Lines `key=default  what it is` of a file's body; a later value replaces an earlier."""
+    found: dict[str, list[str]] = {}
+    key = ""
+    for line in (parts[1] + parts[2]).splitlines():
+        if match := re.match(r"(\w+):\s*(.*)", line):
+            key = match[1]
+            value, _, comment = match[2].partition("#")
+            comment = comment.strip() or _comment(found.get(key))
+            shown = f"    {prefix}{key}={value.strip()}"
+            found[key] = [f"{shown:40} {comment}".rstrip()]
+        elif line.startswith("#") and key and found.get(key):
+            found[key].append(f"{'':40} {line.lstrip('# ')}")
+        elif match := re.match(r"  (\w+):\s*(.*)", line):
+            value, _, comment = match[2].partition("#")
+            shown = f"    {prefix}{key}.{match[1]}={value.strip()}"
+            found[f"{key}.{match[1]}"] = [f"{shown:40} {comment.strip()}".rstrip()]
+            found.pop(key, None)
+    return [line for lines in found.values() for line in lines]
+
+
+def _comment(lines: list[str] | None) -> str:
+    return lines[0][40:].strip() if lines else ""

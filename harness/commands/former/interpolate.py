@@ -1,0 +1,8 @@
+"""`python -m harness.interpolate` is `harness interpolate` now."""
+
+import sys
+
+from harness.commands.cli import program_formerly
+
+if __name__ == "__main__":
+    sys.exit(program_formerly("interpolate", "interpolate"))

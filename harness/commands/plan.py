@@ -1,0 +1,127 @@
+"""What runs will need, before they run: parameters, memory by category, FLOPs and time.
+
+    python -m harness.plan experiment=main
+    python -m harness.plan -m model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
+    python -m harness.plan experiment=main plan.limit=8GiB      # marks what will not fit
+
+`harness.runs.estimate` predicts; neither weights nor a network are needed, and held-out text that is on
+this machine is read for the size of its batches. Time is FLOPs over
+the rate of this machine's matrix products, measured for two seconds, and so a lower bound: training
+only, without evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run is
+over the limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from typing import TYPE_CHECKING
+
+from harness.config import ending, naming
+from harness.config.errors import ConfigError
+from harness.config.run_config import RunConfig
+from harness.runs.overrides import compose, without_flag
+from harness.system.console import command
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from harness.runs.estimate import Prediction
+
+
+def parse_bytes(text: str) -> int:
+    """8GiB, 500MB, 1.5e9 … as bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"plan.limit={text}: expected a size, e.g. 8GiB or 500MB")
+    unit = (match[2] or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    return int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
+
+
+def _table(rows: list[list[str]]) -> Table:
+    from harness.report.table import plain
+
+    numbers = (
+        "parameters", "trainable", "frozen", "trained", "gradients", "optimizer", "activations",
+        "peak", "evaluation", "MFLOP/token", "at least", "",
+    )  # fmt: skip
+    table = plain(["run"], numbers)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _row(
+    name: str, run: RunConfig, found: Prediction | None, rate: float, limit: int | None
+) -> list[str]:
+    from harness.training import memory
+
+    if found is None:
+        return [name, *["-"] * 11, "only a run can tell"]
+    main = found.train or found.evaluate
+    parts = dict(main["by_category"])
+    run = ending.within_flops(run, found.train_flops_per_token)
+    seconds = found.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
+    padded = run.data.source == "pairs" and run.data.packing == "padded"
+    over = limit is not None and found.needed_bytes > limit
+    sizes = [*(parts[category] for category in memory.CATEGORIES), main["peak_bytes"]]
+    sizes.append(found.evaluate["peak_bytes"])
+    return [
+        name,
+        f"{found.parameters.total:,}",
+        f"{found.parameters.trainable:,}",
+        *(f"{size / 2**20:,.0f}" for size in sizes),
+        f"{(found.train_flops_per_token or found.evaluate_flops_per_token) / 1e6:,.1f}",
+        # A padded block is as long as its sequence: sizes are then a bound, and time is unknown.
+        "-" if not found.train or padded else f"{seconds:,.0f} s",
+        ("may not fit" if padded else "does not fit") if over else "",
+    ]
+
+
+@command
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit status."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    own = [text for text in arguments if text.startswith("plan.")]
+    rows, rates, batches, fits = [], {}, {}, True
+    unknown = [text for text in own if not text.startswith("plan.limit=")]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: did you mean 'plan.limit' (plan.limit=SIZE, e.g. 8GiB)?")
+    limit = parse_bytes(own[-1].partition("=")[2]) if own else None
+    runs = compose(*without_flag(text for text in arguments if text not in own))
+    # torch, after the mistakes that are found without it
+    from harness.report.table import show as show_table
+    from harness.results import environment
+    from harness.runs.estimate import gemm_rate, largest_batch, predict, setting
+
+    for asked in runs:
+        run, model_config, accelerator = setting(asked)
+        precision = environment.precision_of(run)
+        texts = repr((asked.model, asked.data, asked.evaluate))
+        if texts not in batches:
+            batches[texts] = largest_batch(asked, model_config)
+        found = predict(run, model_config, accelerator, batches[texts])
+        shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
+        if shape not in rates:
+            rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
+        fits &= found is None or limit is None or found.needed_bytes <= limit
+        rows.append(_row(naming.run_name(asked), run, found, rates[shape], limit))
+    show_table(_table(rows))
+    print(
+        "MiB of live tensors at the peak of a training step (of evaluation where nothing trains):\n"
+        "frozen and trained weights, gradients, optimizer state and activations are its parts.\n"
+        "At least: training alone, at this"
+    )
+    for (tokens, width, precision), rate in rates.items():
+        print(f"machine's {rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")
+    return 0 if fits else 1

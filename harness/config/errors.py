@@ -1,0 +1,20 @@
+"""The error that names a mistake of the user, and the nearest valid choice for its message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Something impossible was asked for; the message says what, and what would be possible."""
+
+
+def nearest(bad: str, choices: Iterable[str], *, most: int = 12) -> str:
+    """End of an error message: the closest choice to `bad`, or else the choices there are."""
+    names = sorted(str(choice) for choice in choices)
+    close = difflib.get_close_matches(str(bad), names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    return f"choose one of: {shown or '(there are none)'}"

@@ -1,0 +1,111 @@
+"""Fields of PEFT's configuration classes, read from its source: importing PEFT takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+from harness.config.errors import ConfigError, nearest
+from harness.config.schema import LoraMethod, MethodConfig, PeftMethod
+
+# These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
+OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")
+REGISTERED = re.compile(r"register_peft_method\((.*?)\)", re.DOTALL)
+
+
+def check(method: MethodConfig) -> None:
+    """A PEFT method's name, and the names of `method.fields`.
+
+    Raises:
+        ConfigError: as `harness.methods` says it with PEFT itself.
+    """
+    if isinstance(method, LoraMethod) and method.fields:
+        kind = "LORA"
+    elif isinstance(method, PeftMethod):
+        kind = method.peft_type.upper()
+        if classes() and kind not in classes():
+            raise ConfigError(f"method.peft_type={method.peft_type}: {nearest(kind, classes())}")
+    else:
+        return
+    known = fields(kind)
+    for name in method.fields if known else ():
+        if name not in known:
+            raise ConfigError(
+                f"method.fields.{name}: {classes()[kind]} has no such field; "
+                f"{nearest(name, known, most=60)}"
+            )
+
+
+@cache
+def classes() -> dict[str, str]:
+    """PEFT's methods and the class that configures each; empty where its source is elsewhere."""
+    found: dict[str, str] = {}
+    for file in _folder().glob("tuners/*/__init__.py"):
+        for call in REGISTERED.findall(file.read_text("utf-8")):
+            name = re.search(r"name=\"(\w+)\"", call)
+            configured = re.search(r"config_cls=(\w+)", call)
+            if name and configured:
+                found[name[1].upper()] = configured[1]
+    return found
+
+
+@cache
+def fields(kind: str) -> dict[str, str]:
+    """Fields of a method's configuration with their types; empty where not all can be told."""
+    return _of_class(classes().get(kind, "")) or {}
+
+
+def takes_matrices(method: PeftMethod) -> bool:
+    """Whether a PEFT method adapts modules that can be named; True where that cannot be told."""
+    kind = method.peft_type.upper()
+    known = fields(kind)
+    if kind in OTHER_MODULES:
+        return False
+    return not known or "list[" in known.get("target_modules", "").lower()
+
+
+def _of_class(name: str) -> dict[str, str] | None:
+    """Fields of a class and of those it extends; None where one is not PEFT's."""
+    if name in ("PushToHubMixin", "object"):
+        return {}
+    described = _sources().get(name)
+    if described is None:
+        return None
+    bases, own = described
+    found: dict[str, str] = {}
+    for base in reversed(bases):
+        inherited = _of_class(base)
+        if inherited is None:
+            return None
+        found |= inherited
+    return found | own
+
+
+@cache
+def _sources() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Class -> (what it extends, its own fields with types), of every file of configurations."""
+    files = [_folder() / "config.py", *sorted(_folder().glob("tuners/**/*config.py"))]
+    files += [_folder() / "tuners" / "lycoris_utils.py"]
+    found: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for file in files:
+        for node in ast.parse(file.read_text("utf-8")).body if file.is_file() else ():
+            if isinstance(node, ast.ClassDef):
+                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                own = {
+                    item.target.id: ast.unparse(item.annotation)
+                    for item in node.body
+                    if isinstance(item, ast.AnnAssign)
+                    and isinstance(item.target, ast.Name)
+                    and "ClassVar" not in ast.unparse(item.annotation)
+                }
+                found[node.name] = (bases, own)
+    return found
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec("peft")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]) if places else Path("peft-is-not-installed")

@@ -1,0 +1,397 @@
+"""Learning rates by search: a grid for each configuration, grown until every best is inside.
+
+    make tune        (python -m harness experiment=tune; the sweeper is hydra_plugins' RateSweeper)
+
+What it finds is a file of conf/rates with its evidence. `train.lr=tuned` reads one file; a rate for
+a rank, targets or a setting that were not tuned is interpolated or borrowed, and the result says so
+(`method.lr_from`). `train.lr=auto` looks through all files for the run's own model and text, and is
+a default (`harness.config.default_rates`) where none has the method. Workers of a search get no test set
+(`evaluate.test=false`): it is dropped before anything is tokenised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.config import schema
+from harness.config.default_rates import default_rate
+from harness.config.errors import ConfigError, nearest
+from harness.config.naming import label
+from harness.config.paths import CONF_DIR, INSTALLED
+from harness.config.schema import (
+    METHODS,
+    DataConfig,
+    LoraMethod,
+    MethodConfig,
+    ModelConfig,
+    TrainConfig,
+)
+
+# Peak rate -> validation nll, nats per token; None: it diverged, or was never below its start.
+Grid = Mapping[float, float | None]
+Setting = Mapping[str, Any]  # of `setting_of`
+NOT_USED = 1e-3, "not used"  # by what does not train
+# What moves no best rate: that itself, and how the same steps are computed.
+NOT_SETTING = (
+    "lr", "rates", "lr_from", "threads", "on_oom", "checkpoint_every", "micro_batch", "compile",
+    "checkpointing", "epochs",
+)  # fmt: skip
+COLUMNS = ("name", "label", "r", "alpha", "rank", "energy")  # of a method, which have their own
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One configuration of a family and what its grid found."""
+
+    family: str  # what tables call the method
+    targets: str | None
+    rank: str | None  # r or k, as tables show it
+    scale: float | None  # alpha / r of LoRA
+    grid: Grid
+    variant: Mapping[str, Any] = field(default_factory=dict)  # other fields, where not the default
+    made: str = ""  # commit, hardware and date
+
+    @property
+    def lr(self) -> float:
+        """The rate with the lowest validation nll."""
+        return best(self.grid)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it is a rate for."""
+        return self.family, self.targets, self.rank, self.scale, repr(sorted(self.variant.items()))
+
+    def __str__(self) -> str:
+        scale = f"alpha={self.scale:g}r" if self.scale else ""
+        other = " ".join(f"{k}={v}" for k, v in self.variant.items())
+        return " ".join(filter(None, [self.family, self.targets, self.rank_said, scale, other]))
+
+    @property
+    def rank_said(self) -> str:
+        """r=8 or k=64."""
+        return f"{'k' if self.scale is None else 'r'}={self.rank}" if self.rank else ""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A file of conf/rates."""
+
+    path: Path
+    setting: dict[str, Any]  # see `setting_of`; and the seed
+    tuned: tuple[Tuned, ...]
+
+
+# ---------------------------------------------------------------------------------- the search
+
+
+def grid_around(centre: float, points: int, factor: float) -> list[float]:
+    """`points` rates, neighbours `factor` apart, about `centre`."""
+    return [_round(centre * factor ** (i - points // 2)) for i in range(points)]
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.6g}")
+
+
+def _value(nll: float | None) -> float:
+    return math.inf if nll is None or math.isnan(nll) else nll
+
+
+def found_by(record: Mapping[str, Any]) -> float | None:
+    """What a finished run has to say of its rate, for a grid."""
+    quality = record["quality"]
+    if not quality["best_step"]:
+        return None
+    return float(quality["validation"]["nll_nats"] / quality["validation"]["num_tokens"])
+
+
+def best(grid: Grid) -> float:
+    """The rate with the lowest nll; of equals the lowest rate."""
+    return min(sorted(grid), key=lambda rate: _value(grid[rate]))
+
+
+def edge(grid: Grid) -> str | None:
+    """Whether the best rate is the "lowest" or the "highest" of its grid; None if inside."""
+    rates, found = sorted(grid), best(grid)
+    return "lowest" if found == rates[0] else "highest" if found == rates[-1] else None
+
+
+def further(grid: Grid, factor: float) -> list[float]:
+    """The rate to try next: beyond the edge that the best is at, none where it is inside."""
+    where, found = edge(grid), best(grid)
+    return [_round(found / factor if where == "lowest" else found * factor)] if where else []
+
+
+def fitted(grid: Grid) -> float:
+    """Vertex of the parabola through the best and its neighbours, nll over log rate.
+
+    The best itself where it is at an edge or a neighbour has no nll.
+    """
+    rates = sorted(grid)
+    at = rates.index(best(grid))
+    three = [(math.log(rate), _value(grid[rate])) for rate in rates[max(0, at - 1) : at + 2]]
+    if len(three) < 3 or not all(math.isfinite(nll) for _, nll in three):
+        return rates[at]
+    (x0, y0), (x1, y1), (x2, y2) = three
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    curvature = (right - left) / (x2 - x0)
+    return math.exp((x0 + x1) / 2 - left / (2 * curvature)) if curvature > 0 else rates[at]
+
+
+# ------------------------------------------------------------------------------- what it is for
+
+
+def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -> dict[str, Any]:
+    """What a best rate may depend on besides the method: model, text and training, as dotted keys.
+
+    Fields that have their schema's default are left out.
+    """
+    found: dict[str, Any] = {}
+    sections = {"model": vars(model), "data": vars(data), "train": train}
+    schemas: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+    left_out = {"model": ("shape", "cache_dir"), "data": ("cache_dir",), "train": NOT_SETTING}
+    for section, values in sections.items():
+        defaults = schema.defaults(schemas[section])
+        for key, value in values.items():
+            value = schema.plain(value)
+            if key not in left_out[section] and value != defaults.get(key, "???"):
+                found[f"{section}.{key}"] = value
+    for key in ("data.context", "train.steps", "train.batch_tokens"):  # always there to read
+        section, name = key.split(".")
+        found[key] = sections[section].get(name)
+    return found
+
+
+def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> Tuned:
+    """The entry for a method on `targets`."""
+    defaults = schema.defaults(METHODS[method.name])
+    variant = {
+        key: value
+        for key, value in vars(method).items()
+        if key not in COLUMNS and value != defaults.get(key)
+    }
+    for key in ("train", *([] if method.label else ["train_only"])):
+        variant.pop(key, None)  # which the label says
+    scale = method.lora_alpha / method.r if isinstance(method, LoraMethod) else None
+    rank = str(method.r) if isinstance(method, LoraMethod) else getattr(method, "kept", None)
+    targeted = targets if method.takes_targets else None
+    return Tuned(label(method), targeted, rank, scale, grid, variant, made)
+
+
+# ------------------------------------------------------------------------------------ the file
+
+
+def own_path(name: str) -> Path:
+    """Where a search writes `name`: a path that ends in .yaml, or a file of conf/rates.
+
+    A package that was installed is not ours to write to: conf/rates is then where the program runs.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    return (Path("conf") if INSTALLED else CONF_DIR) / "rates" / f"{name}.yaml"
+
+
+def path_of(name: str) -> Path:
+    """The file of `name` to read: what a search would write, or else what ships."""
+    own, shipped = own_path(name), CONF_DIR / "rates" / f"{name}.yaml"
+    return shipped if shipped.exists() and not own.exists() else own
+
+
+def read(name: str) -> Rates:
+    """The rates of a file of conf/rates, or of a path; raises ConfigError."""
+    path = path_of(name)
+    try:
+        loaded = yaml.safe_load(path.read_text("utf-8"))
+        tuned = tuple(
+            Tuned(
+                t["family"], t["targets"], t["rank"], t["scale"], dict(t["validation_nll"]),
+                dict(t["variant"]), t["made"],
+            )
+            for t in loaded["tuned"]
+        )  # fmt: skip
+        setting = dict(loaded["setting"])
+    except FileNotFoundError:
+        there = [found.stem for found in (CONF_DIR / "rates").glob("*.yaml")]
+        raise ConfigError(f"train.rates={name}: no file {path}; {nearest(name, there)}") from None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"train.rates={name}: {path} is no file of rates ({error})") from error
+    return Rates(path, setting, tuned)
+
+
+def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
+    """What `read` reads, for people too."""
+    lines = [
+        "# Learning rates that a search (experiment=tune and its like) found on validation, with",
+        "# the evidence: validation nll, nats per token, by peak rate (null: diverged, or not once",
+        "# below its start). fitted: vertex of a parabola through best and neighbours.",
+        "# train.lr=tuned reads this.",
+    ]
+    entries = []
+    for t in tuned:
+        grid = {
+            rate: None if nll is None else round(nll, 5) for rate, nll in sorted(t.grid.items())
+        }
+        at_edge = {"at_edge": edge(t.grid)} if edge(t.grid) else {}
+        entries.append(
+            {
+                "family": t.family, "targets": t.targets, "rank": t.rank, "scale": t.scale,
+                "variant": dict(t.variant), "lr": t.lr, **at_edge,
+                "fitted": float(f"{fitted(t.grid):.3g}"), "validation_nll": grid, "made": t.made,
+            }
+        )  # fmt: skip
+    document = {"setting": dict(setting), "tuned": entries}
+    dumped = yaml.safe_dump(
+        document, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True
+    )
+    return "\n".join([*lines, dumped])
+
+
+# ------------------------------------------------------------------------------------- its use
+
+
+# How much of a text, and how it is cut: the same text still.
+SAME_TEXT = (
+    "data.validation_share", "data.test_share", "data.train_share", "data.document_chars",
+    "data.context",
+)  # fmt: skip
+BESIDE = 0.5  # of the best rate for something similar: a grid often diverges at twice its best
+
+
+def automatic(
+    name: str | None, method: MethodConfig, targets: str, model: ModelConfig, setting: Setting
+) -> tuple[float, str]:
+    """The rate of train.lr=auto for a method on `targets`, and where it is from.
+
+    What a search found for this model, text and configuration, or between two ranks; half of what
+    it found for a similar configuration or on another text; or else the method's default for the
+    model. `name` is the file of conf/rates that is looked at first.
+
+    Raises:
+        ConfigError: a file of conf/rates that cannot be read.
+    """
+    if not method.trains:
+        return NOT_USED
+    asked = tuned_of(replace(method, label=None), targets, {})
+    candidates = []
+    for rates in all_files(name):
+        family = [
+            t
+            for t in rates.tuned
+            if t.family == asked.family and (t.scale is None) == (asked.scale is None)
+        ]
+        apart = _apart_in(setting, rates.setting)
+        if family and not any(key.startswith("model.") for key in apart):
+            other_text = any(key.startswith("data.") and key not in SAME_TEXT for key in apart)
+            lr, said = _of_family(family, asked)
+            between_ranks = said.startswith("interpolated") and " with " not in said
+            similar = said != "tuned" and not between_ranks
+            candidates.append((other_text, similar, len(apart), lr, said, rates.setting))
+    if not candidates:
+        return default_rate(method, model)
+    other_text, similar, _, lr, said, tuned_for = min(candidates, key=lambda c: c[:3])
+    if other_text or similar:
+        on = f" on {tuned_for['data.name']}" if other_text else ""
+        return float(f"{BESIDE * lr:.3g}"), f"default: half of the rate {said}{on}"
+    return lr, _with_setting(said, setting, tuned_for)
+
+
+def all_files(first: str | None = None) -> list[Rates]:
+    """Every file of conf/rates, ours and what ships, `first` in front."""
+    folders = dict.fromkeys([own_path("").parent, CONF_DIR / "rates"])
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    return [read(name) for name in dict.fromkeys([*([first] if first else []), *names])]
+
+
+def _apart_in(one: Setting, other: Setting) -> list[str]:
+    keys = sorted((one.keys() | other.keys()) - {"seed"})
+    return [key for key in keys if one.get(key) != other.get(key)]
+
+
+def _with_setting(said: str, setting: Setting, tuned_for: Setting) -> str:
+    apart = _apart_in(setting, tuned_for)
+    there = [f"{key}={tuned_for.get(key, 'the default')}" for key in apart]
+    return f"{said}, for {', '.join(there)}" if there else said
+
+
+def resolve(
+    name: str | None, method: MethodConfig, targets: str, setting: Setting
+) -> tuple[float, str]:
+    """The rate for a method on `targets`, and where it is from; `setting` is what runs would have.
+
+    Raises:
+        ConfigError: no such file, or nothing tuned for a method of this kind.
+    """
+    if not method.trains:
+        return NOT_USED
+    if name is None:
+        raise ConfigError("train.lr=tuned needs train.rates, a file of conf/rates")
+    rates = read(name)
+    asked = tuned_of(method, targets, {})
+    family = [t for t in rates.tuned if t.family == asked.family]
+    if not family:
+        there = ", ".join(dict.fromkeys(t.family for t in rates.tuned))
+        raise ConfigError(
+            f"train.lr=tuned: {rates.path.name} has no rate for {asked.family}, but for {there}: "
+            "give train.lr=…, or tune it (conf/experiment/tune.yaml)"
+        )
+    lr, said = _of_family(family, asked)
+    return lr, _with_setting(said, setting, rates.setting)
+
+
+def _of_family(family: list[Tuned], asked: Tuned) -> tuple[float, str]:
+    alike, borrowed = family, ""
+    same = [t for t in alike if t.variant == asked.variant]
+    if not same:
+        alike = [t for t in alike if t.variant == alike[0].variant]
+        other = alike[0].variant
+        fields = sorted(
+            k for k in other.keys() | asked.variant.keys() if other.get(k) != asked.variant.get(k)
+        )
+        borrowed += f" with another {', '.join(f'method.{name}' for name in fields)}"
+    else:
+        alike = same
+    if not any(t.targets in (None, asked.targets) for t in alike):
+        borrowed += f" on targets={alike[0].targets}"
+        alike = [t for t in alike if t.targets == alike[0].targets]
+    else:
+        alike = [t for t in alike if t.targets in (None, asked.targets)]
+    if asked.scale is not None:
+        scales = sorted({t.scale for t in alike if t.scale}, key=lambda s: _apart(s, asked.scale))
+        alike = [t for t in alike if t.scale == scales[0]]
+        if not math.isclose(scales[0], asked.scale):
+            borrowed += f" at alpha={scales[0]:g}r"
+    if exact := [t for t in alike if t.rank == asked.rank]:
+        where = edge(exact[0].grid)
+        return exact[0].lr, f"tuned{borrowed}" + (f", at the {where} of its grid" if where else "")
+    k = _number(asked.rank)
+    below = [t for t in alike if _number(t.rank) < k]
+    above = [t for t in alike if _number(t.rank) > k]
+    one = max(below, key=lambda t: _number(t.rank), default=None)
+    other_end = min(above, key=lambda t: _number(t.rank), default=None)
+    if one and other_end and math.isfinite(_number(other_end.rank)):
+        low, high = _number(one.rank), _number(other_end.rank)
+        share = math.log(k / low) / math.log(high / low)
+        lr = one.lr ** (1 - share) * other_end.lr**share
+        between = f"{one.rank_said} and {other_end.rank_said}"
+        return float(f"{lr:.3g}"), f"interpolated between {between}{borrowed}"
+    near = one or other_end or alike[0]
+    return near.lr, f"as tuned for {near.rank_said}{borrowed}"
+
+
+def _apart(one: float, other: float | None) -> float:
+    return abs(math.log(one / other)) if other else 0.0
+
+
+def _number(rank: str | None) -> float:
+    """A rank to compare by; a share or an energy, whose rank only the model knows, as full."""
+    try:
+        value = float(rank or "inf")
+    except ValueError:
+        return math.inf
+    return value if math.isfinite(value) and value >= 1 and value == int(value) else math.inf

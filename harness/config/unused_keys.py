@@ -1,0 +1,129 @@
+"""Keys that a method does not have: refused in a run of its own, left out in a sweep over methods.
+
+python -m harness method=full targets=attn               refused: full trains every weight
+python -m harness -m method=none,lora method.r=8,16      none runs once, without method.r
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.config import matrix_roles, peft_fields
+from harness.config.errors import ConfigError
+from harness.config.paths import CONF_DIR
+from harness.config.run_config import RunConfig
+from harness.config.schema import METHODS, MethodConfig, PeftMethod
+
+DECIDES = ("method", "experiment", "scale", "method.name")  # which method a run has
+
+
+def key_of(override: str) -> str:
+    """The key of an override, without what marks it as added or deleted and without its package."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0].strip()
+
+
+def of_method(overrides: Iterable[str], method: type[MethodConfig]) -> list[str]:
+    """The overrides whose keys a method does not have."""
+    fields = {field.name for field in dataclasses.fields(method)}
+    found = []
+    for override in overrides:
+        group, _, rest = key_of(override).partition(".")
+        if group == "targets" and not method.takes_targets:
+            found.append(override)
+        if group == "method" and rest and rest.partition(".")[0] not in fields:
+            found.append(override)
+    return found
+
+
+def refuse_targets(overrides: Iterable[str], run: RunConfig) -> None:
+    """Raise ConfigError where targets were asked for and the method adapts none.
+
+    A key of `method` that it does not have is refused by the schema.
+    """
+    asked = [text for text in overrides if key_of(text).partition(".")[0] == "targets"]
+    method, shown = run.method, " ".join(asked)
+    if asked and isinstance(method, PeftMethod) and not peft_fields.takes_matrices(method):
+        raise ConfigError(
+            f"{shown}: {method.peft_type} adapts no matrices of the model, and has no targets: "
+            "leave it out"
+        )
+    if method.takes_targets or not asked:
+        return
+    if method.name == "full":
+        raise ConfigError(
+            f"{shown}: method=full trains every weight, and targets do not limit it: leave it out, "
+            f"or train some weights only, method.train_only=[{','.join(_roles(asked, run))}]"
+        )
+    raise ConfigError(
+        f"{shown}: method={method.name} leaves every weight of the base as it is, and has no "
+        "targets: leave it out"
+    )
+
+
+def _roles(asked: Iterable[str], run: RunConfig) -> list[str]:
+    """What `method.train_only` would say in place of the targets that were asked for."""
+    for override in asked:
+        key, value = key_of(override), override.partition("=")[2].strip("'\"[] ")
+        file = CONF_DIR / "targets" / f"{value}.yaml"
+        if key == "targets" and file.is_file():
+            described = OmegaConf.to_container(OmegaConf.load(file))
+            assert isinstance(described, dict)
+            table = matrix_roles.SUFFIXES.get(
+                matrix_roles.model_type(run.model) or "", matrix_roles.ROLES
+            )
+            named = [role for role in described.get("roles") or [] if role in table]
+            return ["matrices"] if value == "all" else named or list(described["modules"] or [])
+        if key in ("targets.roles", "targets.modules") and value:
+            return [name.strip() for name in value.split(",")]
+    return ["matrices"]
+
+
+def left_out(
+    jobs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]
+) -> tuple[list[list[str]], str]:
+    """The jobs of a sweep, each without the keys that its method does not have, and a line of them.
+
+    A key is left out if another method of the sweep has it, or else it is a mistake, which
+    composing the job will find. The line is empty where nothing was left out.
+    """
+    known: dict[tuple[str, ...], type[MethodConfig] | None] = {}
+    chosen = []
+    for job in jobs:
+        deciding = tuple(text for text in job if key_of(text) in DECIDES)
+        if deciding not in known:
+            known[deciding] = _method(deciding, compose)
+        chosen.append(known[deciding])
+    found: list[tuple[list[str], type[MethodConfig] | None, list[str]]] = [
+        (job, method, of_method(job, method) if method else [])
+        for job, method in zip(jobs, chosen, strict=True)
+    ]
+    used = {key_of(text) for job, _, not_its in found for text in job if text not in not_its}
+    kept: list[list[str]] = []
+    said: dict[str, dict[str, None]] = {}
+    for job, method, not_its in found:
+        going = [text for text in not_its if key_of(text) in used]
+        kept.append([text for text in job if text not in going])
+        for text in going:
+            assert method is not None
+            said.setdefault(key_of(text), {})[_name(method)] = None
+    if not said:
+        return kept, ""
+    keys = (f"{key} ({', '.join(names)})" for key, names in sorted(said.items()))
+    return kept, f"left out for methods that have no such key: {'; '.join(keys)}"
+
+
+def _name(method: type[MethodConfig]) -> str:
+    return next(name for name, schema in METHODS.items() if schema is method)
+
+
+def _method(
+    deciding: Sequence[str], compose: Callable[[list[str]], DictConfig]
+) -> type[MethodConfig] | None:
+    try:
+        name = OmegaConf.select(compose(list(deciding)), "method.name")
+    except Exception:  # composing the whole job will say what is wrong
+        return None
+    return METHODS.get(str(name))

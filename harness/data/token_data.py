@@ -1,0 +1,276 @@
+"""Documents to tokens: packed training blocks and evaluation documents, cached and memory-mapped.
+
+The cache is keyed by content (text, tokenizer, block length), so that it can never be stale, and a
+folder appears in it only when it is complete. Text is read, tokenised and packed a part at a time:
+memory does not grow with it (of pairs, it does).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from harness.config.errors import ConfigError
+from harness.config.run_config import RunConfig
+from harness.config.schema import DataConfig
+from harness.data import documents, packing, pairs, sources, subset, token_cache
+from harness.data.token_tables import IGNORE
+from harness.system import files
+
+log = logging.getLogger(__name__)
+LONG_TOKENS = 500_000  # of validation, from where on it is said that a part would do
+
+
+@dataclass(frozen=True)
+class Data:
+    """The text of one run, as tokens on disk."""
+
+    blocks: Dataset  # train: `tokens`, context + 1 ids; or what `pairs.blocks` has
+    held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document
+    num_documents: dict[str, int]  # by split
+    tokenized: bool  # whether anything was tokenised now, rather than found in the cache
+    tokenizer: str  # twelve digits that change with its vocabulary, merges or end-of-text token
+    facts: dict[str, Any] = field(default_factory=dict)  # for result.json: copies, files left out
+    warnings: list[str] = field(default_factory=list)  # what the user is to know of the text
+
+    @property
+    def num_blocks(self) -> int:
+        """Training blocks of one epoch."""
+        return len(self.blocks)
+
+    def num_predicted(self, indices: list[int]) -> int:
+        """Tokens that the blocks at `indices` predict."""
+        if "num_predicted" in self.blocks.column_names:
+            return int(pc.sum(self._column("num_predicted", indices)).as_py())
+        return len(indices) * (len(self.blocks[indices[0]]["tokens"]) - 1)
+
+    def by_length(self, indices: list[int]) -> list[int]:
+        """The same blocks, alike in length beside one another; as they are where all are alike."""
+        if "inputs" not in self.blocks.column_names:
+            return indices
+        lengths = pc.list_value_length(self._column("inputs", indices)).to_pylist()
+        return [i for _, i in sorted(zip(lengths, indices, strict=True))]
+
+    def _column(self, name: str, indices: list[int]) -> pa.ChunkedArray:
+        """One column of the blocks at `indices`, without reading the others."""
+        return self.blocks.data.column(name).take(indices)
+
+
+class Batch(NamedTuple):
+    """Blocks of a micro-batch, int64."""
+
+    inputs: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T), IGNORE where nothing is predicted
+    positions: torch.Tensor | None  # (B, T), 0 where another sequence begins; None: one a row
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(B, T + 1): of text, the blocks as they were cut."""
+        return torch.cat([self.inputs, self.targets[:, -1:]], dim=1)
+
+    def to(self, device: torch.device) -> Batch:
+        """On `device`."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), positions)
+
+
+def prepare(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    test: bool = True,
+    begins: tuple[int, ...] = (),
+    most: Mapping[str, int | None] = MappingProxyType({}),
+) -> Data:
+    """Read, tokenise and pack the documents of `cfg`, or find the result in the cache.
+
+    `begins` is put in front of every document of a training block and every prompt (`Prefix`).
+    Without `test` that split is not in the result: nothing that gets it can read it. `most` has the
+    predicted tokens that a fixed part of a held-out split may have (`harness.data.subset`).
+
+    Raises:
+        ConfigError: no text, or less than one block of it.
+    """
+    wanted = documents.SPLITS if test else ("train", "validation")
+    held_out, made, fresh = token_cache.tables_of(cfg, tokenizer, wanted, begins)
+    blocks = held_out.pop("train")
+    unread, said = left_out(cfg)
+    parts: dict[str, Dataset] = {}
+    evaluated: dict[str, Any] = {}
+    for name, table in held_out.items():
+        parts[name], chosen = subset.of(table, most.get(name))
+        evaluated |= {name: chosen} if chosen else {}
+        if name == "validation" and not chosen and num_tokens(table) > LONG_TOKENS:
+            said = [*said, _long(cfg, num_tokens(table))]
+    if evaluated:
+        unread = unread | {"evaluated": evaluated}
+    return Data(
+        blocks,
+        parts,
+        made.num_documents,
+        fresh,
+        token_cache.fingerprint(tokenizer)[:12],
+        made.facts | unread,
+        [*said, *made.warnings],
+    )
+
+
+def most_tokens(run: RunConfig) -> dict[str, int | None]:
+    """Predicted tokens that a run reads of its held-out splits at most; None where it reads all."""
+    return {"validation": run.evaluate.validation_tokens, "test": run.evaluate.test_tokens}
+
+
+def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
+    """The files of a folder that are not read, for result.json and as a warning."""
+    if cfg.source not in ("text_files", "pairs") or not cfg.path:
+        return {}, []
+    if cfg.source == "pairs":
+        left = sorted({*files.left_out(cfg.path, files.OF_PAIRS), *pairs.left_out(cfg)})
+    else:
+        left = files.left_out(cfg.path)
+    if not left:
+        return {}, []
+    names = ", ".join(str(file) for file in left[:5]) + ", …" * (len(left) > 5)
+    said = f"data.path={cfg.path}: {len(left)} file(s) are left out: {names}"
+    first = [str(file) for file in left[:100]]
+    return {"left_out": {"files": len(left), "first": first}}, [said]
+
+
+def _long(cfg: DataConfig, count: int) -> str:
+    return (
+        f"data={cfg.name}: every validation reads {count:,} tokens; "
+        f"evaluate.validation_tokens={LONG_TOKENS} reads a fixed part of them"
+    )
+
+
+def prepare_test(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    begins: tuple[int, ...] = (),
+    most: int | None = None,
+) -> tuple[Dataset, dict[str, Any]]:
+    """The test split alone, of a text that is not trained on, and which part of it it is.
+
+    As `Data.held_out` has it, and {} or what `subset.of` says.
+    """
+    return subset.of(token_cache.tables_of(cfg, tokenizer, ("test",), begins)[0]["test"], most)
+
+
+AT_HAND_BYTES = 64 * 2**20  # of files that a prediction reads; more fill every batch
+
+
+def held_out_sizes(
+    cfg: DataConfig,
+    splits: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    most: Mapping[str, int | None] = MappingProxyType({}),
+) -> list[list[int] | None]:
+    """Tokens of every document of some held-out `splits`, if the text is on this machine.
+
+    Of the part of each that is within `most` tokens. Nothing is cached. Without a `tokenizer` bytes
+    stand for tokens, of which no document has more.
+    None for each split whose text is not at hand, cannot be read, or is long.
+    """
+    unknown: list[list[int] | None] = [None] * len(splits)
+    try:
+        if cfg.source in ("text_files", "pairs") and not cfg.id:
+            kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
+            own = sources.own_files(cfg, kinds).values()
+            if sum(file.stat().st_size for found in own for file in found) > AT_HAND_BYTES:
+                return unknown
+        elif cfg.source != "kjv":
+            return unknown
+        if cfg.source == "pairs":
+            if tokenizer is None:
+                return unknown
+            rows = pairs.read(cfg, splits).values()
+            made = [Dataset(pairs.evaluated(some, tokenizer, cfg.context)) for some in rows]
+            return [
+                _sizes(
+                    table["id"], subset.num_predicted(table), document_sizes(table), most.get(name)
+                )
+                for name, table in zip(splits, made, strict=True)
+            ]
+        found = documents.read(cfg, splits)
+    except (ConfigError, OSError):
+        return unknown
+    if tokenizer is None:
+        return [[len(text.encode()) for _, text in docs] for docs in found.values()]
+    sizes: list[list[int] | None] = []
+    for name, docs in found.items():
+        counts: list[int] = []
+        for start in range(0, len(docs), packing.BATCH_DOCUMENTS):
+            some = [text for _, text in docs[start : start + packing.BATCH_DOCUMENTS]]
+            counts += [len(ids) for ids in token_cache.encode(some, tokenizer)]
+        sizes.append(_sizes([key for key, _ in docs], np.array(counts), counts, most.get(name)))
+    return sizes
+
+
+def _sizes(
+    ids: Sequence[str], predicted: NDArray[np.int64], sizes: list[int], most: int | None
+) -> list[int]:
+    """The sizes of the documents that are within `most` predicted tokens."""
+    if most is None or predicted.sum() <= most:
+        return sizes
+    return [sizes[i] for i in subset.within(ids, predicted, most)]
+
+
+def document_sizes(dataset: Dataset) -> list[int]:
+    """Tokens of every document of a held-out split."""
+    return list(pc.list_value_length(dataset.data.column("tokens")).to_pylist())
+
+
+def num_tokens(dataset: Dataset) -> int:
+    """Tokens of a held-out split."""
+    return int(pc.sum(pc.list_value_length(dataset.data.column("tokens"))).as_py())
+
+
+# --------------------------------------------------------------------------- data order
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_blocks: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_blocks)
+
+
+def block_order(seed: int, step: int, batch: int, num_blocks: int) -> list[int]:
+    """Indices of the `batch` blocks of optimizer step `step` (from 0), all ranks together.
+
+    A pure function: every epoch is a permutation drawn from (seed, epoch), read `batch` at a time
+    and across epochs, whatever the number of ranks, the accumulation, a resume or the method.
+    """
+    positions = range(step * batch, (step + 1) * batch)
+    return [int(_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks]) for p in positions]
+
+
+def batch_of(blocks: Dataset, indices: list[int]) -> Batch:
+    """The blocks at `indices`, the shorter ones padded at their end to the longest."""
+    rows = blocks[indices]
+    if "tokens" in rows:
+        ids = torch.from_numpy(np.stack(rows["tokens"]).astype(np.int64))
+        return Batch(ids[:, :-1], ids[:, 1:], None)
+    width = max(len(inputs) for inputs in rows["inputs"])
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        filled = torch.full((len(indices), width), value)
+        for row, values in enumerate(rows[name]):
+            filled[row, : len(values)] = torch.from_numpy(values.astype(np.int64))
+        return filled
+
+    # What pads is never looked at by what is predicted: it comes after it.
+    inputs, targets = padded("inputs", 0), padded("targets", IGNORE)
+    several = any((positions[1:] == 0).any() for positions in rows["positions"])
+    return Batch(inputs, targets, padded("positions", 0) if several else None)

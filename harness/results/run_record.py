@@ -1,0 +1,321 @@
+"""The result of a run: its schema, an atomic write, and the collection of many.
+
+`RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
+
+Stable keys: status (finished | failed | interrupted | running), failure.{class, message, log_tail}
+with class oom | nan | killed | disk | config | interrupted | error, date (UTC, when it ended;
+absent in older results), run.name, run.seed,
+run.command, run.resumed_at (steps), run.identity, run.configuration (the same for all seeds of one
+configuration on the same text and weights), run.contents.KEY (`harness.system.contents`),
+train.{micro_batch, micro_batch_asked}, method.name, parameters.total, parameters.trainable,
+memory.peak_bytes, memory.by_category (bytes), speed.tokens_per_second, speed.train_seconds,
+quality.step0.validation.perplexity (the adapted model before its first step),
+quality.base.validation (the base; the same where the method starts as nothing),
+quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity, word_perplexity,
+bits_per_byte}, quality.also.NAME.{before, step0, after} with the same (the base, the adapted model
+before its first step where that is another, and after), quality.test_protocol
+(`harness.evaluation.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
+num_prompts, num_tokens, seconds, tokens_per_second},
+quality.classification.{labels, majority} and of validation and test quality.classification.SPLIT.
+{accuracy, accuracy_low, accuracy_high, macro_f1, log_loss, majority_accuracy, num_examples,
+num_unseen} (`harness.evaluation.classification`), evaluation.{context, stride,
+prefix.{name, id}, tokenizer, part.NAME (of a text that is read in part: `harness.data.subset`)},
+environment.{commit, versions, hardware, sharded,
+runs_beside (null: not counted)}, saved (names of folders), saved_check.{nats_per_token, failure}
+(`harness.runs.saved_check`), model.weights.{random, left_out} (with model.strict=false), problems (what
+failed after the test set was read, in words; absent where nothing did), data.rule.{documents,
+split} (what a document is and how they were split, in words).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from harness.config import labels, naming, run_config
+from harness.config.run_config import RunConfig
+from harness.system.atomic import write_atomically
+
+SCHEMA_VERSION = 1
+FILE_NAME = "result.json"
+# Of a run that is not finished: a folder, the weights that validation has chosen so far, room for
+# the result on a disk that fills, and a folder with the adapter as it started.
+CHECKPOINTS, BEST, RESERVE = "checkpoints", "best.safetensors", ".reserve"
+INITIAL = "initial_adapter"
+RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
+INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
+NOT_LEFT = (None, "config", "killed")  # classes of failure that a sweep tries again unasked
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+METRICS_NAME = "metrics.jsonl"
+SWEEP_NAME = "sweep.json"
+log = logging.getLogger(__name__)
+
+
+def write(run_dir: Path, result: dict[str, Any]) -> None:
+    """Write result.json whole or not at all; NaN and infinity become null, which JSON can hold."""
+    text = json.dumps(finite({"schema_version": SCHEMA_VERSION, **result}), indent=2)
+    write_atomically(run_dir / FILE_NAME, text + "\n")
+
+
+def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """What is known before anything is loaded."""
+    command = run_dir / "command.txt"
+    return {
+        "run": {
+            "name": naming.run_name(run),
+            "experiment": run.experiment_name,
+            "seed": run.seed,
+            "identity": naming.identity(run),
+            "configuration": naming.configuration(run),
+            "contents": dict(run.contents),
+            "command": command.read_text("utf-8").strip() if command.is_file() else None,
+        },
+        "config": settings(run),
+        "model": {"name": labels.of_model(run.model)},
+        "data": {"name": labels.of_text(run.data)},
+        "method": describe_method(run),
+    }
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """The configuration as plain containers, without the contents that `run.contents` has."""
+    return {key: value for key, value in run_config.to_dict(run).items() if key != "contents"}
+
+
+def describe_method(run: RunConfig) -> dict[str, Any]:
+    """What tables show of the method; what it does not have is None."""
+    method = run.method
+    found = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
+    rank = getattr(method, "kept", found["r"])
+    return found | {
+        "name": method.name,
+        "label": naming.label(method),
+        "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
+        "alpha": getattr(method, "lora_alpha", None),
+        "targets": labels.of_targets(run) if method.takes_targets else None,
+        "lr": run.train.lr if method.trains else None,
+        "lr_from": run.train.lr_from,
+        "deterministic": naming.is_deterministic(run),
+    }
+
+
+def finite(value: Any) -> Any:
+    """`value` with NaN and infinity as None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and value - value != 0:  # NaN and infinity
+        return None
+    return value
+
+
+class Metrics:
+    """RUN_DIR/metrics.jsonl, one row for a step and one for a validation.
+
+    A run that goes on after `step`, with validation read up to `validated`, keeps the rows so far.
+    """
+
+    def __init__(self, run_dir: Path, step: int, validated: int, *, write: bool = True) -> None:
+        path = run_dir / METRICS_NAME
+        self._stream = None
+        if not write:
+            return
+        kept = [
+            row
+            for row in (read_metrics(run_dir) if step else ())
+            if row["step"] <= _last(row, step, validated)
+        ]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._stream = path.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row; NaN and infinity become null."""
+        if self._stream is not None:
+            self._stream.write(json.dumps(finite(row)) + "\n")
+
+    def sync(self) -> None:
+        """Bring what was logged to the disk."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
+
+def _last(row: dict[str, Any], step: int, validated: int) -> int:
+    """The last step of which a row of this kind is true of a run that goes on after `step`."""
+    return step if "train/nll" in row else validated if "eval/validation/nll" in row else 0
+
+
+def documents_name(name: str, when: str = "after") -> str:
+    """File of nats per document on a split, or on a further text `before` or `after` adaptation."""
+    return f"documents-{name}{'-before' if when == 'before' else ''}.parquet"
+
+
+def can_go_on(run_dir: Path) -> bool:
+    """Whether a run was cut after a checkpoint."""
+    return any((run_dir / CHECKPOINTS).glob("[0-9]*"))
+
+
+def clear(run_dir: Path) -> None:
+    """Delete what only an unfinished run needs."""
+    free_reserve(run_dir)
+    for name in (BEST, CHECKPOINTS, INITIAL):
+        path = run_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def keep_reserve(run_dir: Path) -> None:
+    """Keep room for the result on a disk that fills."""
+    (run_dir / RESERVE).write_bytes(b"-" * 2**18)
+
+
+def free_reserve(run_dir: Path) -> None:
+    """Give that room back."""
+    with suppress(OSError):
+        (run_dir / RESERVE).unlink(missing_ok=True)
+
+
+def write_rank_failure(run_dir: Path, rank: int, failure: dict[str, Any]) -> None:
+    """What ended a rank that does not write the result; ranks that others ended say nothing."""
+    if failure["class"] not in ("killed", "interrupted"):
+        text = json.dumps({"time": time.time()} | failure)
+        write_atomically(run_dir / f"{RANK_FAILURE}{rank}.json", text)
+
+
+def rank_failures(run_dir: Path) -> list[dict[str, Any]]:
+    """What ended ranks of this attempt, the earliest first."""
+    found = []
+    for path in run_dir.glob(f"{RANK_FAILURE}*.json"):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text("utf-8")))
+    return sorted(found, key=lambda failure: float(failure.pop("time")))
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without a last line that was cut."""
+    rows = []
+    with suppress(FileNotFoundError), (run_dir / METRICS_NAME).open(encoding="utf-8") as stream:
+        for line in stream:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """The last whole row of metrics.jsonl, read from its end; {} where there is none."""
+    try:
+        with (run_dir / METRICS_NAME).open("rb") as stream:
+            stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, stream.tell() - 4096))
+            lines = stream.read().splitlines(keepends=True)
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            with suppress(ValueError):
+                return dict(json.loads(line))
+    return {}
+
+
+def tail(path: Path, lines: int = 20) -> list[str]:
+    """The last lines of a log."""
+    try:
+        return path.read_text("utf-8", errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+def read(run_dir: Path) -> dict[str, Any] | None:
+    """The result in `run_dir`, or None where there is none (yet) or it cannot be read."""
+    try:
+        result = json.loads((run_dir / FILE_NAME).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read: %s", run_dir / FILE_NAME, error)
+        return None
+    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
+        log.warning("%s is not a result of schema version %d", run_dir / FILE_NAME, SCHEMA_VERSION)
+        return None
+    return result
+
+
+def write_sweep(folder: Path, runs: dict[str, str], command: str | None = None) -> None:
+    """Write down which runs a sweep is of, by directory, and why one was refused, or "".
+
+    `command` is kept as it was typed, with its runs, beside those of earlier sweeps.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = [known for known in sweep_commands(folder) if known["command"] != command]
+    if command is not None:
+        commands.append({"command": command, "runs": list(runs)})
+    found = {"runs": runs} | ({"commands": commands} if commands else {})
+    write_atomically(folder / SWEEP_NAME, json.dumps(found, indent=1) + "\n")
+
+
+def read_sweep(folder: Path) -> dict[str, str]:
+    """The runs of the last sweep into `folder`, as written; {} where there was none."""
+    return dict(_sweep(folder).get("runs") or {})
+
+
+def sweep_commands(folder: Path) -> list[dict[str, Any]]:
+    """The commands of the sweeps into `folder`, {command, runs}, the last one last."""
+    return list(_sweep(folder).get("commands") or [])
+
+
+def _sweep(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / SWEEP_NAME).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def collect(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(run directory, result) of every run of an experiment, by name."""
+    for path in sorted(folder.glob(f"*/{FILE_NAME}")):
+        if (result := read(path.parent)) is not None:
+            yield path.parent, result
+
+
+def get(result: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path, or None."""
+    value: Any = result
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command that passes these arguments to the program."""
+    return shlex.join(["python", "-m", "harness", *arguments])
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted keys, for trackers whose parameters are a flat table; lists as JSON."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            found |= flat(value, f"{name}.")
+        else:
+            plain = isinstance(value, str | int | float) or value is None
+            found[name] = value if plain else json.dumps(value)
+    return found

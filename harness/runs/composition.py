@@ -1,0 +1,234 @@
+"""From what Hydra composed to a RunConfig; `harness.runs.mistakes` says what is wrong with it.
+
+Every value is checked against the schemas of `harness.config.schema`; no torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.config import ending, rates
+from harness.config.errors import ConfigError, nearest
+from harness.config.matrix_roles import resolved
+from harness.config.paths import CONF_DIR, options
+from harness.config.run_config import RunConfig
+from harness.config.schema import (
+    METHODS,
+    SECTIONS,
+    DataConfig,
+    EarlyStopping,
+    GenerateConfig,
+    LoraMethod,
+    RootConfig,
+    TrainConfig,
+)
+from harness.runs import early_checks
+from harness.runs.mistakes import explain
+from harness.runs.validation import validate
+from harness.system import contents
+
+# The paths of a configuration, by section; a hub id has neither ~ nor $ in it.
+PATHS = {
+    "model": ("path", "tokenizer", "remote_code", "cache_dir"),
+    "data": ("path", "validation_path", "test_path", "id", "cache_dir"),
+    "train": ("rates",),
+}
+
+
+def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
+    """Resolve, type-check and, unless `validated` is false, validate a composed config.
+
+    What its text and weights hold is fixed here (`harness.system.contents`), unless it says so already.
+
+    Raises:
+        ConfigError: naming the key, its value and what was expected.
+    """
+    if "hydra" in cfg:  # a sweep's own composition carries Hydra's section along
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(plain, dict)
+    values: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    tracker = values.pop("tracker", None) or {}
+    method = values.pop("method", None)
+    name = method.get("name") if isinstance(method, dict) else method
+    if name not in METHODS:
+        raise ConfigError(f"method.name={name!r} is not a method: {nearest(str(name), METHODS)}")
+    if isinstance(method, dict) and isinstance(fields := method.get("fields"), dict):
+        method["fields"] = {key: _path_or_other(value) for key, value in fields.items()}
+    sections = {"method": _typed(METHODS[name], method, "method")}
+    for key, schema in SECTIONS.items():
+        section = values.pop(key, None)
+        if not isinstance(section, dict):
+            raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
+        _expand(section, key)
+        if key == "train":
+            stopping = _early_stopping(section.pop("early_stopping", None) or {})
+            asked = section | {"early_stopping": stopping}
+            section["steps"] = ending.asked_steps(section, planned=bool(values.get("contents")))
+            if section.get("lr") in ("auto", "tuned"):
+                section |= _rate(asked | section, sections)
+        further = section.pop("also", None) if key == "evaluate" else None
+        completing = section.pop("generate", None) if key == "evaluate" else None
+        sections[key] = _typed(schema, section, key)
+        if key == "train":
+            sections[key] = replace(sections[key], early_stopping=stopping)
+        if further:
+            sections[key] = replace(sections[key], also=_also(further, sections["data"]))
+        if completing:
+            asked = _typed(GenerateConfig, completing, "evaluate.generate")
+            sections[key] = replace(sections[key], generate=asked)
+    values["outputs_dir"] = expanded(values.get("outputs_dir"), "outputs_dir")
+    values.setdefault("contents", {})  # of a run from before it was written down
+    run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
+    if not validated:
+        return resolved(run)
+    validate(run)
+    run = resolved(run)
+    if not run.contents:  # or else the run was planned before
+        early_checks.check(run)
+        run = replace(run, contents=contents.of(run))
+        contents.check_apart(run)
+    if run.train.epochs is not None and asked.get("steps") is None:
+        run = _with_epochs(run, asked, sections)
+    return run
+
+
+def _early_stopping(asked: Any) -> EarlyStopping:
+    if not isinstance(asked, dict):
+        raise ConfigError(
+            f"train.early_stopping={asked}: expected its fields, as in "
+            "train.early_stopping.patience=3"
+        )
+    found = _typed(EarlyStopping, asked, "train.early_stopping")
+    assert isinstance(found, EarlyStopping)
+    return found
+
+
+def _with_epochs(run: RunConfig, asked: dict[str, Any], sections: dict[str, Any]) -> RunConfig:
+    """The run with the steps of its epochs, and the rate for so many."""
+    from harness.training import epochs  # transformers, which takes seconds to import
+
+    fields: dict[str, Any] = {"steps": epochs.steps_of_epochs(run)}
+    if asked.get("lr") in ("auto", "tuned"):
+        fields |= _rate(asked | fields, sections)
+    return replace(run, train=replace(run.train, **fields))
+
+
+def expanded(path: Any, key: str = "outputs_dir") -> Any:
+    """A path of the configuration with `~` and `$VAR` as a shell has them.
+
+    Raises:
+        ConfigError: no such user or variable, and no such file either.
+    """
+    if isinstance(path, list):
+        return [expanded(one, key) for one in path]
+    if not isinstance(path, str) or not ("$" in path or path.startswith("~")):
+        return path
+    found = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - Path's raises
+    left = re.search(r"\$(\w+|\{\w+\})", found)
+    if (left or found.startswith("~")) and not os.path.exists(found):
+        why = f"the environment has no {left[0]}" if left else "there is no such user"
+        raise ConfigError(f"{key}={path}: {why}; write the path out")
+    return found
+
+
+# For Hydra's own paths, which it makes before a run is composed.
+OmegaConf.register_new_resolver("expanded", expanded, replace=True)
+
+
+def _expand(section: dict[str, Any], key: str, where: str = "") -> None:
+    """Expand the paths of a section, in place."""
+    for name in PATHS.get(key, ()):
+        if name in section:
+            section[name] = expanded(section[name], f"{where or key}.{name}")
+
+
+def _path_or_other(value: Any) -> Any:
+    """A field of PEFT's, expanded where it is a path that exists; of a pattern `$` is its own."""
+    if not isinstance(value, str) or not ("$" in value or value.startswith("~")):
+        return value
+    found = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 - Path's raises
+    return found if os.path.exists(found) else value
+
+
+def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """lr and lr_from of train.lr=auto and train.lr=tuned."""
+    model, method, name = sections["model"], sections["method"], sections["targets"].name
+    if isinstance(method, LoraMethod) and not (method.r > 0 and 0 < method.lora_alpha < math.inf):
+        return {"lr": TrainConfig.lr}  # a method that validation refuses
+    setting = rates.setting_of(model, sections["data"], train)
+    if train["lr"] == "auto":
+        lr, lr_from = rates.automatic(train.get("rates"), method, name, model, setting)
+    else:
+        lr, lr_from = rates.resolve(train.get("rates"), method, name, setting)
+    return {"lr": lr, "lr_from": lr_from}
+
+
+def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
+    """The texts of evaluate.also: names of conf/data, or fields by name on top of such a file."""
+    names = [asked] if isinstance(asked, str) else asked
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        names = {name: {} for name in names}
+    if not isinstance(names, dict) or not all(isinstance(v, dict) for v in names.values()):
+        raise ConfigError(
+            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings_held_out], or "
+            "{mine: {source: text_files, path: FILE}}"
+        )
+    there = [option for option in options("data") if option != "source"]
+    found = {}
+    for name, fields in names.items():
+        base = name if name in there else str(fields.get("source", name))
+        if base not in there:
+            raise ConfigError(f"evaluate.also: no data set {base}; {nearest(base, there)}")
+        known = [f.name for f in dataclasses.fields(DataConfig)]
+        if unknown := [key for key in fields if key not in known]:
+            raise ConfigError(f"evaluate.also.{name}.{unknown[0]}: {nearest(unknown[0], known)}")
+        merged = _data_file(base) | fields | {"name": name, "cache_dir": data.cache_dir}
+        _expand(merged, "data", f"evaluate.also.{name}")
+        if missing := [key for key, value in merged.items() if value == "???"]:
+            raise ConfigError(f"evaluate.also.{name}.{missing[0]} is missing")
+        found[name] = _typed(DataConfig, merged, f"evaluate.also.{name}")
+    return found
+
+
+def _data_file(option: str) -> dict[str, Any]:
+    """conf/data/<option>.yaml with its defaults, which are further files of the folder."""
+    loaded = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "data" / f"{option}.yaml"))
+    assert isinstance(loaded, dict)
+    own = {str(key): value for key, value in loaded.items()}
+    merged: dict[str, Any] = {}
+    for other in own.pop("defaults", ["_self_"]):
+        merged |= own if other == "_self_" else _data_file(other)
+    return merged
+
+
+def load(path: Path, *, validated: bool = True) -> RunConfig:
+    """The RunConfig that a controller wrote to `path` (config.yaml of a run directory).
+
+    Not `validated`, it may name text and trackers that are no longer there.
+    """
+    loaded = OmegaConf.load(path)
+    assert isinstance(loaded, DictConfig)
+    return from_hydra(loaded, validated=validated)
+
+
+def _typed(schema: type, values: Any, where: str = "") -> Any:
+    """`values` checked against a dataclass; raises ConfigError naming key and type."""
+    typed = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(typed, None)  # a frozen dataclass makes a read-only node
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(typed, values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, where, [str(key) for key in typed], schema)) from error

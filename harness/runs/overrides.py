@@ -1,0 +1,85 @@
+"""Every run of a list of command-line arguments: composed by Hydra, validated, each once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.config import unused_keys
+from harness.config.errors import ConfigError
+from harness.config.paths import CONF_DIR
+from harness.config.run_config import RunConfig
+from harness.runs import mistakes
+from harness.runs.grids import check, combinations
+
+_composing = threading.Lock()  # Hydra's version is the process's
+
+
+def compose(*overrides: str) -> list[RunConfig]:
+    """Every run that `python -m harness` would make of these arguments, each once and validated.
+
+    One, or those of a sweep: `compose("method=lora", "method.r=1,8")`, or of an experiment.
+
+    Raises:
+        ConfigError: naming the overrides of the run that is wrong; also for two different runs in
+            one directory.
+    """
+    try:
+        return _compose(list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(mistakes.explain(error)) from error
+
+
+def _compose(overrides: list[str]) -> list[RunConfig]:
+    with _hydra() as loader:
+
+        def load(own: list[str]) -> DictConfig:
+            return loader.load_configuration("config", own, RunMode.RUN, from_shell=False)
+
+        # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
+        master = load([text for text in overrides if not _is_sweep(text)])
+        grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
+        seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
+        params = [f"{key}={value}" for key, value in seeds.items()]
+        jobs = combinations(grids, params, overrides, loader)
+        jobs, without = unused_keys.left_out(jobs, load)
+        if without:
+            print(without, file=sys.stderr)
+        return check(jobs, load)[1]
+
+
+@contextmanager
+def _hydra() -> Iterator[ConfigLoaderImpl]:
+    """A loader of conf/ of our own: the caller's program may use Hydra itself, or threads."""
+    with _composing:
+        process = version.VersionBase.instance()
+        before = process.version_base
+        version.setbase("1.3")
+        try:
+            setup_globals()  # Hydra's resolvers
+            yield ConfigLoaderImpl(create_config_search_path(f"file://{CONF_DIR}"))
+        finally:
+            process.version_base = before
+
+
+def without_flag(arguments: Iterable[str]) -> list[str]:
+    """Overrides for `compose`, which needs no -m to take several values."""
+    return [text for text in arguments if text not in ("-m", "--multirun")]
+
+
+def _is_sweep(text: str) -> bool:
+    """Whether an override has several values, as the override grammar sees it."""
+    return bool(OverridesParser.create().parse_override(text).is_sweep_override())

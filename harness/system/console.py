@@ -1,0 +1,52 @@
+"""How every command ends: its exit status, and what it says of an error."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+from harness.config.errors import ConfigError
+
+
+def reason(error: OSError) -> str:
+    """What the system says of an error, or, of one that a library has made, its message."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def ended(main: Callable[[], int]) -> int:
+    """Call a command's main function; returns its exit status.
+
+    2 for a mistake in what was asked for (ConfigError) and for a file that cannot be read or
+    written, each with a line on standard error; 130 for Ctrl-C; 1 where whoever read the output
+    has closed it, as `head` does.
+    """
+    try:
+        try:
+            return main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{reason(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Decorate a command's main function: every command ends as `ended` says."""
+
+    @functools.wraps(main)
+    def wrapped(arguments: list[str]) -> int:
+        return ended(lambda: main(arguments))
+
+    return wrapped

@@ -1,0 +1,349 @@
+"""The training loop: the same for every method, since only `requires_grad` tells them apart."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from harness.config import ending, run_config
+from harness.config.errors import ConfigError
+from harness.config.run_config import RunConfig
+from harness.config.schema import TrainConfig
+from harness.data.token_data import Batch, Data, batch_of, block_order
+from harness.system.machine import out_of_memory
+from harness.system.signals import Stop
+from harness.training import memory, sharding
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 3  # not timed: allocators, caches and (if asked for) the compiler settle
+MEMORY_STEP = 1  # (or the last) not timed: followed tensor by tensor; the optimizer has its state
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the step."""
+
+
+class PassOutOfMemoryError(MemoryError):
+    """A forward or backward pass did not fit; weights and optimizer are as before the step."""
+
+
+@dataclass
+class State:
+    """Where a run stands: with weights, optimizer and generators, all that goes on from here."""
+
+    micro_batch: int  # blocks per forward pass; `train.on_oom` may halve what was asked for
+    step: int = 0  # optimizer steps taken
+    validated: int = -1  # the last step after which validation was read
+    tokens: int = 0  # predicted tokens trained on
+    train_seconds: float = 0.0  # wall time of all optimizer steps, evaluation excluded
+    evaluate_seconds: float = 0.0
+    timed_tokens: int = 0  # of the steps that count for the speed
+    timed_seconds: float = 0.0
+    best_step: int = 0
+    best_nll: float = math.inf  # mean nats per validation token
+    memory: dict[str, Any] = field(default_factory=dict)  # of the step that was followed
+    resumed_at: list[int] = field(default_factory=list)  # steps after which the run was cut
+    validations: list[float] = field(default_factory=list)  # every nll so far, before step 1 first
+    ended_by: str | None = None  # what ended the run before its steps, if anything did
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the timed steps."""
+        return self.timed_tokens / self.timed_seconds if self.timed_tokens else None
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up to `lr`, then the schedule down to
+    `final_lr` x `lr` at the last step."""
+    warmup = round(cfg.warmup * cfg.steps)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    progress = (step - warmup) / max(1, cfg.steps - 1 - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
+    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * shape)
+
+
+# Vectors, and diagonals that scale, which PEFT holds in two dimensions: IA3's and BOFT's scales,
+# BEFT's biases, AdaLoRA's singular values, RandLoRA's diagonals (a row each), GLoRA's vectors.
+VECTORS = frozenset(
+    {"ia3_l", "boft_s", "beft_bias", "lora_E", "randlora_lambda", "randlora_gamma", "X"}
+)
+# The rates of a state space's channels: Mamba's own code keeps them from weight decay.
+RATES = frozenset({"A_log"})
+
+
+def is_matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is a matrix, which weight decay pulls to zero, and not a vector.
+
+    What it is decides, at any rank: LoRA's A (1, n) at r=1 is a factor of a matrix as at r=8, and
+    so is every factor that an adapter multiplies out; IA3's (1, n) scales a vector. Matrices are
+    weights, embeddings (prompts, too), factors and cores; vectors are biases, norms, UDV's D,
+    magnitudes, spectra, scales and rates. A base model's own (1, n) is a matrix if it is the weight
+    of a linear layer or an embedding.
+    """
+    if parameter.ndim < 2 or (VECTORS | RATES) & set(name.split(".")):
+        return False
+    if sum(size > 1 for size in parameter.shape) > 1:
+        return True
+    owner = model.get_submodule(name.rpartition(".")[0])
+    adapter = type(owner).__module__.startswith("peft.")
+    kinds = (nn.Linear, nn.Embedding, Conv1D, nn.ParameterDict, nn.ParameterList)
+    return adapter or isinstance(owner, kinds)
+
+
+def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over what trains; weight decay on matrices only (`is_matrix`), as usual for GPT-2."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name for name, p in trainable.items() if is_matrix(model, name, p)}
+    decays, spared = (
+        [p for name, p in trainable.items() if (name in matrices) is wanted]
+        for wanted in (True, False)
+    )
+    groups: list[dict[str, Any]] = [
+        {"params": decays, "weight_decay": cfg.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        eps=cfg.eps,
+        fused=True,
+    )
+
+
+def blocks_per_rank(run: RunConfig, world: int) -> int:
+    """Blocks of one optimizer step on one rank; the global batch does not depend on `world`."""
+    blocks = run.train.batch_tokens // run.data.context
+    if blocks % (run.train.micro_batch * world):
+        raise ConfigError(
+            f"train.batch_tokens={run.train.batch_tokens} is {blocks} blocks, which do not divide "
+            f"among {world} processes of train.micro_batch={run.train.micro_batch}"
+        )
+    return blocks // world
+
+
+def accumulate(
+    prepared: nn.Module,
+    batches: Iterable[Batch],
+    num_tokens: float,
+    accelerator: Accelerator,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Add the gradient of the mean nll over `num_tokens` tokens; returns their summed nats.
+
+    Ranks average their gradients: with an equal share of all ranks' tokens as `num_tokens` the
+    result is the gradient of the mean over all ranks. `penalty` is added to it, and what the
+    adapter's method adds by itself (`NextToken.own_loss`), and not to what is returned.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    todo = list(batches)
+    language_model: Any = accelerator.unwrap_model(prepared)
+    if penalty is not None:  # first: the last backward pass is the one that ranks average after
+        with accelerator.no_sync(prepared):
+            accelerator.backward(penalty())
+    for index, batch in enumerate(todo):
+        last = index == len(todo) - 1
+        with nullcontext() if last else accelerator.no_sync(prepared):
+            found = prepared(*batch.to(accelerator.device))
+            objective = found.objective / num_tokens
+            if (own := language_model.own_loss()) is not None:  # of this pass, so a share of it
+                objective = objective + own / len(todo)
+            accelerator.backward(objective)
+        total += found.nats.sum()
+        del found
+    return total
+
+
+def apply(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, cfg: TrainConfig
+) -> torch.Tensor:
+    """Clip the gradients, step, free them; returns the norm before clipping."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    norm = accelerator.clip_grad_norm_(trainable, cfg.clip or math.inf)
+    assert norm is not None
+    norm = sharding.whole(norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def optimizer_step(
+    prepared: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    run: RunConfig,
+    step: int,
+    micro_batch: int,
+    accelerator: Accelerator,
+    penalty: Callable[[], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Optimizer step `step` (from 0): summed nats of this rank, the gradient's norm, and how many
+    tokens all ranks have predicted."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    per_rank = blocks_per_rank(run, world)
+    order = block_order(run.seed, step, per_rank * world, data.num_blocks)
+    num_tokens = data.num_predicted(order)
+    order = data.by_length(order[rank::world])
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, run.train)
+    batches = [
+        batch_of(data.blocks, order[first : first + micro_batch])
+        for first in range(0, per_rank, micro_batch)
+    ]
+    try:
+        total = accumulate(prepared, batches, num_tokens / world, accelerator, penalty)
+    except Exception as error:
+        if out_of_memory(error):  # nothing has moved yet: the step can be taken again
+            raise PassOutOfMemoryError(f"{error} (in optimizer step {step + 1})") from error
+        raise
+    model = accelerator.unwrap_model(prepared)
+    return total, apply(model, optimizer, accelerator, run.train), num_tokens
+
+
+def train(
+    prepared: nn.Module,
+    data: Data,
+    run: RunConfig,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer | None,
+    state: State,
+    *,
+    validate: Callable[[], float],
+    keep: Callable[[], None],
+    save: Callable[[], None],
+    log: Callable[[dict[str, Any]], None],
+    stop: Stop,
+    penalty: Callable[[], torch.Tensor] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Train what requires gradients in a `NextToken`, as Accelerate prepared it, from `state` on.
+
+    Without an `optimizer` nothing trains, and validation is read once. `validate` gives mean nats
+    per validation token; `keep` is called when that is the lowest so far, `save` when a checkpoint
+    is due (then and when the run is told to stop); `log` takes one row of metrics. `penalty` is
+    added to the mean nll in the gradient (not in the loss that is logged).
+
+    Raises:
+        NonFiniteLossError: naming the step.
+        KeyboardInterrupt: told to stop; a checkpoint has been written.
+    """
+    cfg, world = run.train, accelerator.num_processes
+    steps = cfg.steps if optimizer is not None else 0
+    first = state.step
+    model = accelerator.unwrap_model(prepared).model
+    prepared.train()
+    every = cfg.checkpoint_every or run.evaluate.every
+    saved = state.step  # the step of the last checkpoint
+    bar = tqdm(
+        total=steps,
+        initial=first,
+        desc=run.method.name,
+        unit="step",
+        disable=quiet or not (sys.stderr.isatty() and accelerator.is_main_process),
+        leave=False,
+    )
+    with stop.deferred(), bar:
+        while True:
+            ended = state.step == steps or state.ended_by is not None
+            due = state.step % run.evaluate.every == 0 or ended
+            if due and state.validated < state.step:
+                try:  # ranks must all do the same: they read validation to its end
+                    with stop.at_once() if world == 1 else nullcontext():
+                        nll = validate()
+                except KeyboardInterrupt:
+                    if saved < state.step:
+                        save()
+                    raise
+                log({"step": state.step, "tokens": state.tokens, "eval/validation/nll": nll})
+                if state.step == 0 or nll < state.best_nll:
+                    state.best_step = state.step
+                    state.best_nll = nll if math.isfinite(nll) else math.inf
+                    keep()
+                state.validated = state.step
+                state.validations.append(nll)
+                if not ended and ending.stops_early(state.validations, cfg.early_stopping):
+                    state.ended_by, ended = "early_stopping", True
+                if state.step:
+                    save()
+                    saved = state.step
+            if ended:
+                return
+            stopping = stop.requested and world == 1
+            if saved < state.step and (stopping or state.step % every == 0):
+                save()
+                saved = state.step
+            if stopping:
+                raise KeyboardInterrupt
+            assert optimizer is not None
+            start = time.perf_counter()
+            follow = state.step == min(MEMORY_STEP, steps - 1)
+            try:
+                with memory.measured(model, optimizer, state.memory) if follow else nullcontext():
+                    total, norm, num_tokens = optimizer_step(
+                        prepared, optimizer, data, run, state.step, state.micro_batch,
+                        accelerator, penalty,
+                    )  # fmt: skip
+            except PassOutOfMemoryError:
+                fewer = run_config.smaller_micro_batch(run, state.micro_batch)
+                if cfg.on_oom == "fail" or not fewer or world > 1:
+                    raise
+                logger.warning("out of memory: micro-batch %d, now %d", state.micro_batch, fewer)
+                state.micro_batch = fewer
+                optimizer.zero_grad()
+                state.memory.clear()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            # The one place where the host waits for what the device has computed.
+            asked = torch.full_like(total, float(stop.requested))
+            spent = torch.full_like(total, state.train_seconds + time.perf_counter() - start)
+            summed = accelerator.reduce(torch.stack([total, asked, spent]), "sum")
+            nats, asked_to_stop, spent_by_all, grad_norm = torch.cat(
+                [summed, norm.reshape(1)]
+            ).tolist()
+            mean_nll = nats / num_tokens
+            seconds = time.perf_counter() - start
+            if not math.isfinite(mean_nll):
+                raise NonFiniteLossError(
+                    f"the loss is {mean_nll} at step {state.step + 1} of {steps}"
+                )
+            if state.step >= first + WARM_UP_STEPS and not follow:
+                state.timed_tokens += num_tokens
+                state.timed_seconds += seconds
+            rate = learning_rate(state.step, cfg)
+            state.step += 1
+            state.tokens += num_tokens
+            state.train_seconds += seconds
+            log(
+                {
+                    "step": state.step,
+                    "tokens": state.tokens,
+                    "train/nll": mean_nll,
+                    "train/lr": rate,
+                    "train/grad_norm": grad_norm,
+                    "train/step_seconds": seconds,
+                }
+            )
+            if cfg.max_seconds and spent_by_all / world >= cfg.max_seconds and state.step < steps:
+                state.ended_by = "max_seconds"
+            bar.update()
+            bar.set_postfix_str(f"loss {mean_nll:.3f}, {num_tokens / seconds:,.0f} tokens/s")
+            if world > 1 and asked_to_stop:  # every rank has read the same sum
+                save()
+                raise KeyboardInterrupt
