@@ -77,10 +77,11 @@ test-newest: setup ## the newest versions of everything, beside the pinned torch
 test-stats: setup ## calibration of the statistics by simulation (about 11 minutes)
 	$(RUN) -m pytest -m stats --capture=no tests/test_stats.py
 
-lint: setup ## ruff, mypy, and the schema of .github's workflows
+lint: setup ## ruff, mypy, which package imports which, and the schema of .github's workflows
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	.venv/bin/lint-imports --no-cache
 	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	.venv/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 

@@ -59,8 +59,8 @@ def plan(run: RunConfig) -> Prediction | None:
 
     Held-out text that is on this machine is read for the size of its batches.
 
-    None where only a run can tell (`harness.runs.estimate.predict`). torch's threads and Accelerate's
-    state are left as they were.
+    None where only a run can tell (`harness.runs.estimate.predict`). torch's threads and
+    Accelerate's state are left as they were.
 
     Raises:
         ConfigError: a target that is not there, a rank that is too large, too long a context.

@@ -373,7 +373,7 @@ def test_a_run_reports_the_protocol_beside_its_test_set(
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------- harness.commands.verify_published
+# --------------------------------------------------------------------------- harness verify
 
 
 @pytest.fixture

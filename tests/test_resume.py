@@ -36,7 +36,7 @@ FORK.set_forkserver_preload(["harness.runs.worker"])
 
 
 def _worker(run_dir, deadly, number):
-    """Do the run; at the `number`-th call of `deadly` in harness.training.checkpoint die by SIGKILL."""
+    """Do the run; at the `number`-th call of `deadly` in `checkpoint` die by SIGKILL."""
     calls = 0
     if deadly:
         owners = {"fsync": os, "clear": run_record}

@@ -26,9 +26,8 @@ def cfg(tmp_path):
 
 def test_the_part_is_of_whole_documents_in_the_order_of_their_hashes(cfg, tokenizer):
     whole = token_data.prepare(cfg, tokenizer)
-    sizes = dict(
-        zip(whole.held_out["test"]["id"], token_data.document_sizes(whole.held_out["test"]))
-    )  # noqa: B905
+    test = whole.held_out["test"]
+    sizes = dict(zip(test["id"], token_data.document_sizes(test), strict=True))
     text = token_data.prepare(cfg, tokenizer, most={"test": 900, "validation": 10**6})
     part = text.held_out["test"]
     ranked = sorted(sizes, key=lambda key: hashlib.sha256(key.encode()).digest())

@@ -8,9 +8,9 @@ perplexities l of LoRA, c of the control and f of full fine-tuning
     l - f = (l - c) + (c - f)        gap = rank + frozen parts
 
 Prints the table, and writes results.csv, decomposition.csv and steps.csv beside this file. The
-differences and their intervals are those of `harness.report.stats.compare`, paired by seed and document.
-The interval of a share s = (c - f) / (l - f) is Fieller's: every s at which c - f - s (l - f)
-cannot be told from 0.
+differences and their intervals are those of `harness.report.stats.compare`, paired by seed and
+document. The interval of a share s = (c - f) / (l - f) is Fieller's: every s at which c - f - s (l
+- f) cannot be told from 0.
 
 Steps to a validation perplexity are known between two readings only: steps.csv has, for every run,
 the last reading above the level and the first one at or under it. (The recorded file has steps on

@@ -83,7 +83,8 @@ def prompt_tokens(run: Saved, prompt: str, room: int | None) -> tuple[list[int],
     """Tokens of a prompt, its last `room` ones, and how many are left out.
 
     For a run on prompts and completions it is written as those were, and ended. It follows BOS
-    where the run's documents do (`harness.evaluation.prefix`); an empty prompt is else an end-of-text token.
+    where the run's documents do (`harness.evaluation.prefix`); an empty prompt is else an
+    end-of-text token.
     """
     data = run.run.data
     begins = prefix.find(run.tokenizer, run.run.evaluate.prefix).begins

@@ -18,7 +18,7 @@ COMMANDS = {
     "count": ("harness.commands.count", "exact parameter counts; needs no weights"),
     "list": (
         "harness.commands.listing",
-        "methods, models, data sets, targets, experiments, trackers",
+        "methods, models, data, targets, experiments, trackers",
     ),
     "report": ("harness.report.__main__", "tables, figures and the page of finished runs"),
     "serve": ("harness.commands.serve", "all experiments of a folder, in the browser"),
@@ -48,7 +48,7 @@ def help_text() -> str:
         + "\n".join(lines)
         + "\n\nExamples:\n"
         + EXAMPLES
-        + "\nharness COMMAND --help says more; harness run --help lists every key that can be set.\n"
+        + "\nharness COMMAND --help says more; harness run --help lists every key there is.\n"
         "Without a command, arguments are those of run, and with -m those of sweep."
     )
 

@@ -99,8 +99,7 @@ def packages(advice: list[str]) -> Iterator[tuple[str, str]]:
     """Versions of what moves numbers, and which extras are installed."""
     from harness.results import environment
 
-    for name, found in environment.versions().items():
-        yield name, found
+    yield from environment.versions().items()
     missing = [extra for extra in EXTRAS if not _has_extra(extra)]
     yield "extras", ", ".join(extra for extra in EXTRAS if extra not in missing) or "none"
     if missing:

@@ -4,11 +4,11 @@
     python -m harness.plan -m model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
     python -m harness.plan experiment=main plan.limit=8GiB      # marks what will not fit
 
-`harness.runs.estimate` predicts; neither weights nor a network are needed, and held-out text that is on
-this machine is read for the size of its batches. Time is FLOPs over
-the rate of this machine's matrix products, measured for two seconds, and so a lower bound: training
-only, without evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run is
-over the limit.
+`harness.runs.estimate` predicts; neither weights nor a network are needed, and held-out text that
+is on this machine is read for the size of its batches. Time is FLOPs over the rate of this
+machine's matrix products, measured for two seconds, and so a lower bound: training only, without
+evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run is over the
+limit.
 """
 
 from __future__ import annotations

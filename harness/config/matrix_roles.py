@@ -49,7 +49,8 @@ _GPT = {"mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj", "embeddings": "wte", "hea
 _FC = {"mlp_in": "mlp.fc_in", "mlp_out": "mlp.fc_out", "embeddings": "wte", "head": "lm_head"}
 
 # config.model_type of transformers -> role -> module name suffix. A fused matrix has the role qkv
-# alone: its parts cannot be named one by one, but for GPT-2's, which `harness.models.split_qkv` takes apart.
+# alone: its parts cannot be named one by one, but for GPT-2's, which `harness.models.split_qkv`
+# takes apart.
 SUFFIXES: dict[str, dict[str, str]] = {
     "gpt2": {
         "qkv": "attn.c_attn", "q": "attn.c_attn.q", "k": "attn.c_attn.k", "v": "attn.c_attn.v",

@@ -5,8 +5,8 @@
 What it finds is a file of conf/rates with its evidence. `train.lr=tuned` reads one file; a rate for
 a rank, targets or a setting that were not tuned is interpolated or borrowed, and the result says so
 (`method.lr_from`). `train.lr=auto` looks through all files for the run's own model and text, and is
-a default (`harness.config.default_rates`) where none has the method. Workers of a search get no test set
-(`evaluate.test=false`): it is dropped before anything is tokenised.
+a default (`harness.config.default_rates`) where none has the method. Workers of a search get no
+test set (`evaluate.test=false`): it is dropped before anything is tokenised.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The typed form of a run's configuration, and the error that names a mistake in it.
 
-`harness.runs.composition` fills it in, `harness.runs.validation` says what of it cannot be, `harness.config.naming`
-names it. No torch here: the controller must answer a typo in well under a second. Checks that need
-the model's modules (a target that matches nothing, a rank that is too large) are in
-`harness.methods`.
+`harness.runs.composition` fills it in, `harness.runs.validation` says what of it cannot be,
+`harness.config.naming` names it. No torch here: the controller must answer a typo in well under a
+second. Checks that need the model's modules (a target that matches nothing, a rank that is too
+large) are in `harness.methods`.
 """
 
 from __future__ import annotations

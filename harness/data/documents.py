@@ -2,7 +2,8 @@
 
 A source that is not split already is split by `split`, so that no two splits share a text; the rule
 depends on nothing but the documents' ids and which of them are copies: every method, seed and
-machine sees the same split. Copies in a source that comes split are counted (`harness.data.overlap`).
+machine sees the same split. Copies in a source that comes split are counted
+(`harness.data.overlap`).
 
 A source can be read again and again, one document at a time: what holds a whole text in memory is
 `read`, which is for small ones.

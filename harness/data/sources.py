@@ -56,9 +56,10 @@ def _texts(file: Path, cfg: DataConfig, whole: bool) -> Iterator[tuple[str, Any]
 def text_files(cfg: DataConfig) -> Source:
     """The user's own files (`files.KINDS`): a file of text is a document, or a record is one.
 
-    One text file, or two, are cut into passages (`harness.data.passages`), unless `document_separator`
-    says where documents end. Records that hold null or white space are no documents. Files of
-    `validation_path` and `test_path` are these splits, and so are those of a saved data set.
+    One text file, or two, are cut into passages (`harness.data.passages`), unless
+    `document_separator` says where documents end. Records that hold null or white space are no
+    documents. Files of `validation_path` and `test_path` are these splits, and so are those of a
+    saved data set.
     """
     found = own_files(cfg)
     whole = {name: _is_whole(some, cfg) for name, some in found.items()}

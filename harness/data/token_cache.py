@@ -1,8 +1,8 @@
 """Tables of tokens made of a text, and found again by the text's digest: without reading the text.
 
 A manifest in `data.cache_dir` names the tables of tokens, and holds what was found out on the way.
-It is found by the content of the files (`harness.system.contents`, which looks at sizes and times of files
-that it knows), and by all that the tables depend on.
+It is found by the content of the files (`harness.system.contents`, which looks at sizes and times
+of files that it knows), and by all that the tables depend on.
 """
 
 from __future__ import annotations

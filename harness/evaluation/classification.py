@@ -1,9 +1,9 @@
 """Classification by label words: which of the labels the model finds most likely after a prompt.
 
-A task of pairs (`harness.data.pairs`) is a classification where its completions are few and come again
-and again: positive / negative, or World / Sports / Business / Sci/Tech. The score of a label is the
-log-likelihood of the whole completion, its end-of-text token included, which is what training
-predicts and perplexity is of:
+A task of pairs (`harness.data.pairs`) is a classification where its completions are few and come
+again and again: positive / negative, or World / Sports / Business / Sci/Tech. The score of a label
+is the log-likelihood of the whole completion, its end-of-text token included, which is what
+training predicts and perplexity is of:
 
     score(y | x) = log p(" y <|endoftext|>" | x <|endoftext|>)
 
@@ -97,8 +97,9 @@ def read(
     """The run's task, or None where `evaluate.classify` or its data make it none.
 
     Labels are the completions of training and validation, whatever `data.train_share` leaves of
-    them. `begins` is what a prompt follows (`harness.evaluation.prefix`). `evaluated` has the ids of the
-    prompts of each split that perplexity is of, where that is a part (`harness.data.subset`).
+    them. `begins` is what a prompt follows (`harness.evaluation.prefix`). `evaluated` has the ids
+    of the prompts of each split that perplexity is of, where that is a part
+    (`harness.data.subset`).
 
     Raises:
         ConfigError: a prompt with a label is longer than `data.context`; with

@@ -22,10 +22,11 @@ gpt2_paper  Radford et al. 2019, "Language Models are Unsupervised Multitask Lea
             invertible de-tokenisers, and nats per unit of the original text. The paper says no
             more, so this is like it, not it. Our choices: `detokenise` for the lines that come back
             by `retokenise`, the others as they are; lines joined by "\\n" into one sequence after
-            one end-of-text token (BOS where the tokenizer puts it in front, as `harness.evaluation.prefix` has
-            it); the windows of `harness.evaluation.sliding_window`; words are white-space tokens plus one a line for
-            its end, as WikiText counts itself (245,569 in its test set). The paper's figures are of
-            the text with <unk>: data.config_name=wikitext-2-v1.
+            one end-of-text token (BOS where the tokenizer puts it in front, as
+            `harness.evaluation.prefix` has it); the windows of `harness.evaluation.sliding_window`;
+            words are white-space tokens plus one a line for its end, as WikiText counts itself
+            (245,569 in its test set). The paper's figures are of the text with <unk>:
+            data.config_name=wikitext-2-v1.
 
 evaluate.prefix is of `documents` alone: a protocol says itself what its text follows.
 

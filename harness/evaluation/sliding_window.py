@@ -1,13 +1,13 @@
 """Nats per document by a sliding window, and what they come to: perplexity and bits per byte.
 
-A document's tokens t_1 … t_n follow one token t_0, the end-of-text token or BOS (`harness.evaluation.prefix`),
-so that every token is predicted.
-With context C and stride S the first window predicts t_1 … t_C; each further window moves S on and
-scores only what is new, so that every token is predicted exactly once, given at most C tokens of
-its document (t_0 included): all that came before it, or at least C - S + 1. The last window ends
-with the document and reaches back for its whole context: at S = C it overlaps the one before, and
-what it scores is given more than a grid of windows would (207.6 instead of 213.7 for gpt2_mini on
-the King James text). Documents never see one another.
+A document's tokens t_1 … t_n follow one token t_0, the end-of-text token or BOS
+(`harness.evaluation.prefix`), so that every token is predicted. With context C and stride S the
+first window predicts t_1 … t_C; each further window moves S on and scores only what is new, so that
+every token is predicted exactly once, given at most C tokens of its document (t_0 included): all
+that came before it, or at least C - S + 1. The last window ends with the document and reaches back
+for its whole context: at S = C it overlaps the one before, and what it scores is given more than a
+grid of windows would (207.6 instead of 213.7 for gpt2_mini on the King James text). Documents never
+see one another.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
                 = x W + s (x A^T) B^T,    A = [A_q; A_v] (2 r, d),
                                           B = [B_q 0; 0 0; 0 B_v] (3 d, 2 r)
 
-so that what was trained on a model whose q, k and v are three matrices (`harness.models.split_qkv`) loads
-onto the published one. The zeros of B are held as numbers: the file grows, and training that went
-on from it would move them.
+so that what was trained on a model whose q, k and v are three matrices (`harness.models.split_qkv`)
+loads onto the published one. The zeros of B are held as numbers: the file grows, and training that
+went on from it would move them.
 
 Legend: d width, r rank, s = alpha / r, n parts adapted (1 to 3); all n share r and s.
 """

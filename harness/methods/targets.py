@@ -1,7 +1,7 @@
 """Target names to weight matrices, checked before PEFT sees them.
 
-A target is a role (`harness.config.matrix_roles`) or a module-name suffix, as PEFT matches them. On a model whose
-q, k and v are three matrices `attn.c_attn` stands for all three.
+A target is a role (`harness.config.matrix_roles`) or a module-name suffix, as PEFT matches them. On
+a model whose q, k and v are three matrices `attn.c_attn` stands for all three.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     method.train_only=[embeddings,positions]   roles and kinds together
     method.train_only=[mlp.c_fc.weight,h.0]    names of parameters or modules, from their end
 
-An entry is a role of `harness.config.matrix_roles` (the weight of each such matrix, without its bias), a kind of
-`KINDS`, or the name of a parameter or of a module (then all that is in it). A name may leave out
-its beginning, at a dot, and `*` stands for anything but a dot.
+An entry is a role of `harness.config.matrix_roles` (the weight of each such matrix, without its
+bias), a kind of `KINDS`, or the name of a parameter or of a module (then all that is in it). A name
+may leave out its beginning, at a dot, and `*` stands for anything but a dot.
 """
 
 from __future__ import annotations

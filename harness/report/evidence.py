@@ -1,8 +1,8 @@
 """What a table's rows can claim: intervals, paired tests, ranks and fronts, from nats per document.
 
 Every number here comes from the runs' `documents-*.parquet`; `harness.report.stats` and
-`harness.report.ranking` have the statistics. Runs whose evaluation differs (documents, context, stride,
-prefix, tokenizer) are refused.
+`harness.report.ranking` have the statistics. Runs whose evaluation differs (documents, context,
+stride, prefix, tokenizer) are refused.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _length(trained: Sequence[dict[str, Any]]) -> str:
 
 
 def _prefixes(records: Sequence[dict[str, Any]]) -> str:
-    """What documents follow (`harness.evaluation.prefix`); EOS in runs from before it could be asked for."""
+    """What documents follow (`evaluate.prefix`); EOS in runs from before it could be asked for."""
     names = {run_record.get(record, "evaluation.prefix.name") or "eos" for record in records}
     return " or ".join("nothing" if name == "none" else name.upper() for name in sorted(names))
 

@@ -47,7 +47,8 @@ PATHS = {
 def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     """Resolve, type-check and, unless `validated` is false, validate a composed config.
 
-    What its text and weights hold is fixed here (`harness.system.contents`), unless it says so already.
+    What its text and weights hold is fixed here (`harness.system.contents`), unless it says so
+    already.
 
     Raises:
         ConfigError: naming the key, its value and what was expected.

@@ -1,6 +1,6 @@
 """A tracker's own process: reads what a sweep's runs write and hands it to Accelerate's tracker.
 
-    python -m harness.runs.tracker_process NAME     started by `harness.runs.tracking`, which tells of the runs
+    python -m harness.runs.tracker_process NAME     started by `tracking`, which names the runs
 
 It reads metrics.jsonl and result.json at idle priority, until its standard input ends;
 `harness.runs.trackers` has the trackers.

@@ -1,9 +1,9 @@
 """Trackers: each follows a sweep's files in a process of its own, and never touches a run.
 
-The controller starts `python -m harness.runs.tracker_process NAME` for every tracker that is asked for and
-tells it on standard input which runs there are. Whatever becomes of it (an error, a hang, a kill),
-the runs' results are the same and take as long. When the input ends the sweep is over: the tracker
-reads the rest and stops, or is stopped after its patience.
+The controller starts `python -m harness.runs.tracker_process NAME` for every tracker that is asked
+for and tells it on standard input which runs there are. Whatever becomes of it (an error, a hang, a
+kill), the runs' results are the same and take as long. When the input ends the sweep is over: the
+tracker reads the rest and stops, or is stopped after its patience.
 """
 
 from __future__ import annotations

@@ -345,7 +345,7 @@ def _validate_generate(run: RunConfig) -> None:
 
 
 def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:
-    """What a published protocol (`harness.evaluation.protocols`) needs: the test set's rows as they are."""
+    """What a published protocol needs (`evaluate.protocol`): the test set's rows as they are."""
     data, where = run.data, f"evaluate.protocol={run.evaluate.protocol}"
     if not run.evaluate.test:
         raise ConfigError(f"{where} reads the test set, and evaluate.test=false: leave one out")

@@ -10,7 +10,8 @@ method.fields.NAME where PEFT is given a path), one of
     packages:VERSIONS   text that comes in installed packages
 
 The first two are part of the run's identity. Assets and packages are there by their names, as they
-always were; their contents are compared beside the identity (`harness.config.naming.configuration`).
+always were; their contents are compared beside the identity
+(`harness.config.naming.configuration`).
 """
 
 from __future__ import annotations

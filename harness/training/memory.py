@@ -50,10 +50,10 @@ class LiveTensors(TorchDispatchMode):
 
     `peak` is the most that was live at once and `by_category` what it consisted of;
     `category_peaks` is the most of each category, whenever that was (gradients are complete only
-    when most activations are gone). Storages that
-    exist beforehand are passed in: parameters, buffers, gradients and optimizer state. All that an
-    operation makes is an activation (or a temporary) until it becomes a parameter's gradient. Of a
-    divided model (`harness.training.sharding`) this rank's part counts; what is gathered is a temporary.
+    when most activations are gone). Storages that exist beforehand are passed in: parameters,
+    buffers, gradients and optimizer state. All that an operation makes is an activation (or a
+    temporary) until it becomes a parameter's gradient. Of a divided model
+    (`harness.training.sharding`) this rank's part counts; what is gathered is a temporary.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -1,7 +1,7 @@
 """Where a run stands, and what it has found out on the way: a checkpoint holds all of it.
 
-With what trains, the optimizer's state and the generators (`harness.training.checkpoint`), a run that was
-cut goes on from it to the same numbers.
+With what trains, the optimizer's state and the generators (`harness.training.checkpoint`), a run
+that was cut goes on from it to the same numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a test other than that of harness.report.stats claims more at 2 and 3 seeds, and still holds.
+"""Whether another test than that of `report.stats` claims more at 2 and 3 seeds, and still holds.
 
     python experiments/bench/few_seeds/bench.py      # about 12 minutes; writes results.csv
 

@@ -3,10 +3,10 @@
     make bench                     # or: python experiments/bench/sweep_overhead/bench.py
 
 The same 12 short runs twice a round: by one `python -m harness -m …`, whose workers are forked from
-a server, and by a plain `python -m harness.runs.worker` for each. Then a sweep over 12 ranks. A run's
-overhead is the time from the end of the run before (of the first one in a sweep: from the start of
-the command) to its own end, less what its worker spent in optimizer steps and evaluation. Writes
-results.csv beside this file.
+a server, and by a plain `python -m harness.runs.worker` for each. Then a sweep over 12 ranks. A
+run's overhead is the time from the end of the run before (of the first one in a sweep: from the
+start of the command) to its own end, less what its worker spent in optimizer steps and evaluation.
+Writes results.csv beside this file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The settings of `harness.artifacts.anatomy`: conf/anatomy.yaml, and what the command line changes."""
+"""The settings of `harness anatomy`: conf/anatomy.yaml, and what the command line changes."""
 
 from __future__ import annotations
 
