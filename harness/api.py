@@ -121,7 +121,7 @@ def run(run: RunConfig) -> dict[str, Any]:
 
 
 def sweep(*overrides: str) -> notebook.Report:
-    """Do every run that `python -m harness -m` would make of these arguments, one after another.
+    """Do every run that `harness sweep` would make of these arguments, one after another.
 
     What is finished is not done again; a run that fails stops no other, and the report names it.
 

@@ -257,10 +257,7 @@ def test_on_80_columns_a_row_is_a_line_and_wide_has_every_column(tmp_path, capsy
     assert len(lines) > 5 * 3 and all(len(line.rstrip()) <= 80 for line in lines)
     results_of = shown[shown.index(" method") : shown.index("%: trainable share")]
     assert len(re.findall(r"^ (?:lora|a-met).* \d+\.\d\d", results_of, re.M)) == 5
-    assert (
-        "not shown: " in shown
-        and f"every column: python -m harness.report --wide {folder}" in shown
-    )
+    assert "not shown: " in shown and f"every column: harness report --wide {folder}" in shown
     summary.tell(evidence.find(folder), full=True, wide=True)
     shown = capsys.readouterr().out
     assert "not shown" not in shown and "step 0" in shown and "detectable" in shown

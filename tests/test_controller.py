@@ -31,8 +31,8 @@ def only_result(tmp_path, experiment="scratch"):
 
 
 def test_help_and_errors_come_without_torch(harness, tmp_path):
-    shown = harness("--help")
-    assert shown.returncode == 0 and "python -m harness experiment=main" in shown.stdout
+    shown = harness("run", "--help")
+    assert shown.returncode == 0 and "harness run experiment=main" in shown.stdout
     assert "lora" in shown.stdout and "gpt2_mini" in shown.stdout
     probe = (
         "import sys, runpy\n"
@@ -59,8 +59,8 @@ def test_help_and_errors_come_without_torch(harness, tmp_path):
         (["-m", "method.r=1,0"], "method.r=0: expected a rank of 1 or more"),
         (["outputs_dir=/proc/nowhere"], "/proc/nowhere"),
         (["experiment=null"], "experiment=null: expected an option of conf/experiment"),
-        (["method.r=1,2"], "did you mean -m? python -m harness -m method.r=1,2"),
-        (["-m", "--cfg", "job", "seed=0,1"], "python -m harness.plan -m seed=0,1 lists them"),
+        (["method.r=1,2"], "several values are a sweep: harness sweep method.r=1,2"),
+        (["-m", "--cfg", "job", "seed=0,1"], "harness plan seed=0,1 lists them"),
         (["--foo"], "--foo: no such flag"),
     ],
 )
@@ -94,9 +94,9 @@ def test_a_hub_model_without_a_network_says_what_there_is(harness, monkeypatch, 
 @pytest.mark.slow
 def test_the_readmes_first_command_gives_its_number(harness, tmp_path):
     readme = (REPOSITORY / "README.md").read_text("utf-8")
-    first = next(line for line in readme.splitlines() if line.startswith("    python -m harness "))
+    first = next(line for line in readme.splitlines() if line.startswith("    harness run "))
     command, _, comment = first.strip().partition("#")
-    done = harness(*command.split()[3:])
+    done = harness(*command.split()[1:])
     assert done.returncode == 0, done.stderr
     _, result = only_result(tmp_path)
     said = float(comment.split("perplexity")[1])
@@ -109,7 +109,7 @@ def test_one_run_leaves_all_that_the_readme_lists(harness, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bars, no warnings off a terminal
     run_dir, result = only_result(tmp_path)
-    assert f"python -m harness.report outputs{os.sep}scratch" in done.stdout
+    assert f"harness report outputs{os.sep}scratch" in done.stdout
     stable = (
         "status run.name run.seed run.command method.name parameters.total parameters.trainable "
         "memory.peak_bytes memory.by_category speed.train_seconds environment.commit "

@@ -109,8 +109,8 @@ def test_a_quoted_value_is_quoted_so_that_the_shell_and_hydra_read_it():
         (["--cfg", "jbo"], "--cfg jbo: did you mean 'job'?"),
         (["--cfg"], "--cfg: expected a value"),
         (["--info", "method=lora"], "--info method=lora: choose one of: all, config, defaults"),
-        (["--cfg", "job", "-m", "method.r=1,2"], "harness.plan -m method.r=1,2 lists them"),
-        (["-m", "--info"], "python -m harness.plan -m lists them"),
+        (["--cfg", "job", "-m", "method.r=1,2"], "harness plan method.r=1,2 lists them"),
+        (["-m", "--info"], "harness plan lists them"),
         (["--resolve"], "--resolve goes with --cfg"),
         (["--run", "-m"], "give one"),
     ],
@@ -122,7 +122,7 @@ def test_flags_that_are_wrong_or_do_not_go_together_are_one_line(typed, said):
 
 
 def test_commas_without_m_ask_for_a_sweep_or_a_list():
-    assert mistakes.several("method.r=1,2").endswith("-m? python -m harness -m method.r=1,2")
+    assert mistakes.several("method.r=1,2").endswith("a sweep: harness sweep method.r=1,2")
     assert mistakes.several("method.train_only=a,b").endswith("a list, method.train_only=[a,b]")
 
 

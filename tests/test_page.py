@@ -252,7 +252,7 @@ def test_figures_and_tables_for_papers_lie_beside_it(folder):
     lines = [line for line in text if line.startswith("|")]
     assert lines[0].startswith("| method | targets | r, k |") and len(lines) == 2 + 9
     assert all(line.count("|") == lines[0].count("|") for line in lines)
-    command = f"python -m harness.report {folder}"
+    command = f"harness report {folder}"
     assert text[0] == "# exp" and text[-1] == f"    {command}"
     tex = (report / "table.tex").read_text()
     assert r"\toprule" in tex and r"\& " not in tex.splitlines()[5] and r"\%" in tex

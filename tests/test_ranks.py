@@ -70,7 +70,7 @@ def test_accelerate_launch_by_hand_is_one_run_and_no_sweep(tmp_path):
     sweep = start(tmp_path, *ACCELERATE, "-m", "harness", "-m", *SAME, "seed=0,1")
     _, errors = sweep.communicate(timeout=300)
     assert sweep.returncode != 0
-    assert "python -m harness -m launch.num_processes=2" in errors and "seed=" in errors
+    assert "harness sweep launch.num_processes=2" in errors and "seed=" in errors
 
 
 def ranks_of(folder):

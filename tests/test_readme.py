@@ -23,49 +23,64 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from safetensors.torch import load_file
 
+from harness.commands import cli
 from harness.config import unused_keys
 from harness.config.paths import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, options
 from harness.results import run_record
 from harness.runs.composition import from_hydra
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
 PAGES = [
     REPOSITORY / name
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "conf/README.md")
 ] + sorted((REPOSITORY / "experiments").rglob("README.md"))  # fmt: skip
 
 
-def section(heading: str) -> str:
-    """README's text from a heading to the next one of its kind."""
-    return re.split(r"^## ", README[README.index(f"\n## {heading}\n") + 4 :], flags=re.M)[0]
+def section(heading: str, page: str = README) -> str:
+    """A page's text from a heading to the next one of its kind."""
+    return re.split(r"^## ", page[page.index(f"\n## {heading}\n") + 4 :], flags=re.M)[0]
 
 
 def commands(text: str) -> list[tuple[list[str], str]]:
-    """(words, comment) of every command in the indented code of a page."""
+    """(words, comment) of every command in the indented code of a page.
+
+    Of the harness the words are `harness COMMAND ARGUMENT ...`, also where a record has the older
+    `python -m harness.COMMAND ...` or starts it by `accelerate launch`.
+    """
     found = []
     blocks = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
     for line in blocks.replace("\\\n", " ").splitlines():
-        if line.startswith(("python -m ", "accelerate launch ", "make ")):
+        if line.startswith(("harness ", "python -m ", "accelerate launch ", "make ")):
             code, _, comment = line.partition(" #")
-            found.append((shlex.split(code), comment))
+            found.append((_current(shlex.split(code)), comment))
     return found
 
 
-def shown(module: str) -> list[list[str]]:
-    """What README's "How to add" passes to `module`, after its diffs."""
-    lines = [words for words, _ in commands(section("How to add"))]
-    return [words[3:] for words in lines if words[:3] == ["python", "-m", module]]
+def _current(words: list[str]) -> list[str]:
+    for index in (i for i, word in enumerate(words) if word == "-m"):
+        if words[index + 1] == "harness":
+            rest = words[index + 2 :]
+            name, rest = ("sweep", rest[1:]) if rest[:1] == ["-m"] else ("run", rest)
+            return ["harness", name, *rest]
+        if words[index + 1].startswith("harness."):
+            return ["harness", words[index + 1].partition(".")[2], *words[index + 2 :]]
+    return words
 
 
-def asked(module: str) -> list[tuple[list[str], str]]:
-    """What the pages pass to `module` as the project is, each once with its comment."""
-    found: dict[str, tuple[list[str], str]] = {}
+def shown(*names: str) -> list[list[str]]:
+    """What CONTRIBUTING's "How to add" passes to these commands, after its diffs."""
+    lines = [words for words, _ in commands(section("How to add", CONTRIBUTING))]
+    return [words[2:] for words in lines if words[0] == "harness" and words[1] in names]
+
+
+def asked(*names: str) -> list[tuple[str, list[str], str]]:
+    """(command, arguments, comment) of these commands on the pages, for the project as it is."""
+    found: dict[str, tuple[str, list[str], str]] = {}
     for words, comment in (c for page in PAGES for c in commands(page.read_text("utf-8"))):
-        for index in (i for i, word in enumerate(words) if word == "-m"):
-            if words[index + 1] == module and (words[0], index) != ("python", 0):
-                found.setdefault(shlex.join(words[index + 2 :]), (words[index + 2 :], comment))
-                break
-    return [line for line in found.values() if line[0] not in shown(module)]
+        if words[0] == "harness" and words[1] in names:
+            found.setdefault(shlex.join(words[1:]), (words[1], words[2:], comment))
+    return [line for line in found.values() if line[1] not in shown(*names)]
 
 
 # --------------------------------------------------------------------------------- commands
@@ -119,46 +134,40 @@ def runs(overrides: list[str]) -> tuple[list[list[str]], int]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "comment"),
-    asked("harness"),
+    ("name", "arguments", "comment"),
+    asked("run", "sweep"),
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_every_run_that_the_pages_show_is_valid(arguments, comment, at_hand):
-    flags = [word for word in arguments if word in ("-m", "--cfg", "job")]
-    found, number = runs([word for word in arguments if word not in flags])
+def test_every_run_that_the_pages_show_is_valid(name, arguments, comment, at_hand):
+    found, number = runs([word for word in arguments if word not in ("--cfg", "job")])
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for overrides in unused_keys.left_out(found, partial(compose, "config"))[0]:
             assert from_hydra(compose("config", overrides))
-    assert number == 1 or "-m" in flags
+    assert number == 1 or name == "sweep"
     if stated := re.search(r"(\d+) runs", comment):
         assert number == int(stated[1])
 
 
-MODULES = sorted(
-    {word for page in PAGES for words, _ in commands(page.read_text("utf-8")) for word in words[2:3]
-     if words[0] == "python" and word.startswith("harness.")}
+FURTHER = sorted(
+    {words[1] for page in PAGES for words, _ in commands(page.read_text("utf-8"))
+     if words[0] == "harness"} - {"run", "sweep"}
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", FURTHER)
 def test_every_further_command_explains_itself_and_knows_the_flags_shown(name, at_hand, capsys):
-    path = name + ".__main__" * (REPOSITORY / name.replace(".", "/")).is_dir()
-    path = {"harness.plan": "harness.commands.plan"}.get(
-        path, path
-    )  # which is a function in Python
-    main = importlib.import_module(path).main
     try:
-        status = main(["--help"])
+        status = cli.main([name, "--help"])
     except SystemExit as end:  # argparse's way
         status = end.code
     finally:
         logging.disable(logging.NOTSET)
     said = capsys.readouterr().out
-    assert status == 0 and name in said
-    for arguments, _ in asked(name):
+    assert status == 0 and f"harness {name}" in said
+    for _, arguments, _ in asked(name):
         for flag in (word for word in arguments if word.startswith("--")):
             assert flag in said, flag
-        if name in ("harness.commands.count", "harness.plan"):  # which take a run's overrides
+        if name in ("count", "plan"):  # which take a run's overrides
             own = [o for o in arguments if o != "-m" and not o.startswith(("--", "plan."))]
             with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
                 found = unused_keys.left_out(runs(own)[0], partial(compose, "config"))[0]
@@ -177,11 +186,11 @@ def test_every_make_target_that_the_pages_name_is_there():
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
-    """A copy of the project after all of README's diffs."""
+    """A copy of the project after all of the page's diffs."""
     copy = tmp_path_factory.mktemp("project")
     left_out = (".*", "__pycache__", "outputs", "dist", "build", "*.egg-info")
     shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
-    diffs = re.findall(r"^```diff\n(.*?)^```$", README, re.M | re.S)
+    diffs = re.findall(r"^```diff\n(.*?)^```$", CONTRIBUTING, re.M | re.S)
     assert len(diffs) == 4  # a method, a model, a data set, an experiment
     for diff in diffs:  # outside of a repository git applies to the folder that it is in
         applied = subprocess.run(
@@ -217,9 +226,11 @@ BIASES, ATTENTION = 11_520, 4 * 8 * (1024 + 512)
 CHECK = """
 import json, sys
 from hydra import compose, initialize_config_dir
-from harness import documents, methods, models
+from harness import methods
+from harness.config.paths import CONF_DIR
+from harness.data import documents
+from harness.models import pretrained as models
 from harness.runs.composition import from_hydra
-from harness.config.schema import CONF_DIR
 found = {}
 with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
     for line in json.loads(sys.argv[1]):
@@ -233,7 +244,7 @@ print(json.dumps(found))
 
 
 def test_what_readme_adds_is_there_and_lints(changed, tmp_path):
-    found = json.loads(python(changed, tmp_path, "-c", CHECK, json.dumps(shown("harness"))))
+    found = json.loads(python(changed, tmp_path, "-c", CHECK, json.dumps(shown("run"))))
     assert found["method=bias"][0] == BIASES
     assert found["model=gpt1_mini"][0] == ATTENTION
     with (CONF_DIR / "data" / "docstrings.yaml").open() as stream:
@@ -246,10 +257,10 @@ def test_what_readme_adds_is_there_and_lints(changed, tmp_path):
 @pytest.mark.slow
 def test_how_to_add_followed_to_the_letter(changed, tmp_path):
     said = {}
-    for words, _ in commands(section("How to add")):
-        short = SHORT if words[2] == "harness" else []
-        said[" ".join(words[2:])] = python(changed, tmp_path, *words[1:], *short)
-    assert re.search(rf"trainable +{BIASES:,} ", said["harness.commands.count method=bias"])
+    for words, _ in commands(section("How to add", CONTRIBUTING)):
+        short = SHORT if words[1] == "run" else []
+        said[" ".join(words)] = python(changed, tmp_path, "-m", *words, *short)
+    assert re.search(rf"trainable +{BIASES:,} ", said["harness count method=bias"])
     records = {}
     for run_dir, record in run_record.collect(tmp_path / "outputs" / "scratch"):
         assert record["status"] == "finished"
@@ -266,7 +277,7 @@ def test_how_to_add_followed_to_the_letter(changed, tmp_path):
         if not value.equal(before[key.removeprefix("transformer.")])
     }  # fmt: skip
     assert moved and all(key.endswith(".bias") for key in moved)
-    python(changed, tmp_path, "-m", "harness.artifacts.export", str(run_dir), "exported")
+    python(changed, tmp_path, "-m", "harness", "export", str(run_dir), "exported")
     _, gpt1 = records["lora", "gpt1_mini", "kjv"]
     assert gpt1["model"]["type"] == "openai-gpt" and gpt1["parameters"]["trainable"] == ATTENTION
     assert ("lora", "gpt2_mini", "descriptions") in records
@@ -291,16 +302,15 @@ def test_every_link_leads_somewhere(page):
             assert anchor in slugs
 
 
-def test_the_map_names_every_module_and_nothing_else():
-    listed = section("Files")
-    sources = [p for p in (REPOSITORY / "harness").rglob("*.py") if p.name != "__init__.py"]
-    templates = list((REPOSITORY / "harness").rglob("*.j2"))
-    there = {p.name for p in [*sources, *templates]} - {"language_model_nll.py"}  # in metrics/
-    named = set(re.findall(r"\b(\w+(?:\.html)?\.(?:py|j2))\b", listed)) - {"__init__.py"}
-    assert there - named == set(), "not in README's map"
-    assert named - there == set(), "in README's map, and not in harness/"
-    for folder in re.findall(r"^ +(\w+)/ ", listed, re.M):
-        assert any((REPOSITORY / up / folder).is_dir() for up in ("", "harness")), folder
+def test_the_map_names_every_package_and_the_packages_their_place():
+    listed = re.findall(r"^\| `(\w+)/(?:(\w+)/)?` \|", section("Files"), re.M)
+    assert all((REPOSITORY / top / below).is_dir() for top, below in listed)
+    packages = [p.parent.name for p in (REPOSITORY / "harness").glob("*/__init__.py")]
+    assert {below for top, below in listed if top == "harness"} == {*packages, "assets"}
+    assert len(packages) <= 12
+    layers = re.search(r"^layers = \[(.*)\]", (REPOSITORY / "pyproject.toml").read_text(), re.M)
+    order = [name for name in reversed(re.findall(r"\w+", layers[1])) if name in packages]
+    assert [below for top, below in listed if below in packages] == order
 
 
 def test_conf_readme_names_every_method_and_model():

@@ -105,7 +105,7 @@ def test_the_table_has_a_row_per_configuration_and_means_over_seeds(tmp_path, ca
     mean = math.exp(sum(map(ratio, runs)) / 2)
     assert lines[1][-4] == f"{mean:.2f}" and [line[-1] for line in lines] == ["1", "2", "1"]
     assert "failed: dead" in shown
-    assert f"learning curves: python -m harness.report {tmp_path}" in shown
+    assert f"learning curves: harness report {tmp_path}" in shown
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert float(rows[1]["quality.test.perplexity"]) == pytest.approx(mean)
     assert rows[1]["runs"] == "b8-s0 b8-s1" and rows[1]["seeds"] == "2"

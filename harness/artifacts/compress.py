@@ -1,8 +1,8 @@
 """How much of what a run added is needed: perplexity of W + [dW]_k against the rank k.
 
-    python -m harness.compress outputs/main_seeds/RUN --ranks 1,2,4,8,full
-    python -m harness.compress outputs/main_seeds/full-*-s[0-2]-* --ranks 8,64   # a seed each
-    python -m harness.compress outputs/main_seeds/RUN --energy 0.5,0.9 --save adapters
+    harness compress outputs/main_seeds/RUN --ranks 1,2,4,8,full
+    harness compress outputs/main_seeds/full-*-s[0-2]-* --ranks 8,64   # a seed each
+    harness compress outputs/main_seeds/RUN --energy 0.5,0.9 --save adapters
 
 Nothing is trained. [dW]_k is the nearest matrix of rank k to what a run added, for every matrix in
 the layers. Embeddings, head, positions, norms and biases that moved as well are kept as the run has

@@ -1,7 +1,7 @@
 """What a run made, as a folder that plain `transformers` or PEFT loads, with a model card.
 
-    python -m harness.export outputs/main/RUN_NAME my-adapter
-    python -m harness.export outputs/main/RUN_NAME my-model --merge
+    harness export outputs/main/RUN_NAME my-adapter
+    harness export outputs/main/RUN_NAME my-model --merge
 
 Without --merge a run that trained an adapter gives the adapter, for
 `peft.PeftModel.from_pretrained(base, folder)`; a fully fine-tuned model is a whole model in any

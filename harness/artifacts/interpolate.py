@@ -1,7 +1,7 @@
 """Between a base and what a run made of it: perplexity of W + lambda dW on new and old text.
 
-    python -m harness.interpolate outputs/main_seeds/RUN --scales 0,0.25,0.5,0.75,1,1.25
-    python -m harness.interpolate outputs/main_seeds/RUN --only q,k,v     # dW of these kinds alone
+    harness interpolate outputs/main_seeds/RUN --scales 0,0.25,0.5,0.75,1,1.25
+    harness interpolate outputs/main_seeds/RUN --only q,k,v     # dW of these kinds alone
 
 lambda = 0 is the base and 1 the run's model (WiSE-FT, arXiv 2109.01903); every weight that the run
 changed is scaled, whatever the method, or only those of --only, the others staying as in the base.

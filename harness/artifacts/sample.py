@@ -1,7 +1,7 @@
 """What a run's model writes, beside what its base writes: for a quick look.
 
-    python -m harness.generate outputs/main/RUN_NAME --prompt "In the beginning" --prompt "And he"
-    python -m harness.generate outputs/main/RUN_NAME --greedy < prompts.txt       # a prompt a line
+    harness generate outputs/main/RUN_NAME --prompt "In the beginning" --prompt "And he"
+    harness generate outputs/main/RUN_NAME --greedy < prompts.txt       # a prompt a line
 
 Both models continue the same prompt with the same draws; every prompt has the seed to itself. A
 prompt that leaves no room for the continuation loses its beginning, and the output says so. The

@@ -1,4 +1,4 @@
-"""The arguments of `python -m harness` that are no overrides, and its help."""
+"""The arguments of `harness run` that are no overrides, and its help."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from harness.config.errors import ConfigError, nearest
 from harness.config.paths import CONF_DIR, options
 
 FLAGS = {
-    "-m, --multirun": "a sweep: key=1,2 takes every value, and several such keys every combination",
-    "--cfg job": "show the configuration and run nothing; of a sweep, python -m harness.plan -m …",
+    "-m, --multirun": "as harness sweep: key=1,2 takes both values, several such keys all pairs",
+    "--cfg job": "show the configuration and run nothing; of a sweep, harness plan …",
     "--info defaults": "show which files of conf/ the configuration is made of",
     "--config-dir FOLDER": "options of your own, in a folder like conf/",
     "--shell-completion install=bash": "complete keys and options with tab (see --hydra-help)",
@@ -27,12 +27,12 @@ FLAGS = {
 USAGE = """\
 harness: what do LoRA and its relatives save, and what do they cost, against full fine-tuning?
 
-  python -m harness method=lora method.r=8 targets=all     one run
-  python -m harness -m method.r=1,4 seed=0,1,2,3,4         a sweep: every combination
-  python -m harness experiment=main                        a published experiment (conf/experiment)
-  python -m harness method=lora --cfg job                  show the config, run nothing
-  python -m harness.plan -m method.r=1,4,16                what runs would need: memory, FLOPs, time
-  python -m harness.report outputs/main                    the table of an experiment
+  harness run method=lora method.r=8 targets=all     one run
+  harness sweep method.r=1,4 seed=0,1,2,3,4          a sweep: every combination
+  harness run experiment=main                        a published experiment (conf/experiment)
+  harness run method=lora --cfg job                  show the config, run nothing
+  harness plan method.r=1,4,16                       what runs would need: memory, FLOPs, time
+  harness report outputs/main                        the table of an experiment
 """
 
 
@@ -55,7 +55,7 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     shows = "--cfg" if found.cfg else "--info" if found.info else ""
     if shows and found.multirun:
         raise ConfigError(
-            f"{shows} shows one configuration, and -m asks for several: python -m harness.plan -m "
+            f"{shows} shows one configuration, and -m asks for several: harness plan "
             f"{shlex.join(found.overrides)} lists them; without -m one is shown".replace("  ", " ")
         )
     if found.resolve and not found.cfg:
@@ -88,7 +88,7 @@ def _unknown(flag: str, flags: Sequence[str]) -> str:
     if hint := keys.elsewhere(key):
         return f"{flag}: no such flag, and keys have no dashes; {hint}"
     hint = nearest(flag, flags)
-    hint = hint if hint.startswith("did you mean") else "python -m harness --help lists them"
+    hint = hint if hint.startswith("did you mean") else "harness run --help lists them"
     return f"{flag}: no such flag; {hint}"
 
 

@@ -44,11 +44,11 @@ def help_text() -> str:
     lines = [f"  {name:12} {what}" for name, (_, what) in COMMANDS.items()]
     return (
         "usage: harness COMMAND [ARGUMENT ...]\n\n"
-        "What do LoRA and its relatives save, and what do they cost, against full fine-tuning?\n\n"
+        "What do LoRA and its relatives save and cost, against full fine-tuning?\n\n"
         + "\n".join(lines)
         + "\n\nExamples:\n"
         + EXAMPLES
-        + "\nharness COMMAND --help says more; harness run --help lists every key there is.\n"
+        + "\nharness COMMAND --help says more; harness run --help lists every key.\n"
         "Without a command, arguments are those of run, and with -m those of sweep."
     )
 

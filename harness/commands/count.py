@@ -1,8 +1,8 @@
 """Exact parameter counts of a configuration, from the model's modules on the meta device.
 
-    python -m harness.count model=gpt2_medium method=lora method.r=4 targets=qv
-    python -m harness.count -m method=none,full,lora method.r=4,8
-    python -m harness.count --all method=lora method.r=4 targets=qv
+    harness count model=gpt2_medium method=lora method.r=4 targets=qv
+    harness count method=none,full,lora method.r=4,8
+    harness count --all method=lora method.r=4 targets=qv
 
 No weights and no network: the sizes of the hub's GPT-2 models stand in conf/model. Several
 configurations have a row each; `--all` is each of the four sizes. Exit status 2 for a mistake in

@@ -1,8 +1,8 @@
 """What runs will need, before they run: parameters, memory by category, FLOPs and time.
 
-    python -m harness.plan experiment=main
-    python -m harness.plan -m model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
-    python -m harness.plan experiment=main plan.limit=8GiB      # marks what will not fit
+    harness plan experiment=main
+    harness plan model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
+    harness plan experiment=main plan.limit=8GiB      # marks what will not fit
 
 `harness.runs.estimate` predicts; neither weights nor a network are needed, and held-out text that
 is on this machine is read for the size of its batches. Time is FLOPs over the rate of this

@@ -1,7 +1,7 @@
-"""python -m harness.serve OUTPUTS: all experiments of a folder in the browser of this machine.
+"""harness serve OUTPUTS: all experiments of a folder in the browser of this machine.
 
-python -m harness.serve outputs                http://127.0.0.1:8765/
-python -m harness.serve outputs --port 9000    another port; 0 takes any that is free
+harness serve outputs                http://127.0.0.1:8765/
+harness serve outputs --port 9000    another port; 0 takes any that is free
 
 It serves files and makes the index; it changes nothing. It listens on the loopback address alone:
 from another machine, `ssh -L 8765:127.0.0.1:8765 HOST`.
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> int:
         port = rest[at + 1] if at + 1 < len(rest) else ""
         del rest[at : at + 2]
     if len(rest) != 1 or rest[0].startswith("-"):
-        print("usage: python -m harness.serve OUTPUTS [--port N]", file=sys.stderr)
+        print("usage: harness serve OUTPUTS [--port N]", file=sys.stderr)
         return 2
     if not port.isdigit() or int(port) > 65535:
         print(f"error: --port {port}: expected a number from 0 to 65535", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Published perplexities of GPT-2 on WikiText-2 beside what this code measures.
 
-    python -m harness.verify                     # every row whose weights are at hand, or can be
-    python -m harness.verify --only gpt2         # one size; the option may be given several times
-    python -m harness.verify --raw FILE.txt      # the raw test set from a file (wiki.test.raw)
-    python -m harness.verify --tokenised FILE.txt   # the one with <unk> (wiki.test.tokens)
+    harness verify                     # every row whose weights are at hand, or can be
+    harness verify --only gpt2         # one size; the option may be given several times
+    harness verify --raw FILE.txt      # the raw test set from a file (wiki.test.raw)
+    harness verify --tokenised FILE.txt   # the one with <unk> (wiki.test.tokens)
 
 Weights and text come from the hub, or from its cache on this machine where it cannot be reached.
 gpt2 takes about 10 minutes a row on 2 cores, gpt2-large more than an hour, a GPU much less.

@@ -1,6 +1,6 @@
 """Learning rates by search: a grid for each configuration, grown until every best is inside.
 
-    make tune        (python -m harness experiment=tune; the sweeper is hydra_plugins' RateSweeper)
+    make tune        (harness run experiment=tune; the sweeper is hydra_plugins' RateSweeper)
 
 What it finds is a file of conf/rates with its evidence. `train.lr=tuned` reads one file; a rate for
 a rank, targets or a setting that were not tuned is interpolated or borrowed, and the result says so

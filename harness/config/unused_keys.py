@@ -1,7 +1,7 @@
 """Keys that a method does not have: refused in a run of its own, left out in a sweep over methods.
 
-python -m harness method=full targets=attn               refused: full trains every weight
-python -m harness -m method=none,lora method.r=8,16      none runs once, without method.r
+harness run method=full targets=attn               refused: full trains every weight
+harness sweep method=none,lora method.r=8,16      none runs once, without method.r
 """
 
 from __future__ import annotations

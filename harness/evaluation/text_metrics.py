@@ -1,6 +1,6 @@
 """Scores of generated text against several references, as the E2E NLG challenge defines them.
 
-    python -m harness.nlg CANDIDATES.txt REFERENCES.txt
+    harness score CANDIDATES.txt REFERENCES.txt
 
 One candidate a line; references one a line, with an empty line between instances (the files of
 github.com/tuetschek/e2e-metrics, whose `measure_scores.py -p` gives the published numbers):

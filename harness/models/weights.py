@@ -231,6 +231,6 @@ def refuse_adapter(source: str | Path, revision: str | None = None) -> None:
     raise ConfigError(
         f"{source} holds an adapter ({ADAPTER_CONFIG}), which would be put on the model unasked: "
         f"give its base instead{f' ({base})' if base else ''}, merge the adapter into it "
-        f"(python -m harness.export RUN OUT --merge, or PEFT's merge_and_unload), or take "
+        f"(harness export RUN OUT --merge, or PEFT's merge_and_unload), or take "
         f"{ADAPTER_CONFIG} and adapter_model.* out of the folder"
     )

@@ -1,10 +1,10 @@
-"""python -m harness.report OUTPUTS/EXPERIMENT: everything there is to say of its finished runs.
+"""harness report OUTPUTS/EXPERIMENT: everything there is to say of its finished runs.
 
-python -m harness.report outputs/main            tables here, and outputs/main/report/index.html
-python -m harness.report --wide outputs/main     every column, however wide the lines become
-python -m harness.report --page outputs/main     the page alone
-python -m harness.report --watch outputs/main    the page, again and again while runs go on
-python -m harness.report outputs --index         outputs/index.html, one page over all experiments
+harness report outputs/main            tables here, and outputs/main/report/index.html
+harness report --wide outputs/main     every column, however wide the lines become
+harness report --page outputs/main     the page alone
+harness report --watch outputs/main    the page, again and again while runs go on
+harness report outputs --index         outputs/index.html, one page over all experiments
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     if len(folders) != 1 or str(folders[0]).startswith("-") or alone:
         options = " ".join(f"[{option}]" for option in OPTIONS if option != "--index")
         print(
-            f"usage: python -m harness.report {options} OUTPUTS/EXPERIMENT, or OUTPUTS --index",
+            f"usage: harness report {options} OUTPUTS/EXPERIMENT, or OUTPUTS --index",
             file=sys.stderr,
         )
         return 2

@@ -1,7 +1,7 @@
 """W&B dashboards as code: a workspace and a report of the figures that `report.axes` describes.
 
-    python -m harness.dashboard project=peft-harness entity=me      builds them, or builds them anew
-    python -m harness.dashboard --dry-run project=p entity=e        their specification as JSON
+    harness dashboard project=peft-harness entity=me      builds them, or builds them anew
+    harness dashboard --dry-run project=p entity=e        their specification as JSON
 
 Runs are grouped by method, since W&B lets a group have a colour: the one of the page's figures.
 Needs wandb-workspaces (pip install -e '.[dashboard]') and, but for --dry-run, a key and a network.

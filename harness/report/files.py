@@ -20,7 +20,7 @@ FOLDER = "report"
 
 def command(folder: Path) -> str:
     """What makes all of this again."""
-    return f"python -m harness.report {shlex.quote(str(folder))}"
+    return f"harness report {shlex.quote(str(folder))}"
 
 
 def write(findings: Findings) -> Path:

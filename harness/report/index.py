@@ -1,7 +1,7 @@
 """One page over all experiments of a folder: every configuration, searched and compared.
 
-    python -m harness.report outputs --index     outputs/index.html
-    python -m harness.serve outputs              the same from a local server, always as it is now
+    harness report outputs --index     outputs/index.html
+    harness serve outputs              the same from a local server, always as it is now
 
 What is in a row comes from the runs' result.json alone, so that the page is quick to make. Two rows
 can be compared on quality where they were evaluated alike: on the same documents, by the same
@@ -83,7 +83,7 @@ def text(root: Path) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
         title=root.resolve().name or str(root),
-        command=f"python -m harness.report {shlex.quote(str(root))} --index",
+        command=f"harness report {shlex.quote(str(root))} --index",
         made=time.strftime("%Y-%m-%d %H:%M"),
         data=_in_a_script(data),
     )

@@ -54,7 +54,7 @@ def tell(
                 left |= bool(sheet.show(one, wide=wide))
                 _print_notes(one.notes)
         if left:
-            print(f"every column: python -m harness.report --wide {shlex.quote(str(folder))}")
+            print(f"every column: harness report --wide {shlex.quote(str(folder))}")
     else:
         print(f"\n{folder}: no finished run")
     for run in missing.find(findings):
@@ -64,7 +64,7 @@ def tell(
     if saved:
         print(f"saved in {folder}: {', '.join(saved)}; one directory per run beside them")
     more = "again" if full else "as a page, with comparisons, equal budgets and learning curves"
-    print(f"{more}: python -m harness.report {shlex.quote(str(folder))}")
+    print(f"{more}: harness report {shlex.quote(str(folder))}")
 
 
 def _print_first(findings: Findings, *, wide: bool) -> None:

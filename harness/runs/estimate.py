@@ -2,7 +2,7 @@
 
 No weights are loaded, no text is tokenised, and no network is needed: the training step itself runs
 on fake tensors, which have shapes and no contents, and its live tensors are followed as in a real
-run. `python -m harness.plan` prints it.
+run. `harness plan` prints it.
 """
 
 from __future__ import annotations

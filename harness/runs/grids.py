@@ -54,10 +54,10 @@ class GridSweeper(BasicSweeper):
         """Launch the union; raises ConfigError before the first run if any is not valid."""
         assert self.config is not None and self.hydra_context is not None and self.launcher
         if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-            typed = shlex.join(["-m", f"launch.num_processes={world}", *arguments])
+            typed = shlex.join([f"launch.num_processes={world}", *arguments])
             raise ConfigError(
                 "a sweep cannot run under accelerate launch, whose every process would do all of "
-                f"it: python -m harness {typed}"
+                f"it: harness sweep {typed}"
             )
         loader = self.hydra_context.config_loader
         compose = partial(loader.load_sweep_config, self.config)

@@ -143,9 +143,7 @@ def several(override: str) -> str:
     key, _, value = override.partition("=")
     if key.lstrip("+") in _LISTS:
         return f"{override}: expected a list, {key}=[{value}]"
-    return (
-        f"{override}: several values are a sweep; did you mean -m? python -m harness -m {override}"
-    )
+    return f"{override}: several values are a sweep: harness sweep {override}"
 
 
 _LISTS = ("data.packages", "targets.modules", "targets.roles", "method.train_only", "evaluate.also")

@@ -203,7 +203,7 @@ class Report:
 def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     """The report of an experiment, or of the configurations of `run_dirs` in it.
 
-    The page and the figures, which are of all the folder, are made by `python -m harness.report`
+    The page and the figures, which are of all the folder, are made by `harness report`
     in a process of its own: matplotlib's settings in this one are the user's.
 
     Raises:

@@ -1,9 +1,9 @@
 """What training added to a base: W + dW, one weight at a time, from a finished run's files.
 
-    python -m harness.anatomy outputs/main_seeds            # every finished run of an experiment
-    python -m harness.anatomy outputs/main_seeds/RUN_NAME   # one run
-    python -m harness.compress RUN --ranks 1,2,4,full       # which rank does dW need?
-    python -m harness.interpolate RUN --scales 0,0.5,1      # W + lambda dW: learning and forgetting
+    harness anatomy outputs/main_seeds            # every finished run of an experiment
+    harness anatomy outputs/main_seeds/RUN_NAME   # one run
+    harness compress RUN --ranks 1,2,4,full       # which rank does dW need?
+    harness interpolate RUN --scales 0,0.5,1      # W + lambda dW: learning and forgetting
 
 `updates` gives W and W + dW of every weight that changed, `spectra` measures a matrix, `overlap`
 compares the directions of two runs, `functions` compares what two models compute on held-out text,

@@ -1,8 +1,8 @@
 """What training added to the weights of finished runs.
 
-    python -m harness.anatomy outputs/main_seeds                    # every finished run
-    python -m harness.anatomy outputs/main_seeds/RUN_NAME           # one run
-    python -m harness.anatomy outputs/main_seeds intruder_k=20      # settings of conf/anatomy.yaml
+    harness anatomy outputs/main_seeds                    # every finished run
+    harness anatomy outputs/main_seeds/RUN_NAME           # one run
+    harness anatomy outputs/main_seeds intruder_k=20      # settings of conf/anatomy.yaml
 
 Tables on the terminal and in FOLDER/anatomy: summary.csv over seeds, weights.parquet with a row for
 every weight of every run, layers.parquet, overlap.parquet. Nothing is trained. Exit status 2 for
