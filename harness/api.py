@@ -112,7 +112,7 @@ def run(run: RunConfig) -> dict[str, Any]:
         ConfigError: its directory cannot be written, or holds another configuration's run.
         RunFailedError: it did not finish.
     """
-    with tracking.Beside([run], sweep=False), notebook.shown([run], alone=True):
+    with tracking.TrackerProcesses([run], sweep=False), notebook.shown([run], alone=True):
         outcome = launcher.launch(run, COMMAND, quiet=notebook.has_cell())
     record = run_record.read(outcome.run_dir)
     if outcome.exit_code or record is None:
@@ -138,7 +138,7 @@ def sweep(*overrides: str) -> notebook.Report:
     (folder,) = folders
     told = {run.run_dir.name: "" for run in runs}
     run_record.write_sweep(folder, told)
-    with tracking.Beside(runs, sweep=True), notebook.shown(runs, alone=False):
+    with tracking.TrackerProcesses(runs, sweep=True), notebook.shown(runs, alone=False):
         for one in runs:
             try:
                 launcher.launch(one, COMMAND, sweep=True)

@@ -118,12 +118,12 @@ def test_a_method_that_starts_as_nothing_costs_no_further_evaluation(
     tmp_path, make_run, monkeypatch
 ):
     read = []
-    nats = evaluator.HeldOut.nats
+    nats = evaluator.Evaluator.nats
 
     def counted(self, name, *arguments, **named):
         read.append(name)
         return nats(self, name, *arguments, **named)
 
-    monkeypatch.setattr(evaluator.HeldOut, "nats", counted)
+    monkeypatch.setattr(evaluator.Evaluator, "nats", counted)
     finished(tmp_path, make_run, "lora", "method=lora", "targets=c_attn")
     assert sorted(read) == ["other", "other", "test", "validation", "validation"]

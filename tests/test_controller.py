@@ -416,7 +416,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     controller.communicate(timeout=60)
     assert controller.returncode == 130 and gone(pids)
     rows = run_record.read_metrics(run_dir)
-    assert not any("train/nll" in row for row in rows) and not run_record.can_go_on(run_dir)
+    assert not any("train/nll" in row for row in rows) and not run_record.can_resume(run_dir)
 
 
 def test_a_worker_that_is_killed_is_recorded(tmp_path):

@@ -344,7 +344,7 @@ def test_joined_lora_is_the_same_function(tiny, letters, rslora):
             if "lora_" in name:
                 p.normal_(0, 0.3)
     tensors = get_peft_model_state_dict(apart)
-    assert joined_lora.is_apart(config) and joined_lora.obstacle(config) is None
+    assert joined_lora.is_split(config) and joined_lora.reason_unsupported(config) is None
     joined, written = joined_lora.join(config, tensors)
     plain = GPT2LMHeadModel(tiny.config).eval()
     plain.load_state_dict(state)
@@ -369,8 +369,8 @@ def test_what_cannot_be_joined_says_why():
         ({"init_lora_weights": "pissa"}, "init=pissa"),
         ({"modules_to_save": ["lm_head"]}, "more than"),
     ):
-        assert why in joined_lora.obstacle(LoraConfig(target_modules=modules, **fields))
-    assert not joined_lora.is_apart(LoraConfig(target_modules=["attn.c_attn"]))
+        assert why in joined_lora.reason_unsupported(LoraConfig(target_modules=modules, **fields))
+    assert not joined_lora.is_split(LoraConfig(target_modules=["attn.c_attn"]))
 
 
 # --------------------------------------------------------------------------- refusals

@@ -88,7 +88,7 @@ def test_an_order_under_joblib_leaves_checkpoints_to_go_on_from(harness, tmp_pat
         controller.send_signal(signal.SIGTERM)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130, errors
-    cut = [run_dir for run_dir, _ in run_record.collect(folder) if run_record.can_go_on(run_dir)]
+    cut = [run_dir for run_dir, _ in run_record.collect(folder) if run_record.can_resume(run_dir)]
     assert len(cut) >= 2
     assert all(run_record.read(run_dir)["status"] == "interrupted" for run_dir in cut)
     again = harness(*sweep)

@@ -60,19 +60,21 @@ def test_a_claim_is_exclusive_until_its_holder_is_gone(other, tmp_path):
 
 
 def test_runs_beside_one_another_are_counted_at_their_most(other):
-    first = lock.Beside()
-    second = other("beside = lock.Beside()")
-    third = other("beside = lock.Beside()")
+    first = lock.ConcurrentRuns()
+    second = other("beside = lock.ConcurrentRuns()")
+    third = other("beside = lock.ConcurrentRuns()")
     third.kill()
     third.wait()
-    late = other("beside = lock.Beside(); assert beside.most() == 2")  # the third one is gone
+    late = other(
+        "beside = lock.ConcurrentRuns(); assert beside.most() == 2"
+    )  # the third one is gone
     assert first.most() == 2
     first.end()
     assert first.most() == 2
     for process in (second, late):
         process.kill()
         process.wait()
-    assert lock.Beside().most() == 0
+    assert lock.ConcurrentRuns().most() == 0
 
 
 def test_every_process_of_a_machine_has_its_own_gpu(other, monkeypatch):
@@ -138,7 +140,7 @@ def test_a_folder_that_another_user_may_have_made_is_refused(
     with pytest.raises(PermissionError) as told:
         scratch.machine_folder()
     assert wrong in str(told.value) and str(folder) in str(told.value)
-    assert lock.beside() is None  # the run goes on, and its result does not say 0
+    assert lock.concurrent_runs() is None  # the run goes on, and its result does not say 0
     assert "not counted" in capsys.readouterr().err
     monkeypatch.setattr(lock, "_slots", [])
     with pytest.raises(ConfigError, match="GPUs cannot be divided"):  # two on one would be silent

@@ -350,7 +350,7 @@ def test_a_model_that_cannot_generate_is_refused_before_training(cfg, tokenizer,
     todo = pairs.read(cfg)["test"]
     with pytest.raises(ConfigError, match="LSTMForCausalLM cannot complete prompts"):
         generation.check(lstm, tokenizer, todo, GenerateConfig(), Accelerator(cpu=True), None)
-    assert not NextToken(lstm).packs()
+    assert not NextToken(lstm).supports_packing()
 
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
@@ -375,7 +375,7 @@ def test_models_whose_sequences_would_see_one_another_are_told(kind, fields, pac
         kind, vocab_size=64, initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=0,
         **fields,
     )  # fmt: skip
-    assert NextToken(AutoModelForCausalLM.from_config(config).eval()).packs() == packs
+    assert NextToken(AutoModelForCausalLM.from_config(config).eval()).supports_packing() == packs
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_ranks_that_are_told_to_stop_write_a_checkpoint_and_go_on(harness, tmp_p
     controller = started(tmp_path, run_dir, 3, *run, "run_name=cut")
     controller.send_signal(signal.SIGTERM)
     controller.communicate(timeout=60)
-    assert controller.returncode == 130 and run_record.can_go_on(run_dir)
+    assert controller.returncode == 130 and run_record.can_resume(run_dir)
     assert not ranks_of(run_dir)
     done = harness(*run, "run_name=cut")
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ def _worker(run_dir, deadly, number):
 
 
 def start(run, *, deadly="", number=0, micro_batch=None):
-    go_on = run_record.can_go_on(run.run_dir)
+    go_on = run_record.can_resume(run.run_dir)
     launcher.prepare(run, "test", go_on=go_on, micro_batch=micro_batch)
     process = FORK.Process(target=_worker, args=(run.run_dir, deadly, number))
     process.start()
@@ -192,7 +192,7 @@ def test_a_kill_while_a_checkpoint_is_written_changes_nothing(
 ):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     assert finish(start(run, deadly=deadly, number=number)) == -signal.SIGKILL
-    cut = run_record.can_go_on(run.run_dir)
+    cut = run_record.can_resume(run.run_dir)
     assert cut or (deadly, number) not in MOMENTS[:2]
     assert finish(start(run)) == 0
     assert outcome(run.run_dir) == expected
@@ -347,20 +347,20 @@ def test_a_checkpoint_holds_what_trains_and_restores_it(tiny, tmp_path):
 
 def test_stop_waits_where_it_must_and_not_where_it_need_not():
     stop = Stop()
-    stop._heard(signal.SIGTERM, None)  # nothing has begun that could be broken off
-    with pytest.raises(KeyboardInterrupt), stop.at_once():
+    stop._handle_signal(signal.SIGTERM, None)  # nothing has begun that could be broken off
+    with pytest.raises(KeyboardInterrupt), stop.interruptible():
         raise AssertionError("an order that was noted before breaks it off")
-    stop._heard(signal.SIGINT, None)  # the same order's echo, while its end is written
+    stop._handle_signal(signal.SIGINT, None)  # the same order's echo, while its end is written
     stop = Stop()
-    with pytest.raises(KeyboardInterrupt), stop.at_once():
+    with pytest.raises(KeyboardInterrupt), stop.interruptible():
         with stop.deferred():
-            stop._heard(signal.SIGINT, None)
-            stop._heard(signal.SIGTERM, None)  # the controller's echo of the same Ctrl-C
+            stop._handle_signal(signal.SIGINT, None)
+            stop._handle_signal(signal.SIGTERM, None)  # the controller's echo of the same Ctrl-C
             assert stop.requested
             with pytest.raises(KeyboardInterrupt):
-                stop._heard(signal.SIGINT, None)  # the second one does not wait
+                stop._handle_signal(signal.SIGINT, None)  # the second one does not wait
         raise KeyboardInterrupt
     stop = Stop()
-    with pytest.raises(KeyboardInterrupt), stop.at_once():
-        stop._heard(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt), stop.interruptible():
+        stop._handle_signal(signal.SIGTERM, None)
         raise AssertionError("what may be broken off is")

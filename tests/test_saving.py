@@ -81,7 +81,7 @@ def test_merging_is_tried_without_moving_anything(tiny, kind):
     model = get_peft_model(tiny, make())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    reason = merging.obstacle(model)
+    reason = merging.reason_unsupported(model)
     if expected is None:
         assert reason is None
     else:

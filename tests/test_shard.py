@@ -197,9 +197,9 @@ assert rows[0] == (4, 3)[accelerator.process_index], rows
 for name, p in model.named_parameters():
     full = shard.whole(p.detach())
     assert accelerator.process_index or torch.equal(full, before[name]), name
-    again = shard.as_divided(full, p)
+    again = shard.distribute_like(full, p)
     assert torch.equal(again.to_local(), p.to_local()) and again.placements == p.placements
-    assert shard.as_divided(torch.ones(()), p).shape == ()
+    assert shard.distribute_like(torch.ones(()), p).shape == ()
 shard.gather(model, keep=accelerator.is_main_process)
 if accelerator.is_main_process:
     assert model.lm_head.weight is model.transformer.wte.weight

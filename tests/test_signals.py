@@ -167,7 +167,9 @@ def test_a_second_ctrl_c_leaves_no_rank_behind(tmp_path):
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130 and "Traceback" not in errors, errors
     assert none_left(tmp_path)
-    assert run_record.read(run_dir)["status"] == "interrupted" and not run_record.can_go_on(run_dir)
+    assert run_record.read(run_dir)["status"] == "interrupted" and not run_record.can_resume(
+        run_dir
+    )
 
 
 @pytest.mark.faults
@@ -179,7 +181,7 @@ def test_a_group_ctrl_c_has_ranks_write_a_checkpoint(tmp_path):
     os.killpg(controller.pid, signal.SIGINT)
     _, errors = controller.communicate(timeout=60)
     assert controller.returncode == 130 and "Traceback" not in errors, errors
-    assert run_record.can_go_on(run_dir) and run_record.read(run_dir)["status"] == "interrupted"
+    assert run_record.can_resume(run_dir) and run_record.read(run_dir)["status"] == "interrupted"
     assert none_left(tmp_path)
     other = subprocess.run(
         [sys.executable, "-m", "harness", *run, "launch.num_processes=1", "method.dropout=0.1"],

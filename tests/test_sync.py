@@ -115,7 +115,7 @@ def sync(tree, experiment, port):
 def test_every_run_is_uploaded_once(tmp_path, place, capsys):
     tree = tmp_path / place
     folder = sweep(tree / "outputs" / "exp", 3)
-    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
+    with tracking.TrackerProcesses(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
         pass
     told = capsys.readouterr().out.partition("to upload: ")[2].strip()
     offline = read(folder)

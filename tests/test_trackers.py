@@ -35,14 +35,14 @@ def test_a_sweep_in_mlflow_is_read_back_from_its_sqlite_store(tmp_path, capsys, 
     folder = sweep(tmp_path / "exp", 2)
     whole, record = cut(folder / "r8-s0", 3, "interrupted")
     asked = {"mlflow": {"uri": None, "patience": 400}}
-    with tracking.Beside(runs_of(folder, asked), sweep=True):
+    with tracking.TrackerProcesses(runs_of(folder, asked), sweep=True):
         pass
     said = capsys.readouterr().out
     assert f"2 runs; mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db" in said
     text = "".join(json.dumps(row) + "\n" for row in whole)
     atomic.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
     run_record.write(folder / "r8-s0", record)
-    with tracking.Beside(runs_of(folder, asked), sweep=True):
+    with tracking.TrackerProcesses(runs_of(folder, asked), sweep=True):
         pass
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "exp"]

@@ -107,7 +107,7 @@ def test_thirty_runs_are_thirty_runs_and_a_summary(tmp_path, capsys):
     folder = sweep(tmp_path / "exp", 30)
     (folder / "r8-s3" / "adapter").mkdir()
     (folder / "r8-s3" / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
-    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
+    with tracking.TrackerProcesses(runs_of(folder, {"wandb": OFFLINE}), sweep=True):
         pass
     said = capsys.readouterr().out
     assert said.startswith("wandb: 30 runs offline in ") and "; to upload: cd " in said
@@ -141,7 +141,7 @@ def test_thirty_runs_are_thirty_runs_and_a_summary(tmp_path, capsys):
     assert any(key.startswith("figures/") for key in logged)
     assert any(a.type == "report" for a in last.artifacts)
 
-    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE}), sweep=False):
+    with tracking.TrackerProcesses(runs_of(folder, {"wandb": OFFLINE}), sweep=False):
         pass  # the same sweep again: nothing is finished anew, nothing is tracked twice
     assert sum(map(len, read(folder).values())) == 31
 
@@ -160,10 +160,10 @@ def test_several_trackers_follow_a_run_that_is_cut_and_goes_on(tmp_path):
 
     asked = {"wandb": OFFLINE, "tensorboard": {"patience": 60}}
     state(whole[:4], "interrupted")
-    with tracking.Beside(runs_of(folder, asked), sweep=False):
+    with tracking.TrackerProcesses(runs_of(folder, asked), sweep=False):
         pass
     state(whole[:3], "running")  # gone on from a checkpoint before the cut
-    with tracking.Beside(runs_of(folder, asked), sweep=False):
+    with tracking.TrackerProcesses(runs_of(folder, asked), sweep=False):
         time.sleep(2)
         state(whole, "finished")
     first, second = read(folder)["r8-s0"]
@@ -201,7 +201,7 @@ def test_trackio_keeps_its_runs_in_the_sweeps_folder_and_asks_nobody(tmp_path, c
     atomic.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
     run_record.write(folder / "r8-s0", record | {"status": "interrupted"})
     tracker = {"trackio": {"project": "p", "patience": 120}}
-    with tracking.Beside(runs_of(folder, tracker), sweep=True) as beside:
+    with tracking.TrackerProcesses(runs_of(folder, tracker), sweep=True) as beside:
         pass
     said = capsys.readouterr().out
     assert said.startswith("trackio: 2 runs; TRACKIO_DIR=") and "trackio show --project p" in said
@@ -210,7 +210,7 @@ def test_trackio_keeps_its_runs_in_the_sweeps_folder_and_asks_nobody(tmp_path, c
     text = "".join(json.dumps(row) + "\n" for row in whole)
     atomic.write_atomically(folder / "r8-s0" / "metrics.jsonl", text)
     run_record.write(folder / "r8-s0", record)
-    with tracking.Beside(runs_of(folder, tracker), sweep=True):
+    with tracking.TrackerProcesses(runs_of(folder, tracker), sweep=True):
         pass
     assert not asked.exists() and not (tmp_path / "home").exists()
     with closing(sqlite3.connect(folder / "trackio" / "p.db")) as database:
@@ -242,7 +242,9 @@ def test_a_tracker_that_fails_is_told_of_and_nothing_else(tmp_path, capsys, end,
     (module / "__init__.py").write_text(f"import os, time\n{body[end]}\n")
     monkeypatch.setenv("PYTHONPATH", f"{module.parent}{os.pathsep}{REPOSITORY}")
     began = time.monotonic()
-    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE | {"patience": 5}}), sweep=True):
+    with tracking.TrackerProcesses(
+        runs_of(folder, {"wandb": OFFLINE | {"patience": 5}}), sweep=True
+    ):
         pass
     assert time.monotonic() - began < 60
     said = capsys.readouterr().out
@@ -256,7 +258,9 @@ def test_without_a_key_the_runs_go_offline_and_the_reason_is_told(tmp_path, caps
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     folder = sweep(tmp_path / "exp", 1)
-    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE | {"mode": "online"}}), sweep=False):
+    with tracking.TrackerProcesses(
+        runs_of(folder, {"wandb": OFFLINE | {"mode": "online"}}), sweep=False
+    ):
         pass
     said = capsys.readouterr().out
     assert "1 runs offline" in said and "could not be reached" in said
@@ -274,7 +278,9 @@ def test_a_service_that_cannot_be_reached_leaves_runs_offline(tmp_path, capsys, 
     monkeypatch.setenv("WANDB_BASE_URL", host)
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     folder = sweep(tmp_path / "exp", 1)
-    with tracking.Beside(runs_of(folder, {"wandb": OFFLINE | {"mode": "online"}}), sweep=False):
+    with tracking.TrackerProcesses(
+        runs_of(folder, {"wandb": OFFLINE | {"mode": "online"}}), sweep=False
+    ):
         pass
     listener.close()
     said = capsys.readouterr().out
@@ -289,7 +295,7 @@ def test_a_tracker_ends_with_its_controller(tmp_path):
         "from harness import tracking\n"
         f"run = N(run_dir=Path({str(folder / 'r8-s0')!r}), experiment_name='e', "
         "tracker={'tensorboard': {'patience': 5}})\n"
-        "beside = tracking.Beside([run], sweep=False).__enter__()\n"
+        "beside = tracking.TrackerProcesses([run], sweep=False).__enter__()\n"
         "print(beside._processes['tensorboard'].pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -113,7 +113,7 @@ def _is_whole(run: Saved, merge: bool) -> bool:
     reason = None
     if run.run.model.architecture:
         reason = "the run drew its base at random, and no one else has it"
-    elif joined_lora.is_apart(config) and (why := joined_lora.obstacle(config)):
+    elif joined_lora.is_split(config) and (why := joined_lora.reason_unsupported(config)):
         reason = (
             "it is on q, k and v apart, which the published base has not, and cannot be written "
             f"as one on c_attn: {why}"
@@ -161,7 +161,7 @@ def merged(run: Saved) -> tuple[PreTrainedModel, float | None]:
         ConfigError: a method that cannot be merged, or whose merged model is another one.
     """
     model: Any = run.model()
-    if quantized.packing_of(model.config) and (reason := merging.obstacle(model)):
+    if quantized.packing_of(model.config) and (reason := merging.reason_unsupported(model)):
         raise ConfigError(f"--merge: {reason}; leave out --merge")
     model, moved = model.float(), None
     if isinstance(model, PeftModel):
@@ -205,7 +205,7 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
     config = PeftConfig.from_pretrained(str(source))
     config.base_model_name_or_path = finished_run.source(run.run)
     config.revision = run.run.model.revision
-    joins = joined_lora.is_apart(config)
+    joins = joined_lora.is_split(config)
     if joins:
         config, tensors = joined_lora.join(config, load_file(source / WEIGHTS))
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

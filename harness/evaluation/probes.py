@@ -181,7 +181,11 @@ def check_blocks(predicts: NextToken, run: RunConfig, config: PretrainedConfig) 
     """
     name, width = run.model.name, run.data.context
     if run.data.packing == "packed":
-        if not predicts.packs() or width > same_up_to(config) or _packed_differ(predicts, width):
+        if (
+            not predicts.supports_packing()
+            or width > same_up_to(config)
+            or _packed_differ(predicts, width)
+        ):
             raise ConfigError(
                 f"data.packing=packed: {name} with method={run.method.name} cannot keep the "
                 "sequences of a block apart; set data.packing=padded"

@@ -27,13 +27,13 @@ Tensors = dict[str, torch.Tensor]
 FUSED = "attn.c_attn"
 
 
-def is_apart(config: peft.PeftConfig) -> bool:
+def is_split(config: peft.PeftConfig) -> bool:
     """Whether an adapter is on q, k or v alone, which a published GPT-2 has not."""
     named = getattr(config, "target_modules", None)
     return not isinstance(named, str) and bool(set(named or ()) & set(UNFUSED_TARGETS.values()))
 
 
-def obstacle(config: peft.PeftConfig) -> str | None:
+def reason_unsupported(config: peft.PeftConfig) -> str | None:
     """Why `join` cannot write this adapter, or None where it can."""
     if not isinstance(config, peft.LoraConfig):
         return f"{getattr(config.peft_type, 'value', config.peft_type)} is not LoRA"

@@ -12,7 +12,7 @@ from torch import nn
 from harness.models import quantized
 
 
-def obstacle(model: nn.Module) -> str | None:
+def reason_unsupported(model: nn.Module) -> str | None:
     """Return why the adapter of `model` cannot be merged, in PEFT's words; None where it can.
 
     Every layer is merged in a copy, one after another: a method may take some layers and not

@@ -218,7 +218,7 @@ class NextToken(nn.Module):
         return torch.stack(found).sum() if found else None
 
     @torch.no_grad()
-    def packs(self) -> bool:
+    def supports_packing(self) -> bool:
         """Whether sequences of one row stay apart: tried on two short ones, together and alone.
 
         Only where attention is SDPA's causal one: a mask that keeps sequences apart replaces the
@@ -255,7 +255,7 @@ class NextToken(nn.Module):
 
     def _logits(self, inputs: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         if positions is not None:
-            mask = own_sequence(positions)
+            mask = document_causal_mask(positions)
             model = self.model
             return model(
                 input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=False
@@ -324,7 +324,7 @@ def own_losses(model: nn.Module) -> list[str]:
     return [name for name in dir(tuner) if re.fullmatch(r"_get_\w+_loss", name)]
 
 
-def own_sequence(positions: torch.Tensor) -> torch.Tensor:
+def document_causal_mask(positions: torch.Tensor) -> torch.Tensor:
     """(B, T) positions -> (B, 1, T, T) bool: what came before, back to the last position 0."""
     sequence = positions.eq(0).cumsum(1)
     same = sequence[:, None, :, None] == sequence[:, None, None, :]

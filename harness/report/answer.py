@@ -61,7 +61,7 @@ def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
     said = f"{best} reaches the lowest test perplexity, {value:.1f} ({between})"
     if not test.comparisons:
         return said + "."
-    compared = [ev.turned(c, best) for c in test.comparisons if best in (c.a, c.b)]
+    compared = [ev.reversed_(c, best) for c in test.comparisons if best in (c.a, c.b)]
     ties = [c.b for c in compared if c.better is None]
     single = bool(test.alone)  # then no difference is one between seeds
     if ties:

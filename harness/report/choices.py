@@ -131,7 +131,7 @@ def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet
             Cell(f"{times:.2f}", times), Cell(least, least),
         ]  # fmt: skip
         line += [_cost_cell(named[choice.take], title, costs[title]) for title in ev.BUDGETS]
-        ties = ev.some(choice.ties) or "-"
+        ties = ev.shorten(choice.ties) or "-"
         lines.append([*line, Cell(ties, ties)])
     if len(lines) < 2:
         return None

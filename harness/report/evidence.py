@@ -78,7 +78,7 @@ class Evidence:
         made = {frozenset((c.a, c.b)): c for c in self.comparisons}
         ordered = self.ordered
         pairs = zip(ordered[1:], ordered, strict=False)
-        return [turned(made[frozenset((worse, better))], worse) for worse, better in pairs]
+        return [reversed_(made[frozenset((worse, better))], worse) for worse, better in pairs]
 
 
 def scope(test: Evidence) -> list[str]:
@@ -96,7 +96,7 @@ def scope(test: Evidence) -> list[str]:
         for name, part in parts.items()
     ]
     if without := [f"{i.name} ({i.missing})" for i in test.intervals.values() if i.missing]:
-        said.append(f"No interval: {some(without)}.")
+        said.append(f"No interval: {shorten(without)}.")
     first = next(iter(test.intervals.values()))
     if first.num_effective < first.num_documents / 2:
         said.append(
@@ -111,7 +111,7 @@ def scope(test: Evidence) -> list[str]:
             "documents and a few end far above the rest, intervals cover 87 to 93 %."
         )
     if test.alone:
-        whose = "" if most == 1 else f" of {some(test.alone)}"
+        whose = "" if most == 1 else f" of {shorten(test.alone)}"
         said.append(
             f"ONE SEED{whose}: intervals and ranks are over documents alone; another seed may move "
             "every row that trains, and close pairs are not told apart by one."
@@ -136,13 +136,13 @@ def scope(test: Evidence) -> list[str]:
     return said
 
 
-def some(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
     """A few names, and how many more there are."""
     more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
     return ", ".join(names[:MANY]) + more
 
 
-def turned(c: stats.Comparison, first: str) -> stats.Comparison:
+def reversed_(c: stats.Comparison, first: str) -> stats.Comparison:
     """The comparison as that of `first` less the other."""
     if c.a == first:
         return c
@@ -226,7 +226,7 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
     if len(base) == 1 and base[0] in on.intervals:
         pairs = [c for c in on.comparisons if base[0] in (c.a, c.b)]
         named = [c.b if c.a == base[0] else c.a for c in pairs]
-        found = {name: turned(c, name) for name, c in zip(named, pairs, strict=True)}
+        found = {name: reversed_(c, name) for name, c in zip(named, pairs, strict=True)}
         return found, f"the base model ({base[0]})"
     found = {}
     for row in rows:
@@ -347,7 +347,7 @@ def time_scope(rows: Iterable[Row]) -> str | None:
         "Training time: one row's is taken to be shorter only where its seconds are, beyond their "
         "spread over runs (Welch's t-test of their logarithms, 5 %)"
     )
-    whose = some(left) if timed else "all rows"
+    whose = shorten(left) if timed else "all rows"
     without = f"; without {whose}: one run, or a shared machine, does not tell how seconds vary"
     return said + (without if left else "") + "."
 

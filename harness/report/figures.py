@@ -343,7 +343,7 @@ def _forgetting(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figure | N
         if base[0] in (pair.a, pair.b)
         for name in (pair.a, pair.b)
         if name != base[0]
-        for c in [ev.turned(pair, base[0])]
+        for c in [ev.reversed_(pair, base[0])]
     }
     trained = [row for row in _trained(rows, test) if row.name in moved and row.name in learned]
     if not trained:

@@ -75,7 +75,7 @@ def _begun(run_dir: Path) -> Missing | None:
     kind = failure.get("class")
     reason = ": ".join(filter(None, (kind, said[0] if said else "")))
     left = "a sweep leaves it as it is until retry=1"
-    return Missing(name, status, reason, AGAIN if kind in run_record.NOT_LEFT else left, log)
+    return Missing(name, status, reason, AGAIN if kind in run_record.RETRYABLE else left, log)
 
 
 def _step(run_dir: Path) -> int:
@@ -83,7 +83,7 @@ def _step(run_dir: Path) -> int:
 
 
 def _goes_on(run_dir: Path) -> str:
-    return "the same command goes on with it" if run_record.can_go_on(run_dir) else AGAIN
+    return "the same command goes on with it" if run_record.can_resume(run_dir) else AGAIN
 
 
 def _not_compared(findings: Findings) -> Iterator[Missing]:

@@ -51,7 +51,7 @@ CHECKPOINTS, BEST, RESERVE = "checkpoints", "best.safetensors", ".reserve"
 INITIAL = "initial_adapter"
 RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
 INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
-NOT_LEFT = (None, "config", "killed")  # classes of failure that a sweep tries again unasked
+RETRYABLE = (None, "config", "killed")  # classes of failure that a sweep tries again unasked
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 METRICS_NAME = "metrics.jsonl"
 SWEEP_NAME = "sweep.json"
@@ -164,7 +164,7 @@ def documents_name(name: str, when: str = "after") -> str:
     return f"documents-{name}{'-before' if when == 'before' else ''}.parquet"
 
 
-def can_go_on(run_dir: Path) -> bool:
+def can_resume(run_dir: Path) -> bool:
     """Whether a run was cut after a checkpoint."""
     return any((run_dir / CHECKPOINTS).glob("[0-9]*"))
 

@@ -28,7 +28,7 @@ from harness.config.run_config import RunConfig
 from harness.results import run_record
 from harness.runs import composition, launcher, mistakes, progress, tracking
 from harness.system import atomic, lock
-from harness.system.signals import passed_on
+from harness.system.signals import forward_signals
 
 log = logging.getLogger(__name__)
 BUSY_SECONDS = 2.0  # between looks at runs that other controllers have claimed
@@ -101,9 +101,9 @@ class GridSweeper(BasicSweeper):
             return {pid for run in runs if (pid := lock.worker_at(run.run_dir))}
 
         with (
-            tracking.Beside(runs, sweep=True),
+            tracking.TrackerProcesses(runs, sweep=True),
             progress.View(runs),
-            nullcontext() if here else passed_on(workers),
+            nullcontext() if here else forward_signals(workers),
         ):
             while todo:
                 asked = [[*jobs[i], since, launcher.planned(runs[i])] for i in todo]

@@ -83,7 +83,9 @@ def task(cfg: DictConfig) -> Outcome:
         run = replace(run, launch=replace(run.launch, cores=cores))
         # Ranks have no bar of their own: their output goes to a file.
         viewed = not sweep and run.launch.num_processes > 1 and sys.stdout.isatty()
-        followed = nullcontext() if sweep or rank() else tracking.Beside([run], sweep=False)
+        followed = (
+            nullcontext() if sweep or rank() else tracking.TrackerProcesses([run], sweep=False)
+        )
         with followed, progress.View([run]) if viewed else nullcontext():
             outcome = launch(run, command_line(arguments), sweep=sweep)
     except ConfigError as error:
@@ -137,7 +139,7 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False, quiet: bool = F
     The worker of a run by itself draws a bar, unless it is to be `quiet`.
 
     A run that was cut goes on from its last checkpoint. In a sweep, one that failed before is left
-    as it is, unless `retry` asks for further attempts or it is of `results.NOT_LEFT`.
+    as it is, unless `retry` asks for further attempts or it is of `results.RETRYABLE`.
 
     Raises:
         ConfigError: the directory cannot be written, or holds another configuration's run.
@@ -221,7 +223,7 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool, quiet:
             "or rerun=true to replace them"
         )
     status = found["status"] if found else None
-    cut = status in ("running", "interrupted", "failed") and run_record.can_go_on(run_dir)
+    cut = status in ("running", "interrupted", "failed") and run_record.can_resume(run_dir)
     if found is not None and not run.rerun and (status == "finished" or cut):
         if not same:
             state = (
@@ -236,7 +238,7 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool, quiet:
             return Outcome(run_dir, "skipped")
     if found is not None and status == "failed" and sweep and not run.retry and not run.rerun:
         failure = found.get("failure") or {}
-        if same and failure.get("class") not in run_record.NOT_LEFT:
+        if same and failure.get("class") not in run_record.RETRYABLE:
             return _outcome(run_dir, found)
     go_on, attempts, micro_batch = cut and not run.rerun, run.retry, None
     while True:

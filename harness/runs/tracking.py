@@ -24,7 +24,7 @@ from harness.results import run_record
 from harness.system.console import reason
 
 
-class Beside:
+class TrackerProcesses:
     """The trackers of a sweep, while its body runs."""
 
     def __init__(self, runs: Sequence[RunConfig], sweep: bool) -> None:
@@ -35,7 +35,7 @@ class Beside:
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self._stopped: set[str] = set()
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> TrackerProcesses:
         for name, options in self._asked.items():
             spec = {
                 "options": options,

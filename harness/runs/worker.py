@@ -50,8 +50,8 @@ from harness.runs.finished_run import Saved
 from harness.system import contents, lock, machine, network
 from harness.system.signals import Stop
 from harness.training import checkpoint, loop, memory, sharding
-from harness.training.evaluator import HeldOut
-from harness.training.run_state import SoFar, Standing
+from harness.training.evaluator import Evaluator
+from harness.training.run_state import Elapsed, RunState
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
 log = logging.getLogger("harness")
@@ -81,14 +81,14 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     so_far = None
     try:
         try:
-            with stop.at_once(), log_path.open("a") as crash_log:
+            with stop.interruptible(), log_path.open("a") as crash_log:
                 faulthandler.enable(crash_log)  # a segfault leaves its stack there
                 if rank == 0:
                     run_record.keep_reserve(run_dir)
-                    so_far = SoFar(time.time(), lock.beside())
+                    so_far = Elapsed(time.time(), lock.concurrent_runs())
                 run = run or composition.load(run_dir / "config.yaml")
                 result |= run_record.describe(run, run_dir)
-                perform(run, run_dir, result, stop, so_far or SoFar(time.time()), quiet=quiet)
+                perform(run, run_dir, result, stop, so_far or Elapsed(time.time()), quiet=quiet)
         finally:
             stop.ignore()
             faulthandler.disable()
@@ -159,7 +159,7 @@ def perform(
     run_dir: Path,
     result: dict[str, Any],
     stop: Stop,
-    so_far: SoFar,
+    so_far: Elapsed,
     *,
     quiet: bool,
 ) -> None:
@@ -254,7 +254,7 @@ def perform(
         at_base = base_model.Base(base, run, room) if changes else None
     model = methods.adapt(base, run)
     merged = wants_merged(run, pretrained.wants_unfused(run, model_config))
-    if merged and (reason := merging.obstacle(model)):
+    if merged and (reason := merging.reason_unsupported(model)):
         if run.save_merged == "always":
             raise ConfigError(f"save_merged=always: {reason}; set save_merged=never")
         log.info("no model/ will be saved: %s", reason)
@@ -316,10 +316,10 @@ def perform(
         optimizer = accelerator.prepare_optimizer(loop.make_optimizer(model, run.train))
 
     # ----------------------------------------------------------------------- train
-    standing = Standing(run, run_dir, model, optimizer, accelerator, process, so_far)
+    standing = RunState(run, run_dir, model, optimizer, accelerator, process, so_far)
     state = standing.state
     result["quality"] = standing.quality
-    held_out = HeldOut(
+    held_out = Evaluator(
         text.held_out | further,
         list(further),
         prepared,
@@ -334,7 +334,7 @@ def perform(
     setup_seconds = time.perf_counter() - began
     with standing.metrics:
         if state.validated < 0:
-            held_out.read_before()
+            held_out.evaluate_base()
         process.turn("train")
         loop.train(
             prepared,
@@ -351,8 +351,8 @@ def perform(
             penalty=methods.penalty(model, run),
             quiet=quiet,
         )
-        standing.take_best()  # from here on with the weights that validation chose
-        held_out.read_after()
+        standing.load_best()  # from here on with the weights that validation chose
+        held_out.evaluate_adapted()
     result["run"]["resumed_at"] = state.resumed_at
     capped = "max_flops" if run.train.steps < asked_steps else "steps"
     result["run"]["ended_by"] = state.ended_by or capped
@@ -366,10 +366,10 @@ def perform(
     # ----------------------------------------------------------------------- evaluate
     result["quality"] |= {
         "best_step": state.best_step,
-        "validation": held_out.conclude("validation", standing.best),
+        "validation": held_out.summarize("validation", standing.best),
     }
     if run.evaluate.test:  # read here, once, and nowhere else
-        result["quality"]["test"] = held_out.conclude("test", held_out.nats("test"))
+        result["quality"]["test"] = held_out.summarize("test", held_out.nats("test"))
     # From here on a failure takes nothing away; of several ranks each must do what all do.
     alone = accelerator.num_processes == 1
     if by_protocol is not None:
@@ -436,7 +436,7 @@ def perform(
         flops = predicted["train_flops_per_token"] * state.tokens_per_second
         result["speed"]["gflops_per_second"] = flops / 1e9
     if run.launch.sharded:
-        sharding.gather(model, keep=accelerator.is_main_process)
+        sharding.unshard(model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         with kept_result(result, "what was trained could not be saved"):
             result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)

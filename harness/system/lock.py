@@ -170,7 +170,7 @@ def _is_held(stream: IO[str]) -> bool:
     return False
 
 
-class Beside:
+class ConcurrentRuns:
     """Counts the most runs of this user that were under way at once, from now on.
 
     Every run has a file that it holds locked; whoever starts writes into all of them how many there
@@ -210,10 +210,10 @@ class Beside:
             self._stream.close()
 
 
-def beside() -> Beside | None:
+def concurrent_runs() -> ConcurrentRuns | None:
     """Begin to count, or None, with a warning, where the folder for it is not to be had."""
     try:
-        return Beside()
+        return ConcurrentRuns()
     except OSError as error:
         log.warning("the runs beside this one are not counted: %s", error)
         print(f"warning: the runs beside this one are not counted: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def passed_on(workers: Callable[[], set[int]]) -> Iterator[None]:
+def forward_signals(workers: Callable[[], set[int]]) -> Iterator[None]:
     """Within, an order goes to the processes of `workers` first, which have time to end.
 
     Then, or at a second order, it raises KeyboardInterrupt: whoever keeps those processes may kill
@@ -49,8 +49,11 @@ def passed_on(workers: Callable[[], set[int]]) -> Iterator[None]:
 
 
 class Stop:
-    """Whether the run is to stop. It only notes an order, except within `at_once`, where it raises
-    KeyboardInterrupt, once; a second Ctrl-C raises it anywhere."""
+    """Whether the run is to stop.
+
+    It only notes the order, except within `interruptible`, where it raises KeyboardInterrupt, once;
+    a second Ctrl-C raises it anywhere.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -61,7 +64,7 @@ class Stop:
     def listen(self) -> Stop:
         """Take over both signals of this process, and let through what was held back so far."""
         for number in SIGNALS:
-            signal.signal(number, self._heard)
+            signal.signal(number, self._handle_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
@@ -70,7 +73,7 @@ class Stop:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def _heard(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: Any) -> None:
         self.requested = True
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1 or not (self._deferring or self._raised):
@@ -79,7 +82,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within `at_once`, a part that looks at `requested` itself, where stopping is safe."""
+        """A part of `interruptible` that looks at `requested` itself, where stopping is safe."""
         before, self._deferring = self._deferring, True
         try:
             yield
@@ -87,7 +90,7 @@ class Stop:
             self._deferring = before
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """A part that may be broken off anywhere; an order noted before breaks it off too."""
         before, self._deferring = self._deferring, False
         try:

@@ -93,7 +93,7 @@ def _digest(buffer: torch.Tensor) -> bytes:
     """A checksum of a buffer's values; some kernels write without counting up its version."""
     if buffer.is_meta:
         return b""
-    plain = sharding.whole(buffer.detach()).cpu().contiguous()
+    plain = sharding.full_tensor(buffer.detach()).cpu().contiguous()
     return hashlib.blake2b(plain.reshape(-1).view(torch.uint8).numpy().data).digest()
 
 

@@ -62,7 +62,7 @@ def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torc
     """The tensors on the CPU, made whole one by one by all ranks; nothing if not `keep`."""
     found = {}
     for name, tensor in tensors.items():
-        full = sharding.whole(tensor.detach())
+        full = sharding.full_tensor(tensor.detach())
         if keep:
             found[name] = full.cpu().contiguous()
     return found
@@ -75,7 +75,7 @@ def load_trained(model: nn.Module, path: Path, *, buffers: BufferState | None = 
     if saved.keys() != present.keys():
         raise ValueError(f"{path} holds other tensors than the model trains")
     for name, tensor in saved.items():
-        present[name].copy_(sharding.as_divided(tensor, present[name]))
+        present[name].copy_(sharding.distribute_like(tensor, present[name]))
     if buffers:
         buffers.restore(moving)
 
@@ -111,12 +111,12 @@ def restore(
         if not parameter.requires_grad:
             continue
         with torch.no_grad():
-            parameter.copy_(sharding.as_divided(tensors[f"model/{name}"], parameter))
+            parameter.copy_(sharding.distribute_like(tensors[f"model/{name}"], parameter))
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
             field, _, owner = rest.partition("/")
             if kind == "optimizer" and owner == name:
-                optimizer.state[parameter][field] = sharding.as_divided(value, parameter)
+                optimizer.state[parameter][field] = sharding.distribute_like(value, parameter)
 
 
 def _generators() -> dict[str, torch.Tensor]:
@@ -208,7 +208,7 @@ def latest(run_dir: Path) -> Checkpoint | None:
     return None
 
 
-def take_best(checkpoint: Checkpoint, path: Path) -> None:
+def load_best(checkpoint: Checkpoint, path: Path) -> None:
     """Make the best weights of the checkpoint those of the run."""
     path.unlink(missing_ok=True)
     _link_or_copy(checkpoint.folder / BEST, path)

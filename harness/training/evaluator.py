@@ -18,17 +18,17 @@ from harness.evaluation.sliding_window import Nats
 from harness.results import run_record
 from harness.system import atomic
 from harness.training import memory
-from harness.training.run_state import Standing
+from harness.training.run_state import RunState
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class Evaluator:
     """The texts by split or name, how they are read, and the run that keeps what is found."""
 
     texts: dict[str, Dataset]
     further: list[str]  # names of those that the run's own data does not hold
     prepared: nn.Module  # a NextToken
-    standing: Standing
+    standing: RunState
     context: int
     stride: int
     bos: int | None  # what documents follow (`harness.evaluation.prefix`)
@@ -82,7 +82,7 @@ class HeldOut:
                 now.quality["base"] = {"validation": quality}
         return float(nll.sum() / num_tokens.sum())
 
-    def conclude(self, name: str, found: Nats, when: str = "after") -> dict[str, Any]:
+    def summarize(self, name: str, found: Nats, when: str = "after") -> dict[str, Any]:
         """Quality on a text, and its table of nats per document in RUN_DIR."""
         documents, (nll, num_tokens) = self.texts[name], found
         if self.standing.accelerator.is_main_process:
@@ -95,31 +95,31 @@ class HeldOut:
             atomic.write_atomically(path, lambda scratch: table.to_parquet(scratch, index=False))
         return sliding_window.quality(nll, num_tokens, documents)
 
-    def read_before(self) -> None:
+    def evaluate_base(self) -> None:
         """Quality of the base on the further texts, and on validation where step 0 is another."""
         now = self.standing
         if self.unadapted is None:
             for name in self.further:
-                self._log(name, self._further(name, "before", self.nats(name)))
+                self._log(name, self._evaluate_extra(name, "before", self.nats(name)))
             return
         with self.unadapted() as base:
             found = self.nats("validation", prepared=base)
             quality = sliding_window.quality(*found, self.texts["validation"])
             now.quality["base"] = {"validation": quality}
             for name in self.further:
-                self._further(name, "before", self.nats(name, prepared=base))
+                self._evaluate_extra(name, "before", self.nats(name, prepared=base))
         for name in self.further if now.optimizer is not None else ():
             quality = sliding_window.quality(*self.nats(name), self.texts[name])
             now.quality["also"][name]["step0"] = quality
             self._log(name, quality)
 
-    def read_after(self) -> None:
+    def evaluate_adapted(self) -> None:
         """Quality on the further texts after adaptation."""
         for name in self.further:
-            self._log(name, self._further(name, "after", self.nats(name)))
+            self._log(name, self._evaluate_extra(name, "after", self.nats(name)))
 
-    def _further(self, name: str, when: str, found: Nats) -> dict[str, Any]:
-        quality = self.conclude(name, found, when)
+    def _evaluate_extra(self, name: str, when: str, found: Nats) -> dict[str, Any]:
+        quality = self.summarize(name, found, when)
         self.standing.quality["also"].setdefault(name, {})[when] = quality
         return quality
 

@@ -177,7 +177,7 @@ def apply(
     trainable = [p for p in model.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trainable, cfg.clip or math.inf)
     assert norm is not None
-    norm = sharding.whole(norm)
+    norm = sharding.full_tensor(norm)
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -264,7 +264,7 @@ def train(
             due = state.step % run.evaluate.every == 0 or ended
             if due and state.validated < state.step:
                 try:  # ranks must all do the same: they read validation to its end
-                    with stop.at_once() if world == 1 else nullcontext():
+                    with stop.interruptible() if world == 1 else nullcontext():
                         nll = validate()
                 except KeyboardInterrupt:
                     if saved < state.step:

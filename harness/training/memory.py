@@ -88,7 +88,7 @@ class LiveTensors(TorchDispatchMode):
             for part in parts:
                 self._follow(part, category)
             return
-        storage = sharding.local(tensor).untyped_storage()
+        storage = sharding.to_local(tensor).untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._alive or (size == 0 and not self._divided):
             return
@@ -104,7 +104,7 @@ class LiveTensors(TorchDispatchMode):
 
     def _now_gradient(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        storage = sharding.local(parameter.grad).untyped_storage()
+        storage = sharding.to_local(parameter.grad).untyped_storage()
         before = self._category.get(id(storage))
         if before == "activations":
             self._live[before] -= storage.nbytes()
@@ -193,7 +193,7 @@ def _by_allocator(
     categories = dict(before.by_category)
     if torch.is_grad_enabled():
         categories["gradients"] = sum(
-            sharding.local(p).numel() * p.element_size()
+            sharding.to_local(p).numel() * p.element_size()
             for p in model.parameters()
             if p.requires_grad
         )

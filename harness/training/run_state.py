@@ -31,11 +31,11 @@ log = logging.getLogger("harness")
 
 
 @dataclass
-class SoFar:
+class Elapsed:
     """What a run has had of the machine; a checkpoint keeps it for the run that goes on."""
 
     started: float  # seconds since 1970
-    beside: lock.Beside | None = None
+    beside: lock.ConcurrentRuns | None = None
     wall_seconds: float = 0.0  # of the parts before this one, up to their checkpoints
     runs_beside: int = 0  # in those parts, at most
 
@@ -55,7 +55,7 @@ class SoFar:
             self.beside.end()
 
 
-class Standing:
+class RunState:
     """A run between its first step and its result, begun anew or gone on with from a checkpoint.
 
     Raises:
@@ -70,7 +70,7 @@ class Standing:
         optimizer: torch.optim.Optimizer | None,
         accelerator: Accelerator,
         process: memory.ProcessPeaks,
-        so_far: SoFar,
+        so_far: Elapsed,
     ) -> None:
         self.run_dir = run_dir
         self.model = model
@@ -133,7 +133,7 @@ class Standing:
         self.buffers.restore(tensors)
         checkpoint.restore_generators(found, self.accelerator.process_index)
         if self.accelerator.is_main_process:
-            checkpoint.take_best(found, self._best_path)
+            checkpoint.load_best(found, self._best_path)
         log.info("goes on after step %d", self.state.step)
 
     def save(self) -> None:
@@ -153,7 +153,7 @@ class Standing:
             write = self.accelerator.is_main_process
             checkpoint.save_trained(self.model, self._best_path, buffers=self.buffers, write=write)
 
-    def take_best(self) -> None:
+    def load_best(self) -> None:
         """Put the weights that validation chose into the model."""
         self.accelerator.wait_for_everyone()
         if self.optimizer is not None:

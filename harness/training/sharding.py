@@ -68,18 +68,18 @@ def _check(prepared: nn.Module, blocks: list[nn.Module]) -> None:
             )
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor: its part of a divided one, or all of another."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor. A divided one is gathered: all ranks must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def as_divided(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def distribute_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A copy of a whole tensor on the device of `like`, divided as that is if their shapes agree.
 
     Every rank has the same `value` and takes its part of it.
@@ -90,14 +90,14 @@ def as_divided(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def gather(model: nn.Module, *, keep: bool) -> None:
+def unshard(model: nn.Module, *, keep: bool) -> None:
     """Make a divided model whole again, on the CPU of the rank that says `keep`, to be saved.
 
     All ranks must call it. The model that is kept is not to be run any more.
     """
     made: dict[int, nn.Parameter] = {}  # id of a divided parameter -> the whole one
     for parameter in model.parameters():
-        full = whole(parameter.detach())
+        full = full_tensor(parameter.detach())
         if keep:
             made[id(parameter)] = nn.Parameter(full.cpu(), parameter.requires_grad)
     for module in model.modules() if keep else ():

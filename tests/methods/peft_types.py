@@ -127,7 +127,7 @@ def outcome(name: str, model: str) -> tuple[str, str]:
                 notes.append(f"does not reload ({type(error).__name__})")
     found = estimate.predict(run, config, accelerator)
     notes.append("predicted" if found else "not predicted")
-    if why := merging.obstacle(adapted):
+    if why := merging.reason_unsupported(adapted):
         notes.append(f"does not merge: {shortened(why)}")
     else:
         whole = weight_tying.merged(adapted)

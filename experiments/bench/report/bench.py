@@ -95,7 +95,7 @@ def scroll(page: Path, width: int, scheme: str) -> dict[str, float]:
         timing = "return performance.timing.loadEventEnd - performance.timing.navigationStart"
         loaded = float(browser.execute_script(timing))
         found = {"loaded_ms": loaded}
-        for when in ("at_once", "drawn", "again"):
+        for when in ("interruptible", "drawn", "again"):
             frames = sorted(browser.execute_async_script(SCROLL, 60))
             found |= {
                 f"{when}_frames": len(frames),
