@@ -382,5 +382,5 @@ def test_other_weights_are_another_run_and_the_old_one_is_not_exported(mine, har
     assert len(list(run_record.collect(mine / "outputs/scratch"))) == 2
     with pytest.raises(ConfigError, match=r"the model at .*base changed since this run was done"):
         finished_run.load(run_dir)
-    refused = harness(str(run_dir), "out", module="harness.artifacts.export")
+    refused = harness("export", str(run_dir), "out")
     assert refused.returncode == 2 and "changed since this run was done" in refused.stderr

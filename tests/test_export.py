@@ -466,7 +466,7 @@ def test_paths_of_a_run_are_found_from_where_it_was_started(finished_run, tmp_pa
 
 def test_the_command_line(finished_run, tmp_path, harness, monkeypatch, capsys):
     run_dir = finished_run(*LORA)
-    done = harness(str(run_dir), str(tmp_path / "out"), module="harness.artifacts.export")
+    done = harness("export", str(run_dir), str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert "a LORA adapter" in done.stdout and "identical logits" in done.stdout
     assert not done.stderr

@@ -152,7 +152,7 @@ def test_numbers_out_of_range_are_named(arguments, said):
 def test_the_command_line(finished_run, harness, monkeypatch, capsys):
     run_dir = finished_run(*LORA)
     asked = (str(run_dir), "--prompt", PROMPT, "--prompt", "In the", "--max-new-tokens", "5")
-    done = harness(*asked, module="harness.artifacts.sample")
+    done = harness("generate", *asked)
     assert done.returncode == 0, done.stderr
     assert len(columns(done.stdout)) == 2 and not done.stderr
     assert "temperature 0.8, seed 0" in done.stdout

@@ -15,7 +15,7 @@ from harness.system import lock, scratch
 OTHER = """
 import sys
 from pathlib import Path
-from harness import lock
+from harness.system import lock
 {body}
 print("ready", flush=True)
 sys.stdin.read()

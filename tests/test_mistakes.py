@@ -132,7 +132,7 @@ def test_help_says_what_every_option_and_key_is():
         for option in options(group):
             if (group, option) != ("data", "source"):
                 assert [row for row in text.splitlines() if row.split()[:1] == [option]], option
-                assert len(arguments._said_of(group, option)) > 8, option
+                assert len(arguments.sentence_of(group, option)) > 8, option
     assert (
         "method.residual=drop" in text
         and "train.batch_tokens=2048" in text
@@ -212,11 +212,11 @@ def test_a_mistake_that_only_the_worker_finds_leaves_no_directory(make_run, tmp_
     run = make_run(f"outputs_dir={tmp_path}/out", "method=full", "method.train_only=[nothing]")
 
     def refused(run, claim, *, quiet):
-        record = launcher.results.read(run.run_dir) | {
+        record = launcher.run_record.read(run.run_dir) | {
             "status": "failed",
             "failure": {"class": "config", "message": "method.train_only: 'nothing' matches none"},
         }
-        launcher.results.write(run.run_dir, record)
+        launcher.run_record.write(run.run_dir, record)
         (run.run_dir / "log.txt").write_text("Traceback …")
         return launcher._outcome(run.run_dir, record)
 
@@ -234,7 +234,7 @@ def test_a_mistake_that_only_the_worker_finds_leaves_no_directory(make_run, tmp_
 
     def measured(run, *arguments, **more):
         real(run, *arguments, **more)
-        (run.run_dir / launcher.results.METRICS_NAME).write_text('{"step": 0}\n')
+        (run.run_dir / launcher.run_record.METRICS_NAME).write_text('{"step": 0}\n')
 
     monkeypatch.setattr(launcher, "prepare", measured)
     assert launcher.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
@@ -263,8 +263,8 @@ def test_plan_lists_the_runs_of_a_sweep(capsys):
 def test_plan_and_count_find_a_mistake_without_torch():
     probe = (
         "import sys\n"
-        "from harness import count, planning\n"
-        "codes = [module.main(['method.rr=3']) for module in (count, planning)]\n"
+        "from harness.commands import count, plan\n"
+        "codes = [module.main(['method.rr=3']) for module in (count, plan)]\n"
         "print(codes, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))\n"
     )
     done = subprocess.run(

@@ -117,7 +117,7 @@ def test_the_harness_runs_from_a_wheel_in_an_empty_folder(installed, tmp_path):
     assert "r: 4" in shown and shown == do(
         python, "-m", "harness", "method=lora", "method.r=4", "--cfg", "job"
     )
-    assert "131,072" in do(python, "-m", "harness.commands.count", "method=lora", "method.r=8")
+    assert "131,072" in do(program, "count", "method=lora", "method.r=8")
     table = do(program, "-m", "method=none,lora", *SHORT)
     assert "131,072" in table
     records = [record for _, record in run_record.collect(tmp_path / "outputs" / "scratch")]
@@ -134,7 +134,9 @@ def test_the_harness_runs_from_a_wheel_in_an_empty_folder(installed, tmp_path):
         "# @package _global_\nexperiment_name: own\ntrain: {lr: 0.5}\n"
     )
     assert "lr: 0.5" in do(program, "--config-dir", "mine", "experiment=own", "--cfg", "job")
-    code = "from harness import rates as r; print(r.own_path('x'), r.path_of('gpt2_mini_kjv'))"
+    code = (
+        "from harness.config import rates as r\nprint(r.own_path('x'), r.path_of('gpt2_mini_kjv'))"
+    )
     shipped = packages / "harness" / "conf" / "rates" / "gpt2_mini_kjv.yaml"
     assert do(python, "-c", code).split() == ["conf/rates/x.yaml", str(shipped)]
     (tmp_path / "conf" / "rates").mkdir(parents=True)

@@ -140,7 +140,7 @@ def test_a_run_counts_packed_bytes_and_predicts_them(
     assert predicted == pytest.approx(result["memory"]["peak_bytes"], rel=near)
     refused = harness(*base(folder), *LORA, *SHORT[:-1], "save_merged=always")
     assert refused.returncode != 0 and "cannot be merged into weights quantised" in refused.stderr
-    refused = harness(str(run_dir), "out", "--merge", module="harness.artifacts.export")
+    refused = harness("export", str(run_dir), "out", "--merge")
     assert refused.returncode == 2 and "cannot be merged into weights quantised" in refused.stderr
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from harness.config.errors import ConfigError
-from harness.config.paths import REPOSITORY
+from harness.config.paths import PACKAGE
 from harness.config.schema import DataConfig
 from harness.data import documents, token_cache, token_data
 from harness.system import digests
@@ -44,8 +44,7 @@ def test_a_text_is_read_again_where_the_code_that_reads_it_changed(
     token_data.prepare(cfg, tokenizer)
     monkeypatch.setattr(token_cache, "_code", lambda: "another version")
     assert not token_data.prepare(cfg, tokenizer).tokenized
-    for name in token_cache.READERS:
-        assert (REPOSITORY / "harness" / f"{name}.py").is_file()
+    assert all(list(PACKAGE.glob(pattern)) for pattern in token_cache.READERS)
     unread()
     token_data.prepare(cfg, tokenizer)
     monkeypatch.setattr(token_cache, "_code", lambda: "a third")

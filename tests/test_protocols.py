@@ -403,9 +403,7 @@ def test_verify_prints_what_is_published_beside_what_is_measured(
     text = "".join(PAGES.replace("line is here", f"line {i} is here") for i in range(6))
     (tmp_path / "raw test.txt").write_text(text, "utf-8")
     both = ("--raw", "raw test.txt", "--tokenised", "raw test.txt")
-    done: subprocess.CompletedProcess[str] = harness(
-        "--only", "gpt2", *both, module="harness.commands.verify_published"
-    )
+    done: subprocess.CompletedProcess[str] = harness("verify", "--only", "gpt2", *both)
     assert done.returncode == 1, done.stderr  # the tiny model is not gpt2
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("gpt2 ")]
     assert [row[1:4] for row in rows] == [
@@ -422,14 +420,14 @@ def test_verify_prints_what_is_published_beside_what_is_measured(
 
 @pytest.mark.slow
 def test_verify_says_what_is_missing(harness, hub_cache):
-    done = harness("--only", "gpt2", module="harness.commands.verify_published")
+    done = harness("verify", "--only", "gpt2")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines() == [
         "error: nothing to compare: no weights of openai-community/gpt2 in the local hub cache, "
         "and the hub is out of reach"
     ]
     hub_cache()
-    done = harness("--only", "gpt2", module="harness.commands.verify_published")
+    done = harness("verify", "--only", "gpt2")
     assert done.returncode == 2 and not done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nothing to compare: data.id=Salesforce/wikitext: could not be")

@@ -357,7 +357,7 @@ def test_a_search_of_some_keeps_the_rates_of_others_and_diverging_ones_are_none(
         search([["method=full"], ["method=full"]], [runs[0], runs[0]])
     curve["full"] = 1e-9
     before = path.read_text()
-    monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])
+    monkeypatch.setattr(harness_rates.launcher, "OUTCOMES", [])
     search([["method=full"]], runs[:1])
     assert path.read_text() == before and harness_rates.launcher.OUTCOMES
 
@@ -374,7 +374,7 @@ def test_a_rate_that_breaks_is_told_and_nothing_is_written(monkeypatch, tmp_path
     sweeper.config, sweeper.hydra_context = {}, Mock()
     died = SimpleNamespace(status="failed", failure_class="oom", run_dir=tmp_path)
     monkeypatch.setattr(sweeper, "_launch", lambda jobs, runs: [died] * len(jobs))
-    monkeypatch.setattr(harness_rates.launch, "OUTCOMES", [])
+    monkeypatch.setattr(harness_rates.launcher, "OUTCOMES", [])
     sweeper._do([["method=full"]], [run])
     assert [died] * 3 == harness_rates.launcher.OUTCOMES  # the exit status says so
     assert not (tmp_path / "x.yaml").exists()

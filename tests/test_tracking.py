@@ -292,7 +292,7 @@ def test_a_tracker_ends_with_its_controller(tmp_path):
     folder = sweep(tmp_path / "exp", 1)
     code = (
         "import os, sys, signal; from types import SimpleNamespace as N; from pathlib import Path\n"
-        "from harness import tracking\n"
+        "from harness.runs import tracking\n"
         f"run = N(run_dir=Path({str(folder / 'r8-s0')!r}), experiment_name='e', "
         "tracker={'tensorboard': {'patience': 5}})\n"
         "beside = tracking.TrackerProcesses([run], sweep=False).__enter__()\n"

@@ -18,7 +18,7 @@ from harness.runs.finished_run import Saved
 
 REGISTERS = {  # what a process must import before it can load these, and why
     "UDV": "import harness.methods.udv  # makes PEFT know UDV",
-    "lstm": "import harness.models.pretrained  # makes transformers know the LSTM",
+    "lstm": "import harness.models  # makes transformers know the LSTM",
 }
 
 

@@ -3,5 +3,9 @@
 `pretrained` loads and counts, `loss` is head and cross-entropy in one, `split_qkv` divides GPT-2's
 fused attention projection so that q, k and v can be adapted apart.
 
-Imports `data` and below.
+Imports `data` and below. An import of the package makes transformers know the small LSTM.
 """
+
+from harness.models.lstm import register_lstm
+
+register_lstm()  # `model_type: lstm` for AutoConfig and AutoModelForCausalLM

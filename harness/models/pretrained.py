@@ -30,11 +30,8 @@ from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, ModelConfig, TrainConfig
 from harness.models import gguf, weights
 from harness.models import quantized as packed
-from harness.models.lstm import register_lstm
 from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
 from harness.system import gguf_file, lfs, network
-
-register_lstm()  # `model_type: lstm` for AutoConfig and AutoModelForCausalLM
 
 # The same tanh approximation, as one kernel that keeps one activation instead of many.
 COMPOSED_GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"

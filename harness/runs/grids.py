@@ -1,6 +1,8 @@
 """Hydra's sweeper for a union of grids; every run is validated before the first starts.
 
-Hydra loads plugins from packages of this name only; the rest of the harness is in `harness`.
+Hydra finds it as `hydra_plugins.harness_grids`. It executes its own plugins' modules anew when it
+looks for plugins, so that a class which inherits from one of them may inherit from an older copy:
+the sweepers here inherit from Hydra's public interface.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +39,7 @@ log = logging.getLogger(__name__)
 BUSY_SECONDS = 2.0  # between looks at runs that other controllers have claimed
 
 
-class GridSweeper(BasicSweeper):
+class GridSweeper(Sweeper):
     """Runs every combination of every grid; an override of the command line holds in all of them.
 
     A grid is a mapping from an override's key to its values, as Hydra writes them: `{method: lora,
@@ -47,8 +52,24 @@ class GridSweeper(BasicSweeper):
         params: dict[str, str] | None = None,
         grids: Sequence[dict[str, Any]] = (),
     ) -> None:
-        super().__init__(max_batch_size, params)
+        if max_batch_size is not None:
+            raise ConfigError(
+                f"hydra.sweeper.max_batch_size={max_batch_size}: a sweep is one batch; set null"
+            )
+        self.params = [f"{key}={value}" for key, value in (params or {}).items()]
         self.grids = list(grids)
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Keep what Hydra hands over, and make the launcher that `config` chooses."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the union; raises ConfigError before the first run if any is not valid."""
@@ -61,7 +82,7 @@ class GridSweeper(BasicSweeper):
             )
         loader = self.hydra_context.config_loader
         compose = partial(loader.load_sweep_config, self.config)
-        jobs = combinations(self.grids, self._parse_config(), arguments, loader)
+        jobs = combinations(self.grids, self.params, arguments, loader)
         jobs, without = unused_keys.left_out(jobs, compose)
         if without:
             print(without)
@@ -93,7 +114,7 @@ class GridSweeper(BasicSweeper):
         assert self.launcher is not None
         outcomes: dict[int, launcher.Outcome] = {}
         todo = list(range(len(jobs)))
-        here = isinstance(self.launcher, BasicLauncher)
+        here = type(self.launcher).__name__ == "BasicLauncher"
         since = f"{launcher.SINCE}{time.time()}"
         _write_down(runs, {})
 

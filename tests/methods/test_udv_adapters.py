@@ -259,7 +259,7 @@ def test_registration_is_idempotent_and_leaves_the_others_alone():
         peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
     ]
     before = [dict(table) for table in tables]
-    udv.register()
+    udv.model.register()
     assert [dict(table) for table in tables] == before
     assert all(table["UDV"] for table in tables)
     prefixes = list(peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values())
