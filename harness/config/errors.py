@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -18,3 +19,9 @@ def nearest(bad: str, choices: Iterable[str], *, most: int = 12) -> str:
         return f"did you mean '{close[0]}'?"
     shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
     return f"choose one of: {shown or '(there are none)'}"
+
+
+def require(condition: bool, key: str, value: Any, expected: str) -> None:
+    """Raise ConfigError, naming the key, its value and what was expected, unless `condition`."""
+    if not condition:
+        raise ConfigError(f"{key}={value}: expected {expected}")
