@@ -24,6 +24,7 @@ from harness.config.run_config import RunConfig
 from harness.results import run_record
 from harness.results.run_record import command_line
 from harness.runs import composition, progress, tracking, worker_process
+from harness.runs.decision import Decision, Found, Request, decide
 from harness.system import contents, lock, machine
 from harness.system.console import reason
 
@@ -204,43 +205,48 @@ def _further_rank(run: RunConfig) -> Outcome:
     return Outcome(run.run_dir, "finished" if code == 0 else "failed")
 
 
+# All that there is in a run's directory before its first record.
+BEFORE_THE_RECORD = (lock.CLAIM_NAME, lock.RANKS_NAME, "config.yaml", "command.txt")
+
+
+def _found(run: RunConfig, record: dict[str, Any] | None) -> Found:
+    """What the run's directory holds; `record` is its result.json."""
+    run_dir = run.run_dir
+    if record is None:
+        return Found(other_files=any(p.name not in BEFORE_THE_RECORD for p in run_dir.iterdir()))
+    return Found(
+        status=record["status"],
+        same=is_same(record, run),
+        failure_class=(record.get("failure") or {}).get("class"),
+        can_resume=run_record.can_resume(run_dir),
+        ended=(run_dir / run_record.FILE_NAME).stat().st_mtime,
+    )
+
+
 def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool, quiet: bool) -> Outcome:
     run_dir = run.run_dir
-    found = run_record.read(run_dir)
-    same = found is not None and is_same(found, run)
-    since = run.launch.since
-    if since and found and same and found["status"] in ("finished", "failed"):
-        ended = (run_dir / run_record.FILE_NAME).stat().st_mtime
-        if ended > since:  # another controller of this sweep has done it, or tried
-            if found["status"] == "finished":
-                return Outcome(run_dir, "skipped")
-            return _outcome(run_dir, found)
-    # All that there is before the first result:
-    own = (lock.CLAIM_NAME, lock.RANKS_NAME, "config.yaml", "command.txt")
-    if found is None and not run.rerun and any(p.name not in own for p in run_dir.iterdir()):
+    record = run_record.read(run_dir)
+    decided = decide(
+        _found(run, record), Request(run.rerun, run.retry, sweep, run.launch.since or None)
+    )
+    if decided is Decision.REFUSE_FILES:
         raise ConfigError(
             f"{run_dir} holds files and no result.json that can be read: choose another run_name, "
             "or rerun=true to replace them"
         )
-    status = found["status"] if found else None
-    cut = status in ("running", "interrupted", "failed") and run_record.can_resume(run_dir)
-    if found is not None and not run.rerun and (status == "finished" or cut):
-        if not same:
-            state = (
-                "a finished run" if status == "finished" else "the checkpoint of an unfinished run"
-            )
-            raise ConfigError(
-                f"{run_dir} holds {state} of another configuration ({difference(found, run)}): "
-                "choose another run_name, or rerun=true to replace it"
-            )
-        if status == "finished":
-            run_record.clear(run_dir)  # what a kill at the very end left
-            return Outcome(run_dir, "skipped")
-    if found is not None and status == "failed" and sweep and not run.retry and not run.rerun:
-        failure = found.get("failure") or {}
-        if same and failure.get("class") not in run_record.RETRYABLE:
-            return _outcome(run_dir, found)
-    go_on, attempts, micro_batch = cut and not run.rerun, run.retry, None
+    if record is not None and decided in (Decision.REFUSE_FINISHED, Decision.REFUSE_UNFINISHED):
+        finished = decided is Decision.REFUSE_FINISHED
+        state = "a finished run" if finished else "the checkpoint of an unfinished run"
+        raise ConfigError(
+            f"{run_dir} holds {state} of another configuration ({difference(record, run)}): "
+            "choose another run_name, or rerun=true to replace it"
+        )
+    if decided is Decision.SKIP:
+        run_record.clear(run_dir)  # what a kill at the very end left
+        return Outcome(run_dir, "skipped")
+    if record is not None and decided is Decision.LEAVE:
+        return _outcome(run_dir, record)
+    go_on, attempts, micro_batch = decided is Decision.RESUME, run.retry, None
     while True:
         try:
             prepare(run, command, go_on=go_on, micro_batch=micro_batch)

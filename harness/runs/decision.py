@@ -1,0 +1,69 @@
+"""What is done about a run's directory: a pure function of what is in it and what was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from harness.results.run_record import RETRYABLE
+
+
+class Decision(Enum):
+    """What the launcher does about a run."""
+
+    START = "start it from the beginning"
+    RESUME = "go on from its checkpoint"
+    SKIP = "leave it: it is finished"
+    LEAVE = "leave it: it failed, and its record says why"
+    REFUSE_FILES = "refuse: files, and no record"
+    REFUSE_FINISHED = "refuse: a finished run of another configuration"
+    REFUSE_UNFINISHED = "refuse: the checkpoint of another configuration's run"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run's directory holds."""
+
+    status: str | None = None  # of result.json: finished, failed, interrupted, running; None: none
+    same: bool = False  # whether it is of this configuration
+    failure_class: str | None = None
+    can_resume: bool = False  # whether there is a checkpoint
+    ended: float = 0.0  # seconds since 1970, of the record
+    other_files: bool = False  # whether there are files that no run of ours leaves first
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    rerun: bool = False  # replace whatever is there
+    retry: int = 0  # further attempts; in a sweep also at what failed before
+    sweep: bool = False
+    since: float | None = None  # seconds since 1970: when the sweep began
+
+
+def decide(found: Found, request: Request) -> Decision:
+    """Return what is done about a run.
+
+    Another controller of the same sweep may have done it, or tried, since the sweep began: that
+    counts before anything else. A finished run is skipped, a cut one resumed, and of another
+    configuration neither is replaced unless `rerun` says so. In a sweep what failed by itself stays
+    as it is, unless `retry` is above 0 or the failure is of RETRYABLE.
+    """
+    if request.since is not None and found.same and found.ended > request.since:
+        if found.status == "finished":
+            return Decision.SKIP
+        if found.status == "failed":
+            return Decision.LEAVE
+    if request.rerun:
+        return Decision.START
+    if found.status is None:
+        return Decision.REFUSE_FILES if found.other_files else Decision.START
+    if found.status == "finished":
+        return Decision.SKIP if found.same else Decision.REFUSE_FINISHED
+    if found.can_resume and not found.same:
+        return Decision.REFUSE_UNFINISHED
+    by_itself = found.status == "failed" and found.failure_class not in RETRYABLE
+    if by_itself and found.same and request.sweep and not request.retry:
+        return Decision.LEAVE
+    return Decision.RESUME if found.can_resume else Decision.START
