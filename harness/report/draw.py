@@ -1,4 +1,4 @@
-"""Figures as SVG and PNG by matplotlib, sized for a column of a paper: `files` writes them."""
+"""Figures as SVG, PDF and PNG by matplotlib, sized for a column of a paper: `files` writes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from harness.report.figure import Figure, labels
+from harness.report.figure import MANY_COLUMNS, Figure, labels
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -25,7 +25,7 @@ DASHES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), (0, (1,
 
 
 def draw(figure: Figure, folder: Path, command: str) -> list[Path]:
-    """Write `<key>.svg` and `<key>.png` into `folder`; returns both paths.
+    """Write `<key>.svg`, `.pdf` and `.png` into `folder`; returns their paths.
 
     `command`, by which they are made again, stands in their metadata.
     """
@@ -39,16 +39,21 @@ def draw(figure: Figure, folder: Path, command: str) -> list[Path]:
     if rows:
         canvas.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=6)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{figure.axes.key}.{suffix}" for suffix in ("svg", "png")]
+    paths = [folder / f"{figure.axes.key}.{suffix}" for suffix in ("svg", "pdf", "png")]
     for path in paths:
-        more: dict[str, Any] = (
-            {"metadata": {"Date": None, "Description": command}}
-            if path.suffix == ".svg"
-            else {"metadata": {"Description": command}, "dpi": 200}
-        )
-        canvas.savefig(path, **more)
+        canvas.savefig(path, metadata=_metadata(path.suffix, command), dpi=200)
     plt.close(canvas)
     return paths
+
+
+def _metadata(suffix: str, command: str) -> dict[str, Any]:
+    """The command, in a format's own words; without the time, so that equal figures are equal."""
+    found: dict[str, dict[str, Any]] = {
+        ".svg": {"Date": None, "Description": command},
+        ".pdf": {"CreationDate": None, "Subject": command},
+        ".png": {"Description": command},
+    }
+    return found[suffix]
 
 
 def _size(figure: Figure) -> tuple[float, float]:
@@ -98,6 +103,7 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
             ha="left" if label.left else "right", va="bottom" if label.above else "top",
         )  # fmt: skip
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)
+    axes.tick_params(axis="x", pad=10)  # clear of the lowest label of the other axis
     if figure.axes.log_x:
         axes.set_xscale("log")
         places = sorted({x for s in figure.series for x in s.x})
@@ -135,11 +141,14 @@ def _bars(figure: Figure, axes: plt.Axes) -> None:
 def _heat(figure: Figure, axes: plt.Axes) -> None:
     values = np.array([s.y for s in figure.series], dtype=float)
     shades = mpl.colors.LinearSegmentedColormap.from_list("heat", ["#6baed6", "#f3f8fd"])
-    axes.imshow(np.log(values), cmap=shades, aspect="auto")
-    axes.set_xticks(range(values.shape[1]), labels=figure.series[0].x)
+    shades.set_bad("#e6e6e6")  # what was not run is no value
+    # The lowest rank at the bottom, as on the page.
+    axes.imshow(np.ma.masked_invalid(np.log(values)), cmap=shades, aspect="auto", origin="lower")
+    upright = 90 if values.shape[1] > MANY_COLUMNS else 0
+    axes.set_xticks(range(values.shape[1]), labels=figure.series[0].x, rotation=upright)
     axes.set_yticks(range(len(values)), labels=[s.name for s in figure.series])
     axes.grid(visible=False)
     for (r, c), value in np.ndenumerate(values):
-        text = "" if np.isnan(value) else f"{value:.1f}"
-        axes.text(c, r, text, ha="center", va="center", fontsize=7)
+        text = "–" if np.isnan(value) else f"{value:.1f}"
+        axes.text(c, r, text, ha="center", va="center", fontsize=5 if upright else 7)
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)

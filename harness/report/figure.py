@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.report.axes import Axes
 
+MANY_COLUMNS = 8  # of a heat map, from which their labels stand upright
 REFERENCES = {"none": "base model", "truncate": "truncated", "full": "full fine-tuning"}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness.report import evidence as ev
-from harness.report import stats, views
+from harness.report import stats, swept, views
 from harness.report.axes import (
     ALPHA,
     CATEGORIES,
@@ -42,6 +42,10 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
         made += [
             *(_cost(rows, test, title) for title in COST_AXES),
             _rank(rows, test), _alpha(rows, test), *_heat(rows, test),
+            *swept.figures(
+                rows, test.intervals,
+                lambda name, color, own, x, line: _points(name, color, own, x, test, line=line),
+            ),
         ]  # fmt: skip
     made += [_memory(rows), _speed(rows), *_curves(rows)]
     if test is not None:

@@ -1,18 +1,20 @@
 """The folder report/ of an experiment: the page, every figure, and the table for papers.
 
-report/index.html, report/figures/*.{svg,png}, report/table.{md,tex}; results.csv lies above it
+report/index.html, report/figures/*.{svg,pdf,png}, report/table.{md,tex}; results.csv lies above it
 """
 
 from __future__ import annotations
 
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-from harness.report import columns, draw, page, setting, sheet
+from harness.report import choices, columns, draw, page, setting, sheet
 from harness.report.evidence import Findings
 from harness.report.figure import Figure
 from harness.report.figures import figures
+from harness.report.table import headings
 from harness.system import atomic
 
 FOLDER = "report"
@@ -46,10 +48,38 @@ def write(findings: Findings) -> Path:
             f"# {findings.folder.name}\n\n{line}\n\n{sheet.markdown(found)}\n{said}\n\n"
             f"    {made_by}\n",
         ),
-        ("table.tex", f"% {made_by}\n% {line}\n{sheet.latex(found)}"),
+        ("table.tex", f"% {made_by}\n% {line}\n{_paper(findings, found)}"),
     ):
         atomic.write_atomically(folder / name, text)
     return _write_page(findings, drawn)
+
+
+# Columns of the table for a paper, which fits a column of a two-column page; also what was varied.
+OF_A_PAPER = (
+    "method.label", "method.targets", "method.rank", "parameters.trainable_percent",
+    "memory.peak_bytes", "quality.test.perplexity", "quality.test.interval",
+)  # fmt: skip
+UNITS = {
+    "parameters.trainable_percent": "% trained", "memory.peak_bytes": "peak, MiB",
+    "quality.test.perplexity": "perplexity", "quality.test.interval": "95 % interval",
+}  # fmt: skip
+
+
+def _paper(findings: Findings, table: sheet.Sheet) -> str:
+    """The table for a paper: its main columns, and bold what is not told apart from the best."""
+    test = findings.found.get("test")
+    own = table.only([*OF_A_PAPER, *columns.telling_of(findings.rows), *headings(findings.rows)])
+    shown = [replace(c, heading=UNITS.get(c.key, c.heading)) for c in own.columns]
+    best = [
+        place
+        for place, row in enumerate(findings.rows)
+        if test is not None and row.name in test.intervals and choices.ties_best(row.name, test)
+    ]
+    facts = setting.find(findings.folder, findings.rows).facts
+    caption = f"Test perplexity per token. {'; '.join(facts)}."
+    if test is not None and len(test.intervals) > 1:
+        caption += " Bold: the lowest, and rows that are not significantly higher."
+    return sheet.latex(replace(own, columns=shown), caption, findings.folder.name, best)
 
 
 def write_page(findings: Findings, refresh: int | None = None) -> Path:

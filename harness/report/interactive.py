@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from harness.report.figure import Figure, Series, labels
+from harness.report.figure import MANY_COLUMNS, Figure, Series, labels
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -20,7 +20,10 @@ def plotly(figure: Figure) -> dict[str, Any]:
     makers = {"points": _points, "bars": _bars, "heat": _heat}
     traces = makers[figure.axes.kind](figure)
     lying, many = figure.axes.kind == "bars", len(figure.series) > MANY
-    x: dict[str, Any] = {"title": {"text": html.escape(figure.axes.y if lying else figure.axes.x)}}
+    x: dict[str, Any] = {
+        "title": {"text": html.escape(figure.axes.y if lying else figure.axes.x), "standoff": 12},
+        "automargin": True,
+    }
     y: dict[str, Any] = {
         "title": {"text": html.escape("" if lying else figure.axes.y)},
         "automargin": True,
@@ -37,9 +40,11 @@ def plotly(figure: Figure) -> dict[str, Any]:
     if figure.axes.log_y:
         y |= {"type": "log", "tickvals": _ticks(figure), "tickformat": ","}
     if lying:
+        x |= {"nticks": 3, "tickangle": 0}
         y["range"] = [len(figure.series[0].x) - 0.4, -0.6]
     if figure.axes.kind == "heat":
-        x |= {"type": "category", "showgrid": False}
+        upright = len(figure.series[0].x) > MANY_COLUMNS
+        x |= {"type": "category", "showgrid": False, "tickangle": -90 if upright else 0}
         y |= {"type": "category", "showgrid": False}
     layout: dict[str, Any] = {
         "xaxis": x, "yaxis": y, "barmode": "stack", "hovermode": "closest",
@@ -99,7 +104,9 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
             "hovertemplate": "%{text}<br>%{x:,} → %{y:.2f}<extra></extra>",
             "legendgroup": str(index),
         }  # fmt: skip
-        if not (s.dash or s.band):
+        if s.dash:
+            trace["meta"] = "front"  # which the page draws anew when rows are hidden
+        elif not s.band:
             trace["meta"] = "rows"  # a row of the table each
         if s.low is not None and s.high is not None and not s.band:
             trace["error_y"] = {
@@ -118,6 +125,7 @@ def _halo(s: Series, index: int) -> dict[str, Any]:
         "type": "scatter", "name": html.escape(s.name), "x": s.x, "y": s.y, "mode": "markers",
         "marker": {"color": s.color, "opacity": 0.3, "size": 22}, "hoverinfo": "skip",
         "legendgroup": str(index), "legendrank": 2000, "zorder": -1,
+        "text": [html.escape(name) for name in s.rows],
     }  # fmt: skip
 
 
@@ -167,7 +175,7 @@ def _heat(figure: Figure) -> list[dict[str, Any]]:
         {
             "type": "heatmap", "x": figure.series[0].x, "y": [s.name for s in figure.series],
             "z": [[math.log(v) if v == v else None for v in row] for row in values],
-            "text": [[f"{v:.1f}" if v == v else "" for v in row] for row in values],
+            "text": [[f"{v:.1f}" if v == v else "–" for v in row] for row in values],
             "texttemplate": "%{text}", "hovertemplate": "%{x}, r=%{y}: %{text}<extra></extra>",
             "colorscale": HEAT, "showscale": False, "textfont": {"color": "#111111"},
             "xgap": 2, "ygap": 2,

@@ -66,7 +66,7 @@ def _begun(run_dir: Path) -> Missing | None:
         step, steps = _step(run_dir), run_record.get(record, "config.train.steps")
         at = f"at step {step}" + (f" of {steps}" if steps else "")
         if lock.is_claimed(run_dir):
-            return Missing(name, "running", at, log=log)
+            return Missing(name, "running", at, log=log)  # which the page shows by itself
         return Missing(name, "interrupted", f"its process went {at}", _goes_on(run_dir), log)
     if status == "interrupted":
         return Missing(name, status, f"at step {_step(run_dir)}", _goes_on(run_dir), log)

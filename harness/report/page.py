@@ -19,18 +19,33 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from harness.report import answer, choices, columns, missing, setting, sheets
+from harness.report import answer, choices, columns, missing, progress, setting, sheets
 from harness.report import evidence as ev
 from harness.report.evidence import Evidence
 from harness.report.figure import Figure
 from harness.report.interactive import plotly
 from harness.report.sheet import Sheet
-from harness.report.table import LR_FROM, TEST, Row, headings
+from harness.report.table import LR_FROM, OF_COMPLETIONS, TEST, Row, headings
 from harness.results import run_record
 
 HERO = ("parameters",)  # the figure that stands above the table
 MOST_CHOICES = 40  # of a filter: what has more is better sorted
 TALL = 700  # pixels from which a figure has a frame to scroll in
+MORE_IS_BETTER = (
+    "speed.tokens_per_second",
+    "quality.classification.test.accuracy",
+    *OF_COMPLETIONS,
+)
+AXIS_NAMES = {
+    "parameters.trainable": "trainable parameters",
+    "parameters.trainable_percent": "trainable parameters, %",
+    "memory.peak_bytes": "peak of live tensors, MiB",
+    "speed.tokens_per_second": "tokens/s of optimizer steps",
+    "quality.step0.validation.perplexity": "validation perplexity before training",
+    "quality.validation.perplexity": "validation perplexity",
+    TEST: "test perplexity",
+}
+MEASURES = ("parameters.", "memory.", "speed.", "quality.")  # columns that are measured
 
 
 def text(
@@ -69,15 +84,44 @@ def text(
         figures=[_figure(f, shown) for f in drawn if f.axes.key not in HERO],
         sheets=sheets.further(rows, found),
         data=_embedded(
-            {"figures": shown, "rows": _values(rows, table, test), "pairs": _pairs(rows, test)}
+            {
+                "figures": shown,
+                "rows": _values(rows, table, test),
+                "pairs": _pairs(rows, test),
+                "lower": {key: key not in MORE_IS_BETTER for key in _measures(table)},
+            }
         ),
         comparisons=bool(found),
-        missing=missing.find(findings),
+        missing=[one for one in missing.find(findings) if one.status != "running"],
         provenance=_provenance(rows),
         command=command,
         plotly=get_plotlyjs() if drawn else "",
+        style=_beside("page.css"),
+        script=_beside("page.js"),
+        measures=_measures(table),
+        running=progress.running(folder),
         refresh=refresh,
     )
+
+
+def _beside(name: str) -> str:
+    """The page's own style or code, which lies beside this module."""
+    return Path(__file__).with_name(name).read_text("utf-8")
+
+
+def _measures(table: Sheet) -> dict[str, str]:
+    """Columns of numbers that were measured, which a figure can have as axes: key -> its name."""
+    found = {}
+    for place, column in enumerate(table.columns):
+        values = {line[place].value for line in table.lines} - {None}
+        numbers = values and all(isinstance(value, int | float) for value in values)
+        if (
+            numbers
+            and column.key.startswith(MEASURES)
+            and not column.key.endswith(("rank", "interval"))
+        ):
+            found[column.key] = AXIS_NAMES.get(column.key, column.heading)
+    return found
 
 
 def _figure(figure: Figure, shown: dict[str, Any]) -> dict[str, Any]:

@@ -140,23 +140,35 @@ def markdown(sheet: Sheet) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def latex(sheet: Sheet) -> str:
-    """The table for a paper, with booktabs."""
-    rows = [" & ".join(map(_tex, line)) + r" \\" for line in sheet.texts]
+def latex(sheet: Sheet, caption: str = "", label: str = "", bold: Sequence[int] = ()) -> str:
+    """The table for a paper: booktabs, and with a caption a `table` that floats.
+
+    `bold` are the places of the lines that are printed bold.
+    """
+    rows = []
+    for place, line in enumerate(sheet.texts):
+        cells = [rf"\textbf{{{_tex(text)}}}" if place in bold else _tex(text) for text in line]
+        rows.append(" & ".join(cells) + r" \\")
     columns = "".join("l" if column.text else "r" for column in sheet.columns)
-    return "\n".join(
-        [
-            "% needs \\usepackage{booktabs}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(map(_tex, sheet.headings)) + r" \\",
-            r"\midrule",
-            *rows,
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
+    lines = [
+        rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
+        r"\toprule",
+        " & ".join(map(_tex, sheet.headings)) + r" \\",
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    if caption:
+        lines = [
+            r"\begin{table}[t]",
+            r"\centering\small\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{_tex(caption)}}}",
+            rf"\label{{tab:{label}}}",
+            *lines,
+            r"\end{table}",
         ]
-    )
+    return "\n".join(["% needs \\usepackage{booktabs}", *lines, ""])
 
 
 def _tex(text: str) -> str:
@@ -165,4 +177,4 @@ def _tex(text: str) -> str:
     if text == "-":
         return "--"
     plain = "".join(special.get(character, character) for character in text)
-    return re.sub(r"(?<=\d)-(?=\d)", "--", plain)  # from … to
+    return re.sub(r"(?<![\d-])([\d.]+)-([\d.]+)(?![\d-])", r"\1--\2", plain)  # from … to

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from harness.report import evidence as ev
-from harness.report import views
+from harness.report import samples, views
 from harness.report.choices import SHORT
 from harness.report.columns import ends
 from harness.report.evidence import Evidence
@@ -27,6 +27,7 @@ def further(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Sheet]:
             made.append(matched(rows, test))
     made.append(learning(rows))
     made += [forgetting(rows, on) for text, on in found.items() if text != "test"]
+    made.append(samples.sheet(rows))
     return [sheet for sheet in made if sheet is not None]
 
 
