@@ -260,7 +260,8 @@ for (const box of document.querySelectorAll(".figure, #explore")) {
   const texts = [...box.querySelectorAll(kinds)].filter(e => {
     const room = e.getBoundingClientRect();  // of a legend that scrolls a part is seen
     const inside = frame && room.bottom <= frame.bottom + 1 && room.top >= frame.top - 1;
-    return (inside || !e.matches(".legendtext")) && e.textContent.trim() && getComputedStyle(e).visibility !== "hidden";
+    const visible = getComputedStyle(e).visibility !== "hidden" && e.textContent.trim();
+    return visible && (inside || !e.matches(".legendtext"));
   });
   const rooms = texts.map(e => e.getBoundingClientRect());
   for (let i = 0; i < rooms.length; i++) for (let j = 0; j < i; j++) {
