@@ -77,17 +77,15 @@ def plan(run: RunConfig) -> Prediction | None:
 def _as_they_were() -> Iterator[None]:
     """A notebook's own threads and Accelerate's state, which a prediction replaces for a while."""
     import torch
-    from accelerate.state import AcceleratorState, PartialState
+
+    from harness.system.internals import accelerate_states_kept
 
     threads = torch.get_num_threads()
-    states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
     try:
-        yield
+        with accelerate_states_kept():
+            yield
     finally:
         torch.set_num_threads(threads)
-        for kind, before in states:
-            kind._shared_state.clear()
-            kind._shared_state.update(before)
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from hydra._internal.utils import get_args_parser
-
 from harness.config import keys
 from harness.config.errors import ConfigError, nearest
 from harness.config.paths import CONF_DIR, options
+from harness.system.internals import internal
 
 FLAGS = {
     "-m, --multirun": "as harness sweep: key=1,2 takes both values, several such keys all pairs",
@@ -42,12 +41,12 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: a flag that there is not, or flags that do not go together.
     """
-    parser = get_args_parser()
+    parser = internal("get_args_parser")()
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(_refused(message, arguments))
 
-    parser.error = refuse  # type: ignore[method-assign]  # argparse would print usage and exit
+    parser.error = refuse  # argparse would print usage and exit
     flags = [flag for action in parser._actions for flag in action.option_strings]
     found, unknown = parser.parse_known_args(list(arguments))
     if unknown:

@@ -24,6 +24,7 @@ from harness.config.run_config import RunConfig
 from harness.evaluation import probes
 from harness.models import pretrained
 from harness.models.loss import FAILED, NextToken
+from harness.system.internals import prepared_models_kept
 
 Unadapted = Callable[[], AbstractContextManager[nn.Module]]
 
@@ -97,6 +98,5 @@ def _loaded_again(
     np.random.set_state(numpy)
     with accelerator.autocast():
         predicts = NextToken(base.to(accelerator.device))
-    there = len(accelerator._models)
-    yield accelerator.prepare_model(predicts, evaluation_mode=True)
-    del accelerator._models[there:]
+    with prepared_models_kept(accelerator):
+        yield accelerator.prepare_model(predicts, evaluation_mode=True)

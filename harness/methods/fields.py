@@ -22,14 +22,16 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import (
-    _ExcludedModule,
-    _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from torch import nn
 
 from harness.config.errors import ConfigError, nearest
 from harness.models.pretrained import matrices
+from harness.system.internals import internal
+
+ExcludedModule: Any = internal("_ExcludedModule")
+include_all_linear_layers = internal("_maybe_include_all_linear_layers")
 
 
 def check_names(
@@ -67,10 +69,10 @@ def adapted_names(config: peft.PeftConfig, model: nn.Module) -> list[str]:
     """Names of the modules that PEFT would adapt, by its own rule; none for methods without one."""
     if getattr(config, "target_modules", None) is None:
         return []
-    config = _maybe_include_all_linear_layers(copy.copy(config), model)
+    config = include_all_linear_layers(copy.copy(config), model)
     rule = _rule(config)
     found = ((name, rule(config, name)) for name, _ in model.named_modules() if name)
-    return [name for name, hit in found if hit and not isinstance(hit, _ExcludedModule)]
+    return [name for name, hit in found if hit and not isinstance(hit, ExcludedModule)]
 
 
 def pattern_key(config: peft.PeftConfig, pattern: Iterable[str], module: str) -> str | None:
@@ -203,7 +205,7 @@ def _numbered(config: peft.PeftConfig, model: nn.Module) -> list[int]:
     for number in sorted(numbers):
         some.layers_to_transform = [number]
         if any(
-            hit and not isinstance(hit, _ExcludedModule) for hit in (rule(some, n) for n in names)
+            hit and not isinstance(hit, ExcludedModule) for hit in (rule(some, n) for n in names)
         ):
             found.append(number)
     return found

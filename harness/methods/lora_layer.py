@@ -16,8 +16,11 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
+
+from harness.system.internals import internal
+
+has_any_global_hook = internal("_has_any_global_hook")
 
 
 def fuse(config: Any) -> Any:
@@ -95,7 +98,7 @@ def _has_hooks(module: nn.Module) -> bool:
     own = vars(module).get("forward")
     return bool(
         (own is not None and getattr(own, "__func__", None) is not type(module).forward)
-        or _has_any_global_hook()
+        or has_any_global_hook()
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

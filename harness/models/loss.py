@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from harness.data.token_tables import IGNORE
+from harness.system.internals import attention_implementation
 
 CHUNK_BYTES = 8 * 2**20  # of one chunk's logits in fp32, with LEAST_TOKENS at least: fewer make
 LEAST_TOKENS = {"cpu": 256, "cuda": 1024}  # slower products; more save a tenth, and cost memory
@@ -262,12 +263,8 @@ class NextToken(nn.Module):
             ).logits
         if self._config is None:
             return self.model(input_ids=inputs, use_cache=False).logits[:, -inputs.shape[1] :]
-        before = self._config._attn_implementation
-        self._config._attn_implementation = CAUSAL
-        try:
+        with attention_implementation(self._config, CAUSAL):
             return self.model(input_ids=inputs, use_cache=False).logits
-        finally:
-            self._config._attn_implementation = before
 
     @torch.no_grad()
     def _check_mask(self) -> None:

@@ -10,12 +10,15 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from harness.system.internals import internal
+
+is_traceable_wrapper_subclass: Any = internal("is_traceable_wrapper_subclass")
 
 
 def packing_of(config: Any) -> str | None:
@@ -31,7 +34,7 @@ def packing_of(config: Any) -> str | None:
 def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that a quantised one consists of; none for a plain one."""
     if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
-        names, _ = tensor.__tensor_flatten__()
+        names, _ = cast(Any, tensor).__tensor_flatten__()
         inner = [getattr(tensor, name) for name in names]
         return [plain for one in inner for plain in (parts(one) or [one])]
     if not isinstance(tensor, nn.Parameter):

@@ -134,7 +134,7 @@ function draw(box) {
   const ink = getComputedStyle(root).getPropertyValue("--ink").trim(), figure = drawn[box.dataset.figure];
   const data = shownTraces(figure).map(t => hovers(t.meta === "ink" ? { ...t, marker: { ...t.marker, color: ink, line: { ...t.marker.line, color: ink } } } : t));
   const layout = look(figure);
-  if (layout.barmode === "stack" && data.length && data[0].orientation === "h") { layout.yaxis = { ...layout.yaxis, range: [data[0].y.length - 0.4, -0.6] }; layout.height = 150 + 24 * data[0].y.length; box.style.height = `${layout.height}px`; }
+  if (layout.barmode === "stack" && data.length && data[0].orientation === "h") { if (narrow()) layout.xaxis = { ...layout.xaxis, nticks: 2 }; layout.yaxis = { ...layout.yaxis, range: [data[0].y.length - 0.4, -0.6] }; layout.height = 150 + 24 * data[0].y.length; box.style.height = `${layout.height}px`; }
   if (box.closest(".hero") && narrow()) layout.showlegend = false;  // its points have their names beside them
   Plotly.react(box, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
   there.add(box);

@@ -20,10 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import (
     flop_registry,
     sdpa_backward_flop_count,
@@ -41,8 +38,12 @@ from harness.models import pretrained, quantized
 from harness.models.loss import NextToken
 from harness.results import environment
 from harness.system.atomic import write_atomically
+from harness.system.internals import internal, prepared_models_kept
 from harness.training import loop as train
 from harness.training import memory
+
+FakeTensorMode: Any = internal("FakeTensorMode")
+TorchDispatchMode: Any = internal("TorchDispatchMode")
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def setting(run: RunConfig) -> tuple[RunConfig, PretrainedConfig, Accelerator]:
     model_config = pretrained.load_config(run.model)
     methods.check_context(run, pretrained.max_context(model_config))
     torch.set_num_threads(run.train.threads or environment.usable_cores())
-    AcceleratorState._reset_state(reset_partial_state=True)
+    internal("AcceleratorState._reset_state")(reset_partial_state=True)
     mixed = environment.mixed_precision(environment.precision_of(run))
     return run, model_config, Accelerator(mixed_precision=mixed)
 
@@ -175,13 +176,12 @@ def _followed(
     bare = NextToken(model, run.train.label_smoothing)
     on_training: dict[str, Any] = {}
     on_evaluation: dict[str, Any] = {}
-    prepared_before = len(accelerator._models)
     evaluate_flops = train_flops = 0.0
     # PEFT keeps the ids of its prompts outside of parameters and buffers: these stay real.
     with FakeTensorMode(allow_non_fake_inputs=True):
         _as_fake(bare, accelerator.device)
-        prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
-        del accelerator._models[prepared_before:]
+        with prepared_models_kept(accelerator):
+            prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         optimizer = None
         trainable = [p for p in model.parameters() if p.requires_grad]
         if run.train.steps and trainable:

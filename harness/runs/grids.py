@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -33,6 +32,7 @@ from harness.config.run_config import RunConfig
 from harness.results import run_record
 from harness.runs import composition, launcher, mistakes, progress, tracking
 from harness.system import atomic, lock
+from harness.system.internals import internal
 from harness.system.signals import forward_signals
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def combinations(
     jobs: list[list[str]] = []
     for grid in grids or [{}]:
         texts = [*params, *(f"{k}={v}" for k, v in grid.items()), *arguments]
-        for batch in BasicSweeper.split_arguments(parser.parse_overrides(texts), None):
+        for batch in internal("BasicSweeper.split_arguments")(parser.parse_overrides(texts), None):
             jobs += batch
     seen = {tuple(job[: len(params)]): None for job in jobs}
     place = {key: index for index, key in enumerate(seen)}

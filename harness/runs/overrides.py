@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
@@ -24,6 +22,7 @@ from harness.config.paths import CONF_DIR
 from harness.config.run_config import RunConfig
 from harness.runs import mistakes
 from harness.runs.grids import check, combinations
+from harness.system.internals import internal
 
 _composing = threading.Lock()  # Hydra's version is the process's
 
@@ -62,7 +61,7 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
 
 
 @contextmanager
-def _hydra() -> Iterator[ConfigLoaderImpl]:
+def _hydra() -> Iterator[Any]:
     """A loader of conf/ of our own: the caller's program may use Hydra itself, or threads."""
     with _composing:
         process = version.VersionBase.instance()
@@ -70,7 +69,8 @@ def _hydra() -> Iterator[ConfigLoaderImpl]:
         version.setbase("1.3")
         try:
             setup_globals()  # Hydra's resolvers
-            yield ConfigLoaderImpl(create_config_search_path(f"file://{CONF_DIR}"))
+            path = internal("create_config_search_path")(f"file://{CONF_DIR}")
+            yield internal("ConfigLoaderImpl")(path)
         finally:
             process.version_base = before
 

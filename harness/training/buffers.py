@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from harness.system.internals import internal
 from harness.training import sharding
+
+BufferDict: Any = internal("BufferDict")
 
 # Prefixes of names in `BufferState.tensors`.
 BUFFER, SAMPLER, GENERATOR, NUMBER = PREFIXES = ("buffer/", "sampler/", "generator/", "number/")

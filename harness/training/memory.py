@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from harness.models import quantized
+from harness.system.internals import internal
 from harness.training import sharding
+
+FakeTensor: Any = internal("FakeTensor")
+TorchDispatchMode: Any = internal("TorchDispatchMode")
+tree_leaves = internal("tree_leaves")
 
 CATEGORIES = ("frozen_weights", "trainable_weights", "gradients", "optimizer_state", "activations")
 

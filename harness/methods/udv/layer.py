@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.methods.svd import select_triplets
+from harness.system.internals import internal
 
 if TYPE_CHECKING:
     from harness.methods.udv.config import UDVConfig
 
+BufferDict: Any = internal("BufferDict")
 TRAINED = {"d": "d", "u": "u", "v": "v", "udv": "udv", "none": ""}  # train -> factors that train
 
 

@@ -17,7 +17,6 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -28,6 +27,9 @@ from harness.methods.svd import (
 )
 from harness.methods.udv.config import PEFT_TYPE, UDVConfig
 from harness.methods.udv.layer import UDVEmbedding, UDVLayer, UDVLinear, layout
+from harness.system.internals import internal
+
+include_all_linear_layers = internal("_maybe_include_all_linear_layers")
 
 
 class UDVModel(BaseTuner):
@@ -39,7 +41,7 @@ class UDVModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check every target's type and rank before the first SVD and the first replaced layer."""
-        config: Any = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        config: Any = include_all_linear_layers(copy.copy(peft_config), model)
         inside: tuple[str, ...] = ()
         for key, module in model.named_modules():
             if key.startswith(inside) or not key:
