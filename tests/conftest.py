@@ -19,7 +19,7 @@ from harness.config.paths import ASSETS_DIR, CONF_DIR, REPOSITORY
 from harness.config.run_config import RunConfig
 from harness.methods.svd import CACHE_ENV
 from harness.methods.udv import UDVLinear
-from harness.results import run_record
+from harness.results import run_record, schema
 from harness.runs import launcher, worker
 from harness.runs.composition import from_hydra
 
@@ -135,6 +135,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             process.join(120)
             record = run_record.read(run.run_dir)
             assert record is not None and record["status"] == "finished", record
+            assert schema.problems(record) == []
             made[overrides] = run.run_dir
         return made[overrides]
 

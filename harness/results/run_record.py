@@ -2,27 +2,7 @@
 
 `RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
 
-Stable keys: status (finished | failed | interrupted | running), failure.{class, message, log_tail}
-with class oom | nan | killed | disk | config | interrupted | error, date (UTC, when it ended;
-absent in older results), run.name, run.seed, run.command, run.resumed_at (steps), run.identity,
-run.configuration (the same for all seeds of one configuration on the same text and weights),
-run.contents.KEY (`harness.system.contents`), train.{micro_batch, micro_batch_asked}, method.name,
-parameters.total, parameters.trainable, memory.peak_bytes, memory.by_category (bytes),
-speed.tokens_per_second, speed.train_seconds, quality.step0.validation.perplexity (the adapted model
-before its first step), quality.base.validation (the base; the same where the method starts as
-nothing), quality.validation.perplexity, quality.test.{nll_nats, num_tokens, perplexity,
-word_perplexity, bits_per_byte}, quality.also.NAME.{before, step0, after} with the same (the base,
-the adapted model before its first step where that is another, and after), quality.test_protocol
-(`harness.evaluation.protocols`), quality.generation.{bleu, nist, meteor, rouge_l, cider, skipped,
-num_prompts, num_tokens, seconds, tokens_per_second}, quality.classification.{labels, majority} and
-of validation and test quality.classification.SPLIT. {accuracy, accuracy_low, accuracy_high,
-macro_f1, log_loss, majority_accuracy, num_examples, num_unseen}
-(`harness.evaluation.classification`), evaluation.{context, stride, prefix.{name, id}, tokenizer,
-part.NAME (of a text that is read in part: `harness.data.subset`)}, environment.{commit, versions,
-hardware, sharded, runs_beside (null: not counted)}, saved (names of folders),
-saved_check.{nats_per_token, failure} (`harness.runs.saved_check`), model.weights.{random, left_out}
-(with model.strict=false), problems (what failed after the test set was read, in words; absent where
-nothing did), data.rule.{documents, split} (what a document is and how they were split, in words).
+`harness.results.schema` has every key with its type and unit, as conf/RESULT.md shows them.
 """
 
 from __future__ import annotations
