@@ -169,7 +169,8 @@ def trained(run: Saved, names: list[str]) -> pd.DataFrame:
                     "targets": record["method"]["targets"], "seed": record["run"]["seed"],
                     "parameters": record["parameters"]["trainable"],
                 } | {name: quality_of(record, name) for name in names})  # fmt: skip
-    return pd.DataFrame(found)
+    columns = ["name", "r", "targets", "seed", "parameters", *names]
+    return pd.DataFrame(found, columns=columns)  # also where there is none
 
 
 # --------------------------------------------------------------------------- adapters

@@ -86,6 +86,8 @@ def _unknown(flag: str, flags: Sequence[str]) -> str:
         return f"{flag}: keys have no dashes; did you mean {meant}?"
     if hint := keys.elsewhere(key):
         return f"{flag}: no such flag, and keys have no dashes; {hint}"
+    if flag.lstrip("-").startswith(("dry", "print")):
+        return f"{flag}: no such flag; harness plan says what would run, --cfg job what is set"
     hint = nearest(flag, flags)
     hint = hint if hint.startswith("did you mean") else "harness run --help lists them"
     return f"{flag}: no such flag; {hint}"

@@ -59,7 +59,7 @@ def main(arguments: list[str], *, listens: bool = True) -> int:
     `listens`: Ctrl-C interrupts, which it does not in a process that a shell put in the background.
     """
     first = arguments[0] if arguments else ""
-    if arguments in (["--help"], ["-h"], ["help"]):
+    if arguments in ([], ["--help"], ["-h"], ["help"]):
         print(help_text())
         return 0
     if arguments == ["--version"]:

@@ -137,7 +137,7 @@ def main(arguments: list[str]) -> int:
         return 2
     root = Path(rest[0]).expanduser()
     if not root.is_dir():
-        there = [p.name for p in root.parent.glob("*") if p.is_dir()]
+        there = [p.name for p in root.parent.glob("[!.]*") if p.is_dir()]
         print(f"error: no folder {root}; {nearest(root.name, there)}", file=sys.stderr)
         return 2
     try:

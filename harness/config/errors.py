@@ -14,11 +14,13 @@ class ConfigError(ValueError):
 def nearest(bad: str, choices: Iterable[str], *, most: int = 12) -> str:
     """End of an error message: the closest choice to `bad`, or else the choices there are."""
     names = sorted(str(choice) for choice in choices)
-    close = difflib.get_close_matches(str(bad), names, n=1, cutoff=0.6)
-    if close:
+    same = [name for name in names if name.lower() == str(bad).lower()]
+    if close := same or difflib.get_close_matches(str(bad), names, n=1, cutoff=0.6):
         return f"did you mean '{close[0]}'?"
+    if not names:
+        return "there is none to choose from"
     shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
-    return f"choose one of: {shown or '(there are none)'}"
+    return f"choose one of: {shown}"
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:

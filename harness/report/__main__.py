@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         return 2
     folder = folders[0]
     if not folder.is_dir():
-        there = [p.name for p in folder.parent.glob("*") if p.is_dir()]
+        there = [p.name for p in folder.parent.glob("[!.]*") if p.is_dir()]
         print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
         return 2
     if "--index" in asked:

@@ -27,7 +27,7 @@ from harness.report.axes import (
 )
 from harness.report.evidence import Evidence
 from harness.report.figure import REFERENCES, Figure, Series
-from harness.report.table import Row
+from harness.report.table import SHARED, Row, headings, setting_text
 from harness.results import run_record
 
 GREY = "#808080"
@@ -97,6 +97,17 @@ def _family(row: Row) -> str:
     return " ".join(filter(None, [row.values["method.label"], row.values["method.targets"]]))
 
 
+def _settings_of(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """What of a row's settings tells it from these rows, as a line's name has it."""
+    names = headings(rows)
+
+    def text(row: Row) -> str:
+        told = (f" {name}={setting_text(row.settings.get(key))}" for key, name in names.items())
+        return "".join(told)
+
+    return text
+
+
 def _references(rows: Sequence[Row], test: Evidence) -> list[tuple[str, str, float]]:
     """Lines for what has no place on the axis: the base, truncation and full fine-tuning."""
     return [
@@ -125,7 +136,8 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
     def cost(row: Row) -> float:
         return costs[row.name] / unit
 
-    series = _lines(trained, _family, cost, test, axes is PARAMETERS)
+    told = _settings_of(trained)  # a line joins what was trained alike
+    series = _lines(trained, lambda r: _family(r) + told(r), cost, test, axes is PARAMETERS)
     alt = f"{len(trained)} configurations. " if len(trained) > 1 else ""
     # A front claims that costs can be compared: not those of a shared machine, nor the seconds of
     # single runs.
@@ -192,7 +204,9 @@ def _rank(rows: Sequence[Row], test: Evidence) -> Figure | None:
     def rank(row: Row) -> float:
         return float(row.values["method.rank"])
 
-    series = [s for s in _lines(ranked, lambda r: _family(r) + scale(r), rank, test) if s.line]
+    told = _settings_of(ranked)
+    lines = _lines(ranked, lambda r: _family(r) + scale(r) + told(r), rank, test)
+    series = [s for s in lines if s.line]
     if not series:
         return None
     return Figure(RANK, series, _references(rows, test), _falls(series, "rank"))
@@ -205,8 +219,9 @@ def _alpha(rows: Sequence[Row], test: Evidence) -> Figure | None:
         return float(row.values["method.alpha"]) / float(row.values["method.rank"])
 
     def key(row: Row) -> str:
-        return f"{_family(row)} r={row.values['method.rank']}"
+        return f"{_family(row)} r={row.values['method.rank']}" + told(row)
 
+    told = _settings_of(scaled)
     series = [s for s in _lines(scaled, key, scale, test) if s.line]
     if not series:
         return None
@@ -301,6 +316,8 @@ def _speed(rows: Sequence[Row]) -> Figure | None:
     names, values = [row.name for row in shown], [float(row.values[path]) for row in shown]
     fastest = values.index(max(values))
     alt = f"Fastest: {names[fastest]}, {values[fastest]:,.0f} tokens/s."
+    if any(row.values[SHARED] for row in shown):
+        alt = "Measured while other runs shared the machine: not for comparison."
     labels = [row.values["method.label"] for row in shown]
     series = [
         Series(

@@ -11,6 +11,7 @@ from harness.report.figure import MANY_COLUMNS, Figure, Series, labels
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
+MOST_TICKS = 7  # of the axis upwards
 MANY = 20  # entries of a legend that want room
 HEAT = [[0, "#6baed6"], [1, "#f3f8fd"]]  # black is legible on all of it
 
@@ -76,11 +77,16 @@ def _ticks(figure: Figure) -> list[float]:
     shown = [v for s in figure.series for v in s.y] + [y for _, _, y in figure.references]
     values = [v for v in shown if 0 < v < math.inf] or [1.0]
     powers = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
-    ratio = max(values) / min(values)
-    digits = [1.0, 2.0, 5.0]
-    if ratio < 4:
-        digits = [d / 5 for d in range(5, 50)] if ratio < 1.5 else [d / 2 for d in range(2, 20)]
-    return [digit * 10.0**power for power in powers for digit in digits]
+    choices = (
+        [d / 10 for d in range(10, 100)], [d / 5 for d in range(5, 50)],
+        [d / 2 for d in range(2, 20)], [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0], [1.0, 2.0, 5.0], [1.0],
+    )  # fmt: skip
+    low, high = min(values), max(values)
+    for digits in choices:  # the finest whose labels have room
+        ticks = [digit * 10.0**power for power in powers for digit in digits]
+        if sum(low / 1.1 <= tick <= high * 1.1 for tick in ticks) <= MOST_TICKS:
+            return ticks
+    return ticks
 
 
 def _points(figure: Figure) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from harness.report.columns import ends
 from harness.report.evidence import Evidence
 from harness.report.sheet import Cell, Column, Sheet
 from harness.report.table import SHARED, Row
+from harness.results import run_record
 
 PAIRS = 6  # of equal cost, that are named
 CONFIGURATION = Column("name", "configuration", text=True)
@@ -40,10 +41,11 @@ def neighbours(test: Evidence) -> Sheet:
     columns = [
         CONFIGURATION,
         Column("less", "less the next best", text=True),
-        Column("difference", "difference", keep=10, why="of log-perplexity, nats per token"),
+        Column("difference", "difference", why="of log-perplexity, nats per token"),
         Column("interval", "95 %", keep=20),
         Column("p", "p", keep=50),
         Column("holm", "p (Holm)", why=f"over all {len(test.comparisons)} pairs"),
+        Column("over", "over", text=True, keep=30, why="what the test takes for random"),
         Column("detectable", "detectable", keep=40),
     ]
     lines = []
@@ -53,7 +55,8 @@ def neighbours(test: Evidence) -> Sheet:
             [
                 _text(c.a), _text(c.b), Cell(f"{c.difference:.4f}", c.difference),
                 Cell(f"{c.low:.4f} to {c.high:.4f}", c.low), Cell(f"{c.p:.2g}", c.p),
-                Cell(f"{c.adjusted_p:.2g}", c.adjusted_p), Cell(f"{least:.4f}", least),
+                Cell(f"{c.adjusted_p:.2g}", c.adjusted_p), _text(c.varies_over),
+                Cell(f"{least:.4f}", least),
             ]
         )  # fmt: skip
     title = "Each configuration and the next best: difference of log-perplexity, nats per token"
@@ -69,14 +72,21 @@ def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
     shown = [row for row in rows if row.name in test.intervals]
     columns = [
         Column("cost", "equal", text=True), Column("a", "configuration", text=True),
-        Column("b", "and", text=True), Column("difference", "nats", keep=10),
-        Column("better", "better", text=True, keep=20),
+        Column("b", "and", text=True), Column("difference", "nats"),
+        Column("better", "better", text=True),
     ]  # fmt: skip
-    lines, notes = [], ["Equal: within 5 %. nats: difference of log-perplexity per token."]
+    lines, notes = (
+        [],
+        [
+            "Equal: within 5 %, and trained on as many tokens. nats: difference of log-perplexity "
+            "per token."
+        ],
+    )
+    tokens = {row.name: run_record.get(row.records[0], "speed.tokens") for row in shown}
     for title in ev.BUDGETS:
         sure = ev.sure_costs(shown, title)
         exact = {name: cost for name, cost in ev.costs(shown, title).items() if name in sure}
-        pairs = views.matched(exact, test.comparisons)
+        pairs = [c for c in views.matched(exact, test.comparisons) if tokens[c.a] == tokens[c.b]]
         for c in pairs[:PAIRS]:
             which = (
                 "not told apart" if c.better is None else "first" if c.better == c.a else "second"
@@ -129,11 +139,11 @@ def learning(rows: Sequence[Row]) -> Sheet | None:
     notes = [
         "Perplexity is interpolated between validations; ± is half of a 95 % t-interval over "
         "seeds. Steps are from the last validation above the level to the first one at or under "
-        "it, and widen by the spread over seeds; - where a seed does not get there. A run cut "
-        "short is no short run: schedules are for all steps."
+        "it, and widen by the spread over seeds; - where a seed does not get there. Schedules "
+        "are for all steps: a shorter run would end lower than a long one does at its steps."
     ]
     if star:
-        notes.append(f"{star}: seconds measured while other runs shared the machine are no time.")
+        notes.append(f"{star}: measured while other runs shared the machine; do not compare.")
     return Sheet(title, columns, lines, notes)
 
 

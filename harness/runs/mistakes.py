@@ -81,8 +81,13 @@ def _method_of(cause: OmegaConfBaseException) -> str:
 def _nearest_key(key: str, last: str, names: list[str], method: str) -> str:
     owners = keys.leaves().get(last, {}).get(key, ())
     if owners and method and method not in owners:
-        return f"method={method} has no such key; method={' and '.join(owners)} has"
+        alike = "; for method=lora it is method.r" * (method == "lora" and last in ("rank", "k"))
+        have = "have it" if len(owners) > 1 else "has it"
+        return f"method={method} does not; method={' and '.join(owners)} {have}{alike}"
+    section = key.rpartition(".")[0]
     inside = nearest(last, names)
+    if section and inside.startswith("did you mean '"):
+        inside = inside.replace("did you mean '", f"did you mean '{section}.", 1)
     return (
         keys.elsewhere(key, method)
         or (inside if inside.startswith("did you mean") else keys.close(key))
@@ -164,7 +169,7 @@ def unparsed(override: str) -> str:
     try:
         OverridesParser.create().parse_override(f'{key}="{escaped}"')
     except HydraException:
-        return f"{override}: expected key=value, as in method.r=8"
+        return f"{override}: expected key=value, without spaces, as in method.r=8"
     return f"{override}: quote a value with special characters: '{key}=\"{escaped}\"'"
 
 

@@ -6,7 +6,7 @@ import re
 
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.run_config import RunConfig
-from harness.config.schema import DataConfig
+from harness.config.schema import DataConfig, defaults
 from harness.data import sources
 from harness.data.documents import SOURCES, SPLITS  # needs the standard library only
 from harness.system import encodings, files
@@ -20,6 +20,32 @@ CHOICES = {
 }
 
 
+# Keys of conf/data that say where text comes from and how it is read -> the sources that read them.
+_FILES = ("text_files", "pairs")
+READ_BY = {
+    "path": _FILES, "validation_path": _FILES, "test_path": _FILES, "encoding": _FILES,
+    "text_field": ("text_files", "hub"), "document_separator": ("text_files",),
+    "id": ("hub", "pairs"), "config_name": ("hub", "pairs"), "revision": ("hub", "pairs"),
+    "split_names": ("hub", "pairs"), "packages": ("docstrings",),
+    "separator": ("pairs",), "prompt_field": ("pairs",), "completion_field": ("pairs",),
+    "prompt_style": ("pairs",),
+}  # fmt: skip
+
+
+def _refuse_unread(data: DataConfig, where: str) -> None:
+    """Refuse a key that the text's source does not read: the run would be of another text."""
+    plain = defaults(DataConfig)
+    for key, readers in READ_BY.items():
+        value = getattr(data, key)
+        if data.source in readers or value == plain[key]:
+            continue
+        meant = f"data=text_files data.path={value}" if key == "path" else f"data={readers[0]}"
+        shown = f"{where}.{key}={value}"
+        raise ConfigError(
+            f"{shown}: data={data.name} does not read it; did you mean {meant}, or leave it out?"
+        )
+
+
 def validate_data(run: RunConfig) -> None:
     """Check the text that is trained on: its source, its files and its shares."""
     data, ev = run.data, run.evaluate
@@ -27,6 +53,7 @@ def validate_data(run: RunConfig) -> None:
     also = {f"evaluate.also.{name}": text for name, text in ev.also.items()}
     for where, text in {"data": data, **also}.items():
         _validate_split(text, where)
+        _refuse_unread(text, where)
         most = text.document_chars
         require(most is None or most > 0, f"{where}.document_chars", most, "1 or more, or null")
     for key in ("validation_share", "test_share"):
