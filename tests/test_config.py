@@ -172,7 +172,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
 def asked_for(tmp_path):
     """What experiments want from their user, by their name."""
     for name in ("valid", "test"):
-        (tmp_path / f"{name}.txt").write_text("a||b\n")
+        (tmp_path / f"{name}.txt").write_text("".join(f"a{i}||b\n" for i in range(4)))
     return {key: [f"data.path={tmp_path}"] for key in ("e2e_methods", "smollm2_e2e")}
 
 

@@ -30,7 +30,8 @@ _LATER = {
     "model": ("package", "gguf", "remote_code", "strict"),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
-        "split", "validation_path", "test_path", "encoding",
+        "split", "validation_path", "test_path", "encoding", "record_form", "chat_template",
+        "loss_on", "too_long",
     ),
     "targets": ("roles",),
     "train": ("max_seconds", "max_flops", "early_stopping"),

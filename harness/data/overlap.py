@@ -171,7 +171,7 @@ def _longest_run(hits: NDArray[np.bool_]) -> int:
 
 
 def _spans(table: Dataset) -> Iterator[tuple[str, NDArray[Any]]]:
-    """(id, tokens) of held-out documents; of pairs, each completion without its end."""
+    """(id, tokens) of held-out documents; of pairs, each completion or turn without its end."""
     paired = "skipped" in table.column_names
     for batch in token_tables.batches(table):
         column = batch.column("tokens")
@@ -179,6 +179,14 @@ def _spans(table: Dataset) -> Iterator[tuple[str, NDArray[Any]]]:
         skipped = batch.column("skipped").to_numpy() if paired else np.zeros_like(lengths)
         ends = np.cumsum(lengths, dtype=np.int64)
         keys = batch.column("id").to_pylist()
+        if "scored" in table.column_names:  # every turn by itself
+            marks = batch.column("scored").flatten().to_numpy(zero_copy_only=False)
+            for key, end, length in zip(keys, ends, lengths, strict=True):
+                edges = np.diff(np.r_[False, marks[end - length : end], False].astype(np.int8))
+                starts, stops = (np.flatnonzero(edges == step) for step in (1, -1))
+                for start, stop in zip(starts, stops, strict=True):
+                    yield str(key), ids[end - length + start : end - length + stop - 1]
+            continue
         for key, end, length, given in zip(keys, ends, lengths, skipped, strict=True):
             yield str(key), ids[end - length + given : end - paired]
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.schema import DataConfig
-from harness.data import documents, packing, pairs, sources, subset, token_cache
+from harness.data import documents, packing, pairs, sequences, sources, subset, token_cache
 from harness.data.token_tables import IGNORE
 from harness.system import files
 
@@ -37,7 +37,7 @@ LONG_TOKENS = 500_000  # of validation, from where on it is said that a part wou
 class Data:
     """The text of one run, as tokens on disk."""
 
-    blocks: Dataset  # train: `tokens`, context + 1 ids; or what `pairs.blocks` has
+    blocks: Dataset  # train: `tokens`, context + 1 ids; or what `sequences.blocks` has
     held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document
     num_documents: dict[str, int]  # by split
     tokenized: bool  # whether anything was tokenised now, rather than found in the cache
@@ -197,7 +197,7 @@ def held_out_sizes(
             if tokenizer is None:
                 return unknown
             rows = pairs.read(cfg, splits).values()
-            made = [Dataset(pairs.evaluated(some, tokenizer, cfg.context)) for some in rows]
+            made = [Dataset(sequences.evaluated(some, tokenizer, cfg)) for some in rows]
             return [
                 _sizes(
                     table["id"], subset.num_predicted(table), document_sizes(table), most.get(name)

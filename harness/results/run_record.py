@@ -22,7 +22,10 @@ part.NAME (of a text that is read in part: `harness.data.subset`)}, environment.
 hardware, sharded, runs_beside (null: not counted)}, saved (names of folders),
 saved_check.{nats_per_token, failure} (`harness.runs.saved_check`), model.weights.{random, left_out}
 (with model.strict=false), problems (what failed after the test set was read, in words; absent where
-nothing did), data.rule.{documents, split} (what a document is and how they were split, in words).
+nothing did), data.rule.{documents, split, left_out} (what a document is, how they were split and
+which records are none, in words; of pairs also record_form, loss_on and chat_template),
+data.too_long.SPLIT (of pairs: counts of sequences longer than data.context, and what became of
+them).
 """
 
 from __future__ import annotations

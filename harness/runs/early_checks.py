@@ -13,7 +13,7 @@ from pathlib import Path
 from harness.config import model_shapes, peft_fields
 from harness.config.run_config import RunConfig
 from harness.config.schema import DataConfig
-from harness.data import documents, records, sources
+from harness.data import documents, forms, pairs, records, sources
 from harness.system import contents, files
 
 WHOLE_BYTES = 16 * 2**20  # a text up to this size is read as a run will read it
@@ -43,10 +43,11 @@ def _check_text(
 ) -> None:
     cfg = DataConfig(**json.loads(described))
     small = sum(size for _, _, size in stamp) <= WHOLE_BYTES
-    if small and cfg.source == "text_files":
-        documents.read(cfg, splits)
+    if small:
+        (documents.read if cfg.source == "text_files" else pairs.read)(cfg, splits)
         return
     for file in (Path(name) for name, _, _ in stamp):
-        if files.kind(file) not in files.TEXTS and (small or files.kind(file) != ".json"):
-            for _ in islice(records.records(file, None, cfg.encoding), None if small else RECORDS):
+        if files.kind(file) not in (*files.TEXTS, ".json"):
+            some = islice(records.records(file, None, cfg.encoding), RECORDS)
+            for _ in forms.rows(some, cfg, None) if cfg.source == "pairs" else some:
                 pass

@@ -9,6 +9,7 @@ from harness.config.run_config import RunConfig
 from harness.config.schema import DataConfig
 from harness.data import sources
 from harness.data.documents import SOURCES, SPLITS  # needs the standard library only
+from harness.data.forms import FORMS
 from harness.system import encodings, files
 from harness.system.files import find_files
 
@@ -17,7 +18,12 @@ CHOICES = {
     "data.packing": ("packed", "padded"),
     "data.split": ("hash", "contiguous"),
     "data.prompt_style": ("as_is", "e2e"),
+    "data.record_form": ("auto", *FORMS),
+    "data.chat_template": ("auto", "plain"),
+    "data.loss_on": ("assistant", "completion", "all"),
+    "data.too_long": ("refuse", "cut", "drop", "window"),
 }
+OF_PAIRS = ("record_form", "chat_template", "loss_on", "too_long")  # say nothing of other text
 
 
 def validate_data(run: RunConfig) -> None:
@@ -105,6 +111,12 @@ def validate_evaluation(run: RunConfig) -> None:
 
 def _validate_split(data: DataConfig, where: str) -> None:
     """How a text is split, and what says where its held-out text is."""
+    for key in OF_PAIRS if data.source != "pairs" else ():
+        if (value := getattr(data, key)) != getattr(DataConfig, key):
+            raise ConfigError(
+                f"{where}.{key}={value} is of records with something given and something "
+                f"predicted: expected data=pairs, and this is data={data.name}"
+            )
     if data.split not in CHOICES["data.split"]:
         there = map(str, CHOICES["data.split"])
         raise ConfigError(f"{where}.split={data.split}: {nearest(data.split, there)}")
@@ -138,7 +150,7 @@ def _validate_pairs(data: DataConfig, where: str) -> None:
         )
     if data.path:
         _validate_files(data, where)
-    for key in ("packing", "prompt_style"):
+    for key in ("packing", "prompt_style", *OF_PAIRS):
         if (value := getattr(data, key)) not in CHOICES[f"data.{key}"]:
             there = map(str, CHOICES[f"data.{key}"])
             raise ConfigError(f"{where}.{key}={value}: {nearest(value, there)}")

@@ -297,7 +297,14 @@ def perform(
     if run.evaluate.generate:
         prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
         together = generation.check(
-            model, tokenizer, prompts, run.evaluate.generate, accelerator, room, first.begins
+            model,
+            tokenizer,
+            prompts,
+            run.evaluate.generate,
+            accelerator,
+            room,
+            first.begins,
+            run.data.chat_template,
         )
     contents.check(run)  # again, now that all of it was read
     if run.launch.sharded:
@@ -404,6 +411,7 @@ def perform(
                 accelerator,
                 together,
                 first.begins,
+                run.data.chat_template,
             )
             if accelerator.is_main_process:
                 result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)
