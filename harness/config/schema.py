@@ -80,6 +80,9 @@ class DataConfig:
     chat_template: str = "auto"  # auto: the tokenizer's own, or else plain | plain
     loss_on: str = "assistant"  # assistant: all its turns | completion: the last one | all
     too_long: str = "refuse"  # refuse | cut | drop | window: of training, more than `context`
+    # mix
+    parts: dict[str, Any] | None = None  # by name: `weight` and the fields of a text
+    held_out_part: str | None = None  # whose documents are validation and test; null = the first
 
 
 @dataclass(frozen=True)

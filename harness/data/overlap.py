@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,7 +271,7 @@ def facts(
 
 def of_further(
     cfgs: dict[str, DataConfig],
-    blocks: Dataset,
+    training: Sequence[Dataset],
     further: dict[str, Dataset],
     trained_on: DataConfig,
 ) -> tuple[dict[str, int], list[str]]:
@@ -281,7 +281,10 @@ def of_further(
     """
     if not further:
         return {}, []
-    found = near(blocks, further, trained_on.cache_dir)
+    found: dict[str, list[str]] = {name: [] for name in further}
+    for blocks in training:
+        for name, keys in near(blocks, further, trained_on.cache_dir).items():
+            found[name] = list(dict.fromkeys([*found[name], *keys]))
     said = [
         f"evaluate.also.{name}: {len(keys)} of {len(further[name])} documents are in the training "
         f"text: they share {SPAN} tokens in a row or more with it, or are all in it; the first is "

@@ -24,7 +24,8 @@ saved_check.{nats_per_token, failure} (`harness.runs.saved_check`), model.weight
 (with model.strict=false), problems (what failed after the test set was read, in words; absent where
 nothing did), data.rule.{documents, split, left_out} (what a document is, how they were split and
 which records are none, in words; of pairs also record_form, loss_on and chat_template),
-data.too_long.SPLIT (of pairs: counts of sequences longer than data.context, and what became of
+data.parts.NAME.{share, num_blocks, num_documents, has_held_out} (of a mixture), data.too_long.SPLIT
+(of pairs: counts of sequences longer than data.context, and what became of
 them).
 """
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from harness.config import model_shapes, peft_fields
+from harness.config import model_shapes, parts, peft_fields
 from harness.config.run_config import RunConfig
 from harness.config.schema import DataConfig
 from harness.data import documents, forms, pairs, records, sources
@@ -33,8 +33,14 @@ def check(run: RunConfig) -> None:
             kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
             own = [file for some in sources.own_files(cfg, kinds).values() for file in some]
             stamp = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in own)
-            trained = documents.SPLITS if run.evaluate.test else documents.SPLITS[:2]
-            _check_text(json.dumps(vars(cfg)), trained if key == "data" else ("test",), stamp)
+            trained: tuple[str, ...] = (
+                documents.SPLITS if run.evaluate.test else documents.SPLITS[:2]
+            )
+            if key.startswith("evaluate."):
+                trained = ("test",)
+            elif run.data.parts and cfg != parts.evaluated_text(run.data):
+                trained = ("train",)
+            _check_text(json.dumps(vars(cfg)), trained, stamp)
 
 
 @lru_cache(maxsize=64)  # the runs of a sweep share a text
