@@ -3,17 +3,21 @@
 import json
 import random
 import shutil
+import signal
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 import pandas as pd
 import pytest
+from test_resume import finish, start
 
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.schema import DataConfig
 from harness.data import mixture, token_data
 from harness.data.token_data import batch_of, block_order
+from harness.results import run_record
 
 WORDS = ["ash", "bone", "cliff", "dune", "elm", "fern", "gull", "heath", "isle", "knoll", "loch",
          "moss"]  # fmt: skip
@@ -69,13 +73,13 @@ def test_shares_are_exact_to_a_block_at_every_moment(weights):
         for count, share in zip(counts, shares, strict=True):
             assert abs(count - n * share) < 1
     assert mixture.turns(shares, 37).tolist() == found[:37]
-    for start in (0, 1, 8, 100, 2900):
-        before = Counter(found[:start])
+    for first in (0, 1, 8, 100, 2900):
+        before = Counter(found[:first])
         expected = []
-        for part in found[start : start + 50]:
+        for part in found[first : first + 50]:
             expected.append((part, before[part]))
             before[part] += 1
-        assert mixture.places(shares, start, 50) == expected
+        assert mixture.places(shares, first, 50) == expected
 
 
 def test_random_shares_are_exact_too():
@@ -186,6 +190,29 @@ def test_a_weight_of_zero_is_bit_for_bit_the_run_without_the_part(harness, tmp_p
     record = json.loads((folder.parent / "some" / "result.json").read_text())
     assert record["data"]["name"] == "one 1 + two 1"
     assert record["data"]["parts"]["two"]["share"] == 0.5
+
+
+def test_a_mixture_that_is_killed_goes_on_to_the_same_numbers(make_run, tmp_path, three):
+    parts = [
+        f"{n}:{{weight:{w},source:text_files,path:{three[n]}}}" for n, w in (("one", 2), ("two", 1))
+    ]
+    run = make_run(
+        *QUICK, "data=mix", f"data.parts={{{','.join(parts)}}}", "train.steps=6",
+        "train.checkpoint_every=2", f"outputs_dir={tmp_path}", f"data.cache_dir={tmp_path / 'c'}",
+    )  # fmt: skip
+    found = []
+    for name, kill in (("whole", {}), ("cut", {"deadly": "_generators", "number": 3})):
+        one = replace(run, run_name=name)
+        one.run_dir.mkdir(parents=True)
+        status = finish(start(one, **kill))
+        assert status == (-signal.SIGKILL if kill else 0)
+        if kill:
+            assert finish(start(one)) == 0
+            assert run_record.read(one.run_dir)["run"]["resumed_at"]
+        table = pd.read_parquet(one.run_dir / "documents-test.parquet")
+        losses = [row.get("train/nll") for row in run_record.read_metrics(one.run_dir)]
+        found.append((table.nll_nats.tolist(), losses))
+    assert found[0] == found[1]
 
 
 # --------------------------------------------------------------------------- what is refused
