@@ -565,3 +565,13 @@ def test_a_choice_about_conversations_is_none_about_other_text(make_run):
     for key in ("record_form=pair", "loss_on=all", "too_long=cut", "chat_template=plain"):
         with pytest.raises(ConfigError, match="expected data=pairs, and this is data=kjv"):
             make_run("data=kjv", f"data.{key}")
+
+
+def test_a_bad_record_is_a_line_and_exit_status_2(harness, tmp_path):
+    bad = [GOOD, json.dumps({"messages": messages([("user", "x"), ("robot", "y")])})]
+    (tmp_path / "bad.jsonl").write_text("\n".join(bad) + "\n")
+    done = harness("run", "data=pairs", "data.path=bad.jsonl")
+    assert done.returncode == 2 and not (tmp_path / "outputs").exists()
+    said = "error: bad.jsonl, line 2, message 2: the role 'robot' is not known"
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout + done.stderr

@@ -275,3 +275,9 @@ def test_what_makes_another_run_of_a_mixture(make_run, tmp_path, three):
     ]
     assert len({naming.identity(one) for one in [first, *others]}) == 4
     assert first.data.parts["mine"]["context"] == first.data.context
+
+
+def test_a_part_that_does_not_exist_is_a_line_and_exit_status_2(harness, tmp_path):
+    done = harness("run", "data=mix", "data.parts={kjv:0.9,docstring:0.1}")
+    assert done.returncode == 2 and not (tmp_path / "outputs").exists()
+    assert "did you mean 'docstrings'" in done.stderr and done.stderr.count("\n") == 1

@@ -326,3 +326,16 @@ def test_a_second_separator_is_the_completion_s(tmp_path):
     assert {(p.prompt, *p.completions) for s in found.values() for p in s} == {
         (f"a{i}", f"b||c{i}") for i in range(5)
     }
+
+
+def test_records_of_which_none_has_text_are_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": null}\n{"text": " "}\n' * 9)
+    with pytest.raises(ConfigError, match=r"0 document.s. cannot be split"):
+        documents.read(DataConfig("t", "text_files", path=str(file)))
+    good = tmp_path / "b.jsonl"
+    good.write_text('{"text": "some"}\n' * 9)
+    own = {"validation_path": str(good), "test_path": str(tmp_path / "c.jsonl")}
+    (tmp_path / "c.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(ConfigError, match="the train split has no text"):
+        documents.read(DataConfig("t", "text_files", path=str(file), **own))
