@@ -153,6 +153,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             "hub": ["data.id=x/y"],
             "source": None,  # the base of the others
             "pairs": ["data.id=x/y"],
+            "mix": ["data.parts={kjv:1,docstrings:1}"],
         },
         "method": {"peft": ["method.peft_type=IA3"]},
         "targets": {
