@@ -153,6 +153,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
             "hub": ["data.id=x/y"],
             "source": None,  # the base of the others
             "pairs": ["data.id=x/y"],
+            "mix": ["data.parts={kjv:1,docstrings:1}"],
         },
         "method": {"peft": ["method.peft_type=IA3"]},
         "targets": {
@@ -172,7 +173,7 @@ def test_every_model_data_method_and_target_file_composes(make_run):
 def asked_for(tmp_path):
     """What experiments want from their user, by their name."""
     for name in ("valid", "test"):
-        (tmp_path / f"{name}.txt").write_text("a||b\n")
+        (tmp_path / f"{name}.txt").write_text("".join(f"a{i}||b\n" for i in range(4)))
     return {key: [f"data.path={tmp_path}"] for key in ("e2e_methods", "smollm2_e2e")}
 
 

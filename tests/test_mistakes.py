@@ -181,7 +181,7 @@ def test_peft_fields_read_from_its_source_are_those_of_its_classes():
         (["data=text_files", "data.path=one.txt"], "1 document(s) cannot be split"),
         (["data=text_files", "data.path=bad.jsonl"], "bad.jsonl, line 2: not JSON"),
         (["data=text_files", "data.path=field.jsonl"], "did you mean 'txt'?"),
-        (["data=pairs", "data.path=bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+        (["data=pairs", "data.path=bad.jsonl"], "bad.jsonl, line 1 is a record of text"),
         (["model=local", "model.path=."], "no config.json in this folder"),
     ],
 )

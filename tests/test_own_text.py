@@ -307,3 +307,35 @@ def test_utf_16_without_a_mark_a_nul_and_an_unknown_encoding_are_refused(tmp_pat
     file.write_bytes(("fine\n" * 3000 + "odd").encode("utf-16") + b"\0")
     with pytest.raises(ConfigError, match=r"a\.txt, line 3001: not UTF-16 text .*truncated data"):
         read(file)
+
+
+def test_records_without_text_are_counted(tmp_path):
+    rows = [{"text": f"record {i}"} for i in range(20)] + [{"text": None}, {"text": " \n"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = DataConfig("t", "text_files", path=str(file))
+    said = "records that hold null or white space: 2 of train"
+    assert documents.corpus(cfg).rule()["left_out"] == said
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    assert "left_out" not in documents.corpus(cfg).rule()
+
+
+def test_a_second_separator_is_the_completion_s(tmp_path):
+    (tmp_path / "p.txt").write_text("".join(f"a{i}||b||c{i}\n" for i in range(5)))
+    found = pairs.read(DataConfig("p", "pairs", path=str(tmp_path / "p.txt")))
+    assert {(p.prompt, *p.completions) for s in found.values() for p in s} == {
+        (f"a{i}", f"b||c{i}") for i in range(5)
+    }
+
+
+def test_records_of_which_none_has_text_are_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": null}\n{"text": " "}\n' * 9)
+    with pytest.raises(ConfigError, match=r"0 document.s. cannot be split"):
+        documents.read(DataConfig("t", "text_files", path=str(file)))
+    good = tmp_path / "b.jsonl"
+    good.write_text('{"text": "some"}\n' * 9)
+    own = {"validation_path": str(good), "test_path": str(tmp_path / "c.jsonl")}
+    (tmp_path / "c.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(ConfigError, match="the train split has no text"):
+        documents.read(DataConfig("t", "text_files", path=str(file), **own))

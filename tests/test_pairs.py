@@ -18,7 +18,7 @@ from harness import compose
 from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR
 from harness.config.schema import DataConfig, GenerateConfig
-from harness.data import pairs, token_data
+from harness.data import pairs, sequences, token_data
 from harness.data.token_tables import IGNORE
 from harness.evaluation import generation, sliding_window, text_metrics
 from harness.methods import adapt
@@ -155,7 +155,7 @@ MESSAGES = '[{"role": "user", "content": "hello"}]'
         ),
         (
             '{"prompt": {"role": "user", "content": "x"}, "completion": "b"}',
-            "chat messages are not",
+            "chat messages are read as",
         ),
         ('{"prompt": {"a": 1}, "completion": "b"}', "prompt: expected text or a list of texts"),
         ('{"prompt": 3, "completion": "b"}', "prompt is int, not text"),
@@ -210,18 +210,18 @@ def test_files_that_are_no_split_s_are_told_and_names_twice_are_refused(cfg, lin
 
 def test_a_sequence_is_prompt_end_completion_end(cfg, tokenizer):
     (pair, *_) = pairs.read(cfg)["train"]
-    first = pairs.sequences([pair], tokenizer, 96)[0]
+    first = sequences.sequences([pair], tokenizer, cfg)[0]
     prompt = [*tokenizer.encode(pair.prompt), tokenizer.eos_token_id]
     completion = [*tokenizer.encode(" " + pair.completions[0]), tokenizer.eos_token_id]
     assert first.ids == prompt + completion and first.num_prompt == len(prompt)
-    assert pairs.prompt_ids(pair.prompt, tokenizer) == prompt
+    assert sequences.prompt_ids(pair, tokenizer) == prompt
     with pytest.raises(ConfigError, match=r"set data.context=\d+ or more"):
-        pairs.sequences([pair], tokenizer, 20)
+        sequences.sequences([pair], tokenizer, replace(cfg, context=20))
 
 
 def test_packing_holds_every_sequence_once_and_cuts_none(cfg, tokenizer):
     some = pairs.read(cfg)["train"]
-    table = pairs.blocks(some, tokenizer, 96, "packed").to_pylist()
+    table = sequences.blocks(some, tokenizer, cfg)[0].to_pylist()
     found = []
     for row in table:
         assert len(row["inputs"]) == len(row["targets"]) == len(row["positions"]) == 96
@@ -234,12 +234,12 @@ def test_packing_holds_every_sequence_once_and_cuts_none(cfg, tokenizer):
                 scored = [t for t in targets if t != IGNORE]
                 assert ids[-len(scored) :] == scored
                 found.append((tuple(ids), len(scored)))
-    expected = pairs.sequences(some, tokenizer, 96)
+    expected = sequences.sequences(some, tokenizer, cfg)
     assert sorted(found) == sorted(
         (tuple(one.ids), len(one.ids) - one.num_prompt) for one in expected
     )
     assert len(table) <= -(-sum(one.length for one in expected) // 96) + 1  # next to no waste
-    assert pairs.blocks(some[::-1], tokenizer, 96, "packed").to_pylist() == table
+    assert sequences.blocks(some[::-1], tokenizer, cfg)[0].to_pylist() == table
 
 
 def by_hand(model, some, tokenizer):
@@ -265,7 +265,9 @@ def test_loss_and_gradient_are_those_of_every_sequence_alone(
     model = AutoModelForCausalLM.from_pretrained(ASSETS_DIR / "gpt2_mini").eval()
     model = adapt(model, make_run(method))
     some = pairs.read(cfg)["train"]
-    table = Dataset(pairs.blocks(some, tokenizer, 96, packing)).with_format("numpy")
+    table = Dataset(
+        sequences.blocks(some, tokenizer, replace(cfg, packing=packing))[0]
+    ).with_format("numpy")
     text = token_data.Data(table, {}, {}, True, "")
     order = text.by_length(list(range(len(table))))
     num_tokens = text.num_predicted(order)
@@ -314,7 +316,7 @@ def test_generation_in_batches_is_generation_one_by_one(cfg, tokenizer, mini, be
     found = generation.complete(mini, tokenizer, todo, asked, Accelerator(cpu=True))
     assert found.num_tokens > 0 and found.seconds > 0
     for pair, text in zip(todo, found.texts, strict=True):
-        ids = torch.tensor([pairs.prompt_ids(pair.prompt, tokenizer)])
+        ids = torch.tensor([sequences.prompt_ids(pair, tokenizer)])
         out = mini.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=beams,
             max_new_tokens=12, length_penalty=0.8, do_sample=False, use_cache=True,
@@ -438,7 +440,7 @@ def test_two_files_for_one_split_are_refused(lines_file, tmp_path):
 @pytest.mark.parametrize("name", ["paper_e2e_gpt2_medium", "paper_e2e_gpt2_large"])
 def test_published_recipes_are_valid_at_the_scale_of_a_cpu(name, tmp_path):
     for file in ("valid.txt", "test.txt"):
-        (tmp_path / file).write_text("name : A||A is a pub .\n")
+        (tmp_path / file).write_text("".join(f"name : {n}||{n} is a pub .\n" for n in "ABCD"))
     full, lora = compose(f"experiment={name}", "scale=cpu", f"data.path={tmp_path}")
     assert (full.method.name, lora.method.r) == ("full", 4)
     assert full.model.name == lora.model.name == "gpt2_mini"

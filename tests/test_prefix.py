@@ -15,7 +15,7 @@ from harness.config.errors import ConfigError
 from harness.config.naming import identity
 from harness.config.paths import ASSETS_DIR
 from harness.config.schema import DataConfig
-from harness.data import documents, pairs, token_data
+from harness.data import documents, pairs, sequences, token_data
 from harness.evaluation import prefix, sliding_window
 from harness.models.loss import NextToken
 from harness.report import evidence
@@ -89,12 +89,13 @@ def test_a_prompt_follows_bos_where_documents_do():
     tokenizer = with_bos()
     begins = prefix.find(tokenizer).begins
     pair = pairs.Pair("0", "name : Mill", ["Mill is old ."])
-    (row,) = pairs.evaluated([pair], tokenizer, 96, begins).to_pylist()
+    cfg = DataConfig("p", "pairs", context=64, packing="padded")
+    (row,) = sequences.evaluated([pair], tokenizer, cfg, begins).to_pylist()
     prompt = [*tokenizer(pair.prompt)["input_ids"], tokenizer.eos_token_id]
     assert [row["first"], *row["tokens"]][: len(prompt)] == prompt
     assert row["skipped"] == len(prompt) - 1
-    assert pairs.prompt_ids(pair.prompt, tokenizer, begins) == prompt
-    block = pairs.blocks([pair], tokenizer, 64, "padded", begins).to_pylist()[0]
+    assert sequences.prompt_ids(pair, tokenizer, begins) == prompt
+    block = sequences.blocks([pair], tokenizer, cfg, begins)[0].to_pylist()[0]
     assert block["inputs"][: len(prompt)] == prompt
 
 

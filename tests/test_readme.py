@@ -93,7 +93,8 @@ def at_hand(tmp_path, monkeypatch):
     for folder in ("notes", "e2e", "my_model"):
         Path(folder).mkdir()
     for name in ("train", "valid", "test"):
-        Path("e2e", f"{name}.txt").write_text("name[A]||A is a place.\n")
+        lines = "".join(f"name[{n}]||{n} is a place.\n" for n in "ABCD")
+        Path("e2e", f"{name}.txt").write_text(lines)
     for name in ("one", "two", "three"):
         Path("notes", f"{name}.txt").write_text(f"some text {name}")
     Path("my_model", "config.json").write_text('{"model_type": "gpt2"}')
@@ -107,7 +108,11 @@ def at_hand(tmp_path, monkeypatch):
         )
     for name in ("train", "test"):
         Path(f"{name}.jsonl").write_text(records.replace("record", name))
-    Path("pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    rows = "".join(f'{{"prompt": "a{i}", "completion": "b"}}\n' for i in range(9))
+    Path("pairs.jsonl").write_text(rows)
+    ask, say = ({"role": role, "content": role} for role in ("user", "assistant"))
+    talks = [{"messages": [ask | {"content": f"a{i}"}, say]} for i in range(9)]
+    Path("chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
 
 
 def runs(overrides: list[str]) -> tuple[list[list[str]], int]:

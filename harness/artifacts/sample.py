@@ -31,7 +31,7 @@ from torch import nn
 
 from harness import methods
 from harness.config.errors import ConfigError
-from harness.data import pairs
+from harness.data import pairs, sequences
 from harness.evaluation import prefix
 from harness.models import pretrained
 from harness.runs import finished_run
@@ -82,14 +82,21 @@ def continuation(model: Any, tokenizer: Any, ids: list[int], decoding: Decoding)
 def prompt_tokens(run: Saved, prompt: str, room: int | None) -> tuple[list[int], int]:
     """Tokens of a prompt, its last `room` ones, and how many are left out.
 
-    For a run on prompts and completions it is written as those were, and ended. It follows BOS
-    where the run's documents do (`harness.evaluation.prefix`); an empty prompt is else an
-    end-of-text token.
+    For a run on prompts and completions it is written as those were, and ended; for one on
+    conversations it is what the user says first. It follows BOS where the run's documents do
+    (`harness.evaluation.prefix`); an empty prompt is else an end-of-text token.
     """
     data = run.run.data
     begins = prefix.find(run.tokenizer, run.run.evaluate.prefix).begins
+    if data.source == "pairs" and "chat_template" in run.record["data"].get("rule", {}):
+        pair = pairs.Pair("the prompt", prompt, [], (("user", prompt.strip()),))
+        ids = sequences.prompt_ids(pair, run.tokenizer, begins, data.chat_template)
+        dropped = max(0, len(ids) - room) if room is not None else 0
+        return ids[dropped:], dropped
     if data.source == "pairs":
-        ids = pairs.prompt_ids(pairs.styled(prompt, data), run.tokenizer)
+        ids = sequences.prompt_ids(
+            pairs.Pair("the prompt", pairs.styled(prompt, data), []), run.tokenizer
+        )
     else:
         ids = run.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids and not begins:

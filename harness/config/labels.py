@@ -52,7 +52,12 @@ def of_model(cfg: ModelConfig) -> str:
 
 
 def of_text(cfg: DataConfig) -> str:
-    """The label of a text: its option's, or that of its file, folder, pattern or hub id."""
+    """The label of a text: its option's, or that of its file, folder, pattern or hub id.
+
+    Of a mixture the parts with their weights.
+    """
+    if cfg.parts:
+        return " + ".join(f"{name} {part['weight']:g}" for name, part in cfg.parts.items())
     if cfg.name not in options("data") or _is("data", cfg.name, vars(cfg)):
         return cfg.name
     if cfg.name not in OF_ANY["data"] and cfg.source == _described("data", cfg.name).get("source"):

@@ -30,7 +30,8 @@ _LATER = {
     "model": ("package", "gguf", "remote_code", "strict"),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
-        "split", "validation_path", "test_path", "encoding",
+        "split", "validation_path", "test_path", "encoding", "record_form", "chat_template",
+        "loss_on", "too_long", "parts", "held_out_part",
     ),
     "targets": ("roles",),
     "train": ("max_seconds", "max_flops", "early_stopping"),
@@ -72,6 +73,8 @@ def _values(run: RunConfig) -> dict[str, Any]:
     values = {k: v for k, v in schema.plain(run).items() if k not in NOT_IDENTITY}
     also = values["evaluate"]["also"]
     texts = {"data": values["data"]} | {f"evaluate.also.{name}": also[name] for name in also}
+    mixed = values["data"]["parts"] or {}
+    texts |= {f"data.parts.{name}": mixed[name] for name in mixed}
     parts = [(section, values[section]) for section in _LATER if section != "data"]
     for section, found in [*parts, *(("data", fields) for fields in texts.values())]:
         defaults = schema.defaults(SECTIONS[section])

@@ -76,6 +76,13 @@ class DataConfig:
     prompt_field: str = "prompt"  # field of records; a list of strings is joined by " | "
     completion_field: Any = "completion"  # field of records; of several the first not empty
     prompt_style: str = "as_is"  # as_is | e2e: name[X] as `name : X`
+    record_form: str = "auto"  # auto: as the first record has it | one of harness.data.forms.FORMS
+    chat_template: str = "auto"  # auto: the tokenizer's own, or else plain | plain
+    loss_on: str = "assistant"  # assistant: all its turns | completion: the last one | all
+    too_long: str = "refuse"  # refuse | cut | drop | window: of training, more than `context`
+    # mix
+    parts: dict[str, Any] | None = None  # by name: `weight` and the fields of a text
+    held_out_part: str | None = None  # whose documents are validation and test; null = the first
 
 
 @dataclass(frozen=True)

@@ -51,18 +51,12 @@ class Corpus:
     def rule(self) -> dict[str, str]:
         """What a document is and how they were split, in words, for the log and result.json."""
         cut = [name for name, (part, _) in self.places.items() if name != part]
-        how = f"as the source has it: {', '.join(self.source.parts)}"
-        if cut:
-            order = (
-                "contiguous: the last documents are test, those before them validation"
-                if self.cfg.split == "contiguous"
-                else "hash: the first documents by the SHA-256 of their ids are test, the next "
-                "validation"
-            )
-            how = (
-                order if len(cut) == 2 else f"{cut[0]} is cut from train, {order}; the others {how}"
-            )
-        return {"documents": self.source.unit, "split": how}
+        split = split_rule(self.cfg, cut, list(self.source.parts))
+        found = {"documents": self.source.unit, "split": split}
+        if blank := {part: n for part, n in self.source.blank.items() if n}:
+            counts = ", ".join(f"{n} of {part}" for part, n in blank.items())
+            found["left_out"] = f"records that hold null or white space: {counts}"
+        return found
 
     def index(self, split: str) -> Index:
         """The index of the documents of a split, in its order."""
@@ -105,6 +99,19 @@ class Corpus:
                     yield names[of[i]], int(rank[i]), document
             if count != len(index):
                 raise ConfigError(changed)
+
+
+def split_rule(cfg: DataConfig, cut: Sequence[str], there: Sequence[str]) -> str:
+    """How documents were split, in words: the splits that are `there`, and those that were cut."""
+    how = f"as the source has it: {', '.join(there)}"
+    if not cut:
+        return how
+    order = (
+        "contiguous: the last documents are test, those before them validation"
+        if cfg.split == "contiguous"
+        else "hash: the first documents by the SHA-256 of their ids are test, the next validation"
+    )
+    return order if len(cut) == 2 else f"{cut[0]} is cut from train, {order}; the others {how}"
 
 
 def corpus(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Corpus:
@@ -269,18 +276,26 @@ def hub_splits(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
 def hub(cfg: DataConfig) -> Source:
     """Any text data set of `datasets`, by id and config; a missing split is cut from train."""
     parts: dict[str, Callable[[], Iterator[Document]]] = {}
+    blank: dict[str, int] = {}
     for name, (source, rows) in hub_splits(cfg).items():
         if cfg.text_field not in rows.column_names:
             names = rows.column_names
             raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
-        parts[name] = partial(_rows, cfg, source, rows)
-    return Source(parts, "row")
+        parts[name] = partial(_rows, cfg, source, rows, name, blank)
+    return Source(parts, "row", blank)
 
 
-def _rows(cfg: DataConfig, source: str, rows: Any) -> Iterator[Document]:
+def _rows(
+    cfg: DataConfig, source: str, rows: Any, name: str, blank: dict[str, int]
+) -> Iterator[Document]:
+    """The rows that have text; how many have none is in `blank` by `name` when all were read."""
+    count = 0
     for i, text in enumerate(_column(cfg, source, rows[cfg.text_field])):
         if text.strip():
             yield f"{source}/{i}", text
+        else:
+            count += 1
+    blank[name] = count
 
 
 def _column(cfg: DataConfig, split: str, values: Iterable[Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +171,7 @@ def _longest_run(hits: NDArray[np.bool_]) -> int:
 
 
 def _spans(table: Dataset) -> Iterator[tuple[str, NDArray[Any]]]:
-    """(id, tokens) of held-out documents; of pairs, each completion without its end."""
+    """(id, tokens) of held-out documents; of pairs, each completion or turn without its end."""
     paired = "skipped" in table.column_names
     for batch in token_tables.batches(table):
         column = batch.column("tokens")
@@ -179,6 +179,14 @@ def _spans(table: Dataset) -> Iterator[tuple[str, NDArray[Any]]]:
         skipped = batch.column("skipped").to_numpy() if paired else np.zeros_like(lengths)
         ends = np.cumsum(lengths, dtype=np.int64)
         keys = batch.column("id").to_pylist()
+        if "scored" in table.column_names:  # every turn by itself
+            marks = batch.column("scored").flatten().to_numpy(zero_copy_only=False)
+            for key, end, length in zip(keys, ends, lengths, strict=True):
+                edges = np.diff(np.r_[False, marks[end - length : end], False].astype(np.int8))
+                starts, stops = (np.flatnonzero(edges == step) for step in (1, -1))
+                for start, stop in zip(starts, stops, strict=True):
+                    yield str(key), ids[end - length + start : end - length + stop - 1]
+            continue
         for key, end, length, given in zip(keys, ends, lengths, skipped, strict=True):
             yield str(key), ids[end - length + given : end - paired]
 
@@ -263,7 +271,7 @@ def facts(
 
 def of_further(
     cfgs: dict[str, DataConfig],
-    blocks: Dataset,
+    training: Sequence[Dataset],
     further: dict[str, Dataset],
     trained_on: DataConfig,
 ) -> tuple[dict[str, int], list[str]]:
@@ -273,7 +281,10 @@ def of_further(
     """
     if not further:
         return {}, []
-    found = near(blocks, further, trained_on.cache_dir)
+    found: dict[str, list[str]] = {name: [] for name in further}
+    for blocks in training:
+        for name, keys in near(blocks, further, trained_on.cache_dir).items():
+            found[name] = list(dict.fromkeys([*found[name], *keys]))
     said = [
         f"evaluate.also.{name}: {len(keys)} of {len(further[name])} documents are in the training "
         f"text: they share {SPAN} tokens in a row or more with it, or are all in it; the first is "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.config.errors import ConfigError, nearest
 from harness.config.schema import DataConfig
-from harness.data import passages, records
+from harness.data import forms, passages, records
 from harness.system import encodings, files
 from harness.system.files import find_files
 
@@ -26,6 +26,7 @@ class Source:
 
     parts: dict[str, Callable[[], Iterator[Document]]]
     unit: str = "record"  # what a document is, in words
+    blank: dict[str, int] = field(default_factory=dict)  # records without text, of parts read once
 
 
 def _texts(file: Path, cfg: DataConfig, whole: bool) -> Iterator[tuple[str, Any]]:
@@ -46,9 +47,11 @@ def _texts(file: Path, cfg: DataConfig, whole: bool) -> Iterator[tuple[str, Any]
         return
     for where, record in records.records(file, [cfg.text_field], cfg.encoding):
         if cfg.text_field not in record:
+            form = forms.of_text(record)
+            other = f"; these are records of the form {form}, which data=pairs reads" * bool(form)
             raise ConfigError(
                 f"data.text_field={cfg.text_field}: {where} has no such field; "
-                f"{nearest(cfg.text_field, list(record))}"
+                f"{nearest(cfg.text_field, list(record))}{other}"
             )
         yield where, record[cfg.text_field]
 
@@ -58,23 +61,28 @@ def text_files(cfg: DataConfig) -> Source:
 
     One text file, or two, are cut into passages (`harness.data.passages`), unless
     `document_separator` says where documents end. Records that hold null or white space are no
-    documents. Files of `validation_path` and `test_path` are these splits, and so are those of a
-    saved data set.
+    documents, and are counted. Files of `validation_path` and `test_path` are these splits, and so
+    are those of a saved data set.
     """
     found = own_files(cfg)
     whole = {name: _is_whole(some, cfg) for name, some in found.items()}
     units = {_unit(some, cfg, whole[name]): name for name, some in found.items()}
+    blank: dict[str, int] = {}
     unit = "; ".join(units) if len(units) == 1 else "; ".join(f"{v}: {k}" for k, v in units.items())
 
     def documents(name: str) -> Iterator[Document]:
         path = {"validation": cfg.validation_path, "test": cfg.test_path}.get(name) or cfg.path
+        count = 0
         for called, file in zip(files.names(found[name], path), found[name], strict=True):
             for number, (where, value) in enumerate(_texts(file, cfg, whole[name])):
                 text = "" if value is None else records.checked(value, where, cfg.text_field)
                 if text.strip():
                     yield f"{called}#{number}", text
+                else:
+                    count += files.kind(file) not in files.TEXTS
+        blank[name] = count
 
-    return Source({name: partial(documents, name) for name in found}, unit)
+    return Source({name: partial(documents, name) for name in found}, unit, blank)
 
 
 def _is_whole(some: list[Path], cfg: DataConfig) -> bool:

@@ -27,7 +27,7 @@ from harness.config.errors import ConfigError
 from harness.config.naming import PATHS
 from harness.config.paths import PACKAGE
 from harness.config.schema import DataConfig
-from harness.data import documents, overlap, packing, pairs
+from harness.data import chat, documents, overlap, packing, pairs, sequences
 from harness.data import token_tables as tables
 from harness.data.splits import Index
 from harness.system import contents
@@ -133,7 +133,10 @@ def tables_of(
     """
     vocabulary = fingerprint(tokenizer)
     content = _content(cfg)
-    key = key_of(cfg, content, vocabulary, begins, wanted)
+    known_by = vocabulary
+    if cfg.source == "pairs" and cfg.chat_template == "auto":  # which conversations are written by
+        known_by += str(tokenizer.chat_template)
+    key = key_of(cfg, content, known_by, begins, wanted)
     if found := _found(cfg, content, key):
         return *found, False
     with alone(cfg, key):
@@ -181,7 +184,15 @@ def _made(
     warnings: list[str] = []
     cache = Path(cfg.cache_dir) / "tokens"
     if cfg.source == "pairs":
-        found = pairs.read(cfg, wanted)
+        task = pairs.task(cfg, wanted)
+        found = task.splits
+        chats = any(pair.turns for some in found.values() for pair in some)
+        template = chat.template_of(tokenizer, cfg.chat_template) if chats else None
+        rule = facts["rule"] = task.rule | {"loss_on": _loss_on(cfg, chats)}
+        if template is not None:
+            rule["chat_template"] = template.described()
+            vocabulary += template.text
+        log.info("records of data=%s: %s", cfg.name, rule)
         counts = {name: len(some) for name, some in found.items()}
         texts = {name: Index.of((one.id, one.prompt) for one in found[name]) for name in wanted}
         folders = {
@@ -217,6 +228,8 @@ def _made(
             begins,
         )
     ready = {name: made[name] or _there(folders[name]) for name in wanted}
+    if longer := {name: n for name, f in folders.items() if (n := tables.facts_of(f))}:
+        facts["too_long"] = longer
     ready = {name: table.with_format("numpy") for name, table in ready.items()}
     if "train" in ready:
         held_out = {name: table for name, table in ready.items() if name != "train"}
@@ -233,14 +246,31 @@ def _there(folder: Path) -> Dataset:
     return table
 
 
+def _loss_on(cfg: DataConfig, chats: bool) -> str:
+    """What is predicted, in words."""
+    if cfg.loss_on == "all":
+        return "every token"
+    if not chats:
+        return "the completion and its end-of-text token"
+    which = "the assistant's turns" if cfg.loss_on == "assistant" else "the assistant's last turn"
+    return f"{which} with the end of each"
+
+
 def _known(some: list[pairs.Pair]) -> Index:
-    return Index.of((one.id, json.dumps([one.prompt, one.completions])) for one in some)
+    return Index.of(
+        (one.id, json.dumps([one.prompt, one.completions, *([one.turns] if one.turns else [])]))
+        for one in some
+    )
 
 
 def _kind(cfg: DataConfig, split: str, begins: tuple[int, ...]) -> str:
     """What, besides texts and tokenizer, the table of a split depends on."""
     block = cfg.context if split == "train" else 0  # 0: documents as they are
-    kind = f"pairs {cfg.packing} {cfg.context} {block}" if cfg.source == "pairs" else str(block)
+    kind = str(block)
+    if cfg.source == "pairs":
+        kind = f"pairs {cfg.packing} {cfg.context} {block}"
+        if (chosen := (cfg.loss_on, cfg.too_long)) != (DataConfig.loss_on, DataConfig.too_long):
+            kind += f" {chosen}"
     if begins and (cfg.source == "pairs" or block):  # evaluation puts it before documents itself
         kind += f" after {begins}"
     return kind
@@ -255,13 +285,14 @@ def _write_pairs(
     begins: tuple[int, ...],
 ) -> None:
     if split == "train":
-        table = pairs.blocks(some, tokenizer, cfg.context, cfg.packing, begins)
+        table, facts = sequences.blocks(some, tokenizer, cfg, begins)
     else:
-        table = pairs.evaluated(some, tokenizer, cfg.context, begins)
+        table = sequences.evaluated(some, tokenizer, cfg, begins)
+        facts = sequences.longer_than_a_window(table, cfg.context)
     writer = tables.Writer(folder)
     try:
         writer.write(table)
-        writer.finish()
+        writer.finish(facts=facts)
     except BaseException:
         writer.discard()
         raise

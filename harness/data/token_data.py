@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,14 +20,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from harness.config import parts as mix
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.schema import DataConfig
-from harness.data import documents, packing, pairs, sources, subset, token_cache
+from harness.data import (
+    documents,
+    mixture,
+    overlap,
+    packing,
+    pairs,
+    sequences,
+    sources,
+    subset,
+    token_cache,
+)
 from harness.data.token_tables import IGNORE
 from harness.system import files
 
@@ -37,7 +50,7 @@ LONG_TOKENS = 500_000  # of validation, from where on it is said that a part wou
 class Data:
     """The text of one run, as tokens on disk."""
 
-    blocks: Dataset  # train: `tokens`, context + 1 ids; or what `pairs.blocks` has
+    blocks: Dataset  # train: `tokens`, context + 1 ids; or what `sequences.blocks` has
     held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document
     num_documents: dict[str, int]  # by split
     tokenized: bool  # whether anything was tokenised now, rather than found in the cache
@@ -45,10 +58,38 @@ class Data:
     facts: dict[str, Any] = field(default_factory=dict)  # for result.json: copies, files left out
     warnings: list[str] = field(default_factory=list)  # what the user is to know of the text
 
+    # Of a mixture: (share, training blocks) of every part, which follow one another in `blocks`.
+    parts: tuple[tuple[Fraction, Dataset], ...] = ()
+
     @property
     def num_blocks(self) -> int:
-        """Training blocks of one epoch."""
+        """Training blocks of one epoch; of a mixture, those of all parts."""
         return len(self.blocks)
+
+    @property
+    def training(self) -> list[Dataset]:
+        """The tables of training blocks."""
+        return [table for _, table in self.parts] or [self.blocks]
+
+    def order(self, seed: int, step: int, batch: int) -> list[int]:
+        """Indices of the `batch` blocks of optimizer step `step` (from 0), all ranks together.
+
+        A pure function, as `block_order`, which each part of a mixture follows by itself.
+        """
+        if not self.parts:
+            return block_order(seed, step, batch, self.num_blocks)
+        first = [0, *accumulate(len(table) for _, table in self.parts)]
+        shares = [share for share, _ in self.parts]
+        found = mixture.places(shares, step * batch, batch)
+        return [first[part] + block_at(seed, n, len(self.parts[part][1])) for part, n in found]
+
+    def epochs(self, num_blocks: int) -> float:
+        """How often the training text was gone through after so many blocks.
+
+        Of a mixture, the part that is held out, which is the first one here.
+        """
+        share, table = self.parts[0] if self.parts else (1, self.blocks)
+        return float(share * num_blocks) / len(table)
 
     def num_predicted(self, indices: list[int]) -> int:
         """Tokens that the blocks at `indices` predict."""
@@ -103,6 +144,8 @@ def prepare(
     Raises:
         ConfigError: no text, or less than one block of it.
     """
+    if cfg.parts:
+        return _mixed(cfg, tokenizer, test=test, begins=begins, most=most)
     wanted = documents.SPLITS if test else ("train", "validation")
     held_out, made, fresh = token_cache.tables_of(cfg, tokenizer, wanted, begins)
     blocks = held_out.pop("train")
@@ -124,6 +167,51 @@ def prepare(
         token_cache.fingerprint(tokenizer)[:12],
         made.facts | unread,
         [*said, *made.warnings],
+    )
+
+
+def _mixed(
+    cfg: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    test: bool,
+    begins: tuple[int, ...],
+    most: Mapping[str, int | None],
+) -> Data:
+    """The training blocks of all parts of a mixture, and the held-out documents of one of them.
+
+    A part without a share is not read, unless its documents are held out.
+    """
+    held = mix.held_out_part(cfg)
+    main = prepare(held.text, tokenizer, test=test, begins=begins, most=most)
+    tables: list[tuple[Fraction, Dataset]] = [(held.share, main.blocks)]
+    facts: dict[str, Any] = {held.name: {"share": float(held.share), "num_blocks": main.num_blocks}}
+    said, fresh = list(main.warnings), main.tokenized
+    for part in mix.parts(cfg):
+        if part.name == held.name or not part.share:
+            continue
+        found, made, now = token_cache.tables_of(part.text, tokenizer, ("train",), begins)
+        blocks = found["train"]
+        tables.append((part.share, blocks))
+        fresh = fresh or now
+        alike = overlap.near(blocks, main.held_out, cfg.cache_dir)
+        facts[part.name] = {
+            "share": float(part.share),
+            "num_blocks": len(blocks),
+            "num_documents": made.num_documents["train"],
+            "has_held_out": {name: len(keys) for name, keys in alike.items()},
+        }
+        said += [
+            f"data.parts.{part.name}: {len(keys)} {name} documents of {held.name} share tokens in "
+            f"a row with it, or are all in it; the first is {keys[0]}"
+            for name, keys in alike.items()
+            if keys
+        ]
+        said += [*left_out(part.text)[1], *made.warnings]
+    blocks = concatenate_datasets([table for _, table in tables]).with_format("numpy")
+    known = main.facts | {"parts": facts}
+    return replace(
+        main, blocks=blocks, parts=tuple(tables), facts=known, warnings=said, tokenized=fresh
     )
 
 
@@ -185,6 +273,7 @@ def held_out_sizes(
     None for each split whose text is not at hand, cannot be read, or is long.
     """
     unknown: list[list[int] | None] = [None] * len(splits)
+    cfg = mix.evaluated_text(cfg)
     try:
         if cfg.source in ("text_files", "pairs") and not cfg.id:
             kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
@@ -197,7 +286,7 @@ def held_out_sizes(
             if tokenizer is None:
                 return unknown
             rows = pairs.read(cfg, splits).values()
-            made = [Dataset(pairs.evaluated(some, tokenizer, cfg.context)) for some in rows]
+            made = [Dataset(sequences.evaluated(some, tokenizer, cfg)) for some in rows]
             return [
                 _sizes(
                     table["id"], subset.num_predicted(table), document_sizes(table), most.get(name)
@@ -241,7 +330,7 @@ def num_tokens(dataset: Dataset) -> int:
 # --------------------------------------------------------------------------- data order
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)  # of the parts of a mixture, too
 def _permutation(seed: int, epoch: int, num_blocks: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_blocks)
 
@@ -253,7 +342,12 @@ def block_order(seed: int, step: int, batch: int, num_blocks: int) -> list[int]:
     and across epochs, whatever the number of ranks, the accumulation, a resume or the method.
     """
     positions = range(step * batch, (step + 1) * batch)
-    return [int(_permutation(seed, p // num_blocks, num_blocks)[p % num_blocks]) for p in positions]
+    return [block_at(seed, position, num_blocks) for position in positions]
+
+
+def block_at(seed: int, position: int, num_blocks: int) -> int:
+    """Which of the blocks comes at a position (from 0) of the training order."""
+    return int(_permutation(seed, position // num_blocks, num_blocks)[position % num_blocks])
 
 
 def batch_of(blocks: Dataset, indices: list[int]) -> Batch:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,8 +56,10 @@ class Writer:
         self._writer.write_table(table)
         self._rows += table.num_rows
 
-    def finish(self, ranks: NDArray[np.int64] | None = None) -> None:
-        """Make it whole; with `ranks`, row i goes to place ranks[i]."""
+    def finish(
+        self, ranks: NDArray[np.int64] | None = None, facts: dict[str, Any] | None = None
+    ) -> None:
+        """Make it whole; with `ranks`, row i goes to place ranks[i]. `facts_of` gives `facts`."""
         assert self._writer is not None, "a table without a row"
         self._writer.close()
         file = self.scratch / TABLE
@@ -69,7 +72,9 @@ class Writer:
                     for start in range(0, len(order), ROWS):
                         writer.write_table(rows.take(pa.array(order[start : start + ROWS])))
             unsorted.unlink()
-        size = {"bytes": file.stat().st_size, "rows": self._rows}
+        size = {"bytes": file.stat().st_size, "rows": self._rows} | (
+            {"facts": facts} if facts else {}
+        )
         (self.scratch / SIZE).write_text(json.dumps(size))
         try:
             self.scratch.rename(self.folder)
@@ -108,6 +113,11 @@ def load(folder: Path) -> Dataset | None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return table
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What was found out when the table in `folder` was made."""
+    return dict(json.loads((folder / SIZE).read_text()).get("facts", {}))
 
 
 def name_of(table: Dataset) -> str:

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.data import pairs
+from harness.data import pairs, sequences
 from harness.data.pairs import Pair
 from harness.evaluation import sliding_window
 from harness.evaluation.probes import PADDED
@@ -124,16 +124,19 @@ def read(
         split: [one for one in found[split] if evaluated is None or one.id in evaluated[split]]
         for split in held_out
     }
-    sequences = {
+    every_label = {
         split: Dataset(
-            pairs.evaluated(
-                [replace(pair, completions=labels) for pair in todo], tokenizer, cfg.context, begins
+            sequences.evaluated(
+                [replace(pair, completions=labels) for pair in todo],
+                tokenizer,
+                replace(cfg, loss_on="completion"),
+                begins,
             )
         )
         for split, todo in prompts.items()
     }
     warnings = _warnings(labels, prompts)
-    return Task(labels, count.most_common(1)[0][0], prompts, sequences, warnings)
+    return Task(labels, count.most_common(1)[0][0], prompts, every_label, warnings)
 
 
 def _count(todo: Sequence[Pair]) -> Counter[str]:

@@ -23,7 +23,7 @@ from transformers import (
 
 from harness.config.errors import ConfigError
 from harness.config.schema import GenerateConfig
-from harness.data import pairs
+from harness.data import sequences
 from harness.data.pairs import Pair
 from harness.evaluation import probes, text_metrics
 from harness.evaluation.probes import ONE_ROW, ONE_WIDTH, PADDED
@@ -50,16 +50,18 @@ def check(
     accelerator: Accelerator,
     limit: int | None,
     begins: tuple[int, ...] = (),
+    chat_template: str = "auto",
 ) -> str:
     """Which prompts may share a batch, as `probes.batching` has it for documents.
 
     Found before training. `limit` is the positions that the model has for tokens, `begins`
-    what a prompt follows (`harness.evaluation.prefix`).
+    what a prompt follows (`harness.evaluation.prefix`), `chat_template` is data.chat_template.
 
     Raises:
         ConfigError: a prompt or the model cannot be completed.
     """
-    longest = max(len(pairs.prompt_ids(pair.prompt, tokenizer, begins)) for pair in todo)
+    prompts = [sequences.prompt_ids(pair, tokenizer, begins, chat_template) for pair in todo]
+    longest = max(map(len, prompts))
     if limit is not None and longest + cfg.max_new_tokens > limit:
         raise ConfigError(
             f"evaluate.generate.max_new_tokens={cfg.max_new_tokens}: the longest prompt is "
@@ -68,8 +70,16 @@ def check(
         )
     try:
         short = replace(cfg, max_new_tokens=2)
-        complete(model, tokenizer, todo[:2], short, accelerator, begins=begins)
-        return _batching(model, tokenizer, todo, cfg, begins)
+        complete(
+            model,
+            tokenizer,
+            todo[:2],
+            short,
+            accelerator,
+            begins=begins,
+            chat_template=chat_template,
+        )
+        return _batching(model, tokenizer, prompts, cfg)
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         if out_of_memory(error):  # a failure of another class
             raise
@@ -88,13 +98,15 @@ def complete(
     accelerator: Accelerator,
     batching: str = PADDED,
     begins: tuple[int, ...] = (),
+    chat_template: str = "auto",
 ) -> Completed:
     """Beam search for every prompt, `cfg.batch` of like length at a time; ranks share the work.
 
     `batching` is what `check` found: which prompts may share a batch.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    prompts = [pairs.prompt_ids(pair.prompt, tokenizer, begins) for pair in todo]
+    prompts = [sequences.prompt_ids(pair, tokenizer, begins, chat_template) for pair in todo]
+    stops = sequences.stops(todo, tokenizer, chat_template)
     order = sorted(range(len(todo)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     was_training = model.training
     model.eval()
@@ -106,7 +118,7 @@ def complete(
         if batching == ONE_WIDTH:
             part = [i for i in part if len(prompts[i]) == len(prompts[part[0]])]
         first += len(part)
-        rows = _completions(model, tokenizer, [prompts[i] for i in part], cfg, accelerator)
+        rows = _completions(model, stops, [prompts[i] for i in part], cfg, accelerator)
         for index, ids in zip(part, rows, strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             found.append((index, text, len(ids)))
@@ -121,14 +133,13 @@ def complete(
 
 def _completions(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    stops: tuple[int, ...],
     prompts: list[list[int]],
     cfg: GenerateConfig,
     accelerator: Accelerator,
 ) -> list[list[int]]:
-    """Ids of the best completion of every prompt, up to its end-of-text token and with it."""
-    end = tokenizer.eos_token_id
-    assert isinstance(end, int)
+    """Ids of the best completion of every prompt, up to the first of `stops` and with it."""
+    end = stops[0]
     width = max(map(len, prompts))
     ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
     given = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -138,7 +149,7 @@ def _completions(
         max_new_tokens=cfg.max_new_tokens,
         do_sample=False,
         use_cache=True,
-        eos_token_id=end,
+        eos_token_id=list(stops) if len(stops) > 1 else end,
         pad_token_id=end,
     )
     processors = LogitsProcessorList()
@@ -154,22 +165,22 @@ def _completions(
         )
     rows = []
     for row in out[:, width:].tolist():
-        rows.append(row[: row.index(end) + 1] if end in row else row)
+        over = [row.index(stop) for stop in stops if stop in row]
+        rows.append(row[: min(over) + 1] if over else row)
     return rows
 
 
 def _batching(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    todo: list[Pair],
+    prompts: list[list[int]],
     cfg: GenerateConfig,
-    begins: tuple[int, ...],
 ) -> str:
     """Which prompts may share a batch: from the logits after the shortest prompt.
 
     It is given alone, with a longer prompt beside it, and with other prompts of its own length.
     """
-    prompts = sorted((pairs.prompt_ids(pair.prompt, tokenizer, begins) for pair in todo), key=len)
+    prompts = sorted(prompts, key=len)
     short, long = prompts[0], prompts[-1]
     if cfg.batch == 1:
         return PADDED

@@ -104,9 +104,10 @@ def document_nll(
 ) -> Nats:
     """Summed nats and number of predicted tokens of every document: (N,) float64 and (N,) int64.
 
-    Tokens are read from the data set batch by batch, not held. Of rows that `pairs.evaluated` made,
-    what follows the prompt counts, and `first` stands for `bos`; without a `bos` a
-    document is predicted from its second token on. The rest is as in `window_nll`.
+    Tokens are read from the data set batch by batch, not held. Of rows that `sequences.evaluated`
+    made, what follows the prompt counts, or what is marked as `scored`, and `first` stands for
+    `bos`; without a `bos` a document is predicted from its second token on. The rest is as in
+    `window_nll`.
     """
     table = documents.with_format("arrow")[:]  # mapped from disk, not read
     column = table["tokens"]
@@ -114,6 +115,14 @@ def document_nll(
     skipped = table["skipped"].to_numpy() if paired else np.zeros(len(column), np.int64)
     before = table["first"].to_numpy() if paired else np.full(len(column), bos or 0)
     given = int(bos is None and not paired)  # tokens of a document that nothing comes before
+    marked = table["scored"] if "scored" in table.column_names else None
+
+    def counts(w: Window) -> NDArray[np.bool_]:
+        """Which of the targets that a window scores count: of conversations, the assistant's."""
+        if marked is None:
+            return np.ones(w.scored, np.bool_)
+        row = marked[w.document].values.slice(w.end - w.scored, w.scored)
+        return np.asarray(row.to_numpy(zero_copy_only=False), np.bool_)
 
     def ids(w: Window) -> NDArray[np.int64]:
         if given:
@@ -131,6 +140,7 @@ def document_nll(
         prepared,
         todo,
         ids,
+        counts=counts if marked is not None else None,
         batch_tokens=batch_tokens,
         batching=batching,
         accelerator=accelerator,
@@ -139,7 +149,7 @@ def document_nll(
     owners = np.array([w.document for w in todo], np.int64)
     nll, count = np.zeros(len(column)), np.zeros(len(column), np.int64)
     np.add.at(nll, owners, nats)
-    np.add.at(count, owners, [w.scored for w in todo])
+    np.add.at(count, owners, [int(counts(w).sum()) for w in todo])
     return nll, count
 
 
@@ -149,6 +159,7 @@ def window_nll(
     todo: list[Window],
     ids: Callable[[Window], NDArray[np.int64]],
     *,
+    counts: Callable[[Window], NDArray[np.bool_]] | None = None,
     batch_tokens: int,
     batching: str = PADDED,
     accelerator: Accelerator | None = None,
@@ -156,7 +167,8 @@ def window_nll(
 ) -> NDArray[np.float64]:
     """Summed nats of what every window scores, (W,) float64; ranks share the work.
 
-    `prepared` is a `NextToken`. `ids` gives a window's inputs and one id more, the last target.
+    `prepared` is a `NextToken`. `ids` gives a window's inputs and one id more, the last target;
+    `counts`, which of the targets that it scores are to be predicted at all.
     `batching` is how windows may share a batch (`probes.batching`). `following` is
     entered around the first batch, which has the longest windows.
     """
@@ -174,7 +186,10 @@ def window_nll(
         for row, w in enumerate(todo[index] for index in batch):
             read, length = torch.from_numpy(ids(w)), _width(w)
             inputs[row, :length] = read[:-1]
-            targets[row, length - w.scored : length] = read[length - w.scored + 1 :]
+            scored = read[length - w.scored + 1 :]
+            if counts is not None:
+                scored = scored.masked_fill(~torch.from_numpy(counts(w)), IGNORE)
+            targets[row, length - w.scored : length] = scored
         # Widths differ from batch to batch: compiled blocks would be compiled again for each.
         with torch.compiler.set_stance("force_eager"), nullcontext() if first else following():
             nats = prepared(inputs.to(device), targets.to(device)).nats

@@ -91,6 +91,8 @@ KEYS = """
     data.duplicates.* | integer | documents | that are the same in two splits
     data.near_duplicates.* | integer | documents | of which most is in the training text
     data.further_in_training | any | | documents of further texts that are in the training text
+    data.parts | object | | of a mixture: share, num_blocks and num_documents of each part
+    data.too_long | object | | of pairs: sequences longer than data.context, and what became of them
     data.* | any | | what else was found out while the text was read
     method.name | string | |
     method.label | string | | what tables call it

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import ending, rates
+from harness.config import ending, parts, rates
 from harness.config.errors import ConfigError, nearest
 from harness.config.matrix_roles import resolved
 from harness.config.paths import CONF_DIR, options
@@ -81,12 +81,15 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
             if section.get("lr") in ("auto", "tuned"):
                 section |= _rate(asked | section, sections)
         further = section.pop("also", None) if key == "evaluate" else None
+        mixed = section.pop("parts", None) if key == "data" else None
         completing = section.pop("generate", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
         if key == "train":
             sections[key] = replace(sections[key], early_stopping=stopping)
         if further:
             sections[key] = replace(sections[key], also=_also(further, sections["data"]))
+        if mixed is not None:
+            sections[key] = replace(sections[key], parts=_parts(mixed, sections[key]))
         if completing:
             asked = _typed(GenerateConfig, completing, "evaluate.generate")
             sections[key] = replace(sections[key], generate=asked)
@@ -187,20 +190,46 @@ def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
             f"evaluate.also={asked}: expected names of conf/data, as in [docstrings_held_out], or "
             "{mine: {source: text_files, path: FILE}}"
         )
-    there = [option for option in options("data") if option != "source"]
+    own = {"cache_dir": data.cache_dir}
+    return {name: _text(name, fields, "evaluate.also", own) for name, fields in names.items()}
+
+
+def _parts(asked: Any, data: DataConfig) -> dict[str, Any]:
+    """The parts of data=mix, with a weight and all fields of their texts each."""
+    if not isinstance(asked, dict) or not asked:
+        raise ConfigError(
+            f"data.parts={asked}: expected weights by name of conf/data, as in "
+            "data.parts={kjv:0.9,docstrings:0.1}, or {mine: {weight: 0.1, source: text_files, "
+            "path: FILE}}"
+        )
     found = {}
-    for name, fields in names.items():
-        base = name if name in there else str(fields.get("source", name))
-        if base not in there:
-            raise ConfigError(f"evaluate.also: no data set {base}; {nearest(base, there)}")
-        known = [f.name for f in dataclasses.fields(DataConfig)]
-        if unknown := [key for key in fields if key not in known]:
-            raise ConfigError(f"evaluate.also.{name}.{unknown[0]}: {nearest(unknown[0], known)}")
-        merged = _data_file(base) | fields | {"name": name, "cache_dir": data.cache_dir}
-        _expand(merged, "data", f"evaluate.also.{name}")
-        if missing := [key for key, value in merged.items() if value == "???"]:
-            raise ConfigError(f"evaluate.also.{name}.{missing[0]} is missing")
-        found[name] = _typed(DataConfig, merged, f"evaluate.also.{name}")
+    own = {"cache_dir": data.cache_dir, "context": data.context}
+    for name, part in asked.items():
+        fields = dict(part) if isinstance(part, dict) else {parts.WEIGHT: part}
+        weight = fields.pop(parts.WEIGHT, None)
+        text = _text(str(name), fields, "data.parts", own)
+        found[str(name)] = {parts.WEIGHT: weight, **vars(text)}
+    return found
+
+
+def _text(name: str, fields: dict[str, Any], where: str, own: dict[str, Any]) -> DataConfig:
+    """A text by the name of conf/data, or by fields on top of the file of its source.
+
+    `own` has what it shares with the text of the run.
+    """
+    there = [option for option in options("data") if option not in ("source", "mix")]
+    base = name if name in there else str(fields.get("source", name))
+    if base not in there:
+        raise ConfigError(f"{where}: no data set {base}; {nearest(base, there)}")
+    known = [f.name for f in dataclasses.fields(DataConfig)]
+    if unknown := [key for key in fields if key not in known]:
+        raise ConfigError(f"{where}.{name}.{unknown[0]}: {nearest(unknown[0], known)}")
+    merged = _data_file(base) | fields | {"name": name} | own
+    _expand(merged, "data", f"{where}.{name}")
+    if missing := [key for key, value in merged.items() if value == "???"]:
+        raise ConfigError(f"{where}.{name}.{missing[0]} is missing")
+    found = _typed(DataConfig, merged, f"{where}.{name}")
+    assert isinstance(found, DataConfig)
     return found
 
 

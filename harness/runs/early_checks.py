@@ -10,10 +10,10 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from harness.config import model_shapes, peft_fields
+from harness.config import model_shapes, parts, peft_fields
 from harness.config.run_config import RunConfig
 from harness.config.schema import DataConfig
-from harness.data import documents, records, sources
+from harness.data import documents, forms, pairs, records, sources
 from harness.system import contents, files
 
 WHOLE_BYTES = 16 * 2**20  # a text up to this size is read as a run will read it
@@ -33,8 +33,14 @@ def check(run: RunConfig) -> None:
             kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
             own = [file for some in sources.own_files(cfg, kinds).values() for file in some]
             stamp = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in own)
-            trained = documents.SPLITS if run.evaluate.test else documents.SPLITS[:2]
-            _check_text(json.dumps(vars(cfg)), trained if key == "data" else ("test",), stamp)
+            trained: tuple[str, ...] = (
+                documents.SPLITS if run.evaluate.test else documents.SPLITS[:2]
+            )
+            if key.startswith("evaluate."):
+                trained = ("test",)
+            elif run.data.parts and cfg != parts.evaluated_text(run.data):
+                trained = ("train",)
+            _check_text(json.dumps(vars(cfg)), trained, stamp)
 
 
 @lru_cache(maxsize=64)  # the runs of a sweep share a text
@@ -43,10 +49,11 @@ def _check_text(
 ) -> None:
     cfg = DataConfig(**json.loads(described))
     small = sum(size for _, _, size in stamp) <= WHOLE_BYTES
-    if small and cfg.source == "text_files":
-        documents.read(cfg, splits)
+    if small:
+        (documents.read if cfg.source == "text_files" else pairs.read)(cfg, splits)
         return
     for file in (Path(name) for name, _, _ in stamp):
-        if files.kind(file) not in files.TEXTS and (small or files.kind(file) != ".json"):
-            for _ in islice(records.records(file, None, cfg.encoding), None if small else RECORDS):
+        if files.kind(file) not in (*files.TEXTS, ".json"):
+            some = islice(records.records(file, None, cfg.encoding), RECORDS)
+            for _ in forms.rows(some, cfg, None) if cfg.source == "pairs" else some:
                 pass

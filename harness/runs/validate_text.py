@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import re
 
+from harness.config import parts
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.run_config import RunConfig
 from harness.config.schema import DataConfig, defaults
 from harness.data import sources
 from harness.data.documents import SOURCES, SPLITS  # needs the standard library only
+from harness.data.forms import FORMS
 from harness.system import encodings, files
 from harness.system.files import find_files
 
 CHOICES = {
-    "data.source": (*SOURCES, "pairs"),
+    "data.source": (*SOURCES, "pairs", "mix"),
     "data.packing": ("packed", "padded"),
     "data.split": ("hash", "contiguous"),
     "data.prompt_style": ("as_is", "e2e"),
+    "data.record_form": ("auto", *FORMS),
+    "data.chat_template": ("auto", "plain"),
+    "data.loss_on": ("assistant", "completion", "all"),
+    "data.too_long": ("refuse", "cut", "drop", "window"),
 }
+OF_PAIRS = ("record_form", "chat_template", "loss_on", "too_long")  # say nothing of other text
 
 
 # Keys of conf/data that say where text comes from and how it is read -> the sources that read them.
@@ -68,6 +75,45 @@ def validate_data(run: RunConfig) -> None:
         raise ConfigError("data=hub needs data.id, the id of a text data set on the hub")
     if data.source == "pairs":
         _validate_pairs(data, "data")
+    _validate_mixture(run)
+
+
+def _validate_mixture(run: RunConfig) -> None:
+    """The parts of data=mix, each as a text by itself."""
+    data = run.data
+    if (data.source == "mix") != bool(data.parts):
+        raise ConfigError(
+            f"data.parts={data.parts} with data={data.name}: parts belong to data=mix, as in "
+            "data=mix data.parts={kjv:0.9,docstrings:0.1}"
+        )
+    if not data.parts:
+        require(data.held_out_part is None, "data.held_out_part", data.held_out_part, "data=mix")
+        return
+    parts.held_out_part(data)
+    for part in parts.parts(data):
+        where, text = f"data.parts.{part.name}", part.text
+        if text.source in ("pairs", "mix"):
+            raise ConfigError(
+                f"{where}: {text.source} cannot be part of a mixture, whose blocks are running "
+                "text: leave it out, or evaluate it (evaluate.also)"
+            )
+        if text.source not in SOURCES:
+            raise ConfigError(f"{where}.source={text.source}: {nearest(text.source, SOURCES)}")
+        _validate_split(text, where)
+        _refuse_unread(text, where)
+        for key in ("validation_share", "test_share"):
+            share = getattr(text, key)
+            require(0 < share < 0.5, f"{where}.{key}", share, "a share in (0, 0.5)")
+        require(0 < text.train_share <= 1, f"{where}.train_share", text.train_share, "(0, 1]")
+        if text.source == "text_files":
+            _validate_files(text, where)
+        if text.source == "hub" and not text.id:
+            raise ConfigError(f"{where} needs {where}.id, the id of a text data set on the hub")
+    if run.train.epochs is not None:
+        raise ConfigError(
+            f"train.epochs={run.train.epochs} with data=mix, whose parts end at different steps: "
+            "set train.steps"
+        )
 
 
 def validate_evaluation(run: RunConfig) -> None:
@@ -80,7 +126,7 @@ def validate_evaluation(run: RunConfig) -> None:
         if not re.fullmatch(r"\w+", name) or name in SPLITS:
             raise ConfigError(f"{where}: expected letters, digits, _, and no split's name")
         own = ("source", "path", "id", "config_name", "packages")
-        if all(getattr(text, key) == getattr(data, key) for key in own):
+        if all(getattr(text, key) == getattr(parts.evaluated_text(data), key) for key in own):
             raise ConfigError(
                 f"{where} is the text that is trained on ({data.name}), whose test set is read "
                 "once, at the end: name another"
@@ -132,6 +178,12 @@ def validate_evaluation(run: RunConfig) -> None:
 
 def _validate_split(data: DataConfig, where: str) -> None:
     """How a text is split, and what says where its held-out text is."""
+    for key in OF_PAIRS if data.source != "pairs" else ():
+        if (value := getattr(data, key)) != getattr(DataConfig, key):
+            raise ConfigError(
+                f"{where}.{key}={value} is of records with something given and something "
+                f"predicted: expected data=pairs, and this is data={data.name}"
+            )
     if data.split not in CHOICES["data.split"]:
         there = map(str, CHOICES["data.split"])
         raise ConfigError(f"{where}.split={data.split}: {nearest(data.split, there)}")
@@ -165,7 +217,7 @@ def _validate_pairs(data: DataConfig, where: str) -> None:
         )
     if data.path:
         _validate_files(data, where)
-    for key in ("packing", "prompt_style"):
+    for key in ("packing", "prompt_style", *OF_PAIRS):
         if (value := getattr(data, key)) not in CHOICES[f"data.{key}"]:
             there = map(str, CHOICES[f"data.{key}"])
             raise ConfigError(f"{where}.{key}={value}: {nearest(value, there)}")

@@ -213,7 +213,9 @@ def perform(
                 cfg, tokenizer, begins=first.begins, most=limits["test"]
             )
             evaluated |= {name: part} if part else {}
-        in_training, copies = overlap.of_further(run.evaluate.also, text.blocks, further, run.data)
+        in_training, copies = overlap.of_further(
+            run.evaluate.also, text.training, further, run.data
+        )
         by_protocol = protocols.read(run, tokenizer)
         ids = {name: set(table["id"]) for name, table in text.held_out.items()}
         task = classification.read(run, tokenizer, first.begins, ids)
@@ -297,7 +299,14 @@ def perform(
     if run.evaluate.generate:
         prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
         together = generation.check(
-            model, tokenizer, prompts, run.evaluate.generate, accelerator, room, first.begins
+            model,
+            tokenizer,
+            prompts,
+            run.evaluate.generate,
+            accelerator,
+            room,
+            first.begins,
+            run.data.chat_template,
         )
     contents.check(run)  # again, now that all of it was read
     if run.launch.sharded:
@@ -358,7 +367,7 @@ def perform(
     result["run"]["ended_by"] = state.ended_by or capped
     step_blocks = run.train.batch_tokens // run.data.context
     result["train"] = {
-        "epochs": state.step * step_blocks / text.num_blocks,
+        "epochs": text.epochs(state.step * step_blocks),
         "micro_batch_asked": run.train.micro_batch,
         "micro_batch": state.micro_batch,
     }
@@ -404,6 +413,7 @@ def perform(
                 accelerator,
                 together,
                 first.begins,
+                run.data.chat_template,
             )
             if accelerator.is_main_process:
                 result["quality"]["generation"] = generation.scored(prompts, completed, run_dir)

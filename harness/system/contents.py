@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from harness.config import parts
 from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
@@ -64,7 +65,11 @@ def _all_of(path: Path, cache_dir: str) -> str:
 
 def texts(run: RunConfig) -> Iterator[tuple[str, DataConfig]]:
     """(key, configuration) of the texts of a run."""
-    yield "data", run.data
+    if run.data.parts:
+        for part in parts.parts(run.data):
+            yield f"data.parts.{part.name}", part.text
+    else:
+        yield "data", run.data
     for name, cfg in run.evaluate.also.items():
         yield f"evaluate.also.{name}", cfg
 
@@ -188,6 +193,13 @@ def pinned(run: RunConfig) -> RunConfig:
     planned = run.contents
     model = replace(run.model, revision=at(planned.get("model", ""), run.model.revision))
     data = replace(run.data, revision=at(planned.get("data", ""), run.data.revision))
+    if data.parts:
+        now = {
+            name: fields
+            | {"revision": at(planned.get(f"data.parts.{name}", ""), fields["revision"])}
+            for name, fields in data.parts.items()
+        }
+        data = replace(data, parts=now)
     also = {
         name: replace(cfg, revision=at(planned.get(f"evaluate.also.{name}", ""), cfg.revision))
         for name, cfg in run.evaluate.also.items()
@@ -214,7 +226,8 @@ def check_apart(run: RunConfig) -> None:
 
     `run.contents` says so. The text's own test set would be read before the end.
     """
-    own = run.contents.get("data", "")
+    key = f"data.parts.{parts.held_out_part(run.data).name}" if run.data.parts else "data"
+    own = run.contents.get(key, "")
     for name in run.evaluate.also:
         if own.startswith("sha256:") and run.contents.get(f"evaluate.also.{name}") == own:
             raise ConfigError(

@@ -21,7 +21,7 @@ from harness.config import ending, run_config
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.schema import TrainConfig
-from harness.data.token_data import Batch, Data, batch_of, block_order
+from harness.data.token_data import Batch, Data, batch_of
 from harness.system.machine import out_of_memory
 from harness.system.signals import Stop
 from harness.training import memory, sharding
@@ -197,7 +197,7 @@ def optimizer_step(
     tokens all ranks have predicted."""
     world, rank = accelerator.num_processes, accelerator.process_index
     per_rank = blocks_per_rank(run, world)
-    order = block_order(run.seed, step, per_rank * world, data.num_blocks)
+    order = data.order(run.seed, step, per_rank * world)
     num_tokens = data.num_predicted(order)
     order = data.by_length(order[rank::world])
     for group in optimizer.param_groups:

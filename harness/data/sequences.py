@@ -1,0 +1,326 @@
+"""Pairs and conversations as tokens: training blocks and held-out rows, predicted in part.
+
+The sequence of a pair is
+
+    prompt <|endoftext|> " " completion <|endoftext|>
+
+of which the completion and its end-of-text token are predicted (Hu et al. 2021, examples/NLG of
+microsoft/LoRA); before the prompt stands BOS where `harness.evaluation.prefix` says so. That of a
+conversation is what its chat template writes (`harness.data.chat`), of which the assistant's turns
+are predicted, or with data.loss_on=completion its last one. With data.loss_on=all every token is,
+the first one after BOS or the end-of-text token.
+
+A training block holds one sequence, or with `data.packing=packed` as many as fit in
+`data.context`: each has its own positions and sees itself alone, so that packing changes no loss.
+`data.too_long` says what becomes of a sequence that is longer than a block; held-out sequences are
+evaluated as a whole, by the sliding window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+from harness.config.errors import ConfigError
+from harness.config.schema import DataConfig
+from harness.data import chat
+from harness.data.forms import Turn
+from harness.data.pairs import Pair
+from harness.data.token_tables import IGNORE
+
+TOO_LONG = ("refuse", "cut", "drop", "window")
+LOSS_ON = ("assistant", "completion", "all")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Ids of a prompt with one of its completions."""
+
+    pair: str  # its id
+    ids: list[int]
+    predicted: list[bool]  # of every id but the first
+    completion: str
+    scored: tuple[str, ...]  # the texts whose words and bytes are counted: what is predicted
+
+    @property
+    def length(self) -> int:
+        """Inputs, and so targets."""
+        return len(self.ids) - 1
+
+    @property
+    def num_prompt(self) -> int:
+        """Ids before the first one that is predicted."""
+        return self.predicted.index(True) + 1
+
+    @property
+    def num_predicted(self) -> int:
+        """Targets that count."""
+        return sum(self.predicted)
+
+    @property
+    def targets(self) -> list[int]:
+        """What is predicted at every input; IGNORE where that does not count."""
+        found = zip(self.ids[1:], self.predicted, strict=True)
+        return [token if counts else IGNORE for token, counts in found]
+
+
+# --------------------------------------------------------------------------- sequences
+
+
+def sequences(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    begins: tuple[int, ...] = (),
+) -> list[Example]:
+    """Every prompt, after the ids `begins`, with each of its completions, however long.
+
+    Raises:
+        ConfigError: one is longer than `data.context`, and `data.too_long` is `refuse`.
+    """
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    if cfg.loss_on == "all":  # or else nothing would come before the first token
+        begins = begins or (end,)
+    plain = iter(_of_pairs([one for one in pairs if not one.turns], tokenizer, cfg, begins, end))
+    chats = iter(_of_chats([one for one in pairs if one.turns], tokenizer, cfg, begins))
+    found = [next(chats if one.turns else plain) for one in pairs for _ in one.completions]
+    longest = max(found, key=lambda one: one.length)
+    if longest.length > cfg.context and cfg.too_long == "refuse":
+        more = sum(one.length > cfg.context for one in found)
+        raise ConfigError(
+            f"{longest.pair} with its completion is {longest.length} tokens, longer than "
+            f"data.context={cfg.context}, as {more} of {len(found)} are: set "
+            f"data.context={longest.length} or more, or data.too_long=cut, drop or window"
+        )
+    return found
+
+
+def _of_pairs(
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    begins: tuple[int, ...],
+    end: int,
+) -> list[Example]:
+    completions = [text for pair in pairs for text in pair.completions]
+    prompts = _encode([pair.prompt for pair in pairs], tokenizer)
+    answers = iter(_encode([f" {text}" for text in completions], tokenizer))
+    found = []
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        given = [*begins, *prompt, end]
+        for text in pair.completions:
+            ids = [*given, *next(answers), end]
+            predicted = [i >= len(given) for i in range(1, len(ids))]
+            scored: tuple[str, ...] = (text,)
+            if cfg.loss_on == "all":
+                predicted, scored = [True] * (len(ids) - 1), (pair.prompt, text)
+            found.append(Example(pair.id, ids, predicted, text, scored))
+    return found
+
+
+def _of_chats(
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    begins: tuple[int, ...],
+) -> list[Example]:
+    if not pairs:
+        return []
+    template = chat.template_of(tokenizer, cfg.chat_template)
+    own_begins = () if template.own else begins  # a template of the tokenizer's own writes it
+    todo = [(pair, text) for pair in pairs for text in pair.completions]
+    conversations = [[*pair.turns, ("assistant", text)] for pair, text in todo]
+    pieces = [
+        chat.written(turns, template, tokenizer, f"{pair.id} ({pair.prompt[:40]!r})")
+        for turns, (pair, _) in zip(conversations, todo, strict=True)
+    ]
+    if cfg.loss_on != "all":  # nothing is predicted after the assistant's last turn
+        pieces = [some[:-1] for some in pieces]
+    if cfg.loss_on == "completion":
+        pieces = [[*(replace(p, assistant=False) for p in some[:-1]), some[-1]] for some in pieces]
+    encoded = chat.to_ids(pieces, lambda texts: _encode(texts, tokenizer))
+    found = []
+    for (pair, text), turns, (ids, marks) in zip(todo, conversations, encoded, strict=True):
+        scored = [content for role, content in turns if role == "assistant"]
+        if cfg.loss_on == "completion":
+            scored = [text]
+        elif cfg.loss_on == "all":
+            marks = [True] * len(ids)
+            scored = [content for _, content in turns]
+        ids, marks = [*own_begins, *ids], [False] * len(own_begins) + marks
+        found.append(Example(pair.id, ids, marks[1:], text, tuple(scored)))
+    return found
+
+
+def prompt_ids(
+    pair: Pair,
+    tokenizer: PreTrainedTokenizerBase,
+    begins: tuple[int, ...] = (),
+    chat_template: str = "auto",
+) -> list[int]:
+    """What a model is given to complete."""
+    if not pair.turns:
+        return [*begins, *_encode([pair.prompt], tokenizer)[0], tokenizer.eos_token_id]
+    template = chat.template_of(tokenizer, chat_template)
+    answer: Turn = ("assistant", pair.completions[0] if pair.completions else "-")
+    pieces = chat.written([*pair.turns, answer], template, tokenizer, pair.id)
+    given = pieces[: max(i for i, piece in enumerate(pieces) if piece.assistant)]
+    ((ids, _),) = chat.to_ids([given], lambda texts: _encode(texts, tokenizer))
+    return ids if template.own else [*begins, *ids]
+
+
+def stops(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str = "auto"
+) -> tuple[int, ...]:
+    """Ids after which a completion is over."""
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    if not any(pair.turns for pair in pairs):
+        return (end,)
+    template = chat.template_of(tokenizer, chat_template)
+    return chat.ends(template, tokenizer, lambda texts: _encode(texts, tokenizer))
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+# --------------------------------------------------------------------------- what is too long
+
+
+def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[str, Any]]:
+    """The sequences as training blocks hold them, by `data.too_long`, and counts for result.json.
+
+    `cut` keeps the first `data.context` inputs, `drop` nothing, and `window` everything, in pieces
+    of `data.context` inputs that do not see one another. What then has nothing to predict is left
+    out.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    size = cfg.context
+    longer = [one for one in found if one.length > size]
+    if not longer:
+        return found, {}
+    kept: list[Example] = []
+    left_out = 0
+    for one in found:
+        starts = [0]
+        if one.length > size:
+            starts = {"cut": [0], "drop": [], "window": [*range(0, one.length, size)]}[cfg.too_long]
+        parts = [
+            replace(one, ids=one.ids[i : i + size + 1], predicted=one.predicted[i : i + size])
+            for i in starts
+        ]
+        parts = [part for part in parts if any(part.predicted)]
+        left_out += not parts
+        kept += parts
+    tokens = sum(one.num_predicted for one in found)
+    counts = {
+        "choice": cfg.too_long,
+        "sequences": len(found),
+        "longer": len(longer),
+        "left_out": left_out,
+        "tokens": tokens,
+        "tokens_left_out": tokens - sum(one.num_predicted for one in kept),
+    }
+    if not kept:
+        raise ConfigError(
+            f"data.too_long={cfg.too_long}: all {len(found)} training sequences are longer than "
+            f"data.context={size}, and none has a token left to predict; raise data.context"
+        )
+    return kept, counts
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def blocks(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    begins: tuple[int, ...] = (),
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Training blocks: inputs, targets (IGNORE over prompts and padding), positions, num_predicted.
+
+    With `packed` every block is `context` long and no sequence is cut: a sequence goes into the
+    fullest block that has room (best fit), in an order that mixes prompts and depends on nothing
+    but their ids. With `padded` a block is a sequence, as long as it is. Beside them what `fitted`
+    counts.
+    """
+    end = tokenizer.eos_token_id
+    context, packing = cfg.context, cfg.packing
+    found, counts = fitted(sequences(pairs, tokenizer, cfg, begins), cfg)
+    order = sorted(
+        range(len(found)),
+        key=lambda i: hashlib.sha256(f"{found[i].pair}#{found[i].completion}".encode()).digest(),
+    )
+    bins: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # (positions left, bin), ascending
+    for one in (found[i] for i in order):
+        at = bisect_left(room, (one.length, -1)) if packing == "packed" else len(room)
+        if at == len(room):
+            bins.append([one])
+            left, index = context - one.length, len(bins) - 1
+        else:
+            left, index = room.pop(at)
+            bins[index].append(one)
+            left -= one.length
+        if left >= 2 and packing == "packed":
+            insort(room, (left, index))
+    columns: dict[str, list[Any]] = {"inputs": [], "targets": [], "positions": []}
+    for members in bins:
+        width = context if packing == "packed" else members[0].length
+        pad = width - sum(one.length for one in members)
+        columns["inputs"].append([*chain(*(one.ids[:-1] for one in members)), *[end] * pad])
+        columns["targets"].append([*chain(*(one.targets for one in members)), *[IGNORE] * pad])
+        columns["positions"].append([*chain(*(range(one.length) for one in members)), *range(pad)])
+    kind = pa.list_(pa.int32())
+    table = {name: pa.array(values, type=kind) for name, values in columns.items()}
+    predicted = [sum(t != IGNORE for t in targets) for targets in columns["targets"]]
+    return pa.table(table | {"num_predicted": predicted}), counts
+
+
+def evaluated(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    begins: tuple[int, ...] = (),
+) -> pa.Table:
+    """One row a sequence, as `data` has documents; words and bytes are of what is predicted.
+
+    `first` is the id before `tokens`, of which the first `skipped` are the prompt's. Where not all
+    of the rest is predicted, as of several turns, `scored` says it of every token.
+    """
+    found = sequences(pairs, tokenizer, cfg, begins)
+    columns = {
+        "id": [one.pair for one in found],
+        "first": [one.ids[0] for one in found],
+        "tokens": pa.array([one.ids[1:] for one in found], type=pa.list_(pa.int32())),
+        "skipped": [one.num_prompt - 1 for one in found],
+        "num_words": [sum(len(text.split()) for text in one.scored) for one in found],
+        "num_bytes": [sum(len(text.encode()) for text in one.scored) for one in found],
+    }
+    if any(one.num_predicted < one.length - one.num_prompt + 1 for one in found):
+        marks = pa.array([one.predicted for one in found], type=pa.list_(pa.bool_()))
+        columns["scored"] = marks
+    return pa.table(columns)
+
+
+def longer_than_a_window(table: pa.Table, context: int) -> dict[str, Any]:
+    """How many held-out sequences are longer than `context`, for result.json; {} for none."""
+    lengths = pc.list_value_length(table["tokens"]).to_pylist()
+    longer = sum(length > context for length in lengths)
+    return {"choice": "window", "sequences": len(lengths), "longer": longer} if longer else {}
