@@ -101,6 +101,8 @@ def _values(run: RunConfig) -> dict[str, Any]:
         values["method"] |= {"train_only": only} if only else {}
     if not run.method.takes_targets:
         del values["targets"]
+    if run.optimizer.name == "adamw" or not run.method.trains:  # all runs were AdamW's once
+        del values["optimizer"]
     if not run.method.trains:
         del values["train"]
     if is_deterministic(run):
@@ -153,6 +155,7 @@ def run_name(run: RunConfig) -> str:
     if isinstance(method, SvdMethod):
         parts.append(f"k{method.kept}")
     if method.trains:
+        parts += [] if run.optimizer.name == "adamw" else [run.optimizer.name]
         parts.append(f"lr{run.train.lr:g}")
     parts += [] if is_deterministic(run) else [f"s{run.seed}"]
     parts.append(identity(run)[:6])

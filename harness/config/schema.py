@@ -227,7 +227,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled, on matrices only
+    weight_decay: float = 0.0  # on matrices only; decoupled but for SGD
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     clip: float | None = 1.0  # norm of the gradient of the mean nll; null = off
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto

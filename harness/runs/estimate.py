@@ -42,7 +42,7 @@ from harness.models.loss import NextToken
 from harness.results import environment
 from harness.system.atomic import write_atomically
 from harness.training import loop as train
-from harness.training import memory
+from harness.training import memory, optimizers
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,8 @@ def _followed(
         trainable = [p for p in model.parameters() if p.requires_grad]
         if run.train.steps and trainable:
             prepared.train()
-            optimizer = train.make_optimizer(model, run.train)
+            optimizer = optimizers.make_optimizer(model, run.train, run.optimizer)
+            optimizers.start(optimizer)
             if run.train.steps > 1:  # a step that makes the optimizer's state
                 for parameter in trainable:
                     parameter.grad = torch.zeros_like(parameter)
@@ -207,7 +208,12 @@ def _followed(
         prepared.eval()  # after a step, if there is one: the optimizer's state is there
         ids = torch.zeros(evaluated, dtype=torch.int64)
         ids = ids.to(accelerator.device)
-        with torch.no_grad(), memory.measured(model, optimizer, on_evaluation), Flops() as flops:
+        with (
+            optimizers.evaluation(optimizer),
+            torch.no_grad(),
+            memory.measured(model, optimizer, on_evaluation),
+            Flops() as flops,
+        ):
             prepared(ids, ids)
         evaluate_flops = flops.total / ids.numel()
     for phase in filter(None, (on_training, on_evaluation)):
@@ -287,7 +293,9 @@ def recorded(
 
     `run` is the run as it was done: with the micro-batch that fitted.
     """
-    values: dict[str, Any] = {k: v for k, v in vars(run).items() if k in ("model", "targets")}
+    values: dict[str, Any] = {
+        k: v for k, v in vars(run).items() if k in ("model", "targets", "optimizer")
+    }
     for section, names in _NO_MATTER.items():
         fields = vars(getattr(run, section))
         values[section] = {k: v for k, v in fields.items() if k not in names}

@@ -49,7 +49,7 @@ from harness.runs import composition, estimate, saved_check
 from harness.runs.finished_run import Saved
 from harness.system import contents, lock, machine, network
 from harness.system.signals import Stop
-from harness.training import checkpoint, loop, memory, sharding
+from harness.training import checkpoint, loop, memory, optimizers, sharding
 from harness.training.evaluator import Evaluator
 from harness.training.run_state import Elapsed, RunState
 
@@ -313,7 +313,9 @@ def perform(
         run = ending.within_flops(run, known.get("train_flops_per_token"))
     optimizer = None
     if counted.trainable:
-        optimizer = accelerator.prepare_optimizer(loop.make_optimizer(model, run.train))
+        optimizer = accelerator.prepare_optimizer(
+            optimizers.make_optimizer(model, run.train, run.optimizer)
+        )
 
     # ----------------------------------------------------------------------- train
     standing = RunState(run, run_dir, model, optimizer, accelerator, process, so_far)
