@@ -425,3 +425,106 @@ def test_a_table_has_the_optimizer_and_its_fields_where_rows_differ_in_them(tmp_
     assert sorted((line[at].shown, line[ratio].shown) for line in shown.lines) == [
         ("adamw", "-"), ("adamw", "-"), ("lora_plus", "16"), ("lora_plus", "4"),
     ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- train.groups
+
+LAYERWISE = (
+    "train.groups=[{match: h.0.attn, lr_scale: 0.25, weight_decay: 0.2},"
+    "{match: h.0, lr_scale: 0.5},{match: 'h.*.ln_1', weight_decay: 0.3},"
+    "{match: wte.weight, lr_scale: 0.1, weight_decay: 0}]"
+)
+
+
+def test_rates_and_decays_by_name_equal_groups_by_hand(tiny, make_run, text):
+    run = config(make_run, "adamw", "method=full", "train.weight_decay=0.1", LAYERWISE)
+    losses, optimizer = train(adapted(tiny, run), text, run)
+    plain = adapted(tiny, config(make_run, "adamw", "method=full"))
+    groups = []
+    for name, parameter in plain.named_parameters():
+        rate, decay = LR, 0.1 if parameter.ndim > 1 else 0.0
+        if ".h.0.attn." in name:
+            rate, decay = LR * 0.25, 0.2  # its biases, too
+        elif ".h.0." in name:
+            rate = LR * 0.5  # with ln_1, whose entry comes later
+        elif ".h.1.ln_1." in name:
+            decay = 0.3
+        elif name == "transformer.wte.weight":
+            rate, decay = LR * 0.1, 0.0
+        groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+    made = torch.optim.AdamW(groups, fused=True)
+    assert losses == plain_loop(plain, text, run, [made])
+    described = optimizers.described(optimizer)
+    assert sum(group["parameters"] for group in described) == tiny.num_parameters()
+    wte = tiny.transformer.wte.weight.numel()
+    assert {
+        "optimizer": "AdamW",
+        "lr_scale": 0.1,
+        "weight_decay": 0.0,
+        "parameters": wte,
+    } in described
+
+
+def test_a_group_on_b_is_lora_plus_and_multiplies_its_ratio(tiny, make_run, text):
+    found = []
+    for name, *own in (
+        ("lora_plus", "optimizer.ratio=4"),
+        ("adamw", "train.groups=[{match: lora_B, lr_scale: 4}]"),
+        ("lora_plus", "optimizer.ratio=2", "train.groups=[{match: lora_B, lr_scale: 2}]"),
+    ):
+        run = config(make_run, name, "method=lora", *own)
+        found.append(train(adapted(tiny, run), text, run)[0])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("name", schemas.OPTIMIZERS)
+def test_every_optimizer_has_the_rates_of_groups(tiny, make_run, text, name):
+    groups = "train.groups=[{match: h.0, lr_scale: 0.5, weight_decay: 0.1}]"
+    run = config(make_run, name, "method=lora", groups)
+    model = adapted(tiny, run)
+    _, optimizer = train(model, text, run)
+    names = {p: n for n, p in model.named_parameters()}
+    seen = set()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            times = 0.5 if ".h.0." in names[p] else 1.0
+            times *= 16 if name == "lora_plus" and "lora_B" in names[p] else 1
+            assert group["lr"] == LR * times
+            assert group["weight_decay"] == (0.1 if ".h.0." in names[p] else 0.0)
+            seen.add(".h.0." in names[p])
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ("[{match: lora_C}]", r"train.groups\[0\].match=lora_C matches nothing: .*'lora_B'"),
+        ("[{match: wte}]", "matches nothing"),  # which does not train
+        ("[{match: lora_B},{match: 'h.*.lora_B'}]", r"groups\[1\].*"),
+        ("[{match: h},{match: lora_B}]", "the entries before it have all"),
+        ("[{match: lora_B, lr_scale: 0}]", "lr_scale=0.0: expected a finite number above 0"),
+        ("[{match: lora_B, weight_decay: -1}]", "weight_decay=-1.0: expected 0 or more"),
+        ("[{match: lora_B, rate: 2}]", "unknown key"),
+        ("[{lr_scale: 2}]", "match is missing"),
+        ("[lora_B]", "expected a list of mappings"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(tiny, make_run, groups, said):
+    with pytest.raises(ConfigError, match=said):
+        run = config(make_run, "adamw", "method=lora", f"train.groups={groups}")
+        optimizers.make_optimizer(adapted(tiny, run), run.train, run.optimizer)
+
+
+def test_groups_make_another_run_and_none_the_same_as_before(make_run):
+    from omegaconf import OmegaConf
+
+    from harness.config.naming import identity
+    from harness.config.run_config import to_dict
+    from harness.runs.composition import from_hydra
+
+    plain = make_run("train.lr=0.01")
+    assert identity(plain) == identity(make_run("train.lr=0.01", "train.groups=[]"))
+    asked = make_run("train.lr=0.01", "train.groups=[{match: lora_B, lr_scale: 4}]")
+    assert identity(asked) != identity(plain)
+    again = from_hydra(OmegaConf.create(to_dict(asked)))
+    assert again == asked and identity(again) == identity(asked)

@@ -33,7 +33,7 @@ _LATER = {
         "split", "validation_path", "test_path", "encoding",
     ),
     "targets": ("roles",),
-    "train": ("max_seconds", "max_flops", "early_stopping"),
+    "train": ("max_seconds", "max_flops", "early_stopping", "groups"),
     "evaluate": (
         "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
     ),

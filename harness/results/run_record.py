@@ -6,7 +6,8 @@ Stable keys: status (finished | failed | interrupted | running), failure.{class,
 with class oom | nan | killed | disk | config | interrupted | error, date (UTC, when it ended;
 absent in older results), run.name, run.seed, run.command, run.resumed_at (steps), run.identity,
 run.configuration (the same for all seeds of one configuration on the same text and weights),
-run.contents.KEY (`harness.system.contents`), train.{micro_batch, micro_batch_asked}, method.name,
+run.contents.KEY (`harness.system.contents`), train.{micro_batch, micro_batch_asked},
+train.groups (of what trains: optimizer, lr_scale, weight_decay, parameters), method.name,
 parameters.total, parameters.trainable, memory.peak_bytes, memory.by_category (bytes),
 speed.tokens_per_second, speed.train_seconds, quality.step0.validation.perplexity (the adapted model
 before its first step), quality.base.validation (the base; the same where the method starts as

@@ -29,6 +29,7 @@ from harness.config.schema import (
     EarlyStopping,
     GenerateConfig,
     LoraMethod,
+    ParameterGroup,
     RootConfig,
     TrainConfig,
     defaults,
@@ -81,7 +82,8 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         if key == "train":
             section |= _shared(shared, section)
             stopping = _early_stopping(section.pop("early_stopping", None) or {})
-            asked = section | {"early_stopping": stopping}
+            groups = _groups(section.pop("groups", None) or [])
+            asked = section | {"early_stopping": stopping, "groups": groups}
             section["steps"] = ending.asked_steps(section, planned=bool(values.get("contents")))
             if section.get("lr") in ("auto", "tuned"):
                 section |= _rate(asked | section, sections)
@@ -89,7 +91,7 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         completing = section.pop("generate", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
         if key == "train":
-            sections[key] = replace(sections[key], early_stopping=stopping)
+            sections[key] = replace(sections[key], early_stopping=stopping, groups=groups)
         if further:
             sections[key] = replace(sections[key], also=_also(further, sections["data"]))
         if completing:
@@ -146,6 +148,15 @@ def _early_stopping(asked: Any) -> EarlyStopping:
     found = _typed(EarlyStopping, asked, "train.early_stopping")
     assert isinstance(found, EarlyStopping)
     return found
+
+
+def _groups(asked: Any) -> list[ParameterGroup]:
+    if not isinstance(asked, list) or not all(isinstance(one, dict) for one in asked):
+        raise ConfigError(
+            f"train.groups={asked}: expected a list of mappings, as in "
+            "train.groups=[{match: wte, lr_scale: 0.1}]"
+        )
+    return [_typed(ParameterGroup, one, f"train.groups[{i}]") for i, one in enumerate(asked)]
 
 
 def _with_epochs(run: RunConfig, asked: dict[str, Any], sections: dict[str, Any]) -> RunConfig:

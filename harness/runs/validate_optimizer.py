@@ -34,6 +34,7 @@ def validate_optimizer(run: RunConfig) -> None:
         return
     _validate_unused(run)
     _validate_numbers(run)
+    _validate_groups(run)
     _validate_packages(run)
     _validate_fit(run)
     if run.launch.sharded and run.optimizer.name not in DIVIDED:
@@ -94,6 +95,16 @@ def _validate_numbers(run: RunConfig) -> None:
                 f"optimizer=schedule_free with train.schedule={run.train.schedule}: its average of "
                 "weights stands in place of a falling rate; set train.schedule=constant"
             )
+
+
+def _validate_groups(run: RunConfig) -> None:
+    for i, group in enumerate(run.train.groups):
+        key = f"train.groups[{i}]"
+        require(bool(group.match.strip(". ")), f"{key}.match", group.match, "a name")
+        fine = 0 < group.lr_scale < math.inf
+        require(fine, f"{key}.lr_scale", group.lr_scale, "a finite number above 0")
+        fine = group.weight_decay is None or 0 <= group.weight_decay < math.inf
+        require(fine, f"{key}.weight_decay", group.weight_decay, "0 or more, or null")
 
 
 def _validate_packages(run: RunConfig) -> None:

@@ -196,7 +196,8 @@ def perform(
     most = pretrained.max_context(model_config)
     methods.check_context(run, most)
     with suppress(methods.NeedsWeightsError):  # then on the real model
-        methods.check(pretrained.on_meta(run, model_config), run)
+        checked = methods.check(pretrained.on_meta(run, model_config), run)
+        optimizers.matches(checked, run.train.groups)
 
     # ----------------------------------------------------------------------- data
     tokenizer = pretrained.load_tokenizer(run.model, model_config)
@@ -364,6 +365,8 @@ def perform(
         "micro_batch_asked": run.train.micro_batch,
         "micro_batch": state.micro_batch,
     }
+    if optimizer is not None:
+        result["train"]["groups"] = optimizers.described(optimizer)
 
     # ----------------------------------------------------------------------- evaluate
     result["quality"] |= {

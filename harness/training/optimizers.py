@@ -6,6 +6,7 @@ ask for. A group has `lr_scale`: its rate is that multiple of the step's (`loop.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,9 +18,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.config import optimizers as schemas
-from harness.config.errors import ConfigError
+from harness.config.errors import ConfigError, nearest
 from harness.config.optimizers import ADAMW, OptimizerConfig
-from harness.config.schema import TrainConfig
+from harness.config.schema import ParameterGroup, TrainConfig
 
 # Vectors, and diagonals that scale, which PEFT holds in two dimensions: IA3's and BOFT's scales,
 # BEFT's biases, AdaLoRA's singular values, RandLoRA's diagonals (a row each), GLoRA's vectors.
@@ -189,10 +190,12 @@ def _groups(
     scale: Callable[[str, nn.Parameter], float] = lambda *_: 1.0,
     wanted: Callable[[str, nn.Parameter], bool] = lambda *_: True,
 ) -> Groups:
-    """What trains and is `wanted`, in groups of one weight decay and one `scale` of the rate.
+    """What trains and is `wanted`, in groups of one weight decay and one multiple of the rate.
 
-    Matrices come first, and within a group parameters are in the model's order.
+    The multiple is what the optimizer's `scale` says times that of `train.groups`. Matrices come
+    first, and within a group parameters are in the model's order.
     """
+    asked = matches(model, train.groups)
     found: dict[tuple[bool, float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or not wanted(name, parameter):
@@ -200,6 +203,9 @@ def _groups(
         matrix = is_matrix(model, name, parameter)
         decay = train.weight_decay if matrix else 0.0
         times = scale(name, parameter)
+        if own := asked.get(name):
+            decay = decay if own.weight_decay is None else own.weight_decay
+            times *= own.lr_scale
         group = found.setdefault(
             (not matrix, times, decay),
             {
@@ -213,6 +219,50 @@ def _groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return [found[key] for key in sorted(found)]
+
+
+def matches(model: nn.Module, groups: Sequence[ParameterGroup]) -> dict[str, ParameterGroup]:
+    """The entry of `train.groups` of each parameter that trains and has one, by name.
+
+    Raises:
+        ConfigError: an entry that matches nothing that trains, or nothing that is left for it.
+    """
+    trains = [name for name, p in model.named_parameters() if p.requires_grad]
+    found: dict[str, ParameterGroup] = {}
+    for i, group in enumerate(groups):
+        pattern = re.escape(group.match.strip(".")).replace(r"\*", "[^.]*")
+        own = [name for name in trains if re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name)]
+        left = [name for name in own if name not in found]
+        if not left:
+            why = _nearest_end(group.match, trains)
+            if own:
+                why = "the entries before it have all that it matches: put it in front of them"
+            raise ConfigError(f"train.groups[{i}].match={group.match} matches nothing: {why}")
+        found |= dict.fromkeys(left, group)
+    return found
+
+
+def _nearest_end(match: str, trains: Sequence[str]) -> str:
+    """The nearest name of what trains, from its end, with `*` for numbers."""
+    ends = set()
+    for name in trains:
+        pieces = re.sub(r"\.\d+(?=\.)", ".*", name).split(".")
+        ends |= {".".join(pieces[i:j]) for j in range(1, len(pieces) + 1) for i in range(j)}
+    return f"of what trains {nearest(match, ends, most=12)}"
+
+
+def described(optimizer: torch.optim.Optimizer) -> Groups:
+    """The groups as result.json has them: class, multiple of the rate, decay, elements."""
+    return [
+        {
+            "optimizer": type(part).__name__,
+            "lr_scale": group["lr_scale"],
+            "weight_decay": group["weight_decay"],
+            "parameters": sum(p.numel() for p in group["params"] if p.requires_grad),
+        }
+        for part in parts_of(optimizer)
+        for group in part.param_groups
+    ]
 
 
 def is_matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> bool:
