@@ -27,7 +27,7 @@ from harness.methods import adapt
 from harness.models.loss import NextToken
 from harness.results import run_record
 from harness.system.signals import Stop
-from harness.training import checkpoint, loop, optimizers
+from harness.training import checkpoint, loop, memory, optimizers
 from harness.training.buffers import BufferState
 
 BLOCKS, STEPS, LR = 10, 12, 1e-2
@@ -40,8 +40,9 @@ ALL = [  # optimizer, method, further keys
     ("muon", "full", ("train.weight_decay=0.1",)),
     ("muon", "lora", ()),
     ("schedule_free", "lora", ()),
+    pytest.param("adamw_8bit", "full", (), marks=pytest.mark.quantised),
 ]
-IDS = [f"{name}-{method}" for name, method, _ in ALL]
+IDS = [f"{one.values[0]}" if hasattr(one, "values") else f"{one[0]}-{one[1]}" for one in ALL]
 
 
 @pytest.fixture
@@ -135,6 +136,10 @@ def by_hand(name, model, train_config):
             {"params": wide, "weight_decay": decay}, {"params": narrow, "weight_decay": 0.0},
         ]  # fmt: skip
         return [muon, torch.optim.AdamW(groups, lr=LR, fused=True)]
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return [AdamW8bit(named.values(), lr=LR, weight_decay=0.0)]
     assert name == "schedule_free"
     made = AdamWScheduleFree(named.values(), lr=LR, foreach=False)
     made.train()
@@ -143,7 +148,8 @@ def by_hand(name, model, train_config):
 
 def test_every_optimizer_has_a_file_and_a_test():
     assert set(options("optimizer")) == set(schemas.OPTIMIZERS) == set(optimizers.MAKERS)
-    assert {name for name, *_ in ALL} == set(schemas.OPTIMIZERS)
+    tested = {one.values[0] if hasattr(one, "values") else one[0] for one in ALL}
+    assert tested == set(schemas.OPTIMIZERS)
 
 
 @pytest.mark.parametrize(("name", "method", "more"), ALL, ids=IDS)
@@ -477,7 +483,13 @@ def test_a_group_on_b_is_lora_plus_and_multiplies_its_ratio(tiny, make_run, text
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("name", schemas.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.quantised if name == "adamw_8bit" else ())
+        for name in schemas.OPTIMIZERS
+    ],
+)
 def test_every_optimizer_has_the_rates_of_groups(tiny, make_run, text, name):
     groups = "train.groups=[{match: h.0, lr_scale: 0.5, weight_decay: 0.1}]"
     run = config(make_run, name, "method=lora", groups)
@@ -528,3 +540,22 @@ def test_groups_make_another_run_and_none_the_same_as_before(make_run):
     assert identity(asked) != identity(plain)
     again = from_hydra(OmegaConf.create(to_dict(asked)))
     assert again == asked and identity(again) == identity(asked)
+
+
+@pytest.mark.quantised
+def test_moments_in_eight_bits_are_counted_as_bytes(make_run, tiny, text):
+    run = config(make_run, "adamw_8bit", "method=full")
+    model = adapted(tiny, run)
+    _, optimizer = train(model, text, run)
+    large = [p for p in model.parameters() if p.numel() >= 4096]
+    small = [p for p in model.parameters() if p.numel() < 4096]
+    state = [optimizer.state[p] for p in large]
+    assert large and {s["state1"].dtype for s in state} == {torch.uint8}
+    assert {optimizer.state[p]["state1"].dtype for p in small} == {torch.float32}
+    with memory.LiveTensors(model, optimizer) as live:
+        pass
+    numels = sum(p.numel() for p in large)
+    blocks = sum(-(-p.numel() // 256) for p in large)
+    expected = 2 * numels + 2 * 4 * blocks + 2 * 4 * 256  # codes, a scale a block, two tables
+    expected += 2 * 4 * sum(p.numel() for p in small)
+    assert live.by_category["optimizer_state"] == expected

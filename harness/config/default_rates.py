@@ -36,7 +36,7 @@ from harness.config.schema import (
     UdvMethod,
 )
 
-LIKE_ADAMW = ("lora_plus", "lora_fa", "riemannian", "muon", "schedule_free")
+LIKE_ADAMW = ("lora_plus", "lora_fa", "riemannian", "muon", "schedule_free", "adamw_8bit")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")  # of configurations in transformers' way
 UNKNOWN_WIDTH = 1024
 EXPONENT = 0.781

@@ -19,7 +19,8 @@ class OptimizerConfig:
     """
 
     shared: ClassVar[tuple[str, ...]] = ("beta1", "beta2", "eps", "weight_decay")
-    extra: ClassVar[str | None] = None  # the package, and extra of pyproject.toml, that it needs
+    package: ClassVar[str | None] = None  # that it needs, and the extra of pyproject.toml with it
+    extra: ClassVar[str | None] = None
 
     name: str  # one of OPTIMIZERS
 
@@ -74,10 +75,19 @@ class MuonOptimizer(OptimizerConfig):
 class ScheduleFreeOptimizer(OptimizerConfig):
     """schedulefree's AdamWScheduleFree (arXiv 2405.15682): averaged weights are evaluated."""
 
-    extra = "schedulefree"
+    package = extra = "schedulefree"
 
     step_power: float = 0.0  # r there: weights in the average grow with this power of the step
     lr_power: float = 2.0  # weight_lr_power there: and with this power of the rate
+
+
+@dataclass(frozen=True)
+class Adamw8bitOptimizer(OptimizerConfig):
+    """bitsandbytes' AdamW8bit (arXiv 2110.02861): moments in 8 bits, in blocks of 256."""
+
+    package, extra = "bitsandbytes", "quantised"
+
+    min_8bit_size: int = 4096  # elements below which a parameter keeps moments in 32 bits
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
@@ -88,6 +98,7 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "riemannian": RiemannianOptimizer,
     "muon": MuonOptimizer,
     "schedule_free": ScheduleFreeOptimizer,
+    "adamw_8bit": Adamw8bitOptimizer,
 }
 ADAMW = OptimizerConfig("adamw")
 

@@ -10,6 +10,7 @@ from packaging.version import Version
 
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.optimizers import (
+    Adamw8bitOptimizer,
     LoraPlusOptimizer,
     MuonOptimizer,
     RiemannianOptimizer,
@@ -85,6 +86,8 @@ def _validate_numbers(run: RunConfig) -> None:
         asked, choices = optimizer.adjust_lr, ("match_rms_adamw", "original")
         if asked not in choices:
             raise ConfigError(f"optimizer.adjust_lr={asked}: {nearest(asked, choices)}")
+    if isinstance(optimizer, Adamw8bitOptimizer):
+        check("min_8bit_size", optimizer.min_8bit_size > 0, "1 or more elements")
     if isinstance(optimizer, ScheduleFreeOptimizer):
         check("step_power", 0 <= optimizer.step_power < math.inf, "0 or more")
         check("lr_power", 0 <= optimizer.lr_power < math.inf, "0 or more")
@@ -108,11 +111,11 @@ def _validate_groups(run: RunConfig) -> None:
 
 
 def _validate_packages(run: RunConfig) -> None:
-    name, extra = run.optimizer.name, run.optimizer.extra
-    if extra and importlib.util.find_spec(extra) is None:
+    name, package = run.optimizer.name, run.optimizer.package
+    if package and importlib.util.find_spec(package) is None:
         raise ConfigError(
-            f"optimizer={name} needs the package {extra}, which is not installed: "
-            f"pip install -e '.[{extra}]' (or pip install {extra})"
+            f"optimizer={name} needs the package {package}, which is not installed: "
+            f"pip install -e '.[{run.optimizer.extra}]' (or pip install {package})"
         )
     if name == "muon" and Version(version("torch")) < Version(MUON_SINCE):
         raise ConfigError(

@@ -19,6 +19,7 @@ from harness.training.optimizers import parts_of
 TENSOR, NUMBER = "optimizer", "optimizer_number"
 NAMED, NAMED_NUMBER = "optimizer_named", "optimizer_named_number"
 GROUP = "optimizer_group"
+TABLES = ("qmap1", "qmap2")  # values of 8-bit codes, which all of bitsandbytes' parameters share
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -33,7 +34,8 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tor
                 )
                 name = owner if isinstance(owner, str) else names[owner]
                 if isinstance(value, torch.Tensor):
-                    found[f"{tensor}/{field}/{name}"] = value
+                    # A file has no two names of one tensor.
+                    found[f"{tensor}/{field}/{name}"] = value.clone() if field in TABLES else value
                 elif value is not None:
                     found[f"{number}/{field}/{name}"] = _number(value)
         for index, group in enumerate(part.param_groups if _counts_in_groups(part) else ()):
@@ -56,18 +58,22 @@ def restore(
         for parameter in group["params"]
     }
     by_names: dict[str, dict[str, Any]] = {}
+    tables: dict[Any, Any] = {}
+    kept: Any
     for key, value in saved.items():
         kind, _, rest = key.partition("/")
         field, _, owner = rest.partition("/")
         if kind in (NAMED, NAMED_NUMBER):
-            kept = value.item() if kind == NAMED_NUMBER else value
-            by_names.setdefault(owner, {})[field] = kept
+            by_name = value.item() if kind == NAMED_NUMBER else value
+            by_names.setdefault(owner, {})[field] = by_name
         elif kind == GROUP:
             place, _, index = owner.partition(".")
             parts[int(place)].param_groups[int(index)][field] = value.item()
         elif kind in (TENSOR, NUMBER):
             parameter = parameters[owner]
-            kept = value.item() if kind == NUMBER else sharding.distribute_like(value, parameter)
+            is_number = kind == NUMBER
+            kept = value.item() if is_number else sharding.distribute_like(value, parameter)
+            kept = tables.setdefault((field, kept.device), kept) if field in TABLES else kept
             owner_of[parameter].state[parameter][field] = kept
     if by_names:
         (part,) = parts

@@ -169,6 +169,18 @@ def _schedule_free(
     )
 
 
+def _adamw_8bit(
+    model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig
+) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    assert isinstance(optimizer, schemas.Adamw8bitOptimizer)
+    return cast(
+        torch.optim.Optimizer,
+        AdamW8bit(_groups(model, train), min_8bit_size=optimizer.min_8bit_size, **_adam(train)),
+    )
+
+
 MAKERS: dict[str, Callable[[nn.Module, TrainConfig, OptimizerConfig], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
@@ -177,6 +189,7 @@ MAKERS: dict[str, Callable[[nn.Module, TrainConfig, OptimizerConfig], torch.opti
     "riemannian": _riemannian,
     "muon": _muon,
     "schedule_free": _schedule_free,
+    "adamw_8bit": _adamw_8bit,
 }
 
 
