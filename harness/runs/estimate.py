@@ -144,7 +144,8 @@ def predict(
     kernel has a workspace that its fake counterpart does not show: its peak is predicted up to a
     sixth too low. None for what only a run can tell: a rank by energy, methods that read the
     weights to be built, or look at values, which fake tensors have not; and where ranks divide the
-    model among them, which no fake tensor does.
+    model among them, which no fake tensor does; and for optimizer=adamw_8bit, whose
+    kernels look at values.
     """
     if getattr(run.method, "energy", None) is not None or run.launch.sharded:
         return None
