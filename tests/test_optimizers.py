@@ -559,3 +559,14 @@ def test_moments_in_eight_bits_are_counted_as_bytes(make_run, tiny, text):
     expected = 2 * numels + 2 * 4 * blocks + 2 * 4 * 256  # codes, a scale a block, two tables
     expected += 2 * 4 * sum(p.numel() for p in small)
     assert live.by_category["optimizer_state"] == expected
+
+
+def test_a_sweep_leaves_out_the_keys_that_an_optimizer_has_not(capsys):
+    from harness import compose
+
+    runs = compose("optimizer=adamw,lora_plus", "optimizer.ratio=4,16", "train.lr=0.01")
+    found = [(run.optimizer.name, getattr(run.optimizer, "ratio", None)) for run in runs]
+    assert found == [("adamw", None), ("lora_plus", 4.0), ("lora_plus", 16.0)]
+    assert "optimizer.ratio (adamw)" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="optimizer=adamw has no such key"):
+        compose("optimizer.ratio=4,16")
