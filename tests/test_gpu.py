@@ -15,7 +15,7 @@ from harness.data import token_data, token_tables
 from harness.models import loss, pretrained
 from harness.results import environment, run_record
 from harness.runs import estimate, launcher, worker
-from harness.training import loop
+from harness.training import loop, optimizers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -127,7 +127,9 @@ def trained(run, steps=5):
     torch.manual_seed(0)
     model = methods.adapt(pretrained.load_model(run, config), run).to(accelerate.device)
     prepared = accelerate.prepare_model(loss.NextToken(model))
-    optimizer = accelerate.prepare_optimizer(loop.make_optimizer(model, run.train))
+    optimizer = accelerate.prepare_optimizer(
+        optimizers.make_optimizer(model, run.train, run.optimizer)
+    )
     prepared.train()
     ids = torch.randint(0, config.vocab_size, (run.train.micro_batch, run.data.context + 1))
     blocks = token_data.Batch(ids[:, :-1], ids[:, 1:], None)

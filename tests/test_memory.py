@@ -13,7 +13,7 @@ from harness.models.loss import NextToken
 from harness.report import axes
 from harness.system.signals import Stop
 from harness.training import loop as training
-from harness.training import memory
+from harness.training import memory, optimizers
 from harness.training.memory import LiveTensors
 
 KIB = 1024
@@ -180,7 +180,7 @@ def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path
         with LiveTensors(model) as live:
             training.train(
                 model, text, run, Accelerator(cpu=True),
-                training.make_optimizer(model.model, run.train), training.State(micro_batch=4),
+                optimizers.make_optimizer(model.model, run.train), training.State(micro_batch=4),
                 validate=validate, keep=lambda: None, save=lambda: None, log=lambda row: None,
                 stop=Stop(),
             )  # fmt: skip

@@ -46,7 +46,7 @@ def line(overrides, make_run):
         ("lora_alpha=8", "did you mean 'method.alpha'?"),
         ("microbatch=8", "did you mean 'train.micro_batch'?"),
         ("method.train=udv", "method=lora has no such key; method=udv has"),
-        ("optimizer=sgd", "choose one of: contents, data"),
+        ("wizard=sgd", "choose one of: contents, data"),
     ],
 )
 def test_a_key_is_looked_for_among_all_keys_and_by_the_names_of_others(make_run, override, meant):

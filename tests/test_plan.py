@@ -12,12 +12,13 @@ from harness import compose, methods
 from harness import plan as harness_plan
 from harness.commands import plan
 from harness.config.errors import ConfigError
+from harness.config.optimizers import OPTIMIZERS
 from harness.data import documents, token_data
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.results import run_record
 from harness.runs import composition, estimate
-from harness.training import loop, memory
+from harness.training import loop, memory, optimizers
 
 TINY = [
     "model=gpt2_mini_init", "model.architecture.n_embd=64", "model.architecture.n_layer=3",
@@ -59,6 +60,12 @@ CONFIGURATIONS = [
     [*TINY, "method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4"],
     [*TINY, "method=mica", "method.r=4"],
     [*TINY, "method=truncate", "method.rank=8"],
+    *(
+        [*TINY, "method=lora", f"optimizer={name}", "train.lr=0.01"]
+        for name in OPTIMIZERS
+        if name != "adamw_8bit"
+    ),
+    *([*TINY, "method=full", f"optimizer={name}", "train.lr=0.01"] for name in ("sgd", "muon")),
     [*TINY, "method=lora", "data=e2e_nlg", "data.context=32"],
     [*TINY, "method=lora", "data=e2e_nlg", "data.context=32", "data.packing=padded"],
     [*MINI, "method=none"],
@@ -94,14 +101,21 @@ def measured(run, config, accelerate, evaluated=None):
         shape = evaluated or (max(1, tokens // context), context)
         ids = torch.randint(0, config.vocab_size, shape)
         ids = ids.to(accelerate.device)
-        with torch.no_grad(), memory.measured(model, optimizer, on_evaluation):
+        with (
+            optimizers.evaluation(optimizer),
+            torch.no_grad(),
+            memory.measured(model, optimizer, on_evaluation),
+        ):
             prepared.eval()(ids, ids)
 
     if frozen or not run.train.steps:
         evaluate(None)
         return on_evaluation, on_evaluation
-    optimizer = accelerate.prepare_optimizer(loop.make_optimizer(model, run.train))
+    optimizer = accelerate.prepare_optimizer(
+        optimizers.make_optimizer(model, run.train, run.optimizer)
+    )
     prepared.train()
+    optimizers.start(optimizer)
     shape = (run.train.micro_batch, run.data.context)
     number = run.train.batch_tokens // (shape[0] * shape[1])
     for _ in range(min(run.train.steps, 2)):

@@ -10,8 +10,10 @@ import yaml
 
 from harness.config import rates
 from harness.config.errors import ConfigError
+from harness.config.optimizers import LoraPlusOptimizer
 from harness.config.paths import CONF_DIR, options
 from harness.config.rates import Rates, Tuned
+from harness.report.columns import is_own_rate
 from harness.results import run_record
 
 SETTING = {
@@ -380,3 +382,45 @@ def test_a_rate_that_breaks_is_told_and_nothing_is_written(monkeypatch, tmp_path
     assert not (tmp_path / "x.yaml").exists()
     with pytest.raises(ConfigError, match="points=2"):
         harness_rates.RateSweeper(points=2)
+
+
+# --------------------------------------------------------------------- of which optimizer
+
+
+def test_a_rate_is_tuned_for_the_optimizer_that_it_was_found_with_alone(tmp_path, make_run):
+    first = make_run("method=lora", "train.lr=1e-2")
+    setting = rates.setting_of(first.model, first.data, vars(first.train))
+    plus = LoraPlusOptimizer("lora_plus", ratio=4.0)
+    grid = {0.005: 3.2, 0.01: 3.1, 0.02: 3.3}
+    of_plus = {0.001: 3.2, 0.002: 3.0, 0.004: 3.4}
+    tuned = [
+        rates.tuned_of(first.method, "all", grid, "now"),
+        rates.tuned_of(first.method, "all", of_plus, "now", plus),
+    ]
+    assert tuned[0].key != tuned[1].key
+    path = tmp_path / "mine.yaml"
+    path.write_text(rates.text(setting, tuned), "utf-8")
+    assert rates.read(str(path)).tuned == tuple(tuned)
+    assert "optimizer" not in rates.text(setting, tuned[:1])  # a file of before is as it was
+
+    def resolved(*overrides):
+        run = make_run("method=lora", f"train.rates={path}", *overrides)
+        return run.train.lr, run.train.lr_from
+
+    assert resolved("train.lr=tuned") == (0.01, "tuned")
+    assert resolved("train.lr=tuned", "optimizer=lora_plus", "optimizer.ratio=4") == (
+        0.002,
+        "tuned",
+    )
+    lr, said = resolved("train.lr=tuned", "optimizer=lora_plus", "optimizer.ratio=8")
+    assert (lr, said) == (0.002, "tuned with another optimizer.ratio")
+    with pytest.raises(ConfigError, match=r"no rate for lora with optimizer=muon, but for lora, "):
+        resolved("train.lr=tuned", "optimizer=muon")
+    # auto: what was found with it; or else half of AdamW's, and said to be no tuned rate.
+    assert resolved("optimizer=lora_plus", "optimizer.ratio=4") == (0.002, "tuned")
+    lr, said = resolved("optimizer=muon")
+    assert lr == 0.005 and said == "default: half of AdamW's rate (tuned)"
+    assert not is_own_rate(said)
+    path.write_text(rates.text(setting, tuned[:1]), "utf-8")
+    lr, said = resolved("optimizer=lora_plus", "optimizer.ratio=4")
+    assert lr == 0.0025 and said.startswith("default: half of AdamW's rate (tuned), over the root")

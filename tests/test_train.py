@@ -19,6 +19,7 @@ from harness.methods import adapt
 from harness.models.loss import NextToken
 from harness.system.signals import Stop
 from harness.training import loop as training
+from harness.training import optimizers
 from harness.training.checkpoint import load_trained, save_trained
 
 BLOCKS = 10
@@ -46,7 +47,7 @@ def run_loop(model, text, run, tmp_path, validate=None, penalty=None):
     accelerator = Accelerator(cpu=True)
     prepared = NextToken(model, run.train.label_smoothing)
     trains = any(p.requires_grad for p in model.parameters())
-    optimizer = training.make_optimizer(model, run.train) if trains else None
+    optimizer = optimizers.make_optimizer(model, run.train) if trains else None
     state = training.State(micro_batch=run.train.micro_batch)
     best = tmp_path / "b"
     training.train(
@@ -239,7 +240,7 @@ def test_an_order_to_stop_ends_the_step_and_writes_a_checkpoint(tiny, make_run, 
     with pytest.raises(KeyboardInterrupt):
         training.train(
             NextToken(model), text, run, Accelerator(cpu=True),
-            training.make_optimizer(model, run.train), state, validate=lambda: 1.0,
+            optimizers.make_optimizer(model, run.train), state, validate=lambda: 1.0,
             keep=lambda: None, save=lambda: saved.append(state.step), log=rows.append, stop=stop,
         )  # fmt: skip
     assert saved == [5, 7] and state.step == 7 and state.validated == 5
@@ -293,7 +294,7 @@ PEFT = "method=peft"
 def test_weight_decay_is_of_matrices_by_what_they_are(tiny, make_run, overrides, decays, spared):
     """A and B are factors at r=1 as at r=8, and IA3's (1, n) is a vector: against lists by hand."""
     model = adapt(tiny, make_run(*overrides))
-    optimizer = training.make_optimizer(model, TrainConfig(weight_decay=0.1))
+    optimizer = optimizers.make_optimizer(model, TrainConfig(weight_decay=0.1))
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     found = {0.1: set(), 0.0: set()}
     for group in optimizer.param_groups:
@@ -309,7 +310,7 @@ def test_factors_that_an_adapter_multiplies_out_are_matrices_at_every_rank(confi
     config.target_modules = ["0"]
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(15, 8)), config)
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert found and all(training.is_matrix(model, name, p) for name, p in found.items())
+    assert found and all(optimizers.is_matrix(model, name, p) for name, p in found.items())
 
 
 def test_the_rates_of_a_state_space_do_not_decay():
@@ -318,13 +319,13 @@ def test_the_rates_of_a_state_space_do_not_decay():
     model = MambaForCausalLM(config)
     spared = {
         name for name, p in model.named_parameters()
-        if p.ndim > 1 and not training.is_matrix(model, name, p)
+        if p.ndim > 1 and not optimizers.is_matrix(model, name, p)
     }  # fmt: skip
     assert spared == {"backbone.layers.0.mixer.A_log"}
 
 
 def test_the_optimizer_has_all_that_trains_and_betas_of_its_own(tiny):
-    optimizer = training.make_optimizer(tiny, TrainConfig(weight_decay=0.1))
+    optimizer = optimizers.make_optimizer(tiny, TrainConfig(weight_decay=0.1))
     counted = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
     assert counted == sum(p.numel() for p in tiny.parameters())
     assert SimpleNamespace(**optimizer.defaults).betas == (0.9, 0.999)
@@ -360,5 +361,7 @@ def test_every_vector_of_peft_in_two_dimensions_is_known():
             if p.requires_grad and p.ndim >= 2 and 0 < sum(size > 1 for size in p.shape) < 2:
                 vectors.add(name.split(".")[-2] if name.endswith(".default") else name)
     refused = {"prefix_task_cols", "prefix_task_rows", "module_logits"}  # MULTITASK…, POLY
-    left = {n for n in vectors if n not in training.VECTORS and n.rpartition(".")[2] not in refused}
+    left = {
+        n for n in vectors if n not in optimizers.VECTORS and n.rpartition(".")[2] not in refused
+    }
     assert not left and built > 20 and {"ia3_l", "boft_s"} <= vectors

@@ -23,7 +23,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from harness.config.errors import ConfigError
 from harness.config.matrix_roles import shape_of
+from harness.config.optimizers import LoraPlusOptimizer, MuonOptimizer, OptimizerConfig
 from harness.config.paths import ASSETS_DIR
 from harness.config.schema import (
     FullMethod,
@@ -34,6 +36,7 @@ from harness.config.schema import (
     UdvMethod,
 )
 
+LIKE_ADAMW = ("lora_plus", "lora_fa", "riemannian", "muon", "schedule_free", "adamw_8bit")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")  # of configurations in transformers' way
 UNKNOWN_WIDTH = 1024
 EXPONENT = 0.781
@@ -83,6 +86,31 @@ def default_rate(method: MethodConfig, model: ModelConfig) -> tuple[float, str]:
             return VECTOR_RATE, "default: of vectors"
         return _rounded(2 * full), f"default: {wide}"
     return _rounded(full), f"default: {wide}"
+
+
+def from_adamw(lr: float, lr_from: str, optimizer: OptimizerConfig) -> tuple[float, str]:
+    """Where an optimizer's own rates were not searched for: a rate made of AdamW's.
+
+    Half of it on an optimizer whose steps are of AdamW's size, as of all that was tuned for
+    something similar; for LoRA+ divided by the root of its ratio, so that A's rate goes down by as
+    much as B's goes up.
+
+    Raises:
+        ConfigError: the optimizer's steps are of another size.
+    """
+    another = isinstance(optimizer, MuonOptimizer) and optimizer.adjust_lr == "original"
+    if another or optimizer.name not in LIKE_ADAMW:
+        what = "optimizer.adjust_lr=original" if another else f"optimizer={optimizer.name}"
+        raise ConfigError(
+            f"train.lr=auto: {what} has no default rate, and none was searched for: give "
+            "train.lr=…, or tune it (conf/experiment/tune.yaml)"
+        )
+    ratio = optimizer.ratio if isinstance(optimizer, LoraPlusOptimizer) else 1.0
+    ratio = ratio if ratio > 0 else 1.0  # or else validation refuses it
+    rate = float(f"{lr / 2 / math.sqrt(ratio):.3g}")
+    root = f", over the root of optimizer.ratio={ratio:g}" if ratio != 1 else ""
+    said = lr_from.removeprefix("default: ")
+    return rate, f"default: half of AdamW's rate ({said}){root}"
 
 
 def width_of(model: ModelConfig) -> int | None:

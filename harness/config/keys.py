@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from harness.config.errors import nearest
+from harness.config.optimizers import OPTIMIZERS
 from harness.config.schema import METHODS, SECTIONS, EarlyStopping, GenerateConfig, RootConfig
 
 # Names of other programs, for keys of ours. Several keys are told with what each one is.
@@ -71,6 +72,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), ("train.beta1", "train.beta2")),
     "adam_epsilon": ("train.eps",),
+    **dict.fromkeys(("optim", "optimizer_name", "optimizer_type", "optim_type"), ("optimizer",)),
+    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_ratio", "lr_ratio"), ("optimizer.ratio",)),
     "gradient_checkpointing": ("train.checkpointing",),
     "torch_compile": ("train.compile",),
     **dict.fromkeys(("num_threads", "n_threads", "cpus"), ("train.threads", "launch.cores")),
@@ -86,7 +89,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("experiment_id", "exp", "exp_name"), ("experiment_name", "experiment")),
     **dict.fromkeys(("overwrite", "force", "overwrite_output_dir"), ("rerun",)),
 }  # fmt: skip
-GROUPS = ("model", "data", "targets", "method", "train", "evaluate", "tracker", "experiment")
+GROUPS = (
+    "model", "data", "targets", "method", "train", "optimizer", "evaluate", "tracker", "experiment",
+)  # fmt: skip
 EXAMPLES = {  # where the default is no good one
     "train.lr": "2e-3, or auto or tuned",
     "method.alpha": "16, or 2r",
@@ -99,6 +104,7 @@ def schemas() -> dict[str, list[tuple[str, type]]]:
     found: dict[str, list[tuple[str, type]]] = {"": [("", RootConfig)]}
     found |= {section: [("", schema)] for section, schema in SECTIONS.items()}
     found["method"] = list(METHODS.items())
+    found["optimizer"] = list(OPTIMIZERS.items())
     found["evaluate.generate"] = [("", GenerateConfig)]
     found["train.early_stopping"] = [("", EarlyStopping)]
     return found
@@ -143,9 +149,14 @@ def elsewhere(key: str, method: str = "") -> str:
 
 def _with_owners(key: str, method: str) -> str:
     owners = leaves().get(key.rsplit(".", 1)[-1], {}).get(key, ())
-    if not key.startswith("method.") or not owners or method in owners or not method:
+    if (
+        not key.startswith(("method.", "optimizer."))
+        or not owners
+        or method in owners
+        or not method
+    ):
         return f"'{key}'" if " (" not in key else key
-    return f"'{key}' (of method={' and '.join(owners)})"
+    return f"'{key}' (of {key.partition('.')[0]}={' and '.join(owners)})"
 
 
 def close(key: str) -> str:

@@ -34,7 +34,7 @@ _LATER = {
         "loss_on", "too_long", "parts", "held_out_part",
     ),
     "targets": ("roles",),
-    "train": ("max_seconds", "max_flops", "early_stopping"),
+    "train": ("max_seconds", "max_flops", "early_stopping", "groups"),
     "evaluate": (
         "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
     ),
@@ -104,6 +104,8 @@ def _values(run: RunConfig) -> dict[str, Any]:
         values["method"] |= {"train_only": only} if only else {}
     if not run.method.takes_targets:
         del values["targets"]
+    if run.optimizer.name == "adamw" or not run.method.trains:  # all runs were AdamW's once
+        del values["optimizer"]
     if not run.method.trains:
         del values["train"]
     if is_deterministic(run):
@@ -156,6 +158,7 @@ def run_name(run: RunConfig) -> str:
     if isinstance(method, SvdMethod):
         parts.append(f"k{method.kept}")
     if method.trains:
+        parts += [] if run.optimizer.name == "adamw" else [run.optimizer.name]
         parts.append(f"lr{run.train.lr:g}")
     parts += [] if is_deterministic(run) else [f"s{run.seed}"]
     parts.append(identity(run)[:6])

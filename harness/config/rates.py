@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 
 from harness.config import schema
-from harness.config.default_rates import default_rate
+from harness.config.default_rates import default_rate, from_adamw
 from harness.config.errors import ConfigError, nearest
 from harness.config.naming import label
+from harness.config.optimizers import ADAMW, OPTIMIZERS, OptimizerConfig
 from harness.config.paths import CONF_DIR, INSTALLED
 from harness.config.schema import (
     METHODS,
@@ -56,6 +57,8 @@ class Tuned:
     grid: Grid
     variant: Mapping[str, Any] = field(default_factory=dict)  # other fields, where not the default
     made: str = ""  # commit, hardware and date
+    # What it was found with: {} is AdamW, or else the name, and fields that are not the default.
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lr(self) -> float:
@@ -65,11 +68,20 @@ class Tuned:
     @property
     def key(self) -> tuple[Any, ...]:
         """What it is a rate for."""
-        return self.family, self.targets, self.rank, self.scale, repr(sorted(self.variant.items()))
+        return self.family, self.targets, self.rank, self.scale, repr(sorted(self.fields.items()))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Further fields of the method and the optimizer, by their keys, where not the default."""
+        found = {f"method.{key}": value for key, value in self.variant.items()}
+        return found | {f"optimizer.{key}": value for key, value in self.optimizer.items()}
 
     def __str__(self) -> str:
         scale = f"alpha={self.scale:g}r" if self.scale else ""
         other = " ".join(f"{k}={v}" for k, v in self.variant.items())
+        if self.optimizer:
+            own = [f"{k}={v}" for k, v in self.optimizer.items() if k != "name"]
+            other = " ".join(filter(None, [other, f"with {self.optimizer['name']}", *own]))
         return " ".join(filter(None, [self.family, self.targets, self.rank_said, scale, other]))
 
     @property
@@ -168,8 +180,14 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
     return found
 
 
-def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> Tuned:
-    """The entry for a method on `targets`."""
+def tuned_of(
+    method: MethodConfig,
+    targets: str,
+    grid: Grid,
+    made: str = "",
+    optimizer: OptimizerConfig = ADAMW,
+) -> Tuned:
+    """The entry for a method on `targets`, with an optimizer."""
     defaults = schema.defaults(METHODS[method.name])
     variant = {
         key: value
@@ -181,7 +199,11 @@ def tuned_of(method: MethodConfig, targets: str, grid: Grid, made: str = "") -> 
     scale = method.lora_alpha / method.r if isinstance(method, LoraMethod) else None
     rank = str(method.r) if isinstance(method, LoraMethod) else getattr(method, "kept", None)
     targeted = targets if method.takes_targets else None
-    return Tuned(label(method), targeted, rank, scale, grid, variant, made)
+    found_with: dict[str, Any] = {}
+    if optimizer.name != ADAMW.name:
+        usual = schema.defaults(OPTIMIZERS[optimizer.name])
+        found_with = {k: v for k, v in vars(optimizer).items() if v != usual.get(k)}
+    return Tuned(label(method), targeted, rank, scale, grid, variant, made, found_with)
 
 
 # ------------------------------------------------------------------------------------ the file
@@ -211,7 +233,7 @@ def read(name: str) -> Rates:
         tuned = tuple(
             Tuned(
                 t["family"], t["targets"], t["rank"], t["scale"], dict(t["validation_nll"]),
-                dict(t["variant"]), t["made"],
+                dict(t["variant"]), t["made"], dict(t.get("optimizer") or {}),
             )
             for t in loaded["tuned"]
         )  # fmt: skip
@@ -241,7 +263,8 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
         entries.append(
             {
                 "family": t.family, "targets": t.targets, "rank": t.rank, "scale": t.scale,
-                "variant": dict(t.variant), "lr": t.lr, **at_edge,
+                "variant": dict(t.variant),
+                **({"optimizer": dict(t.optimizer)} if t.optimizer else {}), "lr": t.lr, **at_edge,
                 "fitted": float(f"{fitted(t.grid):.3g}"), "validation_nll": grid, "made": t.made,
             }
         )  # fmt: skip
@@ -264,26 +287,35 @@ BESIDE = 0.5  # of the best rate for something similar: a grid often diverges at
 
 
 def automatic(
-    name: str | None, method: MethodConfig, targets: str, model: ModelConfig, setting: Setting
+    name: str | None,
+    method: MethodConfig,
+    targets: str,
+    model: ModelConfig,
+    setting: Setting,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> tuple[float, str]:
     """The rate of train.lr=auto for a method on `targets`, and where it is from.
 
     What a search found for this model, text and configuration, or between two ranks; half of what
     it found for a similar configuration or on another text; or else the method's default for the
-    model. `name` is the file of conf/rates that is looked at first.
+    model. Only rates that were found with the same optimizer are taken; without any, half of
+    AdamW's on an optimizer of the same scale. `name` is the file of conf/rates that is looked at
+    first.
 
     Raises:
-        ConfigError: a file of conf/rates that cannot be read.
+        ConfigError: a file of conf/rates that cannot be read, or an optimizer without a default.
     """
     if not method.trains:
         return NOT_USED
-    asked = tuned_of(replace(method, label=None), targets, {})
+    asked = tuned_of(replace(method, label=None), targets, {}, "", optimizer)
     candidates = []
     for rates in all_files(name):
         family = [
             t
             for t in rates.tuned
-            if t.family == asked.family and (t.scale is None) == (asked.scale is None)
+            if t.family == asked.family
+            and (t.scale is None) == (asked.scale is None)
+            and _same_optimizer(t, asked)
         ]
         apart = _apart_in(setting, rates.setting)
         if family and not any(key.startswith("model.") for key in apart):
@@ -292,6 +324,8 @@ def automatic(
             between_ranks = said.startswith("interpolated") and " with " not in said
             similar = said != "tuned" and not between_ranks
             candidates.append((other_text, similar, len(apart), lr, said, rates.setting))
+    if not candidates and asked.optimizer:
+        return from_adamw(*automatic(name, method, targets, model, setting), optimizer)
     if not candidates:
         return default_rate(method, model)
     other_text, similar, _, lr, said, tuned_for = min(candidates, key=lambda c: c[:3])
@@ -299,6 +333,10 @@ def automatic(
         on = f" on {tuned_for['data.name']}" if other_text else ""
         return float(f"{BESIDE * lr:.3g}"), f"default: half of the rate {said}{on}"
     return lr, _with_setting(said, setting, tuned_for)
+
+
+def _same_optimizer(one: Tuned, other: Tuned) -> bool:
+    return one.optimizer.get("name") == other.optimizer.get("name")
 
 
 def all_files(first: str | None = None) -> list[Rates]:
@@ -320,40 +358,48 @@ def _with_setting(said: str, setting: Setting, tuned_for: Setting) -> str:
 
 
 def resolve(
-    name: str | None, method: MethodConfig, targets: str, setting: Setting
+    name: str | None,
+    method: MethodConfig,
+    targets: str,
+    setting: Setting,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> tuple[float, str]:
     """The rate for a method on `targets`, and where it is from; `setting` is what runs would have.
 
     Raises:
-        ConfigError: no such file, or nothing tuned for a method of this kind.
+        ConfigError: no such file, or nothing tuned for a method of this kind and this optimizer.
     """
     if not method.trains:
         return NOT_USED
     if name is None:
         raise ConfigError("train.lr=tuned needs train.rates, a file of conf/rates")
     rates = read(name)
-    asked = tuned_of(method, targets, {})
-    family = [t for t in rates.tuned if t.family == asked.family]
+    asked = tuned_of(method, targets, {}, "", optimizer)
+    family = [t for t in rates.tuned if t.family == asked.family and _same_optimizer(t, asked)]
     if not family:
-        there = ", ".join(dict.fromkeys(t.family for t in rates.tuned))
+        there = ", ".join(dict.fromkeys(_with_optimizer(t) for t in rates.tuned))
         raise ConfigError(
-            f"train.lr=tuned: {rates.path.name} has no rate for {asked.family}, but for {there}: "
-            "give train.lr=…, or tune it (conf/experiment/tune.yaml)"
+            f"train.lr=tuned: {rates.path.name} has no rate for {_with_optimizer(asked)}, but for "
+            f"{there}: give train.lr=…, or tune it (conf/experiment/tune.yaml)"
         )
     lr, said = _of_family(family, asked)
     return lr, _with_setting(said, setting, rates.setting)
 
 
+def _with_optimizer(t: Tuned) -> str:
+    return t.family + (f" with optimizer={t.optimizer['name']}" if t.optimizer else "")
+
+
 def _of_family(family: list[Tuned], asked: Tuned) -> tuple[float, str]:
     alike, borrowed = family, ""
-    same = [t for t in alike if t.variant == asked.variant]
+    same = [t for t in alike if t.fields == asked.fields]
     if not same:
-        alike = [t for t in alike if t.variant == alike[0].variant]
-        other = alike[0].variant
-        fields = sorted(
-            k for k in other.keys() | asked.variant.keys() if other.get(k) != asked.variant.get(k)
+        alike = [t for t in alike if t.fields == alike[0].fields]
+        other = alike[0].fields
+        apart = sorted(
+            k for k in other.keys() | asked.fields.keys() if other.get(k) != asked.fields.get(k)
         )
-        borrowed += f" with another {', '.join(f'method.{name}' for name in fields)}"
+        borrowed += f" with another {', '.join(apart)}"
     else:
         alike = same
     if not any(t.targets in (None, asked.targets) for t in alike):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import labels, naming
+from harness.config.optimizers import OptimizerConfig
 from harness.config.schema import (
     DataConfig,
     EvaluateConfig,
@@ -29,6 +30,7 @@ class RunConfig(RootConfig):
     method: MethodConfig  # one of METHODS
     targets: TargetsConfig
     train: TrainConfig
+    optimizer: OptimizerConfig  # one of OPTIMIZERS
     evaluate: EvaluateConfig
     launch: LaunchConfig
     tracker: dict[str, Any]  # conf/tracker: options by the tracker's name

@@ -215,6 +215,19 @@ class EarlyStopping:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """An entry of train.groups: what trains and has this name gets another rate, or another decay.
+
+    A name may leave out its beginning, at a dot, and is of parameters or of modules; `*` stands for
+    anything but a dot. Of several entries that match, the first counts.
+    """
+
+    match: str
+    lr_scale: float = 1.0  # times the rate that it would have
+    weight_decay: float | None = None  # of vectors, too; null = train.weight_decay's rule
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """conf/train: the optimizer, its schedule and the batch."""
 
@@ -234,7 +247,8 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled, on matrices only
+    weight_decay: float = 0.0  # on matrices only; decoupled but for SGD
+    groups: list[ParameterGroup] = field(default_factory=list)  # other rates and decays by name
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     clip: float | None = 1.0  # norm of the gradient of the mean nll; null = off
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto
@@ -330,7 +344,9 @@ def defaults(schema: type) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass as a dict; anything else as it is."""
+    """A dataclass as a dict, also in a list; anything else as it is."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
     is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
     return dataclasses.asdict(value) if is_record else value
 

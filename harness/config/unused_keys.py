@@ -1,4 +1,4 @@
-"""Keys that a method does not have: refused in a run of its own, left out in a sweep over methods.
+"""Keys that a method or an optimizer has not: refused in a run of its own, left out in a sweep.
 
 harness run method=full targets=attn               refused: full trains every weight
 harness sweep method=none,lora method.r=8,16      none runs once, without method.r
@@ -13,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError
+from harness.config.optimizers import OPTIMIZERS, OptimizerConfig, keys_of
 from harness.config.paths import CONF_DIR
 from harness.config.run_config import RunConfig
 from harness.config.schema import METHODS, MethodConfig, PeftMethod
 
-DECIDES = ("method", "experiment", "scale", "method.name")  # which method a run has
+# Which method and which optimizer a run has.
+DECIDES = ("method", "experiment", "scale", "method.name", "optimizer", "optimizer.name")
 
 
 def key_of(override: str) -> str:
@@ -25,8 +27,12 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0].partition("@")[0].strip()
 
 
-def of_method(overrides: Iterable[str], method: type[MethodConfig]) -> list[str]:
-    """The overrides whose keys a method does not have."""
+def of_method(
+    overrides: Iterable[str],
+    method: type[MethodConfig],
+    optimizer: type[OptimizerConfig] | None = None,
+) -> list[str]:
+    """The overrides whose keys a method does not have, or an optimizer does not have."""
     fields = {field.name for field in dataclasses.fields(method)}
     found = []
     for override in overrides:
@@ -34,6 +40,8 @@ def of_method(overrides: Iterable[str], method: type[MethodConfig]) -> list[str]
         if group == "targets" and not method.takes_targets:
             found.append(override)
         if group == "method" and rest and rest.partition(".")[0] not in fields:
+            found.append(override)
+        if group == "optimizer" and rest and optimizer and rest not in keys_of(optimizer):
             found.append(override)
     return found
 
@@ -84,46 +92,53 @@ def _roles(asked: Iterable[str], run: RunConfig) -> list[str]:
 def left_out(
     jobs: Sequence[list[str]], compose: Callable[[list[str]], DictConfig]
 ) -> tuple[list[list[str]], str]:
-    """The jobs of a sweep, each without the keys that its method does not have, and a line of them.
+    """The jobs of a sweep, each without the keys that its method (or optimizer) does not have, and
+    a line of them.
 
     A key is left out if another method of the sweep has it, or else it is a mistake, which
     composing the job will find. The line is empty where nothing was left out.
     """
-    known: dict[tuple[str, ...], type[MethodConfig] | None] = {}
+    known: dict[tuple[str, ...], Chosen | None] = {}
     chosen = []
     for job in jobs:
         deciding = tuple(text for text in job if key_of(text) in DECIDES)
         if deciding not in known:
-            known[deciding] = _method(deciding, compose)
+            known[deciding] = _chosen(deciding, compose)
         chosen.append(known[deciding])
-    found: list[tuple[list[str], type[MethodConfig] | None, list[str]]] = [
-        (job, method, of_method(job, method) if method else [])
-        for job, method in zip(jobs, chosen, strict=True)
+    found: list[tuple[list[str], Chosen | None, list[str]]] = [
+        (job, both, of_method(job, *both) if both else [])
+        for job, both in zip(jobs, chosen, strict=True)
     ]
     used = {key_of(text) for job, _, not_its in found for text in job if text not in not_its}
     kept: list[list[str]] = []
     said: dict[str, dict[str, None]] = {}
-    for job, method, not_its in found:
+    for job, both, not_its in found:
         going = [text for text in not_its if key_of(text) in used]
         kept.append([text for text in job if text not in going])
         for text in going:
-            assert method is not None
-            said.setdefault(key_of(text), {})[_name(method)] = None
+            assert both is not None
+            said.setdefault(key_of(text), {})[_name(both, key_of(text))] = None
     if not said:
         return kept, ""
     keys = (f"{key} ({', '.join(names)})" for key, names in sorted(said.items()))
     return kept, f"left out for methods that have no such key: {'; '.join(keys)}"
 
 
-def _name(method: type[MethodConfig]) -> str:
+Chosen = tuple[type[MethodConfig], type[OptimizerConfig]]
+
+
+def _name(both: Chosen, key: str) -> str:
+    method, optimizer = both
+    if key.startswith("optimizer."):
+        return next(name for name, schema in OPTIMIZERS.items() if schema is optimizer)
     return next(name for name, schema in METHODS.items() if schema is method)
 
 
-def _method(
-    deciding: Sequence[str], compose: Callable[[list[str]], DictConfig]
-) -> type[MethodConfig] | None:
+def _chosen(deciding: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> Chosen | None:
     try:
-        name = OmegaConf.select(compose(list(deciding)), "method.name")
+        composed = compose(list(deciding))
+        names = [OmegaConf.select(composed, f"{group}.name") for group in ("method", "optimizer")]
     except Exception:  # composing the whole job will say what is wrong
         return None
-    return METHODS.get(str(name))
+    method, optimizer = METHODS.get(str(names[0])), OPTIMIZERS.get(str(names[1]))
+    return (method, optimizer) if method and optimizer else None

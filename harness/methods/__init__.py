@@ -21,6 +21,7 @@ from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, LoraMethod, PeftMethod, SvdMethod, UdvMethod
 from harness.methods import (
     fields,
+    for_optimizer,
     lora_layer,
     refusals,
     svd,
@@ -48,6 +49,7 @@ def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     adapted = ADAPTERS[run.method.name](model, run)
     if isinstance(adapted, peft.PeftModel):
         refusals.check_run(adapted, run)
+    for_optimizer.fit(adapted, run)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             raise ConfigError(

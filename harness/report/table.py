@@ -92,7 +92,8 @@ CSV_ONLY = (
     "speed.train_seconds",
     SHARED,
 )
-SETTINGS = {"data.name": "text", "model.name": "model"}  # headings that are no key's last part
+# Headings that are no key's last part.
+SETTINGS = {"data.name": "text", "model.name": "model", "optimizer.name": "optimizer"}
 UNTRAINED = "untrained"  # what is said of a row whose method trains, after 0 steps
 
 
@@ -137,9 +138,10 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
 
     What does not train has no settings of training.
     """
-    flat = _flat(groups.settings(record))
+    flat = {"optimizer.name": "adamw"} | _flat(groups.settings(record))  # of older records, too
     if not run_record.get(record, TRAINABLE):
-        flat = {key: value for key, value in flat.items() if not key.startswith("train.")}
+        of_training = ("train.", "optimizer.")
+        flat = {key: value for key, value in flat.items() if not key.startswith(of_training)}
     for key in ("model.name", "data.name"):
         flat[key] = run_record.get(record, key) or flat.get(key)
     return flat

@@ -19,7 +19,7 @@ from harness.system.machine import usable_cores
 
 PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers",
-    "hydra-core", "numpy", "peft-harness",
+    "hydra-core", "numpy", "peft-harness", "schedulefree", "bitsandbytes",
 )  # fmt: skip
 
 

@@ -71,6 +71,7 @@ KEYS = """
     config | object | | the whole configuration, as conf/ has it
     train.micro_batch | integer | sequences | of a rank, as it was in the end
     train.micro_batch_asked | integer | sequences |
+    train.groups | array | | of what trains: optimizer, lr_scale, weight_decay and parameters
     train.epochs | number | passes | over the training text
     model.name | string | |
     model.type | string | | as transformers names the architecture

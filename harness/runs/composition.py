@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config import ending, parts, rates
 from harness.config.errors import ConfigError, nearest
 from harness.config.matrix_roles import resolved
+from harness.config.optimizers import OPTIMIZERS, OptimizerConfig
 from harness.config.paths import CONF_DIR, options
 from harness.config.run_config import RunConfig
 from harness.config.schema import (
@@ -28,8 +29,10 @@ from harness.config.schema import (
     EarlyStopping,
     GenerateConfig,
     LoraMethod,
+    ParameterGroup,
     RootConfig,
     TrainConfig,
+    defaults,
 )
 from harness.runs import early_checks
 from harness.runs.mistakes import explain
@@ -69,14 +72,18 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     if isinstance(method, dict) and isinstance(fields := method.get("fields"), dict):
         method["fields"] = {key: _path_or_other(value) for key, value in fields.items()}
     sections = {"method": _typed(METHODS[name], method, "method")}
+    # A run from before there was a choice has AdamW.
+    sections["optimizer"], shared = _optimizer(values.pop("optimizer", {"name": "adamw"}))
     for key, schema in SECTIONS.items():
         section = values.pop(key, None)
         if not isinstance(section, dict):
             raise ConfigError(f"{key}={section!r}: expected an option of conf/{key} or its fields")
         _expand(section, key)
         if key == "train":
+            section |= _shared(shared, section)
             stopping = _early_stopping(section.pop("early_stopping", None) or {})
-            asked = section | {"early_stopping": stopping}
+            groups = _groups(section.pop("groups", None) or [])
+            asked = section | {"early_stopping": stopping, "groups": groups}
             section["steps"] = ending.asked_steps(section, planned=bool(values.get("contents")))
             if section.get("lr") in ("auto", "tuned"):
                 section |= _rate(asked | section, sections)
@@ -85,7 +92,7 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         completing = section.pop("generate", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
         if key == "train":
-            sections[key] = replace(sections[key], early_stopping=stopping)
+            sections[key] = replace(sections[key], early_stopping=stopping, groups=groups)
         if further:
             sections[key] = replace(sections[key], also=_also(further, sections["data"]))
         if mixed is not None:
@@ -109,6 +116,32 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
     return run
 
 
+def _optimizer(asked: Any) -> tuple[OptimizerConfig, dict[str, Any]]:
+    """The optimizer's own fields, and those of TrainConfig that its file of conf/optimizer has."""
+    name = asked.get("name") if isinstance(asked, dict) else asked
+    if name not in OPTIMIZERS or not isinstance(asked, dict):
+        raise ConfigError(f"optimizer={name}: {nearest(str(name), OPTIMIZERS)}")
+    schema = OPTIMIZERS[name]
+    shared = {key: value for key, value in asked.items() if key in schema.shared}
+    own = {key: value for key, value in asked.items() if key not in schema.shared}
+    found = _typed(schema, own, "optimizer")
+    assert isinstance(found, OptimizerConfig)
+    return found, shared
+
+
+def _shared(of_optimizer: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+    """What the optimizer's keys say of the values that TrainConfig holds; ConfigError."""
+    usual = defaults(TrainConfig)
+    for key, value in of_optimizer.items():
+        asked = train.get(key, value)
+        if value != asked and asked != usual[key]:
+            raise ConfigError(
+                f"optimizer.{key}={value} and train.{key}={asked} are two names of one value: "
+                "give one of them"
+            )
+    return of_optimizer
+
+
 def _early_stopping(asked: Any) -> EarlyStopping:
     if not isinstance(asked, dict):
         raise ConfigError(
@@ -118,6 +151,15 @@ def _early_stopping(asked: Any) -> EarlyStopping:
     found = _typed(EarlyStopping, asked, "train.early_stopping")
     assert isinstance(found, EarlyStopping)
     return found
+
+
+def _groups(asked: Any) -> list[ParameterGroup]:
+    if not isinstance(asked, list) or not all(isinstance(one, dict) for one in asked):
+        raise ConfigError(
+            f"train.groups={asked}: expected a list of mappings, as in "
+            "train.groups=[{match: wte, lr_scale: 0.1}]"
+        )
+    return [_typed(ParameterGroup, one, f"train.groups[{i}]") for i, one in enumerate(asked)]
 
 
 def _with_epochs(run: RunConfig, asked: dict[str, Any], sections: dict[str, Any]) -> RunConfig:
@@ -170,13 +212,14 @@ def _path_or_other(value: Any) -> Any:
 def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     """lr and lr_from of train.lr=auto and train.lr=tuned."""
     model, method, name = sections["model"], sections["method"], sections["targets"].name
+    optimizer = sections["optimizer"]
     if isinstance(method, LoraMethod) and not (method.r > 0 and 0 < method.lora_alpha < math.inf):
         return {"lr": TrainConfig.lr}  # a method that validation refuses
     setting = rates.setting_of(model, sections["data"], train)
     if train["lr"] == "auto":
-        lr, lr_from = rates.automatic(train.get("rates"), method, name, model, setting)
+        lr, lr_from = rates.automatic(train.get("rates"), method, name, model, setting, optimizer)
     else:
-        lr, lr_from = rates.resolve(train.get("rates"), method, name, setting)
+        lr, lr_from = rates.resolve(train.get("rates"), method, name, setting, optimizer)
     return {"lr": lr, "lr_from": lr_from}
 
 

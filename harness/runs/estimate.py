@@ -40,7 +40,7 @@ from harness.results import environment
 from harness.system.atomic import write_atomically
 from harness.system.internals import internal, prepared_models_kept
 from harness.training import loop as train
-from harness.training import memory
+from harness.training import memory, optimizers
 
 FakeTensorMode: Any = internal("FakeTensorMode")
 TorchDispatchMode: Any = internal("TorchDispatchMode")
@@ -145,7 +145,8 @@ def predict(
     kernel has a workspace that its fake counterpart does not show: its peak is predicted up to a
     sixth too low. None for what only a run can tell: a rank by energy, methods that read the
     weights to be built, or look at values, which fake tensors have not; and where ranks divide the
-    model among them, which no fake tensor does.
+    model among them, which no fake tensor does; and for optimizer=adamw_8bit, whose
+    kernels look at values.
     """
     if getattr(run.method, "energy", None) is not None or run.launch.sharded:
         return None
@@ -186,7 +187,8 @@ def _followed(
         trainable = [p for p in model.parameters() if p.requires_grad]
         if run.train.steps and trainable:
             prepared.train()
-            optimizer = train.make_optimizer(model, run.train)
+            optimizer = optimizers.make_optimizer(model, run.train, run.optimizer)
+            optimizers.start(optimizer)
             if run.train.steps > 1:  # a step that makes the optimizer's state
                 for parameter in trainable:
                     parameter.grad = torch.zeros_like(parameter)
@@ -207,7 +209,12 @@ def _followed(
         prepared.eval()  # after a step, if there is one: the optimizer's state is there
         ids = torch.zeros(evaluated, dtype=torch.int64)
         ids = ids.to(accelerator.device)
-        with torch.no_grad(), memory.measured(model, optimizer, on_evaluation), Flops() as flops:
+        with (
+            optimizers.evaluation(optimizer),
+            torch.no_grad(),
+            memory.measured(model, optimizer, on_evaluation),
+            Flops() as flops,
+        ):
             prepared(ids, ids)
         evaluate_flops = flops.total / ids.numel()
     for phase in filter(None, (on_training, on_evaluation)):
@@ -271,7 +278,7 @@ def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
 _NO_MATTER = {
     "train": ("lr", "lr_from", "rates", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps",
               "weight_decay", "steps", "threads", "on_oom", "checkpoint_every", "epochs",
-              "max_seconds", "max_flops", "early_stopping"),
+              "max_seconds", "max_flops", "early_stopping", "groups"),
     "evaluate": ("stride", "every"),
     "method": ("label",),
 }  # fmt: skip
@@ -287,7 +294,9 @@ def recorded(
 
     `run` is the run as it was done: with the micro-batch that fitted.
     """
-    values: dict[str, Any] = {k: v for k, v in vars(run).items() if k in ("model", "targets")}
+    values: dict[str, Any] = {
+        k: v for k, v in vars(run).items() if k in ("model", "targets", "optimizer")
+    }
     for section, names in _NO_MATTER.items():
         fields = vars(getattr(run, section))
         values[section] = {k: v for k, v in fields.items() if k not in names}

@@ -78,10 +78,11 @@ class RateSweeper(GridSweeper):
             ]
         for run, grid in zip(runs, grids, strict=True):
             if all(nll is None for nll in grid.values()):
-                return self._give_up(done, f"{rates.tuned_of(run.method, '', {})} always diverges")
+                what = rates.tuned_of(run.method, "", {}, "", run.optimizer)
+                return self._give_up(done, f"{what} always diverges")
         made = self._made(done)
         tuned = [
-            rates.tuned_of(run.method, run.targets.name, grid, made)
+            rates.tuned_of(run.method, run.targets.name, grid, made, run.optimizer)
             for run, grid in zip(runs, grids, strict=True)
         ]
         new = {t.key for t in tuned}
@@ -123,7 +124,7 @@ class RateSweeper(GridSweeper):
                 )
             if apart := _difference(settings[0], setting):
                 raise ConfigError(f"one file of rates is for one setting: {apart}")
-            tuned = rates.tuned_of(run.method, run.targets.name, {})
+            tuned = rates.tuned_of(run.method, run.targets.name, {}, "", run.optimizer)
             if tuned.key in keys:
                 raise ConfigError(f"two grids are for the same configuration, {tuned}")
             keys.add(tuned.key)

@@ -19,6 +19,7 @@ from omegaconf.errors import (
 
 from harness.config import keys
 from harness.config.errors import ConfigError, nearest
+from harness.config.optimizers import OPTIMIZERS, keys_of
 from harness.config.paths import LAUNCHERS, options
 from harness.system import files
 
@@ -51,7 +52,8 @@ def explain(
     if not names and isinstance(cause.parent_node, DictConfig):  # a free mapping, such as fields
         return f"'{key}' is not there yet: write +{key}=… to add it"
     if names and last not in names and last == str(cause.key):
-        return f"unknown key '{key}': {_nearest_key(key, last, names, _method_of(cause))}"
+        section = "optimizer" if key.startswith("optimizer.") else "method"
+        return f"unknown key '{key}': {_nearest_key(key, last, names, _name_of(cause, section))}"
     if schema is not None:
         name = re.sub(r"[.\[].*", "", str(cause.full_key))
         if wanted := keys.expected(schema, name, where):
@@ -68,18 +70,22 @@ def _is_container(value: object) -> bool:
     return isinstance(value, DictConfig | ListConfig)
 
 
-def _method_of(cause: OmegaConfBaseException) -> str:
-    """The method of the configuration in which a key was looked for, or "" where none is there."""
+def _name_of(cause: OmegaConfBaseException, section: str) -> str:
+    """The method (or optimizer) of the configuration in which a key was looked for; or ""."""
     node = cause.parent_node
     if node is None:
         return ""
     root = node._get_root()
-    found = OmegaConf.select(root, "method.name", default=None) if _is_container(root) else None
+    found = OmegaConf.select(root, f"{section}.name", default=None) if _is_container(root) else None
     return str(found or OmegaConf.select(root, "name", default=None) or "")
 
 
 def _nearest_key(key: str, last: str, names: list[str], method: str) -> str:
     owners = keys.leaves().get(last, {}).get(key, ())
+    if key.startswith("optimizer."):
+        owners = tuple(name for name, one in OPTIMIZERS.items() if last in keys_of(one))
+        if owners and method and method not in owners:
+            return f"optimizer={method} has no such key; optimizer={' and '.join(owners)} has"
     if owners and method and method not in owners:
         alike = "; for method=lora it is method.r" * (method == "lora" and last in ("rank", "k"))
         have = "have it" if len(owners) > 1 else "has it"

@@ -14,6 +14,7 @@ from harness.config.paths import ASSETS_DIR, options
 from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, LoraMethod, PeftMethod, SvdMethod
 from harness.runs import validate_text
+from harness.runs.validate_optimizer import validate_optimizer
 from harness.system import gguf_file
 
 TRACKERS = {  # Accelerate's names, and the options of conf/tracker
@@ -60,6 +61,7 @@ def validate(run: RunConfig) -> None:
     _validate_batch(run)
     validate_text.validate_evaluation(run)
     _validate_method(run)
+    validate_optimizer(run)
 
 
 def _validate_choices(run: RunConfig) -> None:

@@ -49,7 +49,7 @@ from harness.runs import composition, estimate, saved_check
 from harness.runs.finished_run import Saved
 from harness.system import contents, lock, machine, network
 from harness.system.signals import Stop
-from harness.training import checkpoint, loop, memory, sharding
+from harness.training import checkpoint, loop, memory, optimizers, sharding
 from harness.training.evaluator import Evaluator
 from harness.training.run_state import Elapsed, RunState
 
@@ -196,7 +196,8 @@ def perform(
     most = pretrained.max_context(model_config)
     methods.check_context(run, most)
     with suppress(methods.NeedsWeightsError):  # then on the real model
-        methods.check(pretrained.on_meta(run, model_config), run)
+        checked = methods.check(pretrained.on_meta(run, model_config), run)
+        optimizers.matches(checked, run.train.groups)
 
     # ----------------------------------------------------------------------- data
     tokenizer = pretrained.load_tokenizer(run.model, model_config)
@@ -322,7 +323,9 @@ def perform(
         run = ending.within_flops(run, known.get("train_flops_per_token"))
     optimizer = None
     if counted.trainable:
-        optimizer = accelerator.prepare_optimizer(loop.make_optimizer(model, run.train))
+        optimizer = accelerator.prepare_optimizer(
+            optimizers.make_optimizer(model, run.train, run.optimizer)
+        )
 
     # ----------------------------------------------------------------------- train
     standing = RunState(run, run_dir, model, optimizer, accelerator, process, so_far)
@@ -371,6 +374,8 @@ def perform(
         "micro_batch_asked": run.train.micro_batch,
         "micro_batch": state.micro_batch,
     }
+    if optimizer is not None:
+        result["train"]["groups"] = optimizers.described(optimizer)
 
     # ----------------------------------------------------------------------- evaluate
     result["quality"] |= {

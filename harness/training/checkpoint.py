@@ -32,7 +32,7 @@ from harness.methods import weight_tying
 from harness.models.split_qkv import fuse_qkv, is_unfused
 from harness.results.run_record import BEST, CHECKPOINTS, INITIAL
 from harness.system.atomic import write_atomically
-from harness.training import sharding
+from harness.training import optimizer_state, sharding
 from harness.training.buffers import PREFIXES, BufferState
 
 KEPT = 2
@@ -94,13 +94,8 @@ class Checkpoint:
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """What trains, and the optimizer's state of it, by the parameter's name."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"model/{name}"] = parameter.detach()
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = value
-    return tensors
+    trained = {f"model/{name}": tensor for name, tensor in trained_state(model).items()}
+    return trained | optimizer_state.tensors(model, optimizer)
 
 
 def restore(
@@ -108,15 +103,10 @@ def restore(
 ) -> None:
     """Put back what `state_tensors` gave; the names must be the same."""
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        with torch.no_grad():
-            parameter.copy_(sharding.distribute_like(tensors[f"model/{name}"], parameter))
-        for key, value in tensors.items():
-            kind, _, rest = key.partition("/")
-            field, _, owner = rest.partition("/")
-            if kind == "optimizer" and owner == name:
-                optimizer.state[parameter][field] = sharding.distribute_like(value, parameter)
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.copy_(sharding.distribute_like(tensors[f"model/{name}"], parameter))
+    optimizer_state.restore(model, optimizer, tensors)
 
 
 def _generators() -> dict[str, torch.Tensor]:

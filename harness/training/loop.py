@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from harness.config import ending, run_config
 from harness.config.errors import ConfigError
@@ -24,7 +23,7 @@ from harness.config.schema import TrainConfig
 from harness.data.token_data import Batch, Data, batch_of
 from harness.system.machine import out_of_memory
 from harness.system.signals import Stop
-from harness.training import memory, sharding
+from harness.training import memory, optimizers, sharding
 
 logger = logging.getLogger(__name__)
 
@@ -76,55 +75,6 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     progress = (step - warmup) / max(1, cfg.steps - 1 - warmup)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * shape)
-
-
-# Vectors, and diagonals that scale, which PEFT holds in two dimensions: IA3's and BOFT's scales,
-# BEFT's biases, AdaLoRA's singular values, RandLoRA's diagonals (a row each), GLoRA's vectors.
-VECTORS = frozenset(
-    {"ia3_l", "boft_s", "beft_bias", "lora_E", "randlora_lambda", "randlora_gamma", "X"}
-)
-# The rates of a state space's channels: Mamba's own code keeps them from weight decay.
-RATES = frozenset({"A_log"})
-
-
-def is_matrix(model: nn.Module, name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a matrix, which weight decay pulls to zero, and not a vector.
-
-    What it is decides, at any rank: LoRA's A (1, n) at r=1 is a factor of a matrix as at r=8, and
-    so is every factor that an adapter multiplies out; IA3's (1, n) scales a vector. Matrices are
-    weights, embeddings (prompts, too), factors and cores; vectors are biases, norms, UDV's D,
-    magnitudes, spectra, scales and rates. A base model's own (1, n) is a matrix if it is the weight
-    of a linear layer or an embedding.
-    """
-    if parameter.ndim < 2 or (VECTORS | RATES) & set(name.split(".")):
-        return False
-    if sum(size > 1 for size in parameter.shape) > 1:
-        return True
-    owner = model.get_submodule(name.rpartition(".")[0])
-    adapter = type(owner).__module__.startswith("peft.")
-    kinds = (nn.Linear, nn.Embedding, Conv1D, nn.ParameterDict, nn.ParameterList)
-    return adapter or isinstance(owner, kinds)
-
-
-def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what trains; weight decay on matrices only (`is_matrix`), as usual for GPT-2."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name for name, p in trainable.items() if is_matrix(model, name, p)}
-    decays, spared = (
-        [p for name, p in trainable.items() if (name in matrices) is wanted]
-        for wanted in (True, False)
-    )
-    groups: list[dict[str, Any]] = [
-        {"params": decays, "weight_decay": cfg.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=cfg.lr,
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        fused=True,
-    )
 
 
 def blocks_per_rank(run: RunConfig, world: int) -> int:
@@ -201,7 +151,7 @@ def optimizer_step(
     num_tokens = data.num_predicted(order)
     order = data.by_length(order[rank::world])
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, run.train)
+        group["lr"] = learning_rate(step, run.train) * group.get("lr_scale", 1.0)
     batches = [
         batch_of(data.blocks, order[first : first + micro_batch])
         for first in range(0, per_rank, micro_batch)
@@ -248,6 +198,7 @@ def train(
     first = state.step
     model = accelerator.unwrap_model(prepared).model
     prepared.train()
+    optimizers.start(optimizer)
     every = cfg.checkpoint_every or run.evaluate.every
     saved = state.step  # the step of the last checkpoint
     bar = tqdm(
@@ -264,17 +215,18 @@ def train(
             due = state.step % run.evaluate.every == 0 or ended
             if due and state.validated < state.step:
                 try:  # ranks must all do the same: they read validation to its end
-                    with stop.interruptible() if world == 1 else nullcontext():
-                        nll = validate()
+                    with optimizers.evaluation(optimizer):
+                        with stop.interruptible() if world == 1 else nullcontext():
+                            nll = validate()
+                        if state.step == 0 or nll < state.best_nll:
+                            state.best_step = state.step
+                            state.best_nll = nll if math.isfinite(nll) else math.inf
+                            keep()
                 except KeyboardInterrupt:
                     if saved < state.step:
                         save()
                     raise
                 log({"step": state.step, "tokens": state.tokens, "eval/validation/nll": nll})
-                if state.step == 0 or nll < state.best_nll:
-                    state.best_step = state.step
-                    state.best_nll = nll if math.isfinite(nll) else math.inf
-                    keep()
                 state.validated = state.step
                 state.validations.append(nll)
                 if not ended and ending.stops_early(state.validations, cfg.early_stopping):

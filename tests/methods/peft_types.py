@@ -25,7 +25,7 @@ from harness.methods import merging, weight_tying
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.runs import estimate
-from harness.training import loop
+from harness.training import loop, optimizers
 
 MODELS = {
     "GPT-2": "{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, n_positions: 128, "
@@ -106,7 +106,10 @@ def outcome(name: str, model: str) -> tuple[str, str]:
     counted = pretrained.count_parameters(adapted).trainable
     notes = [] if counted == adapted.get_nb_trainable_parameters()[0] else ["counts otherwise"]
     ids = torch.arange(2, 34).view(2, 16)
-    optimizer, accelerator = loop.make_optimizer(adapted, run.train), Accelerator(cpu=True)
+    optimizer, accelerator = (
+        optimizers.make_optimizer(adapted, run.train, run.optimizer),
+        Accelerator(cpu=True),
+    )
     before = adapted.state_dict()
     before = {key: value.clone() for key, value in before.items()}
     for _ in range(2):

@@ -156,7 +156,7 @@ def on_harness(
     from harness.models import pretrained
     from harness.models.loss import NextToken
     from harness.runs import estimate
-    from harness.training import loop, memory
+    from harness.training import loop, memory, optimizers
 
     bf16 = run.train.precision == "bf16"
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
@@ -164,7 +164,9 @@ def on_harness(
     if run.train.compile:
         pretrained.compile_blocks(model)
     prepared = accelerator.prepare_model(NextToken(model))
-    optimizer = accelerator.prepare_optimizer(loop.make_optimizer(model, run.train))
+    optimizer = accelerator.prepare_optimizer(
+        optimizers.make_optimizer(model, run.train, run.optimizer)
+    )
     prepared.train()
     num_tokens = blocks[0].targets.numel()
     seconds, losses = [], []
