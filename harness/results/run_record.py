@@ -2,9 +2,10 @@
 
 `RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
 
-Stable keys: status (finished | failed | interrupted | running), failure.{class, message, log_tail}
-with class oom | nan | killed | disk | config | interrupted | error, date (UTC, when it ended;
-absent in older results), run.name, run.seed, run.command, run.resumed_at (steps), run.identity,
+Stable keys: status (finished | failed | interrupted | paused | running), run.paused_at (the step,
+where `launch.pause_at` has stopped it, unfinished), failure.{class, message, log_tail} with class
+oom | nan | killed | disk | config | interrupted | error, date (UTC, when it ended; absent in older
+results), run.name, run.seed, run.command, run.resumed_at (steps), run.identity,
 run.configuration (the same for all seeds of one configuration on the same text and weights),
 run.contents.KEY (`harness.system.contents`), train.{micro_batch, micro_batch_asked}, method.name,
 parameters.total, parameters.trainable, memory.peak_bytes, memory.by_category (bytes),

@@ -37,7 +37,7 @@ class Outcome:
     """What became of a run."""
 
     run_dir: Path
-    status: str  # finished | skipped | failed | interrupted | busy | refused
+    status: str  # finished | skipped | failed | interrupted | paused | busy | refused
     message: str = ""
     failure_class: str = ""
 
@@ -45,7 +45,7 @@ class Outcome:
     def exit_code(self) -> int:
         """What the program's exit status would be for this run alone."""
         wrong = self.status == "refused" or self.failure_class == "config"
-        return 0 if self.status in ("finished", "skipped") else 2 if wrong else 1
+        return 0 if self.status in ("finished", "skipped", "paused") else 2 if wrong else 1
 
     def summary(self) -> str:
         """One line for the terminal."""
@@ -55,6 +55,9 @@ class Outcome:
             log = self.run_dir / "log.txt"
             return f"{self.status} ({self.failure_class}): {self.message} (see {log})"
         result = run_record.read(self.run_dir) or {}
+        if self.status == "paused":
+            at, steps = (run_record.get(result, k) for k in ("run.paused_at", "config.train.steps"))
+            return f"paused after step {at} of {steps}; a later or no launch.pause_at goes on"
         perplexity = run_record.get(result, "quality.test.perplexity")
         seconds = result.get("wall_seconds") or 0
         done = "already finished" if self.status == "skipped" else f"finished in {seconds:.0f} s"
@@ -219,6 +222,7 @@ def _found(run: RunConfig, record: dict[str, Any] | None) -> Found:
         same=is_same(record, run),
         failure_class=(record.get("failure") or {}).get("class"),
         can_resume=run_record.can_resume(run_dir),
+        paused_at=run_record.get(record, "run.paused_at"),
         ended=(run_dir / run_record.FILE_NAME).stat().st_mtime,
     )
 
@@ -226,9 +230,9 @@ def _found(run: RunConfig, record: dict[str, Any] | None) -> Found:
 def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool, quiet: bool) -> Outcome:
     run_dir = run.run_dir
     record = run_record.read(run_dir)
-    decided = decide(
-        _found(run, record), Request(run.rerun, run.retry, sweep, run.launch.since or None)
-    )
+    launching = run.launch
+    asked = Request(run.rerun, run.retry, sweep, launching.since or None, launching.pause_at)
+    decided = decide(_found(run, record), asked)
     if decided is Decision.REFUSE_FILES:
         raise ConfigError(
             f"{run_dir} holds files and no result.json that can be read: choose another run_name, "
