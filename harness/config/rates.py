@@ -56,6 +56,8 @@ class Tuned:
     grid: Grid
     variant: Mapping[str, Any] = field(default_factory=dict)  # other fields, where not the default
     made: str = ""  # commit, hardware and date
+    # Rates whose runs a search has stopped, which are None in the grid: nll by optimizer step.
+    stopped: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def lr(self) -> float:
@@ -211,7 +213,7 @@ def read(name: str) -> Rates:
         tuned = tuple(
             Tuned(
                 t["family"], t["targets"], t["rank"], t["scale"], dict(t["validation_nll"]),
-                dict(t["variant"]), t["made"],
+                dict(t["variant"]), t["made"], dict(t.get("stopped") or {}),
             )
             for t in loaded["tuned"]
         )  # fmt: skip
@@ -232,8 +234,14 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
         "# below its start). fitted: vertex of a parabola through best and neighbours.",
         "# train.lr=tuned reads this.",
     ]
+    if any(t.stopped for t in tuned):
+        lines.insert(3, "# stopped: rates that a search left, null above, with their nll by step.")
     entries = []
     for t in tuned:
+        stopped = {
+            rate: {step: round(nll, 5) for step, nll in sorted(at.items())}
+            for rate, at in sorted(t.stopped.items())
+        }
         grid = {
             rate: None if nll is None else round(nll, 5) for rate, nll in sorted(t.grid.items())
         }
@@ -242,7 +250,8 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
             {
                 "family": t.family, "targets": t.targets, "rank": t.rank, "scale": t.scale,
                 "variant": dict(t.variant), "lr": t.lr, **at_edge,
-                "fitted": float(f"{fitted(t.grid):.3g}"), "validation_nll": grid, "made": t.made,
+                "fitted": float(f"{fitted(t.grid):.3g}"), "validation_nll": grid,
+                **({"stopped": stopped} if stopped else {}), "made": t.made,
             }
         )  # fmt: skip
     document = {"setting": dict(setting), "tuned": entries}

@@ -94,7 +94,7 @@ def left_out(
     for job in jobs:
         deciding = tuple(text for text in job if key_of(text) in DECIDES)
         if deciding not in known:
-            known[deciding] = _method(deciding, compose)
+            known[deciding] = method_of(deciding, compose)
         chosen.append(known[deciding])
     found: list[tuple[list[str], type[MethodConfig] | None, list[str]]] = [
         (job, method, of_method(job, method) if method else [])
@@ -119,9 +119,10 @@ def _name(method: type[MethodConfig]) -> str:
     return next(name for name, schema in METHODS.items() if schema is method)
 
 
-def _method(
+def method_of(
     deciding: Sequence[str], compose: Callable[[list[str]], DictConfig]
 ) -> type[MethodConfig] | None:
+    """The method that the overrides of DECIDES choose; None where they cannot be composed."""
     try:
         name = OmegaConf.select(compose(list(deciding)), "method.name")
     except Exception:  # composing the whole job will say what is wrong

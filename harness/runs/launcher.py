@@ -68,6 +68,7 @@ class Outcome:
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep
 SINCE = "launch.since="  # the override by which a sweep tells its runs when it began
 PLANNED = "++contents="  # and the one by which it tells them what they are to read
+PAUSE = "++launch.pause_at="  # and the one by which a search tells them where to pause
 
 
 def task(cfg: DictConfig) -> Outcome:
@@ -112,7 +113,7 @@ def planned(run: RunConfig) -> str:
 
 def without_own(overrides: Iterable[str]) -> list[str]:
     """The overrides that a user gave, without those by which a sweep tells its runs."""
-    return [text for text in overrides if not text.startswith((SINCE, PLANNED))]
+    return [text for text in overrides if not text.startswith((SINCE, PLANNED, PAUSE))]
 
 
 def _go_to(folder: str) -> None:
