@@ -55,7 +55,13 @@ class Dimension:
 
     def override(self, value: Value) -> str:
         """The override that gives the key a value of it."""
-        return f"{self.key}={value}"
+        return f"{self.key}={self.rounded(value)}"
+
+    def rounded(self, value: Value) -> Value:
+        """A number of an interval in six digits, as a run has it; anything else as it is."""
+        if self.choices or not isinstance(value, float):
+            return value
+        return min(max(float(f"{value:.6g}"), self.low), self.high)
 
     def values(self) -> list[Value] | None:
         """All values there are, lowest first; None of an interval without a step."""

@@ -57,6 +57,8 @@ class Settings:
         key = "hydra.sweeper"
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"{key}.sampler={self.sampler}: {nearest(self.sampler, SAMPLERS)}")
+        if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
+            raise ConfigError(f"{key}.sampler=cmaes needs the package cmaes: pip install cmaes")
         for name in ("trials", "batch"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)

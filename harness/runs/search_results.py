@@ -45,6 +45,7 @@ class Results:
             ConfigError: the file of rates that was asked for has rates for another setting.
         """
         self.folder, self.settings = folder, settings
+        self._shares: list[dict[str, tuple[float, float]]] = []  # of each search
         if settings.file is not None:
             lr_search.target(settings.file, _setting(first[0]))
 
@@ -73,8 +74,9 @@ class Results:
 
     def _write_importance(self, searches: Sequence[Search]) -> None:
         lines = ["study,key,share,spread"]
-        for search in searches:
-            for key, (share, spread) in importance(search).items():
+        self._shares = [importance(search) for search in searches]
+        for search, shares in zip(searches, self._shares, strict=True):
+            for key, (share, spread) in shares.items():
                 lines.append(f'"{search.study.name}",{key},{share:.4f},{spread:.4f}')
         if len(lines) > 1:
             atomic.write_atomically(self.folder / "importance.csv", "\n".join(lines) + "\n")
@@ -98,7 +100,7 @@ class Results:
             command = f"harness run --config-dir {shlex.quote(str(self.folder))} experiment={name}"
             print(f"  {command}")
             if len(searches) == 1:
-                _print_importance(search)
+                _print_importance(search, self._shares[0])
             if rejected := search.study.rejected():
                 print(f"{len(rejected)} proposals were no candidates: {rejected[0]}, …")
         self._write_rates(searches)
@@ -159,7 +161,9 @@ def table_rows(search: Search) -> list[dict[str, Any]]:
             row[key] = value
         if len(search.objectives) > 1:
             row["pareto"] = "yes" if candidate.values in front else ""
-        row |= {d.name: candidate.params.get(d.name, "") for d in search.study.space.dimensions}
+        for dimension in search.study.space.dimensions:
+            own = candidate.params.get(dimension.name)
+            row[dimension.name] = "" if own is None else dimension.rounded(own)
         rows.append(row | {"run": candidate.name})
     return rows
 
@@ -197,17 +201,24 @@ def pareto(values: Sequence[tuple[float, ...]]) -> set[tuple[float, ...]]:
 
 
 def edges(search: Search, found: Candidate) -> list[str]:
-    """Keys whose best value is at an end of what was searched, in words."""
+    """Keys whose best value is at an end of what was searched or tried, in words."""
     said = []
+    candidates = search.study.candidates()
     for dimension in search.study.space.dimensions:
-        if dimension.name in found.params and (
-            end := edge(dimension, found.params[dimension.name])
+        if (value := found.params.get(dimension.name)) is None:
+            continue
+        tried = {c.params[dimension.name] for c in candidates if dimension.name in c.params}
+        shown = f"the best {dimension.name}={_short(value)}"
+        if end := edge(dimension, value):
+            said.append(f"{shown} is at the {end} end of {dimension.text()}")
+        elif (
+            not dimension.choices
+            and len(tried) > 2
+            and value in (ends := (min(tried, key=float), max(tried, key=float)))
         ):
-            said.append(
-                f"the best {dimension.name}={found.params[dimension.name]} is at the {end} end of "
-                f"{dimension.text()}: a better one may lie beyond it"
-            )
-    return said
+            end = "lowest" if value == ends[0] else "highest"
+            said.append(f"{shown} is the {end} of the {len(tried)} tried in {dimension.text()}")
+    return [f"{text}: a better one may lie beyond it" for text in said]
 
 
 def edge(dimension: Dimension, value: Any) -> str | None:
@@ -273,8 +284,8 @@ def _print_rows(rows: list[dict[str, Any]], search: Search) -> None:
     table.show(shown)
 
 
-def _print_importance(search: Search) -> None:
-    if found := importance(search):
+def _print_importance(search: Search, found: dict[str, tuple[float, float]]) -> None:
+    if found:
         shares = ", ".join(f"{k} {share:.2f} ± {error:.2f}" for k, (share, error) in found.items())
         print(
             f"share of the variance at step {search.rungs[0]} that each key explains (fANOVA; "

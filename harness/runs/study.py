@@ -132,7 +132,7 @@ class Study:
         """Open the study `name`, which is made where there is none.
 
         Raises:
-            ConfigError: the study that is there has other `rules`; a sampler that is not installed.
+            ConfigError: the study that is there has other `rules`.
         """
         self.name, self.space, self.method_of = name, space, method_of
         self._storage, self._sampler, self._seed, self._batch = storage, sampler, seed, batch
@@ -263,10 +263,6 @@ class Study:
         if self._sampler == "nsga2":
             return samplers.NSGAIISampler(seed=seed, population_size=max(2, self._batch))
         if self._sampler == "cmaes":
-            if importlib.util.find_spec("cmaes") is None:  # which Optuna looks for much later
-                raise ConfigError(
-                    "hydra.sweeper.sampler=cmaes needs the package cmaes: pip install cmaes"
-                )
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         return samplers.RandomSampler(seed=seed)
 
