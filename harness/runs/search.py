@@ -14,7 +14,7 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from harness.config import naming, search_space, unused_keys
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.run_config import RunConfig
+from harness.config.schema import MethodConfig
 from harness.config.search_space import Space
 from harness.runs import composition, halving, launcher, search_limits
 from harness.runs.grids import GridSweeper, check, refuse_ranks
@@ -166,7 +167,7 @@ class SearchSweeper(GridSweeper):
             storage,
             name,
             space,
-            partial(unused_keys.method_of, compose=compose),
+            methods_by(compose),
             sampler=settings.sampler,
             seed=settings.seed,
             objectives=len(settings.objectives),
@@ -219,6 +220,16 @@ class SearchSweeper(GridSweeper):
         return done
 
 
+def methods_by(compose: Callable[[list[str]], DictConfig]) -> search_space.MethodOf:
+    """Which method the overrides of `unused_keys.DECIDES` choose; each is composed once."""
+
+    @cache
+    def of(deciding: tuple[str, ...]) -> type[MethodConfig] | None:
+        return unused_keys.method_of(deciding, compose)
+
+    return lambda overrides: of(tuple(overrides))
+
+
 def _answers(outcome: launcher.Outcome) -> bool:
     """Whether an outcome says something of the candidate, or else something went wrong."""
     from harness.runs import search_state
@@ -231,7 +242,7 @@ def _check(
     space: Space, compose: Callable[[list[str]], DictConfig], settings: Settings
 ) -> RunConfig:
     """Compose and validate every method and every end of the space; returns the first of them."""
-    method_of = partial(unused_keys.method_of, compose=compose)
+    method_of = methods_by(compose)
     _, runs, _ = check(list(space.corners(method_of)), compose)
     if settings.sampler == "grid":
         next(iter(space.points(method_of)))  # or else an interval has no step
