@@ -81,7 +81,12 @@ def main(arguments: list[str], *, listens: bool = True) -> int:
 
     overrides = arguments[1:] if first in COMMANDS else arguments
     asks_help = bool({"-h", "--help"} & set(overrides))
-    if first == "search" and not asks_help:
+    if first == "search" and asks_help:
+        from harness.commands import arguments as own
+
+        print(own.search_help())
+        return 0
+    if first == "search":
         typed = [
             f"hydra.sweeper.{text.removeprefix('search.')}" if text.startswith("search.") else text
             for text in overrides
