@@ -205,7 +205,7 @@ def test_several_spaces_each_with_its_own_best_and_rates(tmp_path):
 
 
 def test_conditional_keys_several_objectives_limits_and_edges(tmp_path):
-    (objectives, limits, edge) = several(
+    objectives, limits, edge, none = several(
         tmp_path,
         ["search", "method=lora,full", "method.r=1,8", "train.lr=1e-2,1e-3", "search.sampler=grid",
          "search.objectives=[validation.nll,parameters.trainable]", "train.steps=8",
@@ -215,7 +215,10 @@ def test_conditional_keys_several_objectives_limits_and_edges(tmp_path):
          "evaluate.every=4", "experiment_name=y"],
         ["search", "train.lr=tag(log,interval(1e-5,1e-4))", "search.sampler=tpe",
          "search.trials=6", "train.steps=8", "evaluate.every=4", "experiment_name=z"],
+        ["search", "method.r=1,8", "search.sampler=grid", "experiment_name=n",
+         "search.constraints=['parameters.total<=1000']"],
     )  # fmt: skip
+    assert none[0] == 2 and "none of 2 proposals can be a candidate: parameters.total" in none[1]
     assert objectives[0] == 0, objectives
     rows = trials(tmp_path)
     assert len(rows) == 6 and sum(row["method.r"] == "" for row in rows) == 2

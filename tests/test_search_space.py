@@ -383,7 +383,7 @@ def test_the_lowest_nll_is_of_what_was_trained():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("memory.peak_bytes<8GiB<9", "expected a size"),
+        ("memory.peak_bytes<8GiB", "expected KEY<=NUMBER"),
         ("memory.peak_bytes=8GiB", "expected KEY<=NUMBER"),
         ("memory.peek_bytes<=8GiB", "did you mean 'memory.peak_bytes'"),
         ("parameters.trainable<=many", "expected a size"),

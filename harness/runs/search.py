@@ -202,6 +202,11 @@ class SearchSweeper(GridSweeper):
             with lock.exclusive(door):
                 tasks = [task for search in searches for task in search.tasks()]
                 results.write(searches, over=not tasks)
+                for study in (s.study for s in searches if not s.study.candidates()):
+                    raise ConfigError(
+                        f"{study.name}: none of {len(study.rejected())} proposals can be a "
+                        f"candidate: {study.rejected()[0]}"
+                    )
             if not tasks:
                 break
             print(f"{len(tasks)} runs, validation only -> {searches[0].folder}", flush=True)
