@@ -14,10 +14,7 @@ from harness.config.errors import nearest
 COMMANDS = {
     "run": ("harness.commands.run", "one run, or the runs of a published experiment"),
     "sweep": ("harness.commands.run", "every combination of several values (key=1,2)"),
-    "search": (
-        "harness.commands.run",
-        "the best of many configurations, by successive halving (train.lr='interval(…)')",
-    ),
+    "search": ("harness.commands.run", "the best of many, by successive halving"),
     "plan": ("harness.commands.plan", "memory, FLOPs and time of runs, before they run"),
     "count": ("harness.commands.count", "exact parameter counts; needs no weights"),
     "list": (
