@@ -21,12 +21,14 @@ import yaml
 from conftest import SHORT
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from safetensors.torch import load_file
 
 from harness.commands import cli
-from harness.config import unused_keys
+from harness.config import search_space, unused_keys
 from harness.config.paths import ASSETS_DIR, CONF_DIR, LAUNCHERS, REPOSITORY, options
 from harness.results import run_record
+from harness.runs import search
 from harness.runs.composition import from_hydra
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
@@ -138,9 +140,28 @@ def runs(overrides: list[str]) -> tuple[list[list[str]], int]:
     return [first, last] if number > 1 else [first], number
 
 
+def without_folders(lines):
+    """Without runs of what a search leaves in a folder, which tests/test_search.py tries."""
+    return [line for line in lines if "--config-dir" not in line[1]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [line[1] for line in asked("search")], ids=lambda value: " ".join(value)
+)
+def test_every_search_that_the_pages_show_is_valid(arguments):
+    own = [f"hydra.sweeper.{text[7:]}" for text in arguments if text.startswith("search.")]
+    given = [text for text in arguments if not text.startswith("search.")]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("config", ["hydra/sweeper=search", *own], return_hydra_config=True)
+        sweeper = instantiate(cfg.hydra.sweeper)
+        space = search_space.read({"evaluate.test": "false"}, sweeper.space, given)
+        first = search._check(space, lambda texts: compose("config", texts), sweeper.settings)
+    assert space.dimensions and not first.evaluate.test
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "comment"),
-    asked("run", "sweep"),
+    without_folders(asked("run", "sweep")),
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_every_run_that_the_pages_show_is_valid(name, arguments, comment, at_hand):

@@ -33,6 +33,14 @@ harness: what do LoRA and its relatives save, and what do they cost, against ful
   harness plan method.r=1,4,16                       what runs would need: memory, FLOPs, time
   harness report outputs/main                        the table of an experiment
 """
+SEARCH_USAGE = """\
+harness search: the best of many configurations on validation, by successive halving
+
+  harness search method.r=1,8 'train.lr=tag(log,interval(1e-3,1e-1))' search.rungs=[50]
+
+A key with several values or an interval is searched, any other is fixed; harness run --help lists
+the keys of a configuration. The same command goes on after a stop. The search's own keys:
+"""
 
 
 def read(arguments: Sequence[str]) -> argparse.Namespace:
@@ -125,6 +133,12 @@ def help_text(overrides: Sequence[str] = ()) -> str:
         parts.append(f"\n  {group}={option}:")
         parts += _keys(("", "", _with_bases(group, option)), f"{group}.")
     return "\n".join(parts)
+
+
+def search_help() -> str:
+    """What `harness search` takes beyond a configuration: the keys of its sweeper."""
+    body = _body("hydra/sweeper/search").partition("max_batch_size: null\n")[2]
+    return "\n".join([SEARCH_USAGE, *_keys(("", "", body), "search.")])
 
 
 def _defaults() -> dict[str, str]:

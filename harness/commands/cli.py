@@ -14,6 +14,7 @@ from harness.config.errors import nearest
 COMMANDS = {
     "run": ("harness.commands.run", "one run, or the runs of a published experiment"),
     "sweep": ("harness.commands.run", "every combination of several values (key=1,2)"),
+    "search": ("harness.commands.run", "the best of many, by successive halving"),
     "plan": ("harness.commands.plan", "memory, FLOPs and time of runs, before they run"),
     "count": ("harness.commands.count", "exact parameter counts; needs no weights"),
     "list": (
@@ -70,13 +71,25 @@ def main(arguments: list[str], *, listens: bool = True) -> int:
     if first.isidentifier() and first not in COMMANDS:
         print(f"error: no command {first}; {nearest(first, COMMANDS)}", file=sys.stderr)
         return 2
-    if first in COMMANDS and first not in ("run", "sweep"):
+    if first in COMMANDS and first not in ("run", "sweep", "search"):
         status: int = importlib.import_module(COMMANDS[first][0]).main(arguments[1:])
         return status
     from harness.commands import run
 
     overrides = arguments[1:] if first in COMMANDS else arguments
-    if first == "sweep" and not {"-m", "--multirun", "-h", "--help"} & set(overrides):
+    asks_help = bool({"-h", "--help"} & set(overrides))
+    if first == "search" and asks_help:
+        from harness.commands import arguments as own
+
+        print(own.search_help())
+        return 0
+    if first == "search":
+        typed = [
+            f"hydra.sweeper.{text.removeprefix('search.')}" if text.startswith("search.") else text
+            for text in overrides
+        ]
+        overrides = ["hydra/sweeper=search", *typed]
+    if first in ("sweep", "search") and not asks_help and not {"-m", "--multirun"} & set(overrides):
         overrides = ["-m", *overrides]
     return run.main(overrides, listens=listens)
 

@@ -14,13 +14,13 @@ limit.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from typing import TYPE_CHECKING
 
 from harness.config import ending, naming
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
+from harness.config.sizes import parse_bytes
 from harness.runs.overrides import compose, without_flag
 from harness.system.console import command
 
@@ -28,20 +28,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from harness.runs.estimate import Prediction
-
-
-def parse_bytes(text: str) -> int:
-    """8GiB, 500MB, 1.5e9 … as bytes.
-
-    Raises:
-        ConfigError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
-    if not match:
-        raise ConfigError(f"plan.limit={text}: expected a size, e.g. 8GiB or 500MB")
-    unit = (match[2] or "B").upper()
-    base = 1024 if "I" in unit else 1000
-    return int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
 
 
 def _table(rows: list[list[str]]) -> Table:

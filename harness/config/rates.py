@@ -59,6 +59,8 @@ class Tuned:
     made: str = ""  # commit, hardware and date
     # What it was found with: {} is AdamW, or else the name, and fields that are not the default.
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    # Rates whose runs a search has stopped, which are None in the grid: nll by optimizer step.
+    stopped: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def lr(self) -> float:
@@ -234,6 +236,7 @@ def read(name: str) -> Rates:
             Tuned(
                 t["family"], t["targets"], t["rank"], t["scale"], dict(t["validation_nll"]),
                 dict(t["variant"]), t["made"], dict(t.get("optimizer") or {}),
+                dict(t.get("stopped") or {}),
             )
             for t in loaded["tuned"]
         )  # fmt: skip
@@ -254,8 +257,14 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
         "# below its start). fitted: vertex of a parabola through best and neighbours.",
         "# train.lr=tuned reads this.",
     ]
+    if any(t.stopped for t in tuned):
+        lines.insert(3, "# stopped: rates that a search left, null above, with their nll by step.")
     entries = []
     for t in tuned:
+        stopped = {
+            rate: {step: round(nll, 5) for step, nll in sorted(at.items())}
+            for rate, at in sorted(t.stopped.items())
+        }
         grid = {
             rate: None if nll is None else round(nll, 5) for rate, nll in sorted(t.grid.items())
         }
@@ -265,7 +274,8 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
                 "family": t.family, "targets": t.targets, "rank": t.rank, "scale": t.scale,
                 "variant": dict(t.variant),
                 **({"optimizer": dict(t.optimizer)} if t.optimizer else {}), "lr": t.lr, **at_edge,
-                "fitted": float(f"{fitted(t.grid):.3g}"), "validation_nll": grid, "made": t.made,
+                "fitted": float(f"{fitted(t.grid):.3g}"), "validation_nll": grid,
+                **({"stopped": stopped} if stopped else {}), "made": t.made,
             }
         )  # fmt: skip
     document = {"setting": dict(setting), "tuned": entries}

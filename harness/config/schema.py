@@ -298,6 +298,7 @@ class LaunchConfig:
     accelerate: str | None = None  # file of conf/accelerate; null = ddp on GPUs, or else cpu
     cores: int | None = None  # of a run; null = what Hydra's launcher leaves it, or all
     since: float | None = None  # seconds since 1970, set by a sweep: when it began
+    pause_at: int | None = None  # optimizer step after which to stop, unfinished; null = never
 
     @property
     def sharded(self) -> bool:

@@ -103,7 +103,7 @@ def left_out(
     for job in jobs:
         deciding = tuple(text for text in job if key_of(text) in DECIDES)
         if deciding not in known:
-            known[deciding] = _chosen(deciding, compose)
+            known[deciding] = chosen_by(deciding, compose)
         chosen.append(known[deciding])
     found: list[tuple[list[str], Chosen | None, list[str]]] = [
         (job, both, of_method(job, *both) if both else [])
@@ -134,7 +134,11 @@ def _name(both: Chosen, key: str) -> str:
     return next(name for name, schema in METHODS.items() if schema is method)
 
 
-def _chosen(deciding: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> Chosen | None:
+def chosen_by(deciding: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> Chosen | None:
+    """The method and the optimizer that the overrides of DECIDES choose.
+
+    None where they cannot be composed.
+    """
     try:
         composed = compose(list(deciding))
         names = [OmegaConf.select(composed, f"{group}.name") for group in ("method", "optimizer")]

@@ -15,7 +15,8 @@ def show(tuned: Sequence[rates.Tuned]) -> None:
     for t in tuned:
         cells = []
         for rate, nll in sorted(t.grid.items()):
-            value = "diverged" if nll is None else f"{nll:.3f}"
+            lost = "stopped" if rate in t.stopped else "diverged"
+            value = lost if nll is None else f"{nll:.3f}"
             cells.append(f"{rate:g}: {value}" + ("*" if rate == t.lr else ""))
         where = rates.edge(t.grid)
         ratio = "-"

@@ -19,7 +19,8 @@ class Missing:
     """A run that has no place in the table, or in its statistics."""
 
     name: str  # of its directory
-    # failed | interrupted | running | waiting | refused | unreadable | repeated | not compared
+    # failed | interrupted | paused | running | waiting | refused | unreadable | repeated |
+    # not compared
     status: str
     reason: str
     next: str = ""  # what becomes of it
@@ -70,6 +71,10 @@ def _begun(run_dir: Path) -> Missing | None:
         return Missing(name, "interrupted", f"its process went {at}", _goes_on(run_dir), log)
     if status == "interrupted":
         return Missing(name, status, f"at step {_step(run_dir)}", _goes_on(run_dir), log)
+    if status == "paused":
+        steps = run_record.get(record, "config.train.steps")
+        reason = f"after step {run_record.get(record, 'run.paused_at')} of {steps}"
+        return Missing(name, status, reason, "a search goes on with it, or leaves it", log)
     failure: dict[str, Any] = record.get("failure") or {}
     said = (failure.get("message") or "").splitlines()
     kind = failure.get("class")

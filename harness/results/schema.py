@@ -50,7 +50,7 @@ PARTS = {
 }
 KEYS = """
     schema_version | integer | | of this file
-    status | string | | finished, failed, interrupted or running
+    status | string | | finished, failed, interrupted, paused or running
     date | string | UTC | when it ended
     wall_seconds | number | seconds | of all attempts together
     failure.class | string | | oom, nan, killed, disk, config, interrupted or error
@@ -66,6 +66,7 @@ KEYS = """
     run.contents.* | string | | what it reads, by digest, commit or version
     run.command | string? | | as it was typed
     run.resumed_at | array | steps | where it went on from a checkpoint
+    run.paused_at | integer? | step | where launch.pause_at has stopped it, unfinished
     run.ended_by | string? | | steps, max_seconds or early_stopping
     run.micro_batch | integer | sequences | after it was halved for lack of memory
     config | object | | the whole configuration, as conf/ has it

@@ -14,7 +14,7 @@ class Decision(Enum):
     START = "start it from the beginning"
     RESUME = "go on from its checkpoint"
     SKIP = "leave it: it is finished"
-    LEAVE = "leave it: it failed, and its record says why"
+    LEAVE = "leave it: it failed, and its record says why; or it has come to its pause"
     REFUSE_FILES = "refuse: files, and no record"
     REFUSE_FINISHED = "refuse: a finished run of another configuration"
     REFUSE_UNFINISHED = "refuse: the checkpoint of another configuration's run"
@@ -24,11 +24,13 @@ class Decision(Enum):
 class Found:
     """What a run's directory holds."""
 
-    status: str | None = None  # of result.json: finished, failed, interrupted, running; None: none
+    # of result.json: finished, failed, interrupted, running, paused; None: there is none
+    status: str | None = None
     same: bool = False  # whether it is of this configuration
     failure_class: str | None = None
     can_resume: bool = False  # whether there is a checkpoint
     ended: float = 0.0  # seconds since 1970, of the record
+    paused_at: int | None = None  # optimizer step
     other_files: bool = False  # whether there are files that no run of ours leaves first
 
 
@@ -40,6 +42,7 @@ class Request:
     retry: int = 0  # further attempts; in a sweep also at what failed before
     sweep: bool = False
     since: float | None = None  # seconds since 1970: when the sweep began
+    pause_at: int | None = None  # optimizer step after which to stop; None: at the end
 
 
 def decide(found: Found, request: Request) -> Decision:
@@ -47,7 +50,8 @@ def decide(found: Found, request: Request) -> Decision:
 
     Another controller of the same sweep may have done it, or tried, since the sweep began: that
     counts before anything else. A finished run is skipped, a cut one resumed, and of another
-    configuration neither is replaced unless `rerun` says so. In a sweep what failed by itself stays
+    configuration neither is replaced unless `rerun` says so. A paused run goes on, unless it is to
+    pause where it is, or before. In a sweep what failed by itself stays
     as it is, unless `retry` is above 0 or the failure is of RETRYABLE.
     """
     if request.since is not None and found.same and found.ended > request.since:
@@ -63,6 +67,9 @@ def decide(found: Found, request: Request) -> Decision:
         return Decision.SKIP if found.same else Decision.REFUSE_FINISHED
     if found.can_resume and not found.same:
         return Decision.REFUSE_UNFINISHED
+    asked, there = request.pause_at, found.paused_at if found.status == "paused" else None
+    if found.same and asked is not None and there is not None and there >= asked:
+        return Decision.LEAVE
     by_itself = found.status == "failed" and found.failure_class not in RETRYABLE
     if by_itself and found.same and request.sweep and not request.retry:
         return Decision.LEAVE

@@ -74,12 +74,7 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the union; raises ConfigError before the first run if any is not valid."""
         assert self.config is not None and self.hydra_context is not None and self.launcher
-        if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-            typed = shlex.join([f"launch.num_processes={world}", *arguments])
-            raise ConfigError(
-                "a sweep cannot run under accelerate launch, whose every process would do all of "
-                f"it: harness sweep {typed}"
-            )
+        refuse_ranks(arguments)
         loader = self.hydra_context.config_loader
         compose = partial(loader.load_sweep_config, self.config)
         jobs = combinations(self.grids, self.params, arguments, loader)
@@ -89,11 +84,16 @@ class GridSweeper(Sweeper):
         jobs, runs, same = check(jobs, compose)
         if same:
             print(f"left out, since another of these runs is the same: {same}")
+        return self._recorded(lambda: self._do(jobs, runs))
+
+    def _recorded(self, do: Callable[[], list[launcher.Outcome]]) -> list[launcher.Outcome]:
+        """What `do` returns, with the sweep's own record in its folder."""
+        assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)
         made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_atomically(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        done = self._do(jobs, runs)
+        done = do()
         if folder in made and all(outcome.status == "refused" for outcome in done):
             _clear(folder, made)
         return done
@@ -146,6 +146,16 @@ class GridSweeper(Sweeper):
         if told:  # which leaves nothing in their own directories
             _write_down(runs, told)
         return done
+
+
+def refuse_ranks(arguments: list[str]) -> None:
+    """Raise ConfigError under accelerate launch."""
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        typed = shlex.join([f"launch.num_processes={world}", *arguments])
+        raise ConfigError(
+            "a sweep cannot run under accelerate launch, whose every process would do all of "
+            f"it: harness sweep {typed}"
+        )
 
 
 def _warn_of_few_seeds(runs: list[RunConfig]) -> str | None:

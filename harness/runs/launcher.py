@@ -37,7 +37,7 @@ class Outcome:
     """What became of a run."""
 
     run_dir: Path
-    status: str  # finished | skipped | failed | interrupted | busy | refused
+    status: str  # finished | skipped | failed | interrupted | paused | busy | refused
     message: str = ""
     failure_class: str = ""
 
@@ -45,7 +45,7 @@ class Outcome:
     def exit_code(self) -> int:
         """What the program's exit status would be for this run alone."""
         wrong = self.status == "refused" or self.failure_class == "config"
-        return 0 if self.status in ("finished", "skipped") else 2 if wrong else 1
+        return 0 if self.status in ("finished", "skipped", "paused") else 2 if wrong else 1
 
     def summary(self) -> str:
         """One line for the terminal."""
@@ -55,6 +55,9 @@ class Outcome:
             log = self.run_dir / "log.txt"
             return f"{self.status} ({self.failure_class}): {self.message} (see {log})"
         result = run_record.read(self.run_dir) or {}
+        if self.status == "paused":
+            at, steps = (run_record.get(result, k) for k in ("run.paused_at", "config.train.steps"))
+            return f"paused after step {at} of {steps}; a later or no launch.pause_at goes on"
         perplexity = run_record.get(result, "quality.test.perplexity")
         seconds = result.get("wall_seconds") or 0
         done = "already finished" if self.status == "skipped" else f"finished in {seconds:.0f} s"
@@ -65,6 +68,7 @@ class Outcome:
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep
 SINCE = "launch.since="  # the override by which a sweep tells its runs when it began
 PLANNED = "++contents="  # and the one by which it tells them what they are to read
+PAUSE = "++launch.pause_at="  # and the one by which a search tells them where to pause
 
 
 def task(cfg: DictConfig) -> Outcome:
@@ -109,7 +113,7 @@ def planned(run: RunConfig) -> str:
 
 def without_own(overrides: Iterable[str]) -> list[str]:
     """The overrides that a user gave, without those by which a sweep tells its runs."""
-    return [text for text in overrides if not text.startswith((SINCE, PLANNED))]
+    return [text for text in overrides if not text.startswith((SINCE, PLANNED, PAUSE))]
 
 
 def _go_to(folder: str) -> None:
@@ -219,6 +223,7 @@ def _found(run: RunConfig, record: dict[str, Any] | None) -> Found:
         same=is_same(record, run),
         failure_class=(record.get("failure") or {}).get("class"),
         can_resume=run_record.can_resume(run_dir),
+        paused_at=run_record.get(record, "run.paused_at"),
         ended=(run_dir / run_record.FILE_NAME).stat().st_mtime,
     )
 
@@ -226,9 +231,9 @@ def _found(run: RunConfig, record: dict[str, Any] | None) -> Found:
 def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool, quiet: bool) -> Outcome:
     run_dir = run.run_dir
     record = run_record.read(run_dir)
-    decided = decide(
-        _found(run, record), Request(run.rerun, run.retry, sweep, run.launch.since or None)
-    )
+    launching = run.launch
+    asked = Request(run.rerun, run.retry, sweep, launching.since or None, launching.pause_at)
+    decided = decide(_found(run, record), asked)
     if decided is Decision.REFUSE_FILES:
         raise ConfigError(
             f"{run_dir} holds files and no result.json that can be read: choose another run_name, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,7 +80,7 @@ class RateSweeper(GridSweeper):
             if all(nll is None for nll in grid.values()):
                 what = rates.tuned_of(run.method, "", {}, "", run.optimizer)
                 return self._give_up(done, f"{what} always diverges")
-        made = self._made(done)
+        made = made_by(run_record.read(outcome.run_dir) or {} for outcome in done)
         tuned = [
             rates.tuned_of(run.method, run.targets.name, grid, made, run.optimizer)
             for run, grid in zip(runs, grids, strict=True)
@@ -97,15 +97,6 @@ class RateSweeper(GridSweeper):
         launcher.OUTCOMES.extend(done)  # so that the table and the exit status say what happened
         print(f"no rates were chosen: {reason}", flush=True)
         return done
-
-    def _made(self, done: list[launcher.Outcome]) -> str:
-        """Commits and hardware of the runs, and the date."""
-        found = [run_record.read(outcome.run_dir) or {} for outcome in done]
-        said = []
-        for path in ("environment.commit", "environment.hardware.cpu"):
-            values = dict.fromkeys(str(run_record.get(record, path)) for record in found)
-            said.append(" and ".join(value for value in values if value != "None") or "unknown")
-        return f"{said[0]} on {said[1]}, {time.strftime('%Y-%m-%d')}"
 
     def _target(
         self, runs: list[RunConfig]
@@ -129,17 +120,36 @@ class RateSweeper(GridSweeper):
                 raise ConfigError(f"two grids are for the same configuration, {tuned}")
             keys.add(tuned.key)
         setting = settings[0]
-        name = self.file or f"{setting['model.name']}_{setting['data.name']}"
-        path, own = rates.path_of(name), rates.own_path(name)
-        if not path.exists():
-            return own, setting, ()
-        there = rates.read(str(path))
-        if apart := _difference(there.setting, setting):
-            raise ConfigError(
-                f"{path} holds rates for another setting ({apart}): choose another file, "
-                "hydra.sweeper.file=NAME"
-            )
-        return own, setting, there.tuned
+        own, kept = target(self.file or f"{setting['model.name']}_{setting['data.name']}", setting)
+        return own, setting, kept
+
+
+def made_by(records: Iterable[dict[str, Any]]) -> str:
+    """Commits and hardware of runs, and the date."""
+    found = list(records)
+    said = []
+    for path in ("environment.commit", "environment.hardware.cpu"):
+        values = dict.fromkeys(str(run_record.get(record, path)) for record in found)
+        said.append(" and ".join(value for value in values if value != "None") or "unknown")
+    return f"{said[0]} on {said[1]}, {time.strftime('%Y-%m-%d')}"
+
+
+def target(name: str, setting: dict[str, Any]) -> tuple[Path, tuple[rates.Tuned, ...]]:
+    """The file that a search of rates writes, and the rates that are there already.
+
+    Raises:
+        ConfigError: they are for another setting.
+    """
+    path, own = rates.path_of(name), rates.own_path(name)
+    if not path.exists():
+        return own, ()
+    there = rates.read(str(path))
+    if apart := _difference(there.setting, setting):
+        raise ConfigError(
+            f"{path} holds rates for another setting ({apart}): choose another file, "
+            "hydra.sweeper.file=NAME"
+        )
+    return own, there.tuned
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from harness.config.run_config import RunConfig
 from harness.results import run_record
 from harness.system import lock
 
-ENDED = ("finished", "failed", "interrupted")
+ENDED = ("finished", "failed", "interrupted", "paused")
 PERIOD_SECONDS = 0.5
 
 
@@ -68,7 +68,13 @@ class _Seen:
 
     def share(self) -> float:
         """How much of its steps a running run has done."""
-        return self.step() / max(1, self.run.train.steps)
+        return self.step() / max(1, self.steps)
+
+    @property
+    def steps(self) -> int:
+        """The step at which it will end, or pause."""
+        steps, pause = self.run.train.steps, self.run.launch.pause_at
+        return steps if pause is None else min(steps, pause)
 
     def step(self) -> int:
         """The last optimizer step in metrics.jsonl."""
@@ -82,6 +88,9 @@ class _Seen:
             said = f"finished in {self.record.get('wall_seconds') or 0:.0f} s"
             said = "already finished" if self.before == "finished" else said
             return f"{said}, test perplexity {value:.2f}" if value else said
+        if self.status == "paused":
+            at, steps = run_record.get(self.record, "run.paused_at"), self.run.train.steps
+            return f"paused after step {at} of {steps}"
         failure = self.record.get("failure") or {}
         message = (failure.get("message") or "").splitlines()
         return f"{self.status} ({failure.get('class')}): {message[0] if message else ''}"
@@ -149,7 +158,9 @@ class View:
         elapsed = time.monotonic() - self._started
         left = elapsed * (len(todo) - done) / done if done else None
         parts = [
-            f"{counts['finished'] - skipped} done", f"{len(running)} running",
+            f"{counts['finished'] - skipped} done",
+            *([f"{counts['paused']} paused"] if counts["paused"] else []),
+            f"{len(running)} running",
             f"{counts['failed'] + counts['interrupted']} failed", f"{skipped} skipped",
             f"{counts['waiting']} waiting",
         ]  # fmt: skip
@@ -158,7 +169,7 @@ class View:
         best = self._best()
         table = Table.grid(padding=(0, 1))
         for seen in running:
-            step, steps = seen.step(), seen.run.train.steps
+            step, steps = seen.step(), seen.steps
             table.add_row(
                 seen.name, ProgressBar(total=max(1, steps), completed=step, width=24),
                 f"step {step} of {steps}",

@@ -247,6 +247,7 @@ def _validate_launch(run: RunConfig) -> None:
     ranks = launch.num_processes
     require(ranks > 0, "launch.num_processes", ranks, "1 or more")
     require(launch.cores is None or launch.cores > 0, "launch.cores", launch.cores, "1 or more")
+    _validate_pause(run)
     if launch.accelerate is not None and launch.accelerate not in options("accelerate"):
         raise ConfigError(
             f"launch.accelerate={launch.accelerate}: "
@@ -267,6 +268,20 @@ def _validate_launch(run: RunConfig) -> None:
             f"train.batch_tokens={run.train.batch_tokens} is {blocks} blocks, which do not divide "
             f"among launch.num_processes={ranks} of train.micro_batch={run.train.micro_batch}: "
             + (f"try train.micro_batch={fits[-1]}" if fits else f"make them a multiple of {ranks}")
+        )
+
+
+def _validate_pause(run: RunConfig) -> None:
+    """A pause is where validation is read anyway, or else the run would be another one."""
+    at, every = run.launch.pause_at, run.evaluate.every
+    if at is None or (at >= run.train.steps and run.train.epochs is None):
+        return  # it finishes
+    require(at > 0, "launch.pause_at", at, "1 or more optimizer steps, or null")
+    if every > 0 and at % every:
+        near = [step for step in (at // every * every, -(-at // every) * every) if step]
+        raise ConfigError(
+            f"launch.pause_at={at} is not a multiple of evaluate.every={every}, and a run pauses "
+            f"where validation is read: try {' or '.join(map(str, near))}"
         )
 
 

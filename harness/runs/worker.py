@@ -1,8 +1,8 @@
 """One run, from RUN_DIR/config.yaml to RUN_DIR/result.json: python -m harness.runs.worker RUN_DIR.
 
 A fresh process per run: peak memory is a headline metric, so runs share no allocator and no caches.
-A checkpoint in RUN_DIR is gone on from. Exit status: 0 finished, 75 told to stop (the same command
-goes on), 2 a mistake in the configuration, 1 any other failure.
+A checkpoint in RUN_DIR is gone on from. Exit status: 0 finished, or paused at `launch.pause_at`; 75
+told to stop (the same command goes on), 2 a mistake in the configuration, 1 any other failure.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
             faulthandler.disable()
         result["status"] = "finished"
         code = 0
+    except loop.Paused:
+        result["status"] = "paused"
+        code = 0
     except KeyboardInterrupt:
         result["status"] = "interrupted"
         result["failure"] = dict(run_record.INTERRUPTED)
@@ -121,7 +124,7 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
         so_far.end()
     run_record.free_reserve(run_dir)
     run_record.write(run_dir, result)
-    if code == 0:  # and not before: until then the run goes on from its last checkpoint
+    if result["status"] == "finished":  # until then the run goes on from its last checkpoint
         run_record.clear(run_dir)
         _confirm_saved(run, run_dir, result)
     return code
@@ -348,21 +351,25 @@ def perform(
         if state.validated < 0:
             held_out.evaluate_base()
         process.turn("train")
-        loop.train(
-            prepared,
-            text,
-            run,
-            accelerator,
-            optimizer,
-            state,
-            validate=held_out.validate,
-            keep=standing.keep,
-            save=standing.save,
-            log=standing.metrics.log,
-            stop=stop,
-            penalty=methods.penalty(model, run),
-            quiet=quiet,
-        )
+        try:
+            loop.train(
+                prepared,
+                text,
+                run,
+                accelerator,
+                optimizer,
+                state,
+                validate=held_out.validate,
+                keep=standing.keep,
+                save=standing.save,
+                log=standing.metrics.log,
+                stop=stop,
+                penalty=methods.penalty(model, run),
+                quiet=quiet,
+            )
+        except loop.Paused:
+            result["run"] |= {"paused_at": state.step, "resumed_at": state.resumed_at}
+            raise
         standing.load_best()  # from here on with the weights that validation chose
         held_out.evaluate_adapted()
     result["run"]["resumed_at"] = state.resumed_at

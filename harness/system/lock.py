@@ -15,7 +15,8 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import reduction
 from pathlib import Path
 from typing import IO, Any
@@ -74,6 +75,17 @@ def _claim(run_dir: Path) -> Claim | None:
         os.close(descriptor)
         raise
     return mine
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same file, which is made; then go in.
+
+    The kernel lets the next one in when a process is gone, however it went.
+    """
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def holder(run_dir: Path) -> str:

@@ -35,6 +35,10 @@ class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the message names the step."""
 
 
+class Paused(Exception):  # noqa: N818 - no error: the run has come to `launch.pause_at`
+    """The run has trained to the step where it was to stop; a checkpoint holds all of it."""
+
+
 class PassOutOfMemoryError(MemoryError):
     """A forward or backward pass did not fit; weights and optimizer are as before the step."""
 
@@ -191,6 +195,7 @@ def train(
 
     Raises:
         NonFiniteLossError: naming the step.
+        Paused: at `launch.pause_at`, or beyond it already; a checkpoint has been written.
         KeyboardInterrupt: told to stop; a checkpoint has been written.
     """
     cfg, world = run.train, accelerator.num_processes
@@ -236,6 +241,8 @@ def train(
                     saved = state.step
             if ended:
                 return
+            if run.launch.pause_at is not None and state.step >= run.launch.pause_at:
+                raise Paused  # validation was read, and so a checkpoint written
             stopping = stop.requested and world == 1
             if saved < state.step and (stopping or state.step % every == 0):
                 save()

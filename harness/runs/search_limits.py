@@ -1,0 +1,77 @@
+"""What candidates of a search are compared by, and what each may need at most by its plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.config.errors import ConfigError, nearest
+from harness.config.run_config import RunConfig
+from harness.config.sizes import parse_bytes
+
+# Objective -> the number of result.json; the first is measured at every rung.
+OBJECTIVES = {
+    "validation.nll": "",  # nats per token: the lowest so far, as the best checkpoint has it
+    "parameters.trainable": "parameters.trainable",
+    "memory.peak_bytes": "memory.peak_bytes",
+    "speed.train_seconds": "speed.train_seconds",
+}
+KEYS = ("memory.peak_bytes", "parameters.trainable", "parameters.total")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that a candidate may need of something, by its plan."""
+
+    key: str  # one of KEYS; memory is the most of training and evaluation, as `harness plan` marks
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.key} <= {self.most:,}"
+
+
+def read(text: str) -> Limit:
+    """`memory.peak_bytes<=8GiB`.
+
+    Raises:
+        ConfigError: another form, or something that no plan knows.
+    """
+    match = re.fullmatch(r"\s*([\w.]+)\s*<=\s*(\S.*?)\s*", text)
+    if match is None:
+        raise ConfigError(
+            f"hydra.sweeper.constraints: {text}: expected KEY<=NUMBER, as in "
+            "memory.peak_bytes<=8GiB"
+        )
+    key, value = match.groups()
+    if key not in KEYS:
+        raise ConfigError(f"hydra.sweeper.constraints: {key}: {nearest(key, KEYS)}")
+    return Limit(key, parse_bytes(value, f"hydra.sweeper.constraints: {key}"))
+
+
+def why_not(run: RunConfig, limits: Sequence[Limit]) -> str | None:
+    """The first limit that the plan of `run` is above, in words; None where it is within all.
+
+    Raises:
+        ConfigError: only a run can tell what is needed.
+    """
+    if not limits:
+        return None
+    from harness.runs import estimate  # torch, which takes seconds to import
+
+    planned, model_config, accelerator = estimate.setting(run)
+    batch = estimate.largest_batch(run, model_config)
+    found = estimate.predict(planned, model_config, accelerator, batch)
+    if found is None:
+        raise ConfigError(
+            f"hydra.sweeper.constraints: what {run.run_dir.name} needs is not known before it runs"
+        )
+    needs = {
+        "memory.peak_bytes": found.needed_bytes,
+        "parameters.trainable": found.parameters.trainable,
+        "parameters.total": found.parameters.total,
+    }
+    for limit in limits:
+        if needs[limit.key] > limit.most:
+            return f"{limit.key}={needs[limit.key]:,} is above {limit.most:,}"
+    return None
