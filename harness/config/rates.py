@@ -2,25 +2,22 @@
 
     make tune        (harness run experiment=tune; the sweeper is hydra_plugins' RateSweeper)
 
-What it finds is a file of conf/rates with its evidence. `train.lr=tuned` reads one file; a rate for
-a rank, targets or a setting that were not tuned is interpolated or borrowed, and the result says so
-(`method.lr_from`). `train.lr=auto` looks through all files for the run's own model and text, and is
-a default (`harness.config.default_rates`) where none has the method. Workers of a search get no
-test set (`evaluate.test=false`): it is dropped before anything is tokenised.
+What it finds is a file of conf/rates with its evidence; `rate_lookup` says which rate of them a run
+gets. Workers of a search get no test set (`evaluate.test=false`): it is dropped before anything is
+tokenised.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from harness.config import schema
-from harness.config.default_rates import default_rate, from_adamw
 from harness.config.errors import ConfigError, nearest
 from harness.config.naming import label
 from harness.config.optimizers import ADAMW, OPTIMIZERS, OptimizerConfig
@@ -286,168 +283,3 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
 
 
 # ------------------------------------------------------------------------------------- its use
-
-
-# How much of a text, and how it is cut: the same text still.
-SAME_TEXT = (
-    "data.validation_share", "data.test_share", "data.train_share", "data.document_chars",
-    "data.context",
-)  # fmt: skip
-BESIDE = 0.5  # of the best rate for something similar: a grid often diverges at twice its best
-
-
-def automatic(
-    name: str | None,
-    method: MethodConfig,
-    targets: str,
-    model: ModelConfig,
-    setting: Setting,
-    optimizer: OptimizerConfig = ADAMW,
-) -> tuple[float, str]:
-    """The rate of train.lr=auto for a method on `targets`, and where it is from.
-
-    What a search found for this model, text and configuration, or between two ranks; half of what
-    it found for a similar configuration or on another text; or else the method's default for the
-    model. Only rates that were found with the same optimizer are taken; without any, half of
-    AdamW's on an optimizer of the same scale. `name` is the file of conf/rates that is looked at
-    first.
-
-    Raises:
-        ConfigError: a file of conf/rates that cannot be read, or an optimizer without a default.
-    """
-    if not method.trains:
-        return NOT_USED
-    asked = tuned_of(replace(method, label=None), targets, {}, "", optimizer)
-    candidates = []
-    for rates in all_files(name):
-        family = [
-            t
-            for t in rates.tuned
-            if t.family == asked.family
-            and (t.scale is None) == (asked.scale is None)
-            and _same_optimizer(t, asked)
-        ]
-        apart = _apart_in(setting, rates.setting)
-        if family and not any(key.startswith("model.") for key in apart):
-            other_text = any(key.startswith("data.") and key not in SAME_TEXT for key in apart)
-            lr, said = _of_family(family, asked)
-            between_ranks = said.startswith("interpolated") and " with " not in said
-            similar = said != "tuned" and not between_ranks
-            candidates.append((other_text, similar, len(apart), lr, said, rates.setting))
-    if not candidates and asked.optimizer:
-        return from_adamw(*automatic(name, method, targets, model, setting), optimizer)
-    if not candidates:
-        return default_rate(method, model)
-    other_text, similar, _, lr, said, tuned_for = min(candidates, key=lambda c: c[:3])
-    if other_text or similar:
-        on = f" on {tuned_for['data.name']}" if other_text else ""
-        return float(f"{BESIDE * lr:.3g}"), f"default: half of the rate {said}{on}"
-    return lr, _with_setting(said, setting, tuned_for)
-
-
-def _same_optimizer(one: Tuned, other: Tuned) -> bool:
-    return one.optimizer.get("name") == other.optimizer.get("name")
-
-
-def all_files(first: str | None = None) -> list[Rates]:
-    """Every file of conf/rates, ours and what ships, `first` in front."""
-    folders = dict.fromkeys([own_path("").parent, CONF_DIR / "rates"])
-    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    return [read(name) for name in dict.fromkeys([*([first] if first else []), *names])]
-
-
-def _apart_in(one: Setting, other: Setting) -> list[str]:
-    keys = sorted((one.keys() | other.keys()) - {"seed"})
-    return [key for key in keys if one.get(key) != other.get(key)]
-
-
-def _with_setting(said: str, setting: Setting, tuned_for: Setting) -> str:
-    apart = _apart_in(setting, tuned_for)
-    there = [f"{key}={tuned_for.get(key, 'the default')}" for key in apart]
-    return f"{said}, for {', '.join(there)}" if there else said
-
-
-def resolve(
-    name: str | None,
-    method: MethodConfig,
-    targets: str,
-    setting: Setting,
-    optimizer: OptimizerConfig = ADAMW,
-) -> tuple[float, str]:
-    """The rate for a method on `targets`, and where it is from; `setting` is what runs would have.
-
-    Raises:
-        ConfigError: no such file, or nothing tuned for a method of this kind and this optimizer.
-    """
-    if not method.trains:
-        return NOT_USED
-    if name is None:
-        raise ConfigError("train.lr=tuned needs train.rates, a file of conf/rates")
-    rates = read(name)
-    asked = tuned_of(method, targets, {}, "", optimizer)
-    family = [t for t in rates.tuned if t.family == asked.family and _same_optimizer(t, asked)]
-    if not family:
-        there = ", ".join(dict.fromkeys(_with_optimizer(t) for t in rates.tuned))
-        raise ConfigError(
-            f"train.lr=tuned: {rates.path.name} has no rate for {_with_optimizer(asked)}, but for "
-            f"{there}: give train.lr=…, or tune it (conf/experiment/tune.yaml)"
-        )
-    lr, said = _of_family(family, asked)
-    return lr, _with_setting(said, setting, rates.setting)
-
-
-def _with_optimizer(t: Tuned) -> str:
-    return t.family + (f" with optimizer={t.optimizer['name']}" if t.optimizer else "")
-
-
-def _of_family(family: list[Tuned], asked: Tuned) -> tuple[float, str]:
-    alike, borrowed = family, ""
-    same = [t for t in alike if t.fields == asked.fields]
-    if not same:
-        alike = [t for t in alike if t.fields == alike[0].fields]
-        other = alike[0].fields
-        apart = sorted(
-            k for k in other.keys() | asked.fields.keys() if other.get(k) != asked.fields.get(k)
-        )
-        borrowed += f" with another {', '.join(apart)}"
-    else:
-        alike = same
-    if not any(t.targets in (None, asked.targets) for t in alike):
-        borrowed += f" on targets={alike[0].targets}"
-        alike = [t for t in alike if t.targets == alike[0].targets]
-    else:
-        alike = [t for t in alike if t.targets in (None, asked.targets)]
-    if asked.scale is not None:
-        scales = sorted({t.scale for t in alike if t.scale}, key=lambda s: _apart(s, asked.scale))
-        alike = [t for t in alike if t.scale == scales[0]]
-        if not math.isclose(scales[0], asked.scale):
-            borrowed += f" at alpha={scales[0]:g}r"
-    if exact := [t for t in alike if t.rank == asked.rank]:
-        where = edge(exact[0].grid)
-        return exact[0].lr, f"tuned{borrowed}" + (f", at the {where} of its grid" if where else "")
-    k = _number(asked.rank)
-    below = [t for t in alike if _number(t.rank) < k]
-    above = [t for t in alike if _number(t.rank) > k]
-    one = max(below, key=lambda t: _number(t.rank), default=None)
-    other_end = min(above, key=lambda t: _number(t.rank), default=None)
-    if one and other_end and math.isfinite(_number(other_end.rank)):
-        low, high = _number(one.rank), _number(other_end.rank)
-        share = math.log(k / low) / math.log(high / low)
-        lr = one.lr ** (1 - share) * other_end.lr**share
-        between = f"{one.rank_said} and {other_end.rank_said}"
-        return float(f"{lr:.3g}"), f"interpolated between {between}{borrowed}"
-    near = one or other_end or alike[0]
-    return near.lr, f"as tuned for {near.rank_said}{borrowed}"
-
-
-def _apart(one: float, other: float | None) -> float:
-    return abs(math.log(one / other)) if other else 0.0
-
-
-def _number(rank: str | None) -> float:
-    """A rank to compare by; a share or an energy, whose rank only the model knows, as full."""
-    try:
-        value = float(rank or "inf")
-    except ValueError:
-        return math.inf
-    return value if math.isfinite(value) and value >= 1 and value == int(value) else math.inf

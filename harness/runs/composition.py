@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import ending, parts, rates
+from harness.config import ending, parts, rate_lookup, rates
 from harness.config.errors import ConfigError, nearest
 from harness.config.matrix_roles import resolved
 from harness.config.optimizers import OPTIMIZERS, OptimizerConfig
@@ -217,9 +217,11 @@ def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
         return {"lr": TrainConfig.lr}  # a method that validation refuses
     setting = rates.setting_of(model, sections["data"], train)
     if train["lr"] == "auto":
-        lr, lr_from = rates.automatic(train.get("rates"), method, name, model, setting, optimizer)
+        lr, lr_from = rate_lookup.automatic(
+            train.get("rates"), method, name, model, setting, optimizer
+        )
     else:
-        lr, lr_from = rates.resolve(train.get("rates"), method, name, setting, optimizer)
+        lr, lr_from = rate_lookup.resolve(train.get("rates"), method, name, setting, optimizer)
     return {"lr": lr, "lr_from": lr_from}
 
 
