@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import yaml
 
-from harness.config import rates
+from harness.config import rate_lookup, rates
 from harness.config.errors import ConfigError
 from harness.config.optimizers import LoraPlusOptimizer
 from harness.config.paths import CONF_DIR, options
@@ -203,7 +203,8 @@ def test_auto_finds_a_search_of_ones_own(make_run, tmp_path, monkeypatch):
     (tmp_path / "rates" / "mine.yaml").write_text(
         rates.text(setting, [Tuned("full", None, None, None, {3e-3: 3.0, 6e-3: 2.0, 12e-3: 3.0})])
     )
-    monkeypatch.setattr(rates, "own_path", lambda name: tmp_path / "rates" / f"{name}.yaml")
+    for module in (rates, rate_lookup):
+        monkeypatch.setattr(module, "own_path", lambda name: tmp_path / "rates" / f"{name}.yaml")
     second = make_run("train.lr=auto", *mine)
     assert first.train.lr_from.startswith("default: half") and second.train.lr_from == "tuned"
     assert second.train.lr == 6e-3

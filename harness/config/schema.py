@@ -238,7 +238,9 @@ class TrainConfig:
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     batch_tokens: int = 2048  # predicted tokens per optimizer step, all ranks together
     micro_batch: int = 8  # blocks per forward pass and rank; the rest is accumulation
-    lr: float = 2e-3  # peak learning rate; in conf also `auto` and `tuned` (harness.config.rates)
+    lr: float = (
+        2e-3  # peak learning rate; in conf also `auto` and `tuned` (harness.config.rate_lookup)
+    )
     rates: str | None = None  # file of conf/rates that lr=tuned reads
     lr_from: str = "set"  # how lr was found; written by the harness
     schedule: str = "cosine"  # cosine | linear | constant
