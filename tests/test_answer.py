@@ -49,7 +49,10 @@ def test_settings_in_which_rows_differ_are_columns_of_every_table(tmp_path, caps
             if line.startswith("|")
         ],
         "tex": [
-            [cell.replace("\\", "").strip() for cell in line.split("&")]
+            [
+                re.sub(r"\\textbf\{(.*)\}", r"\1", cell.strip().rstrip("\\ ")).replace("\\", "")
+                for cell in line.split("&")
+            ]
             for line in (report / "table.tex").read_text().splitlines()
             if "&" in line
         ],

@@ -49,6 +49,7 @@ def test_the_block_of_the_readme_does_what_it_says(tmp_path):
         assert name in done.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_and_an_experiment_are_lists_of_runs():
     assert [run.method.r for run in compose("method=lora", "method.r=1,8")] == [1, 8]
     assert len(compose("experiment=main_seeds")) == 3 + 3 * 13

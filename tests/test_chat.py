@@ -526,6 +526,7 @@ def test_generation_stops_where_the_template_ends_a_turn(mini):
     assert found.texts == [""] * 3 and found.num_tokens == 3
 
 
+@pytest.mark.slow
 def test_a_run_on_conversations_from_start_to_end(harness, tmp_path, cfg):
     asked = [
         "method=lora", "method.r=2", "data=pairs", f"data.path={cfg.path}", "data.context=96",

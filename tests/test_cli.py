@@ -90,7 +90,13 @@ def test_a_closed_pipe_is_no_traceback(tmp_path):
     assert first == "methods (method=NAME):" and status in ("0", "1") and not done.stderr
 
 
-@pytest.mark.parametrize("module", FORMER)
+QUICKLY = ("plan", "nlg")  # of which the others differ in a name
+
+
+@pytest.mark.parametrize(
+    "module",
+    [m if m in QUICKLY else pytest.param(m, marks=pytest.mark.slow) for m in FORMER],
+)
 def test_a_recorded_command_still_works_and_says_what_to_write_now(module, harness):
     done = harness("--help", module=f"harness.{module}")
     (said,) = done.stderr.splitlines()

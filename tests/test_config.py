@@ -43,7 +43,7 @@ def test_a_schema_without_a_file_says_what_conf_says(make_run):
     ("overrides", "message"),
     [
         (["train.lr=fast"], r"train\.lr=fast: expected a number"),
-        (["+train.lrr=1"], r"unknown key 'train\.lrr': did you mean 'lr'"),
+        (["+train.lrr=1"], r"unknown key 'train\.lrr': did you mean 'train\.lr'"),
         (["+sede=1"], r"unknown key 'sede': did you mean 'seed'"),
         (["train.schedule=cosin"], r"train\.schedule='cosin': did you mean 'cosine'"),
         (["train.precision=fp16"], r"train\.precision='fp16'"),
@@ -68,7 +68,7 @@ def test_a_schema_without_a_file_says_what_conf_says(make_run):
         (["method.bias=some"], r"method\.bias='some'"),
         (["method.name=lorra"], r"'lorra' is not a method: did you mean 'lora'"),
         (["method.fields.use_qalora=true"], r"write \+method\.fields\.use_qalora=… to add it"),
-        (["method.rr=1"], r"unknown key 'method\.rr': did you mean 'r'"),
+        (["method.rr=1"], r"unknown key 'method\.rr': did you mean 'method\.r'"),
         (["method=lorra"], r"method=lorra: no such option; did you mean 'lora'"),
         (["method=peft"], r"method\.peft_type"),
         (["model.asset=gpt2_mimi"], r"did you mean 'gpt2_mini'"),

@@ -46,7 +46,7 @@ def test_help_and_errors_come_without_torch(harness, tmp_path):
         [sys.executable, "-c", probe], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
     )
     assert "exit 2" in done.stdout and "heavy []" in done.stdout
-    assert done.stderr == "error: unknown key 'method.rr': did you mean 'r'?\n"
+    assert done.stderr == "error: unknown key 'method.rr': did you mean 'method.r'?\n"
 
 
 @pytest.mark.parametrize(
@@ -315,6 +315,7 @@ def test_virtual_tokens_need_room(harness):
     assert len(done.stderr.splitlines()) == 1 and "table" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_a_union_of_grids_and_ends_with_the_table(harness, tmp_path):
     done = harness("experiment=smoke", *QUICK)
     assert done.returncode == 0, done.stderr

@@ -67,5 +67,7 @@ def test_a_model_and_a_text_of_ones_own_have_the_names_of_their_files(make_run, 
     assert labels.of_text(run.data) == "notes.txt"
     other = make_run(*text, f"data.path={tmp_path}/*.txt")
     assert labels.of_text(other.data) == "*.txt"
-    task = make_run("data=e2e_nlg", f"data.path={tmp_path}/notes.txt", "data.id=null")
+    pairs = "".join(f"name[{i}]||{i} is a place.\n" for i in range(20))
+    (tmp_path / "pairs.txt").write_text(pairs)
+    task = make_run("data=e2e_nlg", f"data.path={tmp_path}/pairs.txt", "data.id=null")
     assert labels.of_text(task.data) == "e2e_nlg"

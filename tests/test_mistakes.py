@@ -45,7 +45,7 @@ def line(overrides, make_run):
         ("max_steps=8", "did you mean 'train.steps'?"),
         ("lora_alpha=8", "did you mean 'method.alpha'?"),
         ("microbatch=8", "did you mean 'train.micro_batch'?"),
-        ("method.train=udv", "method=lora has no such key; method=udv has"),
+        ("method.train=udv", "method=lora does not have it; method=udv does"),
         ("wizard=sgd", "choose one of: contents, data"),
     ],
 )
@@ -271,4 +271,4 @@ def test_plan_and_count_find_a_mistake_without_torch():
         [sys.executable, "-c", probe], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
     )
     assert done.stdout == "[2, 2] []\n"
-    assert done.stderr == "error: unknown key 'method.rr': did you mean 'r'?\n" * 2
+    assert done.stderr == "error: unknown key 'method.rr': did you mean 'method.r'?\n" * 2

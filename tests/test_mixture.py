@@ -170,6 +170,7 @@ QUICK = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_is_bit_for_bit_the_run_without_the_part(harness, tmp_path, three):
     one = f"one:{{weight:1,source:text_files,path:{three['one']}}}"
     two = f"two:{{weight:0,source:text_files,path:{three['two']}}}"
@@ -192,6 +193,7 @@ def test_a_weight_of_zero_is_bit_for_bit_the_run_without_the_part(harness, tmp_p
     assert record["data"]["parts"]["two"]["share"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_mixture_that_is_killed_goes_on_to_the_same_numbers(make_run, tmp_path, three):
     parts = [
         f"{n}:{{weight:{w},source:text_files,path:{three[n]}}}" for n, w in (("one", 2), ("two", 1))

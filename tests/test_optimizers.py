@@ -277,7 +277,7 @@ def test_what_goes_on_from_a_checkpoint_ends_at_the_same_bits(
         (["optimizer=riemannian", "method=mica"], "method.init=mica"),
         (["optimizer=lora_fa", "method.use_dora=true"], "use_dora"),
         (["optimizer=lora_plus", "optimizer.ratio=0"], "optimizer.ratio=0.0: expected a finite"),
-        (["optimizer=lora_plus", "optimizer.ratoi=2"], "did you mean 'ratio'"),
+        (["optimizer=lora_plus", "optimizer.ratoi=2"], "did you mean 'optimizer.ratio'"),
         (["optimizer=lora_plus", "train.lr=tuned"], "no rate for lora with optimizer=lora_plus"),
         (["optimizer=sgd"], "optimizer=sgd has no default rate"),
         (["optimizer=sgd", "train.lr=1", "train.beta1=0.5"], "optimizer=sgd has no beta1"),

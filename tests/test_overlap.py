@@ -210,6 +210,7 @@ def test_a_run_tells_once_of_copies_and_of_files_left_out(harness, tmp_path):
     assert "test documents are in training" in (run_dir / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_further_text_that_is_in_training_is_counted(harness, tmp_path):
     """`b` has the records of `a` in another order: its test split is other documents."""
     lines = [json.dumps({"text": f"{n} is the number of this line. " * 12}) for n in range(60)]

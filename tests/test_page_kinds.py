@@ -290,7 +290,10 @@ def show(browser, folder, width):  # noqa: F811 - the fixture's value
 
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("warm_up", "one") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_no_labels_of_a_page_overlap_and_it_fits(kind, width, pages, browser):  # noqa: F811
     show(browser, pages[kind], width)
     assert browser.execute_script(OVERLAPS) == []

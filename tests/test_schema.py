@@ -49,6 +49,7 @@ def test_a_task_with_completions(finished_run, task, tmp_path):
     assert schema.problems(record) == [] and record["quality"]["generation"]["num_prompts"] == 2
 
 
+@pytest.mark.slow
 def test_a_failed_run(harness, tmp_path):
     done = harness("method=full", "train.lr=1e9", "train.steps=3", "train.clip=null", "run_name=x")
     record = run_record.read(tmp_path / "outputs" / "scratch" / "x")

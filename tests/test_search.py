@@ -204,6 +204,7 @@ def test_several_spaces_each_with_its_own_best_and_rates(tmp_path):
     assert names == ["best_1.yaml", "best_2.yaml"]
 
 
+@pytest.mark.slow
 def test_conditional_keys_several_objectives_limits_and_edges(tmp_path):
     objectives, limits, edge, none = several(
         tmp_path,
@@ -238,7 +239,7 @@ BAD = [
     (["train.lr=tag(log,interval(0,1))"], "on a log scale: expected numbers above 0"),
     (["train.lr=1e-3"], "no key has several values"),
     (["train.learning_rate=1e-3,1e-2"], "did you mean 'train.lr'"),
-    (["method.rr=1,8"], "unknown key 'method.rr': did you mean 'r'"),
+    (["method.rr=1,8"], "unknown key 'method.rr': did you mean 'method.r'"),
     (["method=full", "method.r=1,8"], "method.r"),
     (["method.r=0,8"], "method.r=0: expected a rank of 1 or more"),
     (["seed=0,1"], "seed=0,1 cannot be searched"),

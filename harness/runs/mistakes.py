@@ -88,8 +88,8 @@ def _nearest_key(key: str, last: str, names: list[str], method: str) -> str:
             return f"optimizer={method} has no such key; optimizer={' and '.join(owners)} has"
     if owners and method and method not in owners:
         alike = "; for method=lora it is method.r" * (method == "lora" and last in ("rank", "k"))
-        have = "have it" if len(owners) > 1 else "has it"
-        return f"method={method} does not; method={' and '.join(owners)} {have}{alike}"
+        have = "do" if len(owners) > 1 else "does"
+        return f"method={method} does not have it; method={' and '.join(owners)} {have}{alike}"
     section = key.rpartition(".")[0]
     inside = nearest(last, names)
     if section and inside.startswith("did you mean '"):

@@ -29,6 +29,7 @@ OF_PAIRS = ("record_form", "chat_template", "loss_on", "too_long")  # say nothin
 
 # Keys of conf/data that say where text comes from and how it is read -> the sources that read them.
 _FILES = ("text_files", "pairs")
+KNOWN = ("kjv", "docstrings", "hub", *_FILES, "mix")
 READ_BY = {
     "path": _FILES, "validation_path": _FILES, "test_path": _FILES, "encoding": _FILES,
     "text_field": ("text_files", "hub"), "document_separator": ("text_files",),
@@ -41,6 +42,8 @@ READ_BY = {
 
 def _refuse_unread(data: DataConfig, where: str) -> None:
     """Refuse a key that the text's source does not read: the run would be of another text."""
+    if data.source not in KNOWN:  # a source of one's own reads what it will
+        return
     plain = defaults(DataConfig)
     for key, readers in READ_BY.items():
         value = getattr(data, key)
