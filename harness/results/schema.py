@@ -218,7 +218,7 @@ def problems(record: dict[str, Any]) -> list[str]:
 
 def _problems(value: dict[str, Any], prefix: str) -> Iterator[str]:
     for name, inner in value.items():
-        path = f"{prefix}{name}"
+        path = f"{prefix}{name.replace('.', '/')}"  # a name of one part, as a text's in contents
         key = _find(path)
         has_inside = any(
             k.path.startswith(f"{path}.") or _is_below(k.path, path) for k in every_key()
@@ -268,6 +268,7 @@ def json_schema() -> dict[str, Any]:
             if "type" not in node:
                 node["type"] = "object"
         _child(node, last).update(_described(key))
+    _close(root)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": FILE_NAME,
@@ -277,6 +278,15 @@ def json_schema() -> dict[str, Any]:
         "properties": root["properties"],
         "additionalProperties": False,
     }
+
+
+def _close(node: dict[str, Any]) -> None:
+    """Refuse other names wherever names are listed and no `*` is among them."""
+    if "properties" in node:
+        node.setdefault("additionalProperties", False)
+    for child in [*node.get("properties", {}).values(), node.get("additionalProperties")]:
+        if isinstance(child, dict):
+            _close(child)
 
 
 def _child(node: dict[str, Any], name: str) -> dict[str, Any]:
