@@ -141,3 +141,9 @@ def _extras() -> list[str]:
     text = (CONF_DIR.parent / "pyproject.toml").read_text("utf-8")
     section = text.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     return [line.partition(" = ")[0] for line in section.splitlines()]
+
+
+def test_a_bare_command_shows_the_help_and_runs_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([]) == 0 and capsys.readouterr().out == cli.help_text() + "\n"
+    assert not list(tmp_path.iterdir())

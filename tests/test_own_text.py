@@ -339,3 +339,20 @@ def test_records_of_which_none_has_text_are_refused(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "other"}\n')
     with pytest.raises(ConfigError, match="the train split has no text"):
         documents.read(DataConfig("t", "text_files", path=str(file), **own))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.path=book.txt"], "data=text_files data.path=book.txt"),
+        (["data=docstrings", "data.path=book.txt"], "data=text_files data.path=book.txt"),
+        (["data.id=me/mine"], "did you mean data=hub"),
+        (["data.packages=[torch]"], "did you mean data=docstrings"),
+        (["data=docstrings", "data.prompt_style=e2e"], "did you mean data=pairs"),
+    ],
+)
+def test_a_key_that_the_source_does_not_read_is_refused(make_run, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        make_run("method=lora", *overrides)
+    key = overrides[-1].partition("=")[0]
+    assert key in str(error.value) and said in str(error.value)

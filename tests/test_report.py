@@ -14,7 +14,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from harness.config.paths import REPOSITORY
-from harness.report import evidence, missing, ranking, summary, table, views
+from harness.report import choices, evidence, missing, ranking, summary, table, views
 from harness.report.__main__ import main
 from harness.results import run_record
 from harness.system import lock
@@ -749,3 +749,17 @@ def test_watching_writes_the_page_until_no_run_is_under_way(tmp_path, monkeypatc
     assert 'http-equiv="refresh"' in seen[0] and "two/" not in seen[0] and "two/" in seen[1]
     assert 'http-equiv="refresh"' not in page.read_text()  # the last one stands still
     assert "watching:" in capsys.readouterr().out
+
+
+def test_two_seeds_recommend_nothing_but_the_best(tmp_path):
+    """With three the second row is as good; with two nothing can be said to be."""
+    for number in (2, 3):
+        folder = tmp_path / str(number)
+        for seed in range(number):
+            put(folder, f"a-s{seed}", r=8, seed=seed, nll=3.0, parts=0.5)
+            put(folder, f"b-s{seed}", r=4, seed=seed, nll=3.01, parts=0.5)
+        test = evidence.find(folder).found["test"]
+        best, second = test.ordered
+        assert all(c.better is None for c in test.comparisons)  # not told apart in either
+        assert choices.ties_best(best, test)
+        assert choices.ties_best(second, test) == (number == 3)
