@@ -6,6 +6,7 @@ single document is in memory as a whole. Tokens are stored as the narrowest inte
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def narrowest(tokenizer: PreTrainedTokenizerBase) -> pa.DataType:
     return pa.uint16() if highest < 2**16 else pa.int32()
 
 
-class _Batches:
+class _Batches(ABC):
     """Documents of one split, tokenised BATCH_CHARS at a time."""
 
     def __init__(self, writer: Writer, encode: Encode, kind: pa.DataType) -> None:
@@ -104,11 +105,13 @@ class _Batches:
             self.write(self._waiting, self.encode([text for _, text in self._waiting]))
         self._waiting, self._chars = [], 0
 
+    @abstractmethod
     def write(self, documents: list[Document], ids: list[list[int]]) -> None:
-        raise NotImplementedError
+        """Write documents, whose tokens are `ids`."""
 
+    @abstractmethod
     def finish(self) -> None:
-        raise NotImplementedError
+        """Write what is left, and close the tables."""
 
 
 class _Blocks(_Batches):

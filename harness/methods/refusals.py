@@ -82,7 +82,7 @@ def check_type(name: str, config_class: type) -> None:
     key = f"method.peft_type={name}"
     if name in TYPES:
         raise ConfigError(f"{key}: {TYPES[name]}")
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[name]  # type: ignore[index]
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[name]  # type: ignore[index]  # by name, as PEFT is
     if "task_ids" in inspect.signature(tuner.forward).parameters:
         raise ConfigError(
             f"{key}: it needs the task of every example (task_ids), and a text has one task"
@@ -163,7 +163,7 @@ def reading(config: Any) -> Iterator[set[str]]:
     own = type(config)
 
     def read(self: Any, name: str) -> Any:
-        code = inspect.currentframe().f_back.f_code  # type: ignore[union-attr]
+        code = inspect.currentframe().f_back.f_code  # type: ignore[union-attr]  # CPython has both
         if code.co_name != "__post_init__":
             seen.add(name)
         return object.__getattribute__(self, name)

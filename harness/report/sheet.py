@@ -115,7 +115,7 @@ def drawn(sheet: Sheet) -> Table:
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in sheet.columns:
         justify = "left" if column.text else "right"
-        table.add_column(column.heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(column.heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]  # a Literal
     for line in sheet.texts:
         table.add_row(*line)
     return table

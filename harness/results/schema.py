@@ -231,7 +231,7 @@ def _problems(value: dict[str, Any], prefix: str) -> Iterator[str]:
             if not key.nullable and key.type != "any":
                 yield f"{path} is null, expected {key.type}"
         elif key.type != "any":
-            right = isinstance(inner, JSON_TYPES[key.type])  # type: ignore[arg-type]
+            right = isinstance(inner, JSON_TYPES[key.type])  # type: ignore[arg-type]  # types and tuples of them
             if not right or (isinstance(inner, bool) and key.type != "boolean"):
                 yield f"{path} is {type(inner).__name__}, expected {key.type}"
 
