@@ -5,8 +5,6 @@ In a notebook `run` and `sweep` show in the cell how far they are (`harness.runs
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +17,7 @@ from harness.config.run_config import RunConfig
 from harness.results import run_record
 from harness.runs import launcher, notebook, tracking
 from harness.runs.overrides import compose
+from harness.system.console import quiet
 
 if TYPE_CHECKING:
     from harness.runs.estimate import Prediction
@@ -67,7 +66,7 @@ def plan(run: RunConfig) -> Prediction | None:
     """
     from harness.runs import estimate  # which needs torch
 
-    with _quiet(), _as_they_were():
+    with quiet(), _as_they_were():
         plain, model_config, accelerator = estimate.setting(run)
         evaluated = estimate.largest_batch(run, model_config)
         return estimate.predict(plain, model_config, accelerator, evaluated)
@@ -86,19 +85,6 @@ def _as_they_were() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What libraries have to say of a model that is never used."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def run(run: RunConfig) -> dict[str, Any]:

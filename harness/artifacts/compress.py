@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +40,7 @@ from harness.results import run_record
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
 from harness.system import atomic
-from harness.system.console import command
+from harness.system.console import quiet_command
 
 RANKS = "1,2,4,8,16,32,64,full"
 WITH, WITHOUT = "with", "without"  # the weights beside the matrices
@@ -300,7 +298,7 @@ def parse_shares(text: str) -> Iterator[float]:
         yield share
 
 
-@command
+@quiet_command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -314,8 +312,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write PEFT LoRA adapters")
     parser.add_argument("--test", action="store_true", help="the test split, too")
     asked = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # PEFT's, of what it does while it loads
     energies = list(parse_shares(asked.energy))
     default = "" if energies else RANKS
     ranks = list(parse_ranks(default if asked.ranks is None else asked.ranks))

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from harness.models import pretrained, quantized, weights
 from harness.models.split_qkv import fuse_qkv, is_unfused
 from harness.runs import finished_run, saved_check
 from harness.runs.finished_run import ADAPTER, Saved
-from harness.system.console import command, reason
+from harness.system.console import quiet_command, reason
 
 WEIGHTS = "adapter_model.safetensors"
 PROBE_TOKENS = 32
@@ -276,7 +274,7 @@ def _compare(logits: torch.Tensor, expected: torch.Tensor, what: str, share: flo
     return difference
 
 
-@command
+@quiet_command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -287,8 +285,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, help="the folder to write, new or empty")
     parser.add_argument("--merge", action="store_true", help="a whole model, without PEFT")
     asked = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # PEFT's, of what the card says
     exported = export(asked.run_dir, asked.out, merge=asked.merge)
     size = sum(path.stat().st_size for path in asked.out.iterdir())
     print(f"{asked.out}: {exported.what}, {size / 2**20:.1f} MiB, loads with {exported.logits}")

@@ -13,9 +13,7 @@ document, RUN/interpolate.parquet. Exit status 2 for what cannot be scaled.
 from __future__ import annotations
 
 import argparse
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from harness.config.errors import ConfigError, nearest
 from harness.report import table
 from harness.runs import finished_run
 from harness.system import atomic
-from harness.system.console import command
+from harness.system.console import quiet_command
 
 SCALES = "0,0.25,0.5,0.75,1,1.25"
 CSV, PARQUET = "interpolate.csv", "interpolate.parquet"
@@ -124,7 +122,7 @@ def parse_scales(text: str) -> Iterator[float]:
         yield scale
 
 
-@command
+@quiet_command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -137,8 +135,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", help="kinds of weights, as in q,v,mlp_in,embeddings")
     parser.add_argument("--test", action="store_true", help="the test split, too")
     asked = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # PEFT's, of what it does while it loads
     scales = list(dict.fromkeys(parse_scales(asked.scales)))
     if not scales:
         raise ConfigError(f"--scales: name at least one, as in {SCALES}")

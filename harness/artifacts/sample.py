@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,7 @@ from harness.evaluation import prefix
 from harness.models import pretrained
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
-from harness.system.console import command
+from harness.system.console import quiet_command
 
 TOP_K = 50  # tokens to sample from, transformers' own default
 
@@ -213,12 +211,10 @@ def decoding_of(asked: argparse.Namespace) -> Decoding:
     )
 
 
-@command
+@quiet_command
 def main(argv: list[str]) -> int:
     """The command line; returns its exit status."""
     asked = arguments_of(argv)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # PEFT's and generate's, of what is meant to be
     console = Console()
     console = Console(width=max(console.width, 80))
     decoding = decoding_of(asked)

@@ -11,9 +11,7 @@ the configuration.
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -23,7 +21,7 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.schema import LoraMethod, NoMethod, SvdMethod
 from harness.runs.overrides import compose, without_flag
-from harness.system.console import command
+from harness.system.console import quiet_command
 
 if TYPE_CHECKING:  # what needs torch is imported after the mistakes that are found without it
     from torch import nn
@@ -65,11 +63,9 @@ def by_kind(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {kind: (total[kind], trainable[kind]) for kind in total}
 
 
-@command
+@quiet_command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     overrides = [argument for argument in arguments if argument != "--all"]
     if {"-h", "--help"} & set(overrides):
         print(__doc__)

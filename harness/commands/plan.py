@@ -13,8 +13,6 @@ limit.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import TYPE_CHECKING
 
 from harness.config import ending, naming
@@ -22,7 +20,7 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.sizes import parse_bytes
 from harness.runs.overrides import compose, without_flag
-from harness.system.console import command
+from harness.system.console import quiet_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,11 +68,9 @@ def _row(
     ]
 
 
-@command
+@quiet_command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0

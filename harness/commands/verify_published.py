@@ -14,9 +14,7 @@ be measured. Rows without a tolerance are for comparison: their source leaves mu
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,7 +28,7 @@ from harness.config.paths import CONF_DIR
 from harness.config.run_config import RunConfig
 from harness.runs import composition
 from harness.system import network
-from harness.system.console import command
+from harness.system.console import quiet_command
 
 CONTEXT = 1024
 RAW, TOKENISED = "wikitext-2-raw-v1", "wikitext-2-v1"
@@ -182,11 +180,9 @@ def show(found: list[Measured]) -> None:
         print(f"not measured: {names}: {reason}")
 
 
-@command
+@quiet_command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(
         "harness verify",
         description=__doc__,

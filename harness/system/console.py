@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from harness.config.errors import ConfigError
 
@@ -48,5 +51,29 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     @functools.wraps(main)
     def wrapped(arguments: list[str]) -> int:
         return ended(lambda: main(arguments))
+
+    return wrapped
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep from the terminal what libraries say of a model that they load, for a while."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def quiet_command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Decorate a command that loads models: as `command` does, and `quiet`."""
+
+    @functools.wraps(main)
+    def wrapped(arguments: list[str]) -> int:
+        with quiet():
+            return ended(lambda: main(arguments))
 
     return wrapped

@@ -12,16 +12,14 @@ what has no change of weights to look at.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 from harness.artifacts.anatomy import settings, summary, survey
-from harness.system.console import command
+from harness.system.console import quiet_command
 
 
-@command
+@quiet_command
 def main(arguments: list[str]) -> int:
     """The command line; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -32,8 +30,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="outputs/EXPERIMENT or outputs/EXPERIMENT/RUN")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of conf/anatomy.yaml")
     asked = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # PEFT's, of what it does while it loads
     chosen = settings.read(asked.settings)
     found = survey.survey(asked.folder, chosen, survey.progress)
     out = survey.write(found, asked.folder)
