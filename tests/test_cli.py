@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_every_command_ends_the_same_way(raised, status, said, capsys):
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path):
-    script = f"{sys.executable} -m harness list | head -1; echo ${{PIPESTATUS[0]}}"
+    script = f"{shlex.quote(sys.executable)} -m harness list | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", f"export PYTHONUNBUFFERED=1; {script}"],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

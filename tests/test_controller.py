@@ -474,7 +474,8 @@ def test_a_disk_that_fills_is_told_of_and_room_lets_it_go_on(tmp_path):
     (tmp_path / "disk").mkdir()
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("needs unshare and a kernel that lets users mount a tmpfs")
-    run = f"{sys.executable} -m harness outputs_dir={tmp_path}/disk run_name=a method=full"
+    python = shlex.quote(sys.executable)
+    run = f"{python} -m harness outputs_dir={tmp_path}/disk run_name=a method=full"
     run = f"{run} {' '.join(QUICK)}"
     script = (
         f"{mount} || exit 99; {run}; echo status $?; cat {tmp_path}/disk/scratch/a/result.json; "
