@@ -8,15 +8,19 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from harness.config import naming
+from harness.config.errors import ConfigError
 from harness.config.schema import DataConfig
 from harness.data import (
     documents,
     overlap,
     packing,
+    pairs,
     records,
     sources,
     token_cache,
@@ -172,3 +176,77 @@ def test_a_walk_gives_every_document_its_place(texts):
         assert found[split][rank] == document
     key, text = found["test"][1]
     assert corpus.text("test", key) == text
+
+
+# --------------------------------------------------------------------------- the hub's rows
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A data set as the hub has it, in a folder: 60 rows to train on, 20 to test."""
+    (tmp_path / "set").mkdir()
+    for name, count in (("train", 60), ("test", 20)):
+        lines = [{"text": f"{name} {i}. " + " ".join(WORDS[: 3 + i % 11])} for i in range(count)]
+        lines[4]["text"] = None
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "set" / f"{name}.jsonl").write_text(text)
+    return DataConfig("t", "hub", id=str(tmp_path / "set"), context=16, cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("most", [None, 7, 1000])
+def test_streamed_rows_are_the_rows_of_the_copy_on_the_disk(rows, most):
+    whole = documents.read(replace(rows, max_rows=most))
+    streamed = replace(rows, streaming=True, max_rows=most)
+    for _, found in documents.hub_splits(streamed).values():
+        assert isinstance(found, datasets.IterableDataset)
+    assert documents.read(streamed) == whole
+    corpus = documents.corpus(streamed)
+    assert len(whole["test"]) == {None: 19, 7: 6, 1000: 19}[most]
+    assert corpus.rule() == documents.corpus(replace(rows, max_rows=most)).rule()
+
+
+def test_streamed_pairs_are_those_of_the_copy(rows, tmp_path):
+    lines = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(40)]
+    (tmp_path / "qa").mkdir()
+    (tmp_path / "qa/train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    cfg = replace(rows, source="pairs", id=str(tmp_path / "qa"), max_rows=30)
+    found = pairs.read(cfg)
+    assert sum(map(len, found.values())) == 30 and pairs.read(replace(cfg, streaming=True)) == found
+
+
+def test_streaming_moves_no_identity_and_max_rows_does(make_run, rows):
+    plain, streamed, fewer = (
+        naming.identity(make_run("data=hub", f"data.id={rows.id}", *more))
+        for more in ([], ["data.streaming=true"], ["data.max_rows=30"])
+    )
+    assert plain == streamed != fewer
+
+
+def test_a_row_that_cannot_be_fetched_is_named(rows):
+    def coming():
+        yield from ({"text": f"row {i}"} for i in range(3))
+        raise ConnectionError("the hub\ndoes not answer")
+
+    fetched = documents.fetched(replace(rows, streaming=True), "train", coming())
+    with pytest.raises(ConfigError, match=r"row 4 of train .*\(the hub does not answer\)"):
+        list(fetched)
+    with pytest.raises(ConnectionError):  # of a copy on the disk this is no matter of the hub
+        list(documents.fetched(rows, "train", coming()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data=kjv", "data.streaming=true"], "data.streaming=True: data=kjv does not read it"),
+        (["data=hub", "data.id=x/y", "data.max_rows=0"], "data.max_rows=0: expected 3 or more"),
+        (["data=pairs", "data.path=p.jsonl", "data.max_rows=9"], "data.max_rows=9: data.path=p"),
+    ],
+)
+def test_rows_of_what_is_not_on_the_hub_are_refused(
+    make_run, tmp_path, monkeypatch, overrides, said
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ConfigError) as error:
+        make_run("method=lora", *overrides)
+    assert said in str(error.value)

@@ -31,7 +31,7 @@ _LATER = {
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
         "split", "validation_path", "test_path", "encoding", "record_form", "chat_template",
-        "loss_on", "too_long", "parts", "held_out_part",
+        "loss_on", "too_long", "parts", "held_out_part", "max_rows",
     ),
     "targets": ("roles",),
     "train": ("max_seconds", "max_flops", "early_stopping", "groups"),
@@ -82,7 +82,7 @@ def _values(run: RunConfig) -> dict[str, Any]:
             if found[name] in (defaults[name], []):
                 del found[name]
     for key, fields in texts.items():
-        del fields["cache_dir"]
+        del fields["cache_dir"], fields["streaming"]
         _by_content(fields, run.contents.get(key, ""))
     model = values["model"]
     del model["cache_dir"]

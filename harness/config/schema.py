@@ -68,6 +68,8 @@ class DataConfig:
     config_name: str | None = None
     revision: str | None = None
     split_names: dict[str, str] = field(default_factory=dict)  # train/validation/test -> hub split
+    streaming: bool = False  # read rows as they come, without a copy of the data set on the disk
+    max_rows: int | None = None  # the first rows of every split; null = all
     # docstrings
     packages: list[str] = field(default_factory=list)  # distribution names, in this order
     # pairs: `path` (a .txt of lines, or records) or `id`

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -246,8 +246,12 @@ def _load_hub(cfg: DataConfig) -> Any:
     try:
         if files.saved(Path(str(cfg.id))):
             loaded = datasets.load_from_disk(str(cfg.id))
-            return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
-        return datasets.load_dataset(cfg.id, cfg.config_name, revision=cfg.revision)
+            loaded = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        else:
+            loaded = datasets.load_dataset(
+                cfg.id, cfg.config_name, revision=cfg.revision, streaming=cfg.streaming
+            )
+        return {name: _first(rows, cfg.max_rows) for name, rows in loaded.items()}
     except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         cached = ", ".join(network.cached("datasets")) or "none"
@@ -255,6 +259,18 @@ def _load_hub(cfg: DataConfig) -> Any:
             f"data.id={cfg.id}: could not be loaded ({reason}). In the local hub cache: {cached}. "
             "Without a network use data=kjv, or data=text_files data.path=… for a local copy"
         ) from error
+
+
+def _first(rows: Any, most: int | None) -> Any:
+    """The first `most` rows of a data set; a streamed one has no length."""
+    if most is None:
+        return rows
+    return rows.select(range(min(most, len(rows)))) if hasattr(rows, "__len__") else rows.take(most)
+
+
+def _columns(rows: Any) -> list[str]:
+    """The columns of a data set; a streamed one may say them with its first row only."""
+    return list(rows.column_names or next(iter(rows), {}))
 
 
 def hub_splits(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
@@ -278,8 +294,7 @@ def hub(cfg: DataConfig) -> Source:
     parts: dict[str, Callable[[], Iterator[Document]]] = {}
     blank: dict[str, int] = {}
     for name, (source, rows) in hub_splits(cfg).items():
-        if cfg.text_field not in rows.column_names:
-            names = rows.column_names
+        if cfg.text_field not in (names := _columns(rows)):
             raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
         parts[name] = partial(_rows, cfg, source, rows, name, blank)
     return Source(parts, "row", blank)
@@ -290,7 +305,7 @@ def _rows(
 ) -> Iterator[Document]:
     """The rows that have text; how many have none is in `blank` by `name` when all were read."""
     count = 0
-    for i, text in enumerate(_column(cfg, source, rows[cfg.text_field])):
+    for i, text in enumerate(_column(cfg, source, rows)):
         if text.strip():
             yield f"{source}/{i}", text
         else:
@@ -298,18 +313,38 @@ def _rows(
     blank[name] = count
 
 
-def _column(cfg: DataConfig, split: str, values: Iterable[Any]) -> Iterator[str]:
-    """The texts of a column, "" where it holds null; of a folder's files with their ends unified.
+def _column(cfg: DataConfig, split: str, rows: Any) -> Iterator[str]:
+    """The texts of the rows, "" where it holds null; of a folder's files with their ends unified.
 
     A data set of the hub is what it says it is: published figures are of its text as it is.
     """
     own = Path(str(cfg.id)).is_dir()
-    for number, value in enumerate(values, 1):
+    for number, row in enumerate(fetched(cfg, split, rows.select_columns([cfg.text_field])), 1):
+        value = row[cfg.text_field]
         if value is None:
             yield ""
             continue
         text = records.checked(value, f"{cfg.id}, {split} record {number}", str(cfg.text_field))
         yield text if own else value
+
+
+def fetched(cfg: DataConfig, split: str, rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows as they come; raises ConfigError where a streamed one cannot be fetched or read."""
+    import datasets
+
+    count = 0
+    try:
+        for row in rows:
+            yield row
+            count += 1
+    except (OSError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if not cfg.streaming:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"data.id={cfg.id}: row {count + 1} of {split} could not be read ({reason}); the same "
+            "command again starts over, and without data.streaming all of it is fetched first"
+        ) from error
 
 
 def raw_rows(cfg: DataConfig, split: str) -> list[str]:
@@ -332,10 +367,10 @@ def raw_rows(cfg: DataConfig, split: str) -> list[str]:
         raise ConfigError(
             f"data={cfg.name}: {cfg.id} has no split {source}; {nearest(source, loaded.keys())}"
         )
-    names = loaded[source].column_names
+    names = _columns(loaded[source])
     if cfg.text_field not in names:
         raise ConfigError(f"data.text_field={cfg.text_field}: {nearest(cfg.text_field, names)}")
-    rows = list(_column(cfg, source, loaded[source][cfg.text_field]))
+    rows = list(_column(cfg, source, loaded[source]))
     if Path(str(cfg.id)).is_dir():  # lines of text files come without their ends
         rows = [f"{row.removesuffix(chr(10))}\n" if row.strip() else "" for row in rows]
     return rows

@@ -202,7 +202,8 @@ def _hub_rows(cfg: DataConfig) -> tuple[dict[str, list[Row]], str]:
     found: dict[str, list[Row]] = {}
     form: str | None = None
     for name, (source, rows) in documents.hub_splits(cfg).items():
-        coming = ((f"{cfg.id}, {source} record {n}", row) for n, row in enumerate(rows, 1))
+        fetched = documents.fetched(cfg, source, rows)
+        coming = ((f"{cfg.id}, {source} record {n}", row) for n, row in enumerate(fetched, 1))
         some = list(forms.rows(coming, cfg, form))
         form = form or (some[0][1].form if some else None)
         found[name] = [row if row.form == "pair" else _filled(row, where) for where, row in some]

@@ -55,7 +55,8 @@ def key_of(
     cfg: DataConfig, content: str, tokenizer: str, begins: tuple[int, ...], splits: Sequence[str]
 ) -> str:
     """What tells the tables of `splits` from others; `tokenizer` is a fingerprint."""
-    fields = {k: v for k, v in vars(cfg).items() if k not in (*PATHS, "cache_dir")}
+    apart = (*PATHS, "cache_dir", "streaming")
+    fields = {k: v for k, v in vars(cfg).items() if k not in apart}
     values = [_code(), content, tokenizer, list(begins), list(splits), fields]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 

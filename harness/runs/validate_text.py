@@ -34,7 +34,8 @@ READ_BY = {
     "path": _FILES, "validation_path": _FILES, "test_path": _FILES, "encoding": _FILES,
     "text_field": ("text_files", "hub"), "document_separator": ("text_files",),
     "id": ("hub", "pairs"), "config_name": ("hub", "pairs"), "revision": ("hub", "pairs"),
-    "split_names": ("hub", "pairs"), "packages": ("docstrings",),
+    "split_names": ("hub", "pairs"), "streaming": ("hub", "pairs"), "max_rows": ("hub", "pairs"),
+    "packages": ("docstrings",),
     "separator": ("pairs",), "prompt_field": ("pairs",), "completion_field": ("pairs",),
     "prompt_style": ("pairs",),
 }  # fmt: skip
@@ -66,6 +67,7 @@ def validate_data(run: RunConfig) -> None:
         _refuse_unread(text, where)
         most = text.document_chars
         require(most is None or most > 0, f"{where}.document_chars", most, "1 or more, or null")
+        _validate_rows(text, where)
     for key in ("validation_share", "test_share"):
         require(
             0 < getattr(data, key) < 0.5, f"data.{key}", getattr(data, key), "a share in (0, 0.5)"
@@ -79,6 +81,16 @@ def validate_data(run: RunConfig) -> None:
     if data.source == "pairs":
         _validate_pairs(data, "data")
     _validate_mixture(run)
+
+
+def _validate_rows(text: DataConfig, where: str) -> None:
+    """Check how a data set of the hub is read."""
+    rows = text.max_rows
+    require(rows is None or rows >= 3, f"{where}.max_rows", rows, "3 or more, or null")
+    for key in ("streaming", "max_rows"):
+        value = getattr(text, key)
+        if value and text.source == "pairs" and not text.id:
+            raise ConfigError(f"{where}.{key}={value}: {where}.path={text.path} is read without it")
 
 
 def _validate_mixture(run: RunConfig) -> None:
@@ -104,6 +116,7 @@ def _validate_mixture(run: RunConfig) -> None:
             raise ConfigError(f"{where}.source={text.source}: {nearest(text.source, SOURCES)}")
         _validate_split(text, where)
         _refuse_unread(text, where)
+        _validate_rows(text, where)
         for key in ("validation_share", "test_share"):
             share = getattr(text, key)
             require(0 < share < 0.5, f"{where}.{key}", share, "a share in (0, 0.5)")
