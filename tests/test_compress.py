@@ -14,6 +14,7 @@ from harness.artifacts import compress, interpolate
 from harness.artifacts.anatomy import curve, lowrank, updates
 from harness.config.errors import ConfigError
 from harness.report import stats
+from harness.report.anatomy import perplexities
 
 IDS = torch.arange(1, 25)[None]
 
@@ -175,12 +176,12 @@ def by_document(shift, seed):
 
 def test_intervals_are_those_of_stats_over_the_seeds_given():
     documents = [pd.concat([by_document(0, s), by_document(1, s)]) for s in range(3)]
-    found = curve.curve(documents, [0, 1, 2], ["rank", "text"]).set_index("rank")
+    found = perplexities(documents, [0, 1, 2], ["rank", "text"]).set_index("rank")
     for shift in (0, 1):
         nll = np.stack([by_document(shift, s)["nll_nats"] for s in range(3)])
         ids = tuple(by_document(0, 0)["id"])
         (own,) = stats.intervals([stats.Evaluation("a", nll, np.full(12, 4), (0, 1, 2), ids, {})])
         row = found.loc[str(shift)]
         assert (row.perplexity, row.low, row.high) == pytest.approx(own.perplexity)
-    alone = curve.curve([by_document(0, 0).head(1)], [0], ["rank", "text"]).iloc[0]
+    alone = perplexities([by_document(0, 0).head(1)], [0], ["rank", "text"]).iloc[0]
     assert np.isnan(alone.low) and "(" not in curve.told(alone)

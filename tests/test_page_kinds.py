@@ -14,6 +14,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
+from test_anatomy_page import left as anatomy
 from test_page import BROWSER, DRIVER, browser, column, scheme, size, wait  # noqa: F401 - a fixture
 from test_report import put
 
@@ -83,6 +84,7 @@ def running(folder):
 
 
 KINDS = {f.__name__: f for f in (warm_up, sixty, one, failed, grid, running)}
+KINDS["anatomy"] = anatomy
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def test_no_figure_of_rates_that_belong_to_configurations(pages):
     assert not [key for key in keys if key.startswith("swept")]
 
 
-@pytest.mark.parametrize("kind", ["warm_up", "sixty", "one", "grid"])
+@pytest.mark.parametrize("kind", ["warm_up", "sixty", "one", "grid", "anatomy"])
 def test_no_labels_of_the_files_overlap(kind, pages, monkeypatch):
     """Tick labels, titles and the names of reference lines, as matplotlib places them."""
     import matplotlib.pyplot as plt

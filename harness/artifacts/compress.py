@@ -36,6 +36,7 @@ from harness.artifacts.anatomy.texts import NEW, Evaluator, Texts, perplexity
 from harness.config.errors import ConfigError
 from harness.models import weights
 from harness.report import table
+from harness.report.anatomy import perplexities
 from harness.results import run_record
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
@@ -223,7 +224,7 @@ def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str])
         headings += [f"{label}{', matrices alone' * (c == WITHOUT)}" for c in columns]
     headings += ["LoRA trained at r=k"] * (len(first.trained) > 0)
     shown = table.plain(["rank of dW"], headings)
-    rows = curve.curve([one.documents for one in found], seeds, ["rank", "beside", "text"])
+    rows = perplexities([one.documents for one in found], seeds, ["rank", "beside", "text"])
     cells = {(r["rank"], r["beside"], r["text"]): curve.told(r) for _, r in rows.iterrows()}
     for label, of in points.groupby("rank", sort=False):
         line = [str(label), f"{of['parameters'].mean():,.0f}", f"{of['mean_rank'].mean():.1f}"]

@@ -25,6 +25,7 @@ from harness.artifacts.anatomy import curve, texts, updates
 from harness.artifacts.anatomy.texts import NEW, Evaluator, perplexity
 from harness.config.errors import ConfigError, nearest
 from harness.report import table
+from harness.report.anatomy import perplexities
 from harness.runs import finished_run
 from harness.system import atomic
 from harness.system.console import quiet_command
@@ -89,7 +90,7 @@ def write_into(pair: updates.Pair, chosen: list[updates.Update], scale: float) -
 
 def show(documents: Sequence[pd.DataFrame], seeds: Sequence[int]) -> None:
     """Print a line for every scale."""
-    rows = curve.curve(documents, seeds, ["scale", "kinds", "text"])
+    rows = perplexities(documents, seeds, ["scale", "kinds", "text"])
     names = list(dict.fromkeys(rows["text"]))
     shown = table.plain(
         ["lambda"], [f"new text ({name})" if name in (NEW, "test") else name for name in names]

@@ -20,6 +20,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
 }  # fmt: skip
 WIDTH = 3.4  # inches, a column
+LEAST_SPAN = 0.1  # of an axis of costs, beside the largest
 MARKERS = "osD^vPX*<>hd"
 DASHES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), (0, (1, 3)))
 
@@ -104,7 +105,9 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
         )  # fmt: skip
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)
     axes.tick_params(axis="x", pad=10)  # clear of the lowest label of the other axis
-    if figure.axes.log_x:
+    if not figure.axes.log_x:
+        _widen(axes, [x for s in figure.series for x in s.x])
+    else:
         axes.set_xscale("log")
         places = sorted({x for s in figure.series for x in s.x})
         if len(places) <= 8 and places[-1] < 10_000:  # ranks and scales, as they are
@@ -119,6 +122,17 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
         axes.yaxis.set_major_locator(steps)
         axes.yaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
+
+
+def _widen(axes: plt.Axes, places: list[Any]) -> None:
+    """Make room for tick labels where all costs are the same to a few digits."""
+    finite = [x for x in places if not isinstance(x, str) and math.isfinite(x)]
+    if not finite or len(finite) < len(places):
+        return
+    axes.ticklabel_format(axis="x", useOffset=False)
+    low, high = min(finite), max(finite)
+    if high - low < (least := LEAST_SPAN * max(abs(low), abs(high))):
+        axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def _bars(figure: Figure, axes: plt.Axes) -> None:
@@ -141,7 +155,7 @@ def _bars(figure: Figure, axes: plt.Axes) -> None:
 def _heat(figure: Figure, axes: plt.Axes) -> None:
     values = np.array([s.y for s in figure.series], dtype=float)
     shades = mpl.colors.LinearSegmentedColormap.from_list("heat", ["#6baed6", "#f3f8fd"])
-    shades.set_bad("#e6e6e6")  # what was not run is no value
+    shades = shades.with_extremes(bad="#e6e6e6")  # what was not run is no value
     # The lowest rank at the bottom, as on the page.
     axes.imshow(np.ma.masked_invalid(np.log(values)), cmap=shades, aspect="auto", origin="lower")
     upright = 90 if values.shape[1] > MANY_COLUMNS else 0

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from harness.report import anatomy, stats, swept, views
 from harness.report import evidence as ev
-from harness.report import stats, swept, views
 from harness.report.axes import (
     ALPHA,
     CATEGORIES,
@@ -50,6 +50,7 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
     made += [_memory(rows), _speed(rows), *_curves(rows)]
     if test is not None:
         made += [_forgetting(rows, test, on) for text, on in found.items() if text != "test"]
+    made += anatomy.figures(rows)
     return [figure for figure in made if figure is not None]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from harness.report import anatomy, samples, views
 from harness.report import evidence as ev
-from harness.report import samples, views
 from harness.report.choices import SHORT
 from harness.report.columns import ends
 from harness.report.evidence import Evidence
@@ -28,7 +28,7 @@ def further(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Sheet]:
             made.append(matched(rows, test))
     made.append(learning(rows))
     made += [forgetting(rows, on) for text, on in found.items() if text != "test"]
-    made.append(samples.sheet(rows))
+    made += [samples.sheet(rows), anatomy.sheet(rows)]
     return [sheet for sheet in made if sheet is not None]
 
 

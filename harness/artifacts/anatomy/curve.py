@@ -1,6 +1,7 @@
-"""Perplexities of parts of an update with their intervals, over one run or a seed each of several.
+"""The seeds of one configuration whose updates are looked at together, and how a point is told.
 
-`stats` has the statistics: over documents alone with one seed, over seeds and documents with more.
+`harness.report.anatomy` makes the points: over documents alone with one seed, over seeds and
+documents with more.
 """
 
 from __future__ import annotations
@@ -8,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from harness.config.errors import ConfigError
-from harness.report import stats
 from harness.results import run_record
 from harness.runs import finished_run
 
@@ -38,36 +37,6 @@ def seeds_of(run_dirs: Sequence[Path]) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"a seed is there twice: {', '.join(map(str, seeds))}")
     return seeds
-
-
-def curve(
-    documents: Sequence[pd.DataFrame], seeds: Sequence[int], by: Sequence[str]
-) -> pd.DataFrame:
-    """Perplexity, low and high (95 %) for every value of the columns `by`, in their order.
-
-    `documents` holds a table for every seed with `by`, id, nll_nats and num_tokens. Ends are NaN
-    where no interval can be given: one document, or one that has nearly all tokens.
-    """
-    kept = [*by, "id"]
-    wanted = ["nll_nats", "num_tokens"]
-    tables = [table.groupby(kept, sort=False)[wanted].sum().reset_index() for table in documents]
-    rows = []
-    for values, first in tables[0].groupby(list(by), sort=False):
-        of_seed = [first]
-        for table in tables[1:]:
-            same = (table[list(by)] == list(values)).all(axis=1)
-            of_seed.append(table[same])
-        nll = np.stack([part["nll_nats"].to_numpy(np.float64) for part in of_seed])
-        tokens = first["num_tokens"].to_numpy(np.int64)
-        ids = tuple(first["id"].astype(str))
-        evaluation = stats.Evaluation("it", nll, tokens, tuple(seeds), ids, {})
-        value = float(np.exp((nll.sum(1) / tokens.sum()).mean()))
-        low = high = float("nan")
-        if (tokens > 0).sum() > 1 and np.isfinite(nll).all():
-            _, low, high = stats.intervals([evaluation])[0].perplexity
-        found = dict(zip(by, values, strict=True))
-        rows.append(found | {"perplexity": value, "low": low, "high": high})
-    return pd.DataFrame(rows)
 
 
 def told(row: pd.Series) -> str:
