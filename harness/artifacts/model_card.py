@@ -32,7 +32,7 @@ FOLLOWS = {  # what a document follows (`harness.evaluation.prefix`)
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exported folder holds, and how it is loaded."""
+    """Describes what an exported folder holds, and how it is loaded again."""
 
     whole: bool  # a model, or else an adapter
     model_type: str
@@ -46,7 +46,7 @@ class Exported:
 
     @property
     def what(self) -> str:
-        """For a sentence."""
+        """Name the export in the words of a sentence: a whole model, or an adapter."""
         return "a whole model" if self.whole else f"a {self.peft_type} adapter"
 
     @property

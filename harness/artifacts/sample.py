@@ -41,7 +41,7 @@ TOP_K = 50  # tokens to sample from, transformers' own default
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a prompt is continued."""
+    """Holds the settings by which a prompt is continued: length, temperature, beams."""
 
     max_new_tokens: int = 60
     temperature: float | None = 0.8  # of sampling; None: the most likely token, or beams
@@ -50,7 +50,7 @@ class Decoding:
 
     @property
     def label(self) -> str:
-        """For the terminal."""
+        """Describe the settings in a line for the terminal."""
         if self.temperature is not None:
             return f"temperature {self.temperature:g}, seed {self.seed}"
         return f"{self.num_beams} beams" if self.num_beams > 1 else "greedy"
@@ -161,7 +161,7 @@ def _text(written: str, style: str = "") -> Text:
 
 
 def lines(stream: Any) -> Iterator[str]:
-    """Prompts from standard input, without empty lines."""
+    """Read prompts from standard input, one a line, without empty lines."""
     if stream.isatty():
         print("a prompt a line; Ctrl-D ends", file=sys.stderr)
     for line in stream:

@@ -126,7 +126,7 @@ def leaves() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def every() -> set[str]:
-    """All keys and groups that can be given."""
+    """Return all keys and groups that can be given on the command line."""
     return {key for keys in leaves().values() for key in keys} | set(GROUPS)
 
 

@@ -130,7 +130,7 @@ def is_deterministic(run: RunConfig) -> bool:
 
 
 def label(method: MethodConfig) -> str:
-    """What run names and tables call a method."""
+    """Return the name by which run names and tables call a method."""
     if method.label:
         return method.label
     if isinstance(method, PeftMethod):

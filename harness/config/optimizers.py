@@ -104,5 +104,5 @@ ADAMW = OptimizerConfig("adamw")
 
 
 def keys_of(schema: type[OptimizerConfig]) -> set[str]:
-    """The keys of an optimizer's file of conf/optimizer."""
+    """Return the keys that an optimizer's file of conf/optimizer may have."""
     return {field.name for field in dataclasses.fields(schema)} | set(schema.shared)

@@ -15,7 +15,7 @@ WEIGHT = "weight"  # the field of a part beside those of its text
 
 @dataclass(frozen=True)
 class Part:
-    """A text of a mixture."""
+    """Holds one text of a mixture, with its share of the training blocks."""
 
     name: str
     share: Fraction  # of the training blocks; all shares are 1 together

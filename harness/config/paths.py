@@ -19,7 +19,7 @@ LAUNCHERS = {  # Hydra's, and the extras of pyproject.toml that they come with
 
 
 def options(group: str) -> list[str]:
-    """The options of a group of conf/."""
+    """Return the names of the options of a group of conf/."""
     if group == "hydra/launcher":
         return ["basic", *LAUNCHERS]
     return [path.stem for path in (CONF_DIR / group).glob("*.yaml")]

@@ -61,12 +61,12 @@ class Tuned:
 
     @property
     def lr(self) -> float:
-        """The rate with the lowest validation nll."""
+        """Return the rate with the lowest validation nll of the grid."""
         return best(self.grid)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What it is a rate for."""
+        """Return what tells this entry from others: family, targets, rank, scale, fields."""
         return self.family, self.targets, self.rank, self.scale, repr(sorted(self.fields.items()))
 
     @property
@@ -85,13 +85,13 @@ class Tuned:
 
     @property
     def rank_said(self) -> str:
-        """r=8 or k=64."""
+        """Return the rank in words: r=8 of LoRA, k=64 of U D V^T."""
         return f"{'k' if self.scale is None else 'r'}={self.rank}" if self.rank else ""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A file of conf/rates."""
+    """Holds a file of conf/rates: the setting of its search, and its entries."""
 
     path: Path
     setting: dict[str, Any]  # see `setting_of`; and the seed
@@ -115,7 +115,7 @@ def _value(nll: float | None) -> float:
 
 
 def found_by(record: Mapping[str, Any]) -> float | None:
-    """What a finished run has to say of its rate, for a grid."""
+    """Return the evidence that a finished run gives on its rate, for a grid."""
     quality = record["quality"]
     if not quality["best_step"]:
         return None
@@ -247,7 +247,7 @@ def read(name: str) -> Rates:
 
 
 def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
-    """What `read` reads, for people too."""
+    """Return the file's text, which `read` reads and people do, too."""
     lines = [
         "# Learning rates that a search (experiment=tune and its like) found on validation, with",
         "# the evidence: validation nll, nats per token, by peak rate (null: diverged, or not once",

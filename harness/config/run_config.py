@@ -42,17 +42,17 @@ class RunConfig(RootConfig):
 
     @property
     def evaluation_context(self) -> int:
-        """Tokens of evaluation's window."""
+        """Return the tokens of the sliding window that documents are evaluated by."""
         return self.data.context if self.evaluate.context is None else self.evaluate.context
 
     @property
     def run_dir(self) -> Path:
-        """<outputs_dir>/<experiment_name>/<run_name>."""
+        """Return the directory of the run: <outputs_dir>/<experiment_name>/<run_name>."""
         return Path(self.outputs_dir) / self.experiment_name / naming.run_name(self)
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
-    """Plain containers, for config.yaml and result.json."""
+    """Return the configuration as plain containers, for config.yaml and result.json."""
     return dataclasses.asdict(run)
 
 

@@ -101,7 +101,7 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class NoMethod(MethodConfig):
-    """The base model, evaluated."""
+    """conf/method/none: the base model, which is evaluated and not trained."""
 
     trains = False
 
@@ -148,7 +148,7 @@ class LoraMethod(MethodConfig):
 
 @dataclass(frozen=True)
 class PeftMethod(MethodConfig):
-    """Any other PEFT method."""
+    """conf/method/peft: any other method of PEFT, by its `peft_type` and fields."""
 
     takes_targets = leaves_adapter = True
 
@@ -171,13 +171,13 @@ class SvdMethod(MethodConfig):
 
     @property
     def kept(self) -> str:
-        """The rank as run names and tables show it."""
+        """Return the rank as run names and tables show it: a number, or `full`."""
         return f"{self.rank or 'full'}" if self.energy is None else f"e{self.energy:g}"
 
 
 @dataclass(frozen=True)
 class UdvMethod(SvdMethod):
-    """The same factors, and what of them trains."""
+    """conf/method/udv: the factors of U D V^T, and which of them train."""
 
     trains = leaves_adapter = True
 

@@ -49,7 +49,7 @@ class Dimension:
 
     @property
     def name(self) -> str:
-        """The key without what marks it as added."""
+        """Return the key without the + that marks it as added."""
         return unused_keys.key_of(self.key)
 
     def override(self, value: Value) -> str:
@@ -117,7 +117,7 @@ class Space:
         return [*kept, *(chosen[d.key] for d in self.dimensions if d.key in chosen)]
 
     def methods(self, method_of: MethodOf) -> list[unused_keys.Chosen]:
-        """The methods that candidates may have."""
+        """Return the methods that candidates of this space may have."""
         fixed = [text for text in self.fixed if unused_keys.key_of(text) in unused_keys.DECIDES]
         deciding = self._deciding()
         found: dict[unused_keys.Chosen, None] = {}

@@ -45,18 +45,18 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written."""
+    """Holds the chat template by which a conversation is written as text."""
 
     text: str  # Jinja
     own: bool  # the tokenizer's, which also writes what a text begins with
 
     @property
     def marked(self) -> bool:
-        """Whether it marks the assistant's turns."""
+        """Tell whether the template marks the assistant's turns itself."""
         return bool(MARK.search(self.text))
 
     def described(self) -> str:
-        """In words, for the log and result.json."""
+        """Describe the template in words, for the log and result.json."""
         if not self.own:
             return "plain: System:, User:, Assistant: (harness/data/chat.py)"
         how = "marked by {% generation %}" if self.marked else "found from its prompts"
@@ -65,7 +65,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a written conversation."""
+    """Holds a part of a written conversation, and whether it is the assistant's."""
 
     text: str
     assistant: bool  # whether the assistant writes it

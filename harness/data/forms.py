@@ -57,7 +57,7 @@ UNREAD_OF_A_MESSAGE = (
 
 @dataclass(frozen=True)
 class Row:
-    """One record: a prompt and what may follow it."""
+    """Holds one record: a prompt, or turns, and the completions that may follow."""
 
     prompt: str  # of a conversation, its turns as text, for people
     completions: list[str]

@@ -26,7 +26,7 @@ E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and what may follow it."""
+    """Holds a prompt, or the turns of a conversation, and what may follow it."""
 
     id: str
     prompt: str

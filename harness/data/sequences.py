@@ -42,7 +42,7 @@ LOSS_ON = ("assistant", "completion", "all")
 
 @dataclass(frozen=True)
 class Example:
-    """Ids of a prompt with one of its completions."""
+    """Holds the token ids of a prompt with one of its completions."""
 
     pair: str  # its id
     ids: list[int]
@@ -52,7 +52,7 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Inputs, and so targets."""
+        """Return the number of inputs, which is that of targets, too."""
         return len(self.ids) - 1
 
     @property
@@ -62,7 +62,7 @@ class Example:
 
     @property
     def num_predicted(self) -> int:
-        """Targets that count."""
+        """Return the number of targets that count in the loss."""
         return sum(self.predicted)
 
     @property
@@ -167,7 +167,7 @@ def prompt_ids(
     begins: tuple[int, ...] = (),
     chat_template: str = "auto",
 ) -> list[int]:
-    """What a model is given to complete."""
+    """Return the token ids that a model is given, to complete them."""
     if not pair.turns:
         return [*begins, *_encode([pair.prompt], tokenizer)[0], tokenizer.eos_token_id]
     template = chat.template_of(tokenizer, chat_template)
@@ -181,7 +181,7 @@ def prompt_ids(
 def stops(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str = "auto"
 ) -> tuple[int, ...]:
-    """Ids after which a completion is over."""
+    """Return the token ids of which each ends a completion."""
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
     if not any(pair.turns for pair in pairs):

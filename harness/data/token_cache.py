@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was made of the splits of a text."""
+    """Holds what was made of the splits of a text: tables, counts and facts."""
 
     tables: dict[str, str]  # by split: the name of its folder
     num_documents: dict[str, int]

@@ -68,7 +68,7 @@ class Data:
 
     @property
     def training(self) -> list[Dataset]:
-        """The tables of training blocks."""
+        """Return the tables of training blocks, one a part of a mixture."""
         return [table for _, table in self.parts] or [self.blocks]
 
     def order(self, seed: int, step: int, batch: int) -> list[int]:
@@ -118,11 +118,11 @@ class Batch(NamedTuple):
 
     @property
     def ids(self) -> torch.Tensor:
-        """(B, T + 1): of text, the blocks as they were cut."""
+        """Return (B, T + 1) ids: of text, the blocks as they were cut."""
         return torch.cat([self.inputs, self.targets[:, -1:]], dim=1)
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`."""
+        """Return the batch with its tensors on `device`."""
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), positions)
 

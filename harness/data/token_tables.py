@@ -84,7 +84,7 @@ class Writer:
                 raise
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Delete what was written so far, and leave nothing behind."""
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 

@@ -37,7 +37,7 @@ class Base:
         self.nats, self.reaction = probes.start_nats(NextToken(base), room)
 
     def is_at(self, predicts: NextToken) -> bool:
-        """Whether `predicts` says the same."""
+        """Tell whether another base predicts the same, by its `predicts`."""
         nats, _ = probes.start_nats(predicts, self.room)
         return self.reaction.differs(nats, self.nats) is False
 

@@ -21,7 +21,7 @@ from harness.config.errors import ConfigError
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a document follows."""
+    """Holds the token that comes before every document, and its kind."""
 
     name: str  # bos | eos | none
     id: int | None  # None with `none`
@@ -32,7 +32,7 @@ class Prefix:
         return (self.id,) if self.name == "bos" and self.id is not None else ()
 
     def recorded(self) -> dict[str, str | int | None]:
-        """For result.json."""
+        """Return the prefix as result.json has it: its name and token id."""
         return {"name": self.name, "id": self.id}
 
 

@@ -66,7 +66,7 @@ OF_THE_HARNESS = {f.name for f in dataclasses.fields(peft.PeftConfig)}  # what e
 
 
 def kind(config: peft.PeftConfig) -> str:
-    """PEFT's name of a method."""
+    """Return the name that PEFT has for a method, such as LORA."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 

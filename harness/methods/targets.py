@@ -21,7 +21,7 @@ from harness.models.split_qkv import UNFUSED_TARGETS, is_unfused
 
 @dataclass(frozen=True)
 class Targets:
-    """What a target set comes to on one model."""
+    """Holds the matrices that a target set names in one model, with their shapes."""
 
     suffixes: list[str]  # for PEFT's target_modules
     shapes: dict[str, tuple[int, int]]  # module name -> (in, out)

@@ -38,7 +38,7 @@ AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_he
 
 
 class Nll(NamedTuple):
-    """What a model says of its targets."""
+    """Holds what is minimised, and the nats that a model gives each target."""
 
     objective: torch.Tensor  # scalar to minimise: nats, smoothed if asked for, summed over targets
     nats: torch.Tensor  # of every target, fp32, 0 where ignored; carries no gradient

@@ -252,7 +252,7 @@ class LSTMForCausalLM(PreTrainedModel, GenerationMixin):
         return self.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Exchange the head."""
+        """Put another head in the place of this one, as `transformers` asks for it."""
         self.head = new_embeddings
 
     @can_return_tuple

@@ -383,7 +383,7 @@ class Parameters:
 
     @property
     def trainable_percent(self) -> float:
-        """Trainable share in per cent."""
+        """Return the trainable share of all parameters, in per cent."""
         return 100 * self.trainable / self.total
 
 

@@ -45,7 +45,7 @@ def write(run_dir: Path, result: dict[str, Any]) -> None:
 
 
 def describe(run: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """What is known before anything is loaded."""
+    """Return the record of a run before anything is loaded: identity, command, config."""
     command = run_dir / "command.txt"
     return {
         "run": {
@@ -166,7 +166,7 @@ def keep_reserve(run_dir: Path) -> None:
 
 
 def free_reserve(run_dir: Path) -> None:
-    """Give that room back."""
+    """Give the room that `keep_reserve` has kept back to the disk."""
     with suppress(OSError):
         (run_dir / RESERVE).unlink(missing_ok=True)
 
@@ -214,7 +214,7 @@ def last_metrics(run_dir: Path) -> dict[str, Any]:
 
 
 def tail(path: Path, lines: int = 20) -> list[str]:
-    """The last lines of a log."""
+    """Return the last lines of a log, for a message."""
     try:
         return path.read_text("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:

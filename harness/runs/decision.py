@@ -9,7 +9,7 @@ from harness.results.run_record import RETRYABLE
 
 
 class Decision(Enum):
-    """What the launcher does about a run."""
+    """Lists what the launcher can do about a run."""
 
     START = "start it from the beginning"
     RESUME = "go on from its checkpoint"
@@ -22,7 +22,7 @@ class Decision(Enum):
 
 @dataclass(frozen=True)
 class Found:
-    """What a run's directory holds."""
+    """Describes what a run's directory holds before anything is done."""
 
     # of result.json: finished, failed, interrupted, running, paused; None: there is none
     status: str | None = None
@@ -36,7 +36,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for."""
+    """Describes what was asked for: a rerun, further attempts, a sweep, a pause."""
 
     rerun: bool = False  # replace whatever is there
     retry: int = 0  # further attempts; in a sweep also at what failed before

@@ -103,7 +103,7 @@ class Prediction:
         return max(self.peak_bytes, int(self.evaluate["peak_bytes"]))
 
     def as_record(self) -> dict[str, Any]:
-        """For result.json, beside what was measured."""
+        """Return the prediction as result.json has it, beside what was measured."""
         main = self.train or self.evaluate
         return {
             "peak_bytes": self.peak_bytes,

@@ -43,7 +43,7 @@ class Saved:
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Return the name of the run, which is that of its directory."""
         return str(self.record["run"]["name"])
 
     @property

@@ -34,7 +34,7 @@ WORTH_RETRYING = ("killed", "oom", "disk")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run."""
+    """Holds what became of a run: its status, and why."""
 
     run_dir: Path
     status: str  # finished | skipped | failed | interrupted | paused | busy | refused
@@ -48,7 +48,7 @@ class Outcome:
         return 0 if self.status in ("finished", "skipped", "paused") else 2 if wrong else 1
 
     def summary(self) -> str:
-        """One line for the terminal."""
+        """Describe the outcome in one line for the terminal."""
         if self.status in ("refused", "busy"):
             return self.message
         if self.status in ("failed", "interrupted"):

@@ -125,7 +125,7 @@ class RateSweeper(GridSweeper):
 
 
 def made_by(records: Iterable[dict[str, Any]]) -> str:
-    """Commits and hardware of runs, and the date."""
+    """Return the commits and the hardware of runs, and today's date, in words."""
     found = list(records)
     said = []
     for path in ("environment.commit", "environment.hardware.cpu"):

@@ -35,7 +35,7 @@ class Task:
 
 @dataclass
 class Search:
-    """The search of one space."""
+    """Runs the search of one space: proposals, rungs and what became of them."""
 
     study: Study
     compose: Callable[[list[str]], DictConfig]

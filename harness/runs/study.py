@@ -49,7 +49,7 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration of a search."""
+    """Holds a configuration of a search, and what is known of it."""
 
     number: int  # of Optuna's trial, by which candidates are ordered
     overrides: tuple[str, ...]
@@ -165,7 +165,7 @@ class Study:
 
     @property
     def grid_size(self) -> int:
-        """Candidates of a grid."""
+        """Return the number of candidates of a grid, 0 for other samplers."""
         return len(self._points)
 
     def candidates(self) -> list[Candidate]:
@@ -190,7 +190,7 @@ class Study:
         return found
 
     def rejected(self) -> list[str]:
-        """Why proposals were no candidates."""
+        """Return why proposals were no candidates, a reason each."""
         trials = self._study.get_trials(deepcopy=False)
         return [t.user_attrs[REJECTED] for t in trials if REJECTED in t.user_attrs]
 

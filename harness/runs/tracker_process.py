@@ -58,7 +58,7 @@ class Followed:
             self.id, self.last, self.ended = known["id"], known["last"], known["ended"]
 
     def save(self) -> None:
-        """Keep what has been tracked."""
+        """Write down what has been tracked, so that nothing is sent twice."""
         known = {"id": self.id, "last": self.last, "ended": self.ended}
         atomic.write_atomically(self.marker, json.dumps(known))
 

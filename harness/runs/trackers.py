@@ -36,14 +36,14 @@ class Adapter:
         self.inner = STARTS[name](spec, record, one, settings)
 
     def log(self, values: dict[str, Any], tokens: int) -> None:
-        """One row of metrics."""
+        """Send one row of metrics to the tracker."""
         if self.name == "wandb":
             self.inner.log(values)  # with its tokens, which define_metric makes the step axis
         else:
             self.inner.log({k: v for k, v in values.items() if "/" in k}, step=tokens)
 
     def end(self, run_dir: Path, record: dict[str, Any]) -> None:
-        """The summary, the adapter, and the end of the run."""
+        """Send the summary and the adapter, and end the tracker's run."""
         values = summary(record)
         if self.name == "wandb":
             self._end_wandb(run_dir, record, values)

@@ -43,7 +43,7 @@ class Internal:
         return found
 
     def sentence(self) -> str:
-        """What to say where it is gone."""
+        """Return the sentence that is said where the private name is gone."""
         try:
             release = f"{self.package} {version(self.package)}"
         except PackageNotFoundError:

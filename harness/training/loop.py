@@ -64,7 +64,7 @@ class State:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the timed steps."""
+        """Return the predicted tokens per second over the timed steps."""
         return self.timed_tokens / self.timed_seconds if self.timed_tokens else None
 
 

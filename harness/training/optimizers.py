@@ -327,7 +327,7 @@ class Joined(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> Groups:  # type: ignore[override]
-        """The groups of all parts."""
+        """Return the parameter groups of all parts, in their order."""
         return [group for part in self.parts for group in part.param_groups]
 
     @property
@@ -336,7 +336,7 @@ class Joined(torch.optim.Optimizer):
         return {key: value for part in self.parts for key, value in part.state.items()}
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Step every part."""
+        """Take a step with the optimizer of every part."""
         if closure is not None:
             raise ValueError("several optimizers cannot evaluate one closure")
         for part in self.parts:
@@ -348,11 +348,11 @@ class Joined(torch.optim.Optimizer):
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of every part; Accelerate moves it to the device."""
+        """Return the states of all parts; Accelerate moves them to the device."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore the states of all parts from what `state_dict` gave."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
 

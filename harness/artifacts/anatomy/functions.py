@@ -38,7 +38,7 @@ class Sums:
         self.yy: Any = 0.0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Outputs (…, d) of both models for the same tokens."""
+        """Add the outputs (…, d) of both models for the same tokens to the sums."""
         x, y = (h.reshape(-1, h.shape[-1]).double() for h in (x, y))
         self.n += len(x)
         self.change += float((y - x).square().sum())

@@ -38,16 +38,16 @@ class Direction:
 
     @property
     def full_rank(self) -> int:
-        """min(m, n)."""
+        """Return min(m, n), the largest rank that dW can have."""
         return len(self.s)
 
     def delta(self, k: int) -> torch.Tensor:
-        """[dW]_k as the base stores the weight."""
+        """Return [dW]_k, the nearest matrix of rank k, as the base stores the weight."""
         product = self.basis[:, :k] @ self.rows[:k]
         return product.t() if self.stored_in_out else product
 
     def num_parameters(self, k: int) -> int:
-        """Elements of a LoRA of rank k."""
+        """Return the number of elements of a LoRA of rank k, k (m + n)."""
         return k * (self.basis.shape[0] + self.rows.shape[1])
 
 

@@ -26,7 +26,7 @@ Frame = pd.DataFrame
 
 
 def mean_of(column: str) -> Callable[[Frame], float]:
-    """The mean of a column over matrices."""
+    """Return the function that takes the mean of a column over matrices."""
     return lambda rows: float(rows[column].mean())
 
 

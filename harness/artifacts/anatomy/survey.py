@@ -196,5 +196,5 @@ def write(found: Survey, folder: Path) -> Path:
 
 
 def progress(line: str) -> None:
-    """Say on standard error how far it has come."""
+    """Print a line of progress on standard error, apart from the tables."""
     print(line, file=sys.stderr, flush=True)

@@ -93,7 +93,7 @@ class Evaluator:
 
 
 def perplexity(found: Nats) -> float:
-    """Exp of the mean nats per predicted token."""
+    """Return exp of the mean nats per predicted token; infinite where it overflows."""
     nll, num_tokens = found
     with np.errstate(over="ignore"):
         return float(np.exp(nll.sum() / num_tokens.sum()))

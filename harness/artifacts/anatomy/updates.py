@@ -49,7 +49,7 @@ class Update:
 
     @property
     def delta(self) -> torch.Tensor:
-        """DW (m, n), float64."""
+        """Return dW (m, n), the weight after training less the one before, in float64."""
         return self.after.double() - self.before.double()
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class FactorDict(BufferDict):
 
 
 class Spec(NamedTuple):
-    """What one adapter does in one layer."""
+    """Holds what one adapter does in one layer: its rank, what trains, the residual."""
 
     rank: int
     train: str  # letters of the factors that train
