@@ -178,12 +178,13 @@ def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path
             model.model.unload()
             return live.peak
         with LiveTensors(model) as live:
+            optimizer = optimizers.make_optimizer(model.model, run.train)
             training.train(
-                model, text, run, Accelerator(cpu=True),
-                optimizers.make_optimizer(model.model, run.train), training.State(micro_batch=4),
-                validate=validate, keep=lambda: None, save=lambda: None, log=lambda row: None,
-                stop=Stop(),
-            )  # fmt: skip
+                training.Training(model, text, run, Accelerator(cpu=True), optimizer),
+                training.State(micro_batch=4),
+                training.Hooks(validate, lambda: None, lambda: None, lambda row: None),
+                Stop(),
+            )
         model.model.unload()
         return live.peak
 

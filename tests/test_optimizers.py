@@ -72,11 +72,10 @@ def train(model, text, run, *, state=None, optimizer=None, validate=lambda: 1.0,
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare_optimizer(optimizer)
     state = state or loop.State(micro_batch=4)
-    loop.train(
-        NextToken(model), text, run, accelerator, optimizer, state, validate=validate,
-        keep=lambda: None, save=(lambda: save(state, optimizer)) if save else (lambda: None),
-        log=rows.append, stop=Stop(),
-    )  # fmt: skip
+    checkpoint = (lambda: save(state, optimizer)) if save else (lambda: None)
+    hooks = loop.Hooks(validate, lambda: None, checkpoint, rows.append)
+    training = loop.Training(NextToken(model), text, run, accelerator, optimizer)
+    loop.train(training, state, hooks, Stop())
     return [row["train/nll"] for row in rows if "train/nll" in row], optimizer
 
 

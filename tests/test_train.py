@@ -50,11 +50,11 @@ def run_loop(model, text, run, tmp_path, validate=None, penalty=None):
     optimizer = optimizers.make_optimizer(model, run.train) if trains else None
     state = training.State(micro_batch=run.train.micro_batch)
     best = tmp_path / "b"
-    training.train(
-        prepared, text, run, accelerator, optimizer, state, validate=validate,
-        keep=lambda: save_trained(model, best),
-        save=lambda: saved.append(state.step), log=rows.append, stop=Stop(), penalty=penalty,
-    )  # fmt: skip
+    hooks = training.Hooks(
+        validate, lambda: save_trained(model, best), lambda: saved.append(state.step), rows.append
+    )
+    trained = training.Training(prepared, text, run, accelerator, optimizer, penalty)
+    training.train(trained, state, hooks, Stop())
     if trains:
         load_trained(model, best)
     return state, rows, saved
@@ -237,12 +237,11 @@ def test_an_order_to_stop_ends_the_step_and_writes_a_checkpoint(tiny, make_run, 
     rows = Rows()
     model = adapt(tiny, run)
     state = training.State(micro_batch=2)
+    optimizer = optimizers.make_optimizer(model, run.train)
+    hooks = training.Hooks(lambda: 1.0, lambda: None, lambda: saved.append(state.step), rows.append)
+    trained = training.Training(NextToken(model), text, run, Accelerator(cpu=True), optimizer)
     with pytest.raises(KeyboardInterrupt):
-        training.train(
-            NextToken(model), text, run, Accelerator(cpu=True),
-            optimizers.make_optimizer(model, run.train), state, validate=lambda: 1.0,
-            keep=lambda: None, save=lambda: saved.append(state.step), log=rows.append, stop=stop,
-        )  # fmt: skip
+        training.train(trained, state, hooks, stop)
     assert saved == [5, 7] and state.step == 7 and state.validated == 5
 
 

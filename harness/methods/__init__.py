@@ -346,6 +346,7 @@ def _wrap(model: PreTrainedModel, config: Any, given: dict[str, Any]) -> nn.Modu
     on_meta = next(model.parameters()).device.type == "meta"
     needed = ("ensure_weight_tying", "monteclora_config")
     left_out = on_meta and not any(getattr(config, name, None) for name in needed)
+    modules_to_save = copy.copy(getattr(config, "modules_to_save", None))
     with refusals.reading(config) as seen:
         try:
             adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=left_out)
@@ -368,6 +369,9 @@ def _wrap(model: PreTrainedModel, config: Any, given: dict[str, Any]) -> nn.Modu
         )
     if getattr(config, "ensure_weight_tying", False):
         weight_tying.check_tied(adapted)
+        # PEFT has put the embeddings in the place of the head. By that name an adapter of GPT-2 is
+        # not tied when it is loaded: PEFT knows embed_tokens and lm_head, and no wte.
+        config.modules_to_save = modules_to_save
     return adapted
 
 

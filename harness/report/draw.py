@@ -154,8 +154,8 @@ def _bars(figure: Figure, axes: plt.Axes) -> None:
 
 def _heat(figure: Figure, axes: plt.Axes) -> None:
     values = np.array([s.y for s in figure.series], dtype=float)
-    shades = mpl.colors.LinearSegmentedColormap.from_list("heat", ["#6baed6", "#f3f8fd"])
-    shades = shades.with_extremes(bad="#e6e6e6")  # what was not run is no value
+    whole = mpl.colors.LinearSegmentedColormap.from_list("heat", ["#6baed6", "#f3f8fd"])
+    shades = whole.with_extremes(bad="#e6e6e6")  # what was not run is no value
     # The lowest rank at the bottom, as on the page.
     axes.imshow(np.ma.masked_invalid(np.log(values)), cmap=shades, aspect="auto", origin="lower")
     upright = 90 if values.shape[1] > MANY_COLUMNS else 0

@@ -352,21 +352,12 @@ def perform(
             held_out.evaluate_base()
         process.turn("train")
         try:
-            loop.train(
-                prepared,
-                text,
-                run,
-                accelerator,
-                optimizer,
-                state,
-                validate=held_out.validate,
-                keep=standing.keep,
-                save=standing.save,
-                log=standing.metrics.log,
-                stop=stop,
-                penalty=methods.penalty(model, run),
-                quiet=quiet,
+            penalty = methods.penalty(model, run)
+            training = loop.Training(prepared, text, run, accelerator, optimizer, penalty)
+            hooks = loop.Hooks(
+                held_out.validate, standing.keep, standing.save, standing.metrics.log
             )
+            loop.train(training, state, hooks, stop, quiet=quiet)
         except loop.Paused:
             result["run"] |= {"paused_at": state.step, "resumed_at": state.resumed_at}
             raise

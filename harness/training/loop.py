@@ -137,18 +137,46 @@ def apply(
     return norm
 
 
+@dataclass(frozen=True)
+class Training:
+    """Holds what a run trains, by what, and on which text; nothing of it is replaced meanwhile.
+
+    Without an `optimizer` nothing trains. `penalty` is added to the mean nll in the gradient, and
+    not in the loss that is logged.
+    """
+
+    prepared: nn.Module  # a `NextToken`, as Accelerate prepared it
+    data: Data
+    run: RunConfig
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer | None
+    penalty: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Holds what the loop calls on its way."""
+
+    validate: Callable[[], float]  # mean nats per validation token
+    keep: Callable[[], None]  # after the lowest of these so far
+    save: Callable[[], None]  # where a checkpoint is due, and when the run is told to stop
+    log: Callable[[dict[str, Any]], None]  # takes a row of metrics
+
+
 def optimizer_step(
-    prepared: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Data,
-    run: RunConfig,
-    step: int,
-    micro_batch: int,
-    accelerator: Accelerator,
-    penalty: Callable[[], torch.Tensor] | None = None,
+    training: Training, step: int, micro_batch: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Optimizer step `step` (from 0): summed nats of this rank, the gradient's norm, and how many
-    tokens all ranks have predicted."""
+    """Take optimizer step `step` (from 0) in passes of `micro_batch` blocks.
+
+    Returns:
+        Summed nats of this rank, the gradient's norm, and how many tokens all ranks have predicted.
+
+    Raises:
+        PassOutOfMemoryError: a pass did not fit; the step can be taken again.
+    """
+    run, data, accelerator = training.run, training.data, training.accelerator
+    optimizer = training.optimizer
+    assert optimizer is not None
     world, rank = accelerator.num_processes, accelerator.process_index
     per_rank = blocks_per_rank(run, world)
     order = data.order(run.seed, step, per_rank * world)
@@ -161,48 +189,35 @@ def optimizer_step(
         for first in range(0, per_rank, micro_batch)
     ]
     try:
-        total = accumulate(prepared, batches, num_tokens / world, accelerator, penalty)
+        total = accumulate(
+            training.prepared, batches, num_tokens / world, accelerator, training.penalty
+        )
     except Exception as error:
         if out_of_memory(error):  # nothing has moved yet: the step can be taken again
             raise PassOutOfMemoryError(f"{error} (in optimizer step {step + 1})") from error
         raise
-    model = accelerator.unwrap_model(prepared)
+    model = accelerator.unwrap_model(training.prepared)
     return total, apply(model, optimizer, accelerator, run.train), num_tokens
 
 
 def train(
-    prepared: nn.Module,
-    data: Data,
-    run: RunConfig,
-    accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer | None,
-    state: State,
-    *,
-    validate: Callable[[], float],
-    keep: Callable[[], None],
-    save: Callable[[], None],
-    log: Callable[[dict[str, Any]], None],
-    stop: Stop,
-    penalty: Callable[[], torch.Tensor] | None = None,
-    quiet: bool = False,
+    training: Training, state: State, hooks: Hooks, stop: Stop, *, quiet: bool = False
 ) -> None:
-    """Train what requires gradients in a `NextToken`, as Accelerate prepared it, from `state` on.
+    """Train what requires gradients from `state` on, which has all that moves.
 
-    Without an `optimizer` nothing trains, and validation is read once. `validate` gives mean nats
-    per validation token; `keep` is called when that is the lowest so far, `save` when a checkpoint
-    is due (then and when the run is told to stop); `log` takes one row of metrics. `penalty` is
-    added to the mean nll in the gradient (not in the loss that is logged).
+    Without an optimizer validation is read once. `quiet` leaves out the bar.
 
     Raises:
         NonFiniteLossError: naming the step.
         Paused: at `launch.pause_at`, or beyond it already; a checkpoint has been written.
         KeyboardInterrupt: told to stop; a checkpoint has been written.
     """
+    run, accelerator, optimizer = training.run, training.accelerator, training.optimizer
     cfg, world = run.train, accelerator.num_processes
     steps = cfg.steps if optimizer is not None else 0
     first = state.step
-    model = accelerator.unwrap_model(prepared).model
-    prepared.train()
+    model = accelerator.unwrap_model(training.prepared).model
+    training.prepared.train()
     optimizers.start(optimizer)
     every = cfg.checkpoint_every or run.evaluate.every
     saved = state.step  # the step of the last checkpoint
@@ -222,22 +237,22 @@ def train(
                 try:  # ranks must all do the same: they read validation to its end
                     with optimizers.evaluation(optimizer):
                         with stop.interruptible() if world == 1 else nullcontext():
-                            nll = validate()
+                            nll = hooks.validate()
                         if state.step == 0 or nll < state.best_nll:
                             state.best_step = state.step
                             state.best_nll = nll if math.isfinite(nll) else math.inf
-                            keep()
+                            hooks.keep()
                 except KeyboardInterrupt:
                     if saved < state.step:
-                        save()
+                        hooks.save()
                     raise
-                log({"step": state.step, "tokens": state.tokens, "eval/validation/nll": nll})
+                hooks.log({"step": state.step, "tokens": state.tokens, "eval/validation/nll": nll})
                 state.validated = state.step
                 state.validations.append(nll)
                 if not ended and ending.stops_early(state.validations, cfg.early_stopping):
                     state.ended_by, ended = "early_stopping", True
                 if state.step:
-                    save()
+                    hooks.save()
                     saved = state.step
             if ended:
                 return
@@ -245,7 +260,7 @@ def train(
                 raise Paused  # validation was read, and so a checkpoint written
             stopping = stop.requested and world == 1
             if saved < state.step and (stopping or state.step % every == 0):
-                save()
+                hooks.save()
                 saved = state.step
             if stopping:
                 raise KeyboardInterrupt
@@ -255,9 +270,8 @@ def train(
             try:
                 with memory.measured(model, optimizer, state.memory) if follow else nullcontext():
                     total, norm, num_tokens = optimizer_step(
-                        prepared, optimizer, data, run, state.step, state.micro_batch,
-                        accelerator, penalty,
-                    )  # fmt: skip
+                        training, state.step, state.micro_batch
+                    )
             except PassOutOfMemoryError:
                 fewer = run_config.smaller_micro_batch(run, state.micro_batch)
                 if cfg.on_oom == "fail" or not fewer or world > 1:
@@ -289,7 +303,7 @@ def train(
             state.step += 1
             state.tokens += num_tokens
             state.train_seconds += seconds
-            log(
+            hooks.log(
                 {
                     "step": state.step,
                     "tokens": state.tokens,
@@ -304,5 +318,5 @@ def train(
             bar.update()
             bar.set_postfix_str(f"loss {mean_nll:.3f}, {num_tokens / seconds:,.0f} tokens/s")
             if world > 1 and asked_to_stop:  # every rank has read the same sum
-                save()
+                hooks.save()
                 raise KeyboardInterrupt

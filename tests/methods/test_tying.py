@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from harness.config.errors import ConfigError
 from harness.methods import adapt
 from harness.methods.weight_tying import merged
-from harness.models import pretrained
+from harness.models import pretrained, weights
 from harness.training import checkpoint
 
 V, D, IDS = 80, 16, torch.arange(1, 41).reshape(2, 20)  # 80 rows, of which a tokenizer may have 64
@@ -112,6 +112,15 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
         again = AutoModelForCausalLM.from_pretrained(folder)
         loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
         torch.testing.assert_close(logits(loaded), active, rtol=1e-4, atol=1e-4)
+        again = AutoModelForCausalLM.from_pretrained(folder)
+        alone = logits(again)
+        loaded = weights.load_adapter(again, tmp_path / "adapter")  # its names, too
+        torch.testing.assert_close(logits(loaded), active, rtol=1e-4, atol=1e-4)
+        with loaded.disable_adapter():
+            assert torch.equal(logits(loaded), alone)
+    if case == "save_tied":
+        first, last = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+        assert first.weight is last.weight
 
 
 @pytest.mark.parametrize("base", ["gpt2", "tied"], indirect=True)
