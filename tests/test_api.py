@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from test_report import put
 
 import harness
-from harness import collect, compose, plan, run
+from harness import collect, compose, plan, run, sweep
 from harness.api import RunFailedError
 from harness.config.errors import ConfigError
 from harness.config.paths import REPOSITORY
@@ -57,6 +57,12 @@ def test_a_sweep_and_an_experiment_are_lists_of_runs():
     found = plan(one)
     assert found is not None and found.parameters.trainable == 131_072
     assert plan(compose("method=udv", "method.energy=0.9")[0]) is None
+
+
+@pytest.mark.parametrize("function", [compose, sweep])
+def test_a_list_in_place_of_texts_is_refused_by_name(function):
+    with pytest.raises(TypeError, match=r"overrides are texts.*not \['method=lora'\]"):
+        function(["method=lora"])
 
 
 def test_options_of_ones_own_are_found_in_another_folder(tmp_path):

@@ -35,7 +35,13 @@ def compose(*overrides: str) -> list[RunConfig]:
     Raises:
         ConfigError: naming the overrides of the run that is wrong; also for two different runs in
             one directory.
+        TypeError: an override that is no text.
     """
+    for text in overrides:
+        if not isinstance(text, str):
+            raise TypeError(
+                f"overrides are texts, as in compose('method=lora', 'method.r=8'), and not {text!r}"
+            )
     try:
         return _compose(list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
