@@ -52,7 +52,7 @@ test-launchers: setup ## sweeps by joblib, Ray and submitit (about 8 minutes wit
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[joblib,ray,submitit]"
 	$(RUN) -m pytest -m launchers
 
-test-peft: setup ## PEFT's own common tests over udv and the fused LoRA layer (about 2 minutes)
+test-peft: setup ## PEFT's own common tests over udv and the fused LoRA layer (about 3 minutes)
 	$(RUN) -m pytest tests/peft_suite.py
 
 test-quantised: setup ## bases quantised by bitsandbytes and torchao (about 3 minutes with their installation)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoConfig
 
 from harness.evaluation import sliding_window
 from harness.models.loss import NextToken
@@ -102,3 +103,19 @@ def test_the_metric_refuses_nothing_and_survives_a_hopeless_model():
         sliding_window.quality(np.array([0.0]), np.array([0]), documents([0]))
     got = sliding_window.quality(np.array([1e6]), np.array([10]), documents([10]))
     assert got["perplexity"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "inner"),
+    [
+        ("gpt2", {"n_embd": 64}, 256),  # n_inner is null
+        ("gpt_neo", {"hidden_size": 64}, 256),  # so is intermediate_size
+        ("llama", {"hidden_size": 64, "intermediate_size": 96}, 96),
+        ("bloom", {"hidden_size": 64}, 256),  # has neither
+        ("mamba", {"hidden_size": 64, "expand": 2}, 128),
+    ],
+)
+def test_an_evaluation_batch_fits_whatever_a_configuration_leaves_open(kind, fields, inner):
+    """6 widths and the MLP's two in fp32: 64 MiB a layer."""
+    config = AutoConfig.for_model(kind, **fields)
+    assert sliding_window.batch_tokens(config) == 64 * 2**20 // (4 * (6 * 64 + 2 * inner))

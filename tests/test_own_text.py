@@ -314,10 +314,29 @@ def test_records_without_text_are_counted(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = DataConfig("t", "text_files", path=str(file))
-    said = "records that hold null or white space: 2 of train"
+    said = "without text (null or white space): 2 of train"
     assert documents.corpus(cfg).rule()["left_out"] == said
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
     assert "left_out" not in documents.corpus(cfg).rule()
+
+
+def test_files_and_pieces_without_text_are_counted(tmp_path):
+    pieces = [f"piece {i}\n" for i in range(9)]
+    file = tmp_path / "a.txt"
+    file.write_text("---\n".join([*pieces[:5], " \n", *pieces[5:], ""]))  # ends in a separator
+    cfg = DataConfig("t", "text_files", path=str(file), document_separator="---\n")
+    assert (
+        documents.corpus(cfg).rule()["left_out"] == "without text (null or white space): 1 of train"
+    )
+    assert sorted(texts(file, document_separator="---\n")) == pieces
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for i, text in enumerate(["one", "two", " \n\n", "three"]):
+        (folder / f"{i}.txt").write_text(text)
+    cfg = DataConfig("t", "text_files", path=str(folder))
+    assert (
+        documents.corpus(cfg).rule()["left_out"] == "without text (null or white space): 1 of train"
+    )
 
 
 def test_a_second_separator_is_the_completion_s(tmp_path):
@@ -326,6 +345,9 @@ def test_a_second_separator_is_the_completion_s(tmp_path):
     assert {(p.prompt, *p.completions) for s in found.values() for p in s} == {
         (f"a{i}", f"b||c{i}") for i in range(5)
     }
+    (tmp_path / "p.txt").write_text("".join(f"a{i}||b||c{i}\n" for i in range(5)) + "d||e\n")
+    rule = pairs.task(DataConfig("p", "pairs", path=str(tmp_path / "p.txt"))).rule
+    assert rule["separator_again"] == "5 completions have '||' in them"
 
 
 def test_records_of_which_none_has_text_are_refused(tmp_path):

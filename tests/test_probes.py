@@ -5,12 +5,15 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from test_evaluate import documents
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.config.errors import ConfigError
+from harness.config.schema import GenerateConfig
+from harness.data.pairs import Pair
 from harness.data.token_tables import IGNORE
-from harness.evaluation import probes, sliding_window
+from harness.evaluation import generation, probes, sliding_window
 from harness.models.loss import NextToken
 
 SMALL = {
@@ -158,3 +161,20 @@ def test_pairs_that_would_change_one_another_in_training_are_refused(make_run):
     with pytest.raises(ConfigError, match=r"micro_batch=8.*set train\.micro_batch=1"):
         check("data.packing=padded")
     check("data.packing=padded", "train.micro_batch=1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "expected"), [("phi3", LONGROPE, "one_width"), ("llama", {}, "padded")]
+)
+def test_a_completion_is_that_of_its_prompt_alone(kind, fields, expected, tokenizer):
+    model = build(kind, **fields | {"vocab_size": len(tokenizer)})
+    texts = ["a house", "the river", "light and stone " * 12, "bread"]
+    todo = [Pair(str(i), text, ["x"]) for i, text in enumerate(texts)]
+    asked = GenerateConfig(num_beams=1, max_new_tokens=6, no_repeat_ngram=0)
+    cpu = Accelerator(cpu=True)
+    found = generation.check(model, tokenizer, todo, asked, cpu, 128)
+    assert found == expected
+    alone = [generation.complete(model, tokenizer, [pair], asked, cpu).texts[0] for pair in todo]
+    assert generation.complete(model, tokenizer, todo, asked, cpu, found).texts == alone
+    padded = generation.complete(model, tokenizer, todo, asked, cpu, "padded").texts
+    assert (padded == alone) == (found == "padded")

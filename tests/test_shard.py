@@ -185,22 +185,22 @@ WORLD_OF_TWO = """
 import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
-from harness import shard
+from harness.training import sharding
 from harness.models.loss import NextToken
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(accelerator.process_index)  # unlike, and as the first one's from then on
 model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=6, n_layer=1, n_head=2))
 before = {name: p.detach().clone() for name, p in model.named_parameters()}
-shard.shard(NextToken(model.eval()), accelerator)
+sharding.shard(NextToken(model.eval()), accelerator)
 rows = [p.to_local().shape[0] for p in model.parameters()]
 assert rows[0] == (4, 3)[accelerator.process_index], rows
 for name, p in model.named_parameters():
-    full = shard.whole(p.detach())
+    full = sharding.full_tensor(p.detach())
     assert accelerator.process_index or torch.equal(full, before[name]), name
-    again = shard.distribute_like(full, p)
+    again = sharding.distribute_like(full, p)
     assert torch.equal(again.to_local(), p.to_local()) and again.placements == p.placements
-    assert shard.distribute_like(torch.ones(()), p).shape == ()
-shard.gather(model, keep=accelerator.is_main_process)
+    assert sharding.distribute_like(torch.ones(()), p).shape == ()
+sharding.unshard(model, keep=accelerator.is_main_process)
 if accelerator.is_main_process:
     assert model.lm_head.weight is model.transformer.wte.weight
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

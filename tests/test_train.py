@@ -286,6 +286,11 @@ PEFT = "method=peft"
             {"prompt_encoder.default.embedding.weight"},
             set(),
         ),
+        (  # rows of an embedding, which full fine-tuning decays too
+            [PEFT, "method.peft_type=TRAINABLE_TOKENS", "+method.fields.token_indices=[3]"],
+            {"trainable_tokens_delta.default"},
+            set(),
+        ),
         ([PEFT, "method.peft_type=LN_TUNING"], set(), {"weight", "bias"}),
     ],
     ids=lambda value: " ".join(value).replace("method.", "") if isinstance(value, list) else "",
@@ -345,7 +350,7 @@ def test_every_vector_of_peft_in_two_dimensions_is_known():
             continue
         asked = {
             "target_modules": ["q_proj", "v_proj"], "feedforward_modules": ["v_proj"],
-            "num_virtual_tokens": 8, "total_step": 100, "r": 8,
+            "num_virtual_tokens": 8, "total_step": 100, "r": 8, "token_indices": list(range(8)),
         }  # fmt: skip
         fields = {key: value for key, value in asked.items() if key in names}
         try:

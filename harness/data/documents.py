@@ -55,7 +55,7 @@ class Corpus:
         found = {"documents": self.source.unit, "split": split}
         if blank := {part: n for part, n in self.source.blank.items() if n}:
             counts = ", ".join(f"{n} of {part}" for part, n in blank.items())
-            found["left_out"] = f"records that hold null or white space: {counts}"
+            found["left_out"] = f"without text (null or white space): {counts}"
         return found
 
     def index(self, split: str) -> Index:

@@ -64,6 +64,7 @@ class Row:
     turns: tuple[Turn, ...] = ()  # of a conversation: what comes before the assistant's last turn
     left_out: int = 0  # turns after the assistant's last one, in which nothing is predicted
     form: str = "lines"  # that of the record
+    separated_again: bool = False  # whether the completion of a line has the separator in it
 
 
 def rows(

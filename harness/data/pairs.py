@@ -84,6 +84,8 @@ def task(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> Task:
     }
     if left_out := sum(row.left_out for some in rows.values() for row in some):
         rule["left_out"] = f"{left_out} turns after the assistant's last one"
+    if again := sum(row.separated_again for some in rows.values() for row in some):
+        rule["separator_again"] = f"{again} completions have {cfg.separator!r} in them"
     return Task({name: found[name] for name in splits}, rule)
 
 
@@ -186,7 +188,8 @@ def _rows(file: Path, cfg: DataConfig, form: str | None) -> list[Row]:
                 f"{where}: no {cfg.separator!r} between prompt and completion in {line[:60]!r}; "
                 "set data.separator"
             )
-        found.append(_filled(Row(prompt, [completion]), where))
+        again = cfg.separator in completion
+        found.append(_filled(Row(prompt, [completion], separated_again=again), where))
     return found
 
 

@@ -26,7 +26,7 @@ class Source:
 
     parts: dict[str, Callable[[], Iterator[Document]]]
     unit: str = "record"  # what a document is, in words
-    blank: dict[str, int] = field(default_factory=dict)  # records without text, of parts read once
+    blank: dict[str, int] = field(default_factory=dict)  # of them without text, of parts read once
 
 
 def _texts(file: Path, cfg: DataConfig, whole: bool) -> Iterator[tuple[str, Any]]:
@@ -38,6 +38,7 @@ def _texts(file: Path, cfg: DataConfig, whole: bool) -> Iterator[tuple[str, Any]
         pieces: Iterable[str]
         if cfg.document_separator:
             pieces = records.text(file, cfg.encoding).split(cfg.document_separator)
+            pieces = pieces[:-1] if len(pieces) > 1 and not pieces[-1].strip() else pieces
         elif whole:
             pieces = [records.text(file, cfg.encoding)]
         else:
@@ -60,8 +61,9 @@ def text_files(cfg: DataConfig) -> Source:
     """The user's own files (`files.KINDS`): a file of text is a document, or a record is one.
 
     One text file, or two, are cut into passages (`harness.data.passages`), unless
-    `document_separator` says where documents end. Records that hold null or white space are no
-    documents, and are counted. Files of `validation_path` and `test_path` are these splits, and so
+    `document_separator` says where documents end. Records, files and pieces between separators that
+    hold null or white space are no documents, and are counted, but for what follows the last
+    separator of a file. Files of `validation_path` and `test_path` are these splits, and so
     are those of a saved data set.
     """
     found = own_files(cfg)
@@ -79,7 +81,7 @@ def text_files(cfg: DataConfig) -> Source:
                 if text.strip():
                     yield f"{called}#{number}", text
                 else:
-                    count += files.kind(file) not in files.TEXTS
+                    count += 1
         blank[name] = count
 
     return Source({name: partial(documents, name) for name in found}, unit, blank)

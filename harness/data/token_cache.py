@@ -207,7 +207,8 @@ def _made(
     else:
         corpus = documents.corpus(cfg, wanted)
         rule = facts["rule"] = corpus.rule()
-        log.info("documents of data=%s: %s; split: %s", cfg.name, rule["documents"], rule["split"])
+        said = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rule.items())
+        log.info("data=%s: %s", cfg.name, said)
         texts = {name: corpus.index(name) for name in wanted}
         counts = {name: len(index) for name, index in texts.items()}
         text_of = corpus.text

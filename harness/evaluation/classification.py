@@ -69,6 +69,7 @@ class Task:
         `prepared` is a `NextToken`; the rest is as in `evaluate.document_nll`.
         """
         found: dict[str, Any] = {"labels": self.labels, "majority": self.majority}
+        tables = {}
         for split, rows in self.sequences.items():
             nats, _ = sliding_window.document_nll(
                 prepared,
@@ -80,9 +81,11 @@ class Task:
                 batching=batching,
                 accelerator=accelerator,
             )
-            examples = scored(self.prompts[split], self.labels, nats.reshape(-1, len(self.labels)))
-            found[split] = quality(examples, self.labels, self.majority)
-            if accelerator is None or accelerator.is_main_process:
+            tables[split] = nats.reshape(-1, len(self.labels))
+        if accelerator is None or accelerator.is_main_process:  # no rank needs another from here on
+            for split, nats in tables.items():
+                examples = scored(self.prompts[split], self.labels, nats)
+                found[split] = quality(examples, self.labels, self.majority)
                 path = run_dir / f"classified-{split}.parquet"
                 atomic.write_atomically(path, partial(examples.to_parquet, index=False))
         return found

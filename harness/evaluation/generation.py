@@ -25,7 +25,7 @@ from harness.config.errors import ConfigError
 from harness.config.schema import GenerateConfig
 from harness.data import sequences
 from harness.data.pairs import Pair
-from harness.evaluation import probes, text_metrics
+from harness.evaluation import probes, ranks, text_metrics
 from harness.evaluation.probes import ONE_ROW, ONE_WIDTH, PADDED
 from harness.system.atomic import write_atomically
 from harness.system.machine import out_of_memory
@@ -113,15 +113,16 @@ def complete(
     found: list[tuple[int, str, int]] = []
     start = time.perf_counter()
     first = 0
-    while first < len(order):
-        part = order[first : first + (1 if batching == ONE_ROW else cfg.batch)]
-        if batching == ONE_WIDTH:
-            part = [i for i in part if len(prompts[i]) == len(prompts[part[0]])]
-        first += len(part)
-        rows = _completions(model, stops, [prompts[i] for i in part], cfg, accelerator)
-        for index, ids in zip(part, rows, strict=True):
-            text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-            found.append((index, text, len(ids)))
+    with ranks.together(accelerator):
+        while first < len(order):
+            part = order[first : first + (1 if batching == ONE_ROW else cfg.batch)]
+            if batching == ONE_WIDTH:
+                part = [i for i in part if len(prompts[i]) == len(prompts[part[0]])]
+            first += len(part)
+            rows = _completions(model, stops, [prompts[i] for i in part], cfg, accelerator)
+            for index, ids in zip(part, rows, strict=True):
+                text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                found.append((index, text, len(ids)))
     seconds = time.perf_counter() - start
     model.train(was_training)
     if world > 1:

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from harness.data.token_tables import IGNORE
+from harness.evaluation import ranks
 from harness.evaluation.probes import ONE_ROW, ONE_WIDTH, PADDED
 
 ACTIVATION_BYTES = 64 * 2**20  # that a batch of evaluation may take, where its size is not given
@@ -178,23 +179,25 @@ def window_nll(
     nll = torch.zeros(len(todo), dtype=torch.float64)
     was_training = prepared.training
     prepared.eval()
-    for first in range(0, len(batches), world):  # ranks that share a model run it together
-        mine = first + rank < len(batches)  # or else another rank's, for company
-        batch = batches[min(first + rank, len(batches) - 1)]
-        inputs = torch.zeros(len(batch), _width(todo[batch[0]]), dtype=torch.int64)
-        targets = torch.full_like(inputs, IGNORE)
-        for row, w in enumerate(todo[index] for index in batch):
-            read, length = torch.from_numpy(ids(w)), _width(w)
-            inputs[row, :length] = read[:-1]
-            scored = read[length - w.scored + 1 :]
-            if counts is not None:
-                scored = scored.masked_fill(~torch.from_numpy(counts(w)), IGNORE)
-            targets[row, length - w.scored : length] = scored
-        # Widths differ from batch to batch: compiled blocks would be compiled again for each.
-        with torch.compiler.set_stance("force_eager"), nullcontext() if first else following():
-            nats = prepared(inputs.to(device), targets.to(device)).nats
-        if mine:
-            nll[batch] = nats.double().sum(1).cpu()
+    model, divided = ranks.to_evaluate(prepared)
+    with ranks.together(accelerator, divided=divided):
+        for first in range(0, len(batches), world):  # ranks that share a model run it together
+            mine = first + rank < len(batches)  # or else another rank's, for company
+            batch = batches[min(first + rank, len(batches) - 1)]
+            inputs = torch.zeros(len(batch), _width(todo[batch[0]]), dtype=torch.int64)
+            targets = torch.full_like(inputs, IGNORE)
+            for row, w in enumerate(todo[index] for index in batch):
+                read, length = torch.from_numpy(ids(w)), _width(w)
+                inputs[row, :length] = read[:-1]
+                scored = read[length - w.scored + 1 :]
+                if counts is not None:
+                    scored = scored.masked_fill(~torch.from_numpy(counts(w)), IGNORE)
+                targets[row, length - w.scored : length] = scored
+            # Widths differ from batch to batch: compiled blocks would be compiled again for each.
+            with torch.compiler.set_stance("force_eager"), nullcontext() if first else following():
+                nats = model(inputs.to(device), targets.to(device)).nats
+            if mine:
+                nll[batch] = nats.double().sum(1).cpu()
     if accelerator and world > 1:
         nll = accelerator.reduce(nll.to(device), "sum").cpu()
     prepared.train(was_training)

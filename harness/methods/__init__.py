@@ -360,6 +360,7 @@ def _wrap(model: PreTrainedModel, config: Any, given: dict[str, Any]) -> nn.Modu
             added = refusals.try_out(adapted, labels=True)
         refusals.check_read(config, given, seen, by_loss, where)
         refusals.check_added(config, added or 0.0)
+    refusals.check_biases(config, adapted, given, where)
     refusals.check_patterns_used(config, adapted, patterns, where)
     if getattr(config, "train", "") != "none" and not any(
         p.requires_grad for p in adapted.parameters()

@@ -62,6 +62,8 @@ ACTS_WITH: dict[tuple[str, str], tuple[str, Any]] = {
     ("LOKR", "rank_dropout_scale"): ("rank_dropout", None),
     ("LOHA", "rank_dropout_scale"): ("rank_dropout", None),
 }
+# Act through the biases of the adapted layers alone.
+ON_BIASES = {("GLORA", "config_C"), ("GLORA", "config_D_E")}
 OF_THE_HARNESS = {f.name for f in dataclasses.fields(peft.PeftConfig)}  # what every method has
 
 
@@ -325,6 +327,30 @@ def _added_loss(adapted: PeftModel, with_labels: bool) -> float:
         return 0.0
     logits = found.logits[:, -ids.shape[1] : -1].float().flatten(0, 1)
     return float(found.loss.float() - F.cross_entropy(logits, labels[:, 1:].flatten()))
+
+
+def check_biases(config: Any, adapted: PeftModel, given: dict[str, Any], where: str) -> None:
+    """Refuse a field that acts through biases where there are none.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    base: Any = adapted.get_base_model()
+    layers = [m.get_base_layer() for m in base.modules() if isinstance(m, BaseTunerLayer)]
+    there = any(getattr(layer, "bias", None) is not None for layer in layers)
+    keys = {name: f"{where}.{name}" for name in given if (kind(config), name) in ON_BIASES}
+    keys["bias"] = f"{where}.bias" if "bias" in given else "method.bias"
+    for name, key in keys.items():
+        value, default = (getattr(c, name, "none") for c in (config, type(config)))
+        everywhere = name == "bias" and value == "all"
+        if everywhere and any(n.endswith("bias") for n, _ in base.named_parameters()):
+            continue
+        if value != default and not there:
+            of = "nothing in the model" if everywhere else "none of the adapted layers"
+            raise ConfigError(
+                f"{key}={value}: {kind(config)} does nothing with it here: {of} has a bias; leave "
+                "it out"
+            )
 
 
 def check_patterns_used(

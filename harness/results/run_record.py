@@ -30,6 +30,7 @@ FILE_NAME = "result.json"
 CHECKPOINTS, BEST, RESERVE = "checkpoints", "best.safetensors", ".reserve"
 INITIAL = "initial_adapter"
 RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
+RANK_LOG = "log-rank-"  # and its log
 INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
 RETRYABLE = (None, "config", "killed")  # classes of failure that a sweep tries again unasked
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

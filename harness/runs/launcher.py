@@ -213,11 +213,18 @@ def _further_rank(run: RunConfig) -> Outcome:
 BEFORE_THE_RECORD = (lock.CLAIM_NAME, lock.RANKS_NAME, "config.yaml", "command.txt")
 
 
+def _of_a_further_rank(path: Path) -> bool:
+    """Whether a rank of our own `accelerate launch` writes the file, and may have begun to."""
+    by_hand = os.environ.get("WORLD_SIZE", "1") != "1"
+    return by_hand and path.name.startswith(run_record.RANK_LOG)
+
+
 def _found(run: RunConfig, record: dict[str, Any] | None) -> Found:
     """What the run's directory holds; `record` is its result.json."""
     run_dir = run.run_dir
     if record is None:
-        return Found(other_files=any(p.name not in BEFORE_THE_RECORD for p in run_dir.iterdir()))
+        names = {path.name for path in run_dir.iterdir() if not _of_a_further_rank(path)}
+        return Found(other_files=not names <= set(BEFORE_THE_RECORD))
     return Found(
         status=record["status"],
         same=is_same(record, run),
@@ -344,7 +351,7 @@ def prepare(
     run_dir = run.run_dir
     locks = (lock.CLAIM_NAME, lock.RANKS_NAME)
     for old in run_dir.glob(f"{run_record.RANK_FAILURE}*") if go_on else run_dir.iterdir():
-        if old.name not in locks:
+        if old.name not in locks and not _of_a_further_rank(old):
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     OmegaConf.save(OmegaConf.create(run_config.to_dict(run)), run_dir / "config.yaml")
     (run_dir / "command.txt").write_text(command + "\n", "utf-8")

@@ -39,6 +39,7 @@ from harness.evaluation import (
     prefix,
     probes,
     protocols,
+    ranks,
     sliding_window,
 )
 from harness.methods import invocation, merging
@@ -66,7 +67,7 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
     gc.freeze()  # a million imported objects, which the collector would look at again and again
     stop = Stop().listen()
     rank = int(os.environ.get("RANK", "0"))
-    log_path = run_dir / (f"log-rank-{rank}.txt" if rank else "log.txt")
+    log_path = run_dir / (f"{run_record.RANK_LOG}{rank}.txt" if rank else "log.txt")
     handler = logging.FileHandler(log_path, delay=True)
     logging.basicConfig(
         level=logging.INFO,
@@ -382,10 +383,9 @@ def perform(
     }
     if run.evaluate.test:  # read here, once, and nowhere else
         result["quality"]["test"] = held_out.summarize("test", held_out.nats("test"))
-    # From here on a failure takes nothing away; of several ranks each must do what all do.
-    alone = accelerator.num_processes == 1
+    # From here on a failure takes nothing away: what fails on one rank, all leave out.
     if by_protocol is not None:
-        with process.phase("evaluate"), kept_result(result, "evaluate.protocol failed", when=alone):
+        with process.phase("evaluate"), kept_result(result, "evaluate.protocol failed"):
             result["quality"]["test_protocol"] = protocols.measure(
                 prepared,
                 by_protocol,
@@ -395,7 +395,7 @@ def perform(
                 accelerator=accelerator,
             )
     if task is not None:
-        with process.phase("evaluate"), kept_result(result, "evaluate.classify failed", when=alone):
+        with process.phase("evaluate"), kept_result(result, "evaluate.classify failed"):
             result["quality"]["classification"] = task.measure(
                 prepared,
                 run_dir,
@@ -407,7 +407,7 @@ def perform(
             )
     if prompts and run.evaluate.generate:
         process.turn("generate")
-        with kept_result(result, "evaluate.generate failed", when=alone):
+        with kept_result(result, "evaluate.generate failed"):
             completed = generation.complete(
                 model,
                 tokenizer,
@@ -442,16 +442,19 @@ def perform(
     validation = token_data.document_sizes(text.held_out["validation"])
     batches = estimate.batches_of(run, model_config, validation, held_out.batching)
     followed = batches[0] if batches else None
-    predicted = estimate.recorded(done, model_config, accelerator, followed)
+    predicted = None
+    with kept_result(result, "memory and FLOPs could not be predicted"):
+        predicted = estimate.recorded(done, model_config, accelerator, followed)
     result["predicted"] = predicted
     # Of pairs tokens are those of completions, and FLOPs those of every position.
     if predicted and state.tokens_per_second and run.data.source != "pairs":
         flops = predicted["train_flops_per_token"] * state.tokens_per_second
         result["speed"]["gflops_per_second"] = flops / 1e9
-    if run.launch.sharded:
-        sharding.unshard(model, keep=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        with kept_result(result, "what was trained could not be saved"):
+    with kept_result(result, "what was trained could not be saved"):
+        if run.launch.sharded:
+            with ranks.together(accelerator, divided=True):
+                sharding.unshard(model, keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
             result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
             saved_check.keep(run_dir, text.held_out["validation"], standing.best, held_out.bos)
 
@@ -464,20 +467,23 @@ def wants_merged(run: RunConfig, unfused: bool) -> bool:
 
 
 @contextmanager
-def kept_result(result: dict[str, Any], what: str, *, when: bool = True) -> Iterator[None]:
+def kept_result(result: dict[str, Any], what: str) -> Iterator[None]:
     """Note a failure after the test set was read in `result["problems"]`, and go on.
 
-    A full disk still fails the run, which a retry resumes: nothing more could be written. Unless
-    `when`, failures are left alone.
+    A full disk still fails the run, which a retry resumes: nothing more could be written. So does
+    what one rank alone has, of a model that is divided (`ranks.together`).
     """
     try:
         yield
+    except ranks.RanksApartError:
+        raise
     except Exception as error:
-        if not when or failure_class(error) == "disk":
+        if failure_class(error) == "disk":
             raise
         message = f"{what} ({type(error).__name__}: {error})"
         log.exception(what)
-        print(f"warning: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {message}", file=sys.stderr)
         result.setdefault("problems", []).append(message)
 
 

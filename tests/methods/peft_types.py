@@ -120,6 +120,7 @@ def outcome(name: str, model: str) -> tuple[str, str]:
         notes.append("nothing moves")
     adapted.eval()
     with torch.no_grad():
+        adapted(input_ids=ids)  # CPT rounds its prompt to its ball in the first pass after a step
         logits = adapted(input_ids=ids).logits
         with tempfile.TemporaryDirectory() as folder:
             adapted.save_pretrained(folder)

@@ -221,6 +221,33 @@ def test_a_field_that_peft_reads_to_no_effect_is_refused(name, own, field, with_
 
 
 @pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("GLORA", "config_C=vector"),
+        ("GLORA", "config_C=none"),
+        ("GLORA", "config_D_E=vector"),
+        ("LORA", "bias=lora_only"),
+        ("LORA", "bias=all"),
+        ("BOFT", "bias=boft_only"),
+    ],
+)
+def test_a_field_that_acts_on_biases_is_refused_where_there_are_none(name, field):
+    """Of a Llama, whose matrices have none; with them PEFT's own count moves."""
+    if name == "LORA":  # the other door to it
+        run = composed("method=lora", f"method.{field}", *OF_LLAMA)
+        with pytest.raises(ConfigError, match=r"^method\.bias=.* has a bias"):
+            methods.adapt(llama(), run)
+    own = ["boft_block_size=8"] if name == "BOFT" else []
+    with pytest.raises(ConfigError, match=r"does nothing with it here: .* has a bias"):
+        methods.adapt(llama(), peft_run(name, *own, field))
+    with_them = LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True}))
+    plain = methods.adapt(copy.deepcopy(with_them), peft_run(name, *own))
+    found = methods.adapt(with_them, peft_run(name, *own, field))
+    counts = [pretrained.count_parameters(model).trainable for model in (plain, found)]
+    assert counts[0] != counts[1]
+
+
+@pytest.mark.parametrize(
     ("name", "own", "field"), [case[:3] for case in NO_EFFECT if case[0] != "PROMPT_TUNING"]
 )
 def test_what_is_refused_has_no_effect_indeed(name, own, field, monkeypatch):
