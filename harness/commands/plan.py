@@ -5,10 +5,9 @@
     harness plan experiment=main plan.limit=8GiB      # marks what will not fit
 
 `harness.runs.estimate` predicts; neither weights nor a network are needed, and held-out text that
-is on this machine is read for the size of its batches. Time is FLOPs over the rate of this
-machine's matrix products, measured for two seconds, and so a lower bound: training only, without
-evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run is over the
-limit.
+is on this machine is read for the size of its batches. Time is an estimate: the FLOPs of training
+over the rate of matrix products on this machine, measured for two seconds as it is now, busy or
+idle. Exit status 2 for a mistake in the configuration, 1 if a run is over the limit.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def _table(rows: list[list[str]]) -> Table:
 
     numbers = (
         "parameters", "trainable", "frozen", "trained", "gradients", "optimizer", "activations",
-        "peak", "evaluation", "MFLOP/token", "at least", "",
+        "peak", "evaluation", "MFLOP/token", "estimate", "",
     )  # fmt: skip
     table = plain(["run"], numbers)
     for row in rows:
@@ -102,8 +101,10 @@ def main(arguments: list[str]) -> int:
     print(
         "MiB of live tensors at the peak of a training step (of evaluation where nothing trains):\n"
         "frozen and trained weights, gradients, optimizer state and activations are its parts.\n"
-        "At least: training alone, at this"
+        "estimate: of training alone, if all its FLOPs went at the speed of this machine's matrix\n"
+        "products at this moment. Other work on it now makes the estimate too long; what training\n"
+        "does beside products, evaluation and set-up make a run longer. Measured just now:"
     )
     for (tokens, width, precision), rate in rates.items():
-        print(f"machine's {rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")
+        print(f"{rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")
     return 0 if fits else 1

@@ -155,19 +155,20 @@ class Findings:
 
     folder: Path
     everything: list[Row]  # every configuration with a finished run
-    rows: list[Row]  # those asked for
+    rows: list[Row]  # of the runs asked for, and of no other
     found: dict[str, Evidence]  # statistics of `rows` by text: "test", and those of evaluate.also
     refused: list[str]  # why there are no statistics on a text
+    run_dirs: frozenset[Path] | None = None  # the runs asked for; None: all of the folder
 
 
 def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
-    """What there is to say of a folder, or of the configurations of `run_dirs` in it."""
+    """What there is to say of a folder, or of `run_dirs` in it by themselves.
+
+    Runs of other sweeps into the folder then have no part in rows, names, intervals and tests.
+    """
+    chosen = None if run_dirs is None else frozenset(run_dirs)
     everything = table_rows(folder)
-    asked = [
-        row
-        for row in everything
-        if run_dirs is None or {*row.run_dirs, *row.repeated} & set(run_dirs)
-    ]
+    asked = everything if chosen is None else table_rows(folder, chosen)
     found: dict[str, Evidence] = {}
     refused = []
     for text in ["test", *also(asked)]:
@@ -176,7 +177,7 @@ def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
                 found[text] = evidence
         except ConfigError as error:
             refused.append(f"on {text}: {error}")
-    return Findings(folder, everything, asked, found, refused)
+    return Findings(folder, everything, asked, found, refused, chosen)
 
 
 def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:

@@ -99,7 +99,7 @@ def text(
         style=_beside("page.css"),
         script=_beside("page.js"),
         measures=_measures(table),
-        running=progress.running(folder),
+        running=progress.running(folder, findings.run_dirs),
         refresh=refresh,
     )
 

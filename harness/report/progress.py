@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,12 @@ class Running:
     perplexity: str  # of its last validation, or ""
 
 
-def running(folder: Path) -> list[Running]:
-    """Every run in `folder` whose worker is alive, by name."""
+def running(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Running]:
+    """Every run in `folder`, or of `run_dirs`, whose worker is alive, by name."""
     found = []
     for path in sorted(folder.glob(f"*/{run_record.FILE_NAME}")):
+        if run_dirs is not None and path.parent not in run_dirs:
+            continue
         record = run_record.read(path.parent)
         if record is None or record["status"] != "running" or not lock.is_claimed(path.parent):
             continue

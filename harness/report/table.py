@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,12 @@ class Row:
         return bool(self.values[TRAINABLE]) and _took_no_step(self.records[0])
 
 
-def rows(folder: Path) -> list[Row]:
-    """Every configuration with a finished run, by method, targets, parameters, alpha and rate."""
-    found = groups.find(folder)
+def rows(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Row]:
+    """Every configuration with a finished run, by method, targets, parameters, alpha and rate.
+
+    Of `run_dirs` alone, if they are given: names, settings and seeds are then of nothing else.
+    """
+    found = groups.find(folder, run_dirs)
     flat = [_settings(group.records[0]) for group in found]
     others = _without_a_column(flat)
     table = []

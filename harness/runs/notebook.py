@@ -201,10 +201,10 @@ class Report:
 
 
 def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
-    """The report of an experiment, or of the configurations of `run_dirs` in it.
+    """The report of an experiment, or of the last sweep into it, whose runs are `run_dirs`.
 
-    The page and the figures, which are of all the folder, are made by `harness report`
-    in a process of its own: matplotlib's settings in this one are the user's.
+    The page and the figures are made by `harness report` in a process of its own: matplotlib's
+    settings in this one are the user's.
 
     Raises:
         ConfigError: there is no run in the folder.
@@ -212,11 +212,7 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     from harness.report import columns, evidence, missing
 
     found = evidence.find(folder, run_dirs)
-    left = [
-        f"{one.status}: {one.name} ({one})"
-        for one in missing.find(found)
-        if run_dirs is None or folder / one.name in run_dirs
-    ]
+    left = [f"{one.status}: {one.name} ({one})" for one in missing.find(found)]
     if not found.rows and not left:
         raise ConfigError(f"{folder}: no run; outputs/<experiment_name> has an experiment")
     notes = [f"no intervals, ranks or comparisons {reason}" for reason in found.refused] + left
@@ -227,9 +223,11 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     num_text = len([*takewhile(lambda column: column.text, sheet.columns)])
     page, figures = folder / "report" / "index.html", []
     if found.rows:
+        last = [] if run_dirs is None else ["--last"]
         made = subprocess.run(
-            [sys.executable, "-m", "harness.report", str(folder)], capture_output=True, text=True
-        )
+            [sys.executable, "-m", "harness.report", *last, str(folder)],
+            capture_output=True, text=True,
+        )  # fmt: skip
         if made.returncode not in (0, 2) or not page.is_file():
             said = (made.stderr.strip().splitlines() or ["unknown"])[-1]
             notes.append(f"the page was not made: {said}")
