@@ -266,7 +266,7 @@ def test_the_answer_says_what_little_training_saves_and_costs(tmp_path, capsys):
         for name in ("full", "lora")
     )
     said = (
-        "lora all r=4 (0.4 % of the parameters) trains 25 times fewer parameters than full all "
+        "lora all r=4 (0.40 % of the parameters) trains 25 times fewer parameters than full all "
         f"k=100, needs 18 % less memory and ends at {small / best:.2f} times its perplexity."
     )
     assert said in shown and shown.index(said) < shown.index("95 %")
@@ -309,7 +309,7 @@ def test_on_80_columns_a_row_is_a_line_and_wide_has_every_column(tmp_path, capsy
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if re.match(r" (lora|a-met)", line)]
     assert len(lines) > 5 * 3 and all(len(line.rstrip()) <= 80 for line in lines)
-    results_of = shown[shown.index(" method") : shown.index("%: trainable share")]
+    results_of = shown[shown.index(" method") : shown.index("%: the parameters")]
     assert len(re.findall(r"^ (?:lora|a-met).* \d+\.\d\d", results_of, re.M)) == 5
     assert "not shown: " in shown and f"every column: harness report --wide {folder}" in shown
     summary.tell(evidence.find(folder), full=True, wide=True)

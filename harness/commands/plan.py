@@ -18,6 +18,7 @@ from harness.config import ending, naming
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.sizes import parse_bytes
+from harness.results import numbers
 from harness.runs.overrides import compose, without_flag
 from harness.system.console import quiet_command
 
@@ -59,10 +60,10 @@ def _row(
         name,
         f"{found.parameters.total:,}",
         f"{found.parameters.trainable:,}",
-        *(f"{size / 2**20:,.0f}" for size in sizes),
+        *(numbers.mib(size) for size in sizes),
         f"{(found.train_flops_per_token or found.evaluate_flops_per_token) / 1e6:,.1f}",
         # A padded block is as long as its sequence: sizes are then a bound, and time is unknown.
-        "-" if not found.train or padded else f"{seconds:,.0f} s",
+        "-" if not found.train or padded else f"{numbers.seconds(seconds)} s",
         ("may not fit" if padded else "does not fit") if over else "",
     ]
 

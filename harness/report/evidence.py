@@ -23,7 +23,7 @@ from harness.config.errors import ConfigError
 from harness.report import ranking, stats
 from harness.report.table import SHARED, Row
 from harness.report.table import rows as table_rows
-from harness.results import run_record
+from harness.results import numbers, run_record
 
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
 MANY = 4  # names in a sentence or a cell
@@ -100,21 +100,22 @@ def scope(test: Evidence) -> list[str]:
     first = next(iter(test.intervals.values()))
     if first.num_effective < first.num_documents / 2:
         said.append(
-            f"The {first.num_documents} documents count as {first.num_effective:.3g} of equal "
-            "length (Kish's effective number): intervals are for text whose documents have such "
-            "lengths."
+            f"The {first.num_documents} documents differ in length, and count as "
+            f"{first.num_effective:.3g} of equal length (Kish's effective number): intervals are "
+            "for text with such documents."
         )
     if most > 1:
         said.append(
-            f"Intervals are for seeds that do not diverge: where none of {most} did, up to "
-            f"{ranking.may_diverge(most):.0%} of others may. Where seeds matter more than "
-            "documents and a few end far above the rest, intervals cover 87 to 93 %."
+            "Intervals hold for seeds whose training does not diverge. Where none of "
+            f"{most} did, up to {numbers.share(ranking.may_diverge(most))} of other seeds still "
+            "may. Where a few seeds end far above the rest, and seeds matter more than documents, "
+            "a 95 % interval holds the true value in 87 to 93 % of cases."
         )
     if test.alone:
         whose = "" if most == 1 else f" of {shorten(test.alone)}"
         said.append(
-            f"ONE SEED{whose}: intervals and ranks are over documents alone; another seed may move "
-            "every row that trains, and close pairs are not told apart by one."
+            f"ONE SEED{whose}: intervals and ranks are over documents alone. With another seed "
+            "every row that trains may move: one seed does not tell close rows apart."
         )
     if fewest < most:
         said.append(
@@ -124,8 +125,8 @@ def scope(test: Evidence) -> list[str]:
         return said
     if test.ranks:
         said.append(
-            f"rank: places a configuration may have, by {len(test.comparisons)} paired tests at "
-            "5 % (Holm)."
+            "rank: places that a row may have, by paired tests of all "
+            f"{len(test.comparisons)} pairs at 5 % (corrected by Holm)."
         )
     else:
         said.append(
@@ -345,8 +346,8 @@ def time_scope(rows: Iterable[Row]) -> str | None:
     timed = run_seconds(trained)
     left = [row.name for row in trained if row.name not in timed]
     said = (
-        "Training time: one row's is taken to be shorter only where its seconds are, beyond their "
-        "spread over runs (Welch's t-test of their logarithms, 5 %)"
+        "Training time: a row counts as faster than another only where its seconds are fewer by "
+        "more than runs vary (Welch's t-test of their logarithms, 5 %)"
     )
     whose = shorten(left) if timed else "all rows"
     without = f"; without {whose}: one run, or a shared machine, does not tell how seconds vary"

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from harness.report import choices, columns, draw, page, setting, sheet
+from harness.report import choices, columns, draw, page, parts, setting, sheet
 from harness.report.evidence import Findings
 from harness.report.figure import Figure
 from harness.report.figures import figures
@@ -26,7 +26,7 @@ def write(findings: Findings) -> Path:
     scratch = folder / ".figures"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    drawn = figures(findings.rows, findings.found)
+    drawn = _drawn(findings)
     for figure in drawn:
         draw.draw(figure, scratch, command(findings))
     shutil.rmtree(folder / "figures", ignore_errors=True)  # a figure that is no more is not there
@@ -76,7 +76,12 @@ def _paper(findings: Findings, table: sheet.Sheet) -> str:
 
 def write_page(findings: Findings, refresh: int | None = None) -> Path:
     """Write the page alone."""
-    return _write_page(findings, figures(findings.rows, findings.found), refresh)
+    return _write_page(findings, _drawn(findings), refresh)
+
+
+def _drawn(findings: Findings) -> list[Figure]:
+    """Every figure: of the rows, and of what else lies in the folder."""
+    return figures(findings.rows, findings.found) + parts.figures(findings.folder)
 
 
 def _write_page(findings: Findings, drawn: list[Figure], refresh: int | None = None) -> Path:

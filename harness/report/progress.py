@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.system import lock
 
 VALIDATION = "eval/validation/nll"
@@ -39,7 +39,7 @@ def running(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Runn
         each = [row["train/step_seconds"] for row in metrics if row.get("train/step_seconds")]
         left = sum(each) / len(each) * (steps - step) if each else None
         losses = [row[VALIDATION] for row in metrics if row.get(VALIDATION) is not None]
-        shown = f"{math.exp(losses[-1]):.2f}" if losses and losses[-1] < 100 else ""
+        shown = numbers.perplexity(math.exp(losses[-1])) if losses and losses[-1] < 100 else ""
         found.append(Running(path.parent.name, step, steps, _duration(left), shown))
     return found
 

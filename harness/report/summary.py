@@ -113,7 +113,7 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 
 def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
-    """What the intervals cover, which pairs are not told apart, and who is on which front."""
+    """What the intervals cover, which pairs are not told apart, and the Pareto fronts."""
     _print_notes(ev.scope(test))
     if len(test.intervals) == 1:
         return
@@ -132,7 +132,7 @@ def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
         if any(ev.costs(rows, title).values()):  # or nothing costs anything
             lines.append(f"  {title}: {', '.join(on)}")
     if lines:
-        print("Pareto fronts (off them: something that costs no more is significantly better):")
+        print("Best for their cost (than others something that costs no more is better):")
         print("\n".join(lines))
         if said := ev.time_scope(rows):
             _print_notes([said])

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.config import matrix_roles, naming, run_config, unused_keys
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.results.run_record import command_line
 from harness.runs import composition, progress, tracking, worker_process
 from harness.runs.decision import Decision, Found, Request, decide
@@ -63,7 +63,9 @@ class Outcome:
         seconds = result.get("wall_seconds") or 0
         done = "already finished" if self.status == "skipped" else f"finished in {seconds:.0f} s"
         problems = "".join(f"; {problem}" for problem in result.get("problems") or [])
-        return (f"{done}, test perplexity {perplexity:.2f}" if perplexity else done) + problems
+        return (
+            f"{done}, test perplexity {numbers.perplexity(perplexity)}" if perplexity else done
+        ) + problems
 
 
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.runs import progress
 
 ENDS = 12  # runs that ended last, a line each
@@ -125,7 +125,8 @@ def _validation(run_dir: Path) -> str:
     rows = [row for row in run_record.read_metrics(run_dir) if row.get("eval/validation/nll")]
     if not rows:
         return ""
-    return f", validation perplexity {math.exp(min(700, rows[-1]['eval/validation/nll'])):.2f}"
+    value = math.exp(min(700, rows[-1]["eval/validation/nll"]))
+    return f", validation perplexity {numbers.perplexity(value)}"
 
 
 class Result(dict[str, Any]):
@@ -133,15 +134,15 @@ class Result(dict[str, Any]):
 
     def __repr__(self) -> str:
         parts = [f"{run_record.get(self, 'run.name')}: {self.get('status')}"]
-        for path, form in (
-            ("quality.test.perplexity", "test perplexity {:.2f}"),
-            ("quality.classification.test.accuracy", "test accuracy {:.1%}"),
-            ("parameters.trainable", "{:,} trainable parameters"),
-            ("memory.peak_bytes", "{:,.0f} MiB at peak"),
-            ("speed.tokens_per_second", "{:,.0f} tokens/s"),
+        for path, words, form in (
+            ("quality.test.perplexity", "test perplexity {}", numbers.perplexity),
+            ("quality.classification.test.accuracy", "test accuracy {}", numbers.share),
+            ("parameters.trainable", "{} trainable parameters", numbers.count),
+            ("memory.peak_bytes", "{} MiB at peak", numbers.mib),
+            ("speed.tokens_per_second", "{} tokens/s", numbers.count),
         ):
             if (value := run_record.get(self, path)) is not None:
-                parts.append(form.format(value / 2**20 if "MiB" in form else value))
+                parts.append(words.format(form(value)))
         return ", ".join(parts)
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from harness.config.errors import ConfigError
 from harness.report import stats
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.runs import finished_run
 
 
@@ -73,4 +73,6 @@ def curve(
 def told(row: pd.Series) -> str:
     """A perplexity and its interval, as tables print them."""
     value, low, high = (float(row[name]) for name in ("perplexity", "low", "high"))
-    return f"{value:.2f}" if low != low else f"{value:.2f} ({low:.1f}-{high:.1f})"
+    return numbers.perplexity(value) + (
+        "" if low != low else f" ({numbers.short(low)}-{numbers.short(high)})"
+    )
