@@ -461,9 +461,10 @@ def test_no_labels_of_a_page_overlap_and_it_fits(kind, width, pages, browser):  
     said = browser.find_element(By.TAG_NAME, "main").text
     assert "1 rows" not in said and "1 runs" not in said
     if kind == "failed":
-        assert "No run has finished yet." in said and said.count("diverged") == 3
+        assert "No run has finished yet: 3 failed." in said and said.count("diverged") == 3
     if kind == "one":
-        assert "1 row" in said
+        assert "1 row" in said and "Choose two rows" not in said
+        assert "reaches a test perplexity of" in said and "lowest" not in said
 
 
 @needs_browser

@@ -59,7 +59,10 @@ def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
     value, low, high = test.intervals[best].perplexity
     why = test.intervals[best].missing
     between = f"no interval: {why}" if why else f"{numbers.short(low)} to {numbers.short(high)}"
-    said = f"{best} reaches the lowest test perplexity, {numbers.perplexity(value)} ({between})"
+    if len(test.intervals) == 1:
+        said = f"{best} reaches a test perplexity of {numbers.perplexity(value)} ({between})"
+    else:
+        said = f"{best} reaches the lowest test perplexity, {numbers.perplexity(value)} ({between})"
     if not test.comparisons:
         return said + "."
     compared = [ev.reversed_(c, best) for c in test.comparisons if best in (c.a, c.b)]

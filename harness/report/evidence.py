@@ -345,13 +345,14 @@ def time_scope(rows: Iterable[Row]) -> str | None:
         return None
     timed = run_seconds(trained)
     left = [row.name for row in trained if row.name not in timed]
+    why = "one run, or a shared machine, does not tell how seconds vary"
+    if not timed:
+        return f"Training time is not compared: {why}."
     said = (
         "Training time: a row counts as faster than another only where its seconds are fewer by "
         "more than runs vary (Welch's t-test of their logarithms, 5 %)"
     )
-    whose = shorten(left) if timed else "all rows"
-    without = f"; without {whose}: one run, or a shared machine, does not tell how seconds vary"
-    return said + (without if left else "") + "."
+    return f"{said}; without {shorten(left)}: {why}." if left else f"{said}."
 
 
 def sure_costs(rows: Iterable[Row], title: str) -> dict[str, float]:

@@ -147,7 +147,7 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
         alt += said
     best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
     alt += (
-        f"Lowest: {best.name}, "
+        f"{'Lowest: ' * (len(trained) > 1)}{best.name}, "
         f"{numbers.perplexity(test.intervals[best.name].perplexity[0])} at "
         f"{choices.amount(title, costs[best.name]).split(' ')[0]} {axes.x}."
     )

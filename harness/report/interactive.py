@@ -146,7 +146,8 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
 def _parallel(figure: Figure) -> list[dict[str, Any]]:
     return [
         {
-            "type": "scatter", "mode": "lines+markers", "name": html.escape(s.name), "y": s.y,
+            "type": "scatter", "mode": "lines+markers", "name": html.escape(s.name),
+            "y": [html.escape(label).replace(", ", "<br>", 1) for label in map(str, s.y)],
             "x": [None if value != value else value for value in s.x], "connectgaps": False,
             "line": {"color": s.color, "width": 3 if index == len(figure.series) - 1 else 1},
             "marker": {"color": s.color, "size": 6}, "legendgroup": str(index),

@@ -76,10 +76,14 @@ def text(
     shown = {figure.axes.key: plotly(figure) for figure in drawn}
     table, filters = columns.sheet(rows, test), _filters(rows)
     stopped = parts.stopped(folder)  # candidates, of which the search's own section tells
+    left_out = [
+        one for one in missing.find(findings) if one.status != "running" and one.name not in stopped
+    ]
+    fates = Counter(one.status for one in left_out)
     return environment.get_template("page.html.j2").render(
         title=folder.name,
         question=answer.question(folder.name, rows),
-        setting=setting.find(folder, rows) if rows else None,
+        setting=setting.find(folder, rows),
         answer=answer.answer(rows, test),
         choices=choices.sheet(rows, test) if test is not None else None,
         notes=_notes(findings.rows, test, findings.refused),
@@ -116,12 +120,9 @@ def text(
                 "lower": {key: key not in MORE_IS_BETTER for key in _measures(table)},
             }
         ),
-        comparisons=bool(found),
-        missing=[
-            one
-            for one in missing.find(findings)
-            if one.status != "running" and one.name not in stopped
-        ],
+        comparisons=test is not None and bool(test.comparisons),
+        missing=left_out,
+        fates=", ".join(f"{n} {status}" for status, n in fates.items()),
         provenance=_provenance(rows),
         command=command,
         plotly=get_plotlyjs() if drawn else "",

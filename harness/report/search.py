@@ -219,8 +219,7 @@ def _parallel(search: Search) -> Figure | None:
     if best is not None:
         series.append(line("the best", BEST, best.to_frame().T))
     axes = Axes(
-        "search-parallel", "All keys of every candidate", "from the lowest value to the highest",
-        "", "parallel",
+        "search-parallel", "All keys of every candidate", "lowest to highest value", "", "parallel",
     )  # fmt: skip
     said = "A line for every candidate, through its value of each key."
     if best is not None:
@@ -288,7 +287,10 @@ def sheet(search: Search) -> Sheet:
     columns += [Column(key, key) for key in search.keys]
     columns += [Column("steps", "steps")]
     columns += [Column(f"nll_at_{r}", f"nats at {r}", why=f"{NLL}, step {r}") for r in search.rungs]
-    columns += [Column(name, name) for name in search.objectives]
+    columns += [
+        Column(name, "peak MiB" if name.startswith("memory.") else name)
+        for name in search.objectives
+    ]
     lines = []
     for _, row in trials.head(SHOWN).iterrows():
         line = [Cell(str(row["candidate"]), row["candidate"])]
@@ -298,7 +300,8 @@ def sheet(search: Search) -> Sheet:
         line.append(_cell(row["steps"], numbers.count))
         line += [_cell(row[f"nll_at_{rung}"], numbers.nats) for rung in search.rungs]
         for name in search.objectives:
-            line.append(_cell(row[name], numbers.seconds if "seconds" in name else numbers.count))
+            forms = {"memory": numbers.mib, "speed": numbers.seconds}
+            line.append(_cell(row[name], forms.get(name.partition(".")[0], numbers.count)))
         lines.append(line)
     more = len(trials) - len(lines)
     notes = [f"nats at a step: {NLL}. All candidates with their runs: {FOLDER}/{TRIALS}."]

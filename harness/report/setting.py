@@ -37,7 +37,10 @@ class Setting:
 
 
 def find(folder: Path, rows: Sequence[Row]) -> Setting:
-    """The setting of rows of a folder."""
+    """The setting of rows of a folder; without rows it is what was typed."""
+    if not rows:
+        typed = [str(one["command"]) for one in reversed(run_record.sweep_commands(folder))]
+        return Setting([], typed[:FEW], max(0, len(typed) - FEW))
     records = [record for row in rows for record in row.records]
     trained = [record for row in rows if row.trained or row.took_no_step for record in row.records]
     commands = _commands(folder, rows)
