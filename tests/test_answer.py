@@ -18,6 +18,7 @@ from harness.report import answer, choices, evidence, figures, files, setting, s
 from harness.report.__main__ import main
 from harness.results import run_record
 from harness.runs import grids as harness_grids
+from harness.runs import launcher
 
 
 def sweep_over(folder, **sections):
@@ -97,8 +98,9 @@ def test_the_setting_stands_under_every_title_with_the_command_as_typed(
 ):
     monkeypatch.setattr(files, "figures", lambda *_: [])
     folder = sweep_over(tmp_path / "scratch", model={"name": "gpt2_mini", "architecture": {}})
-    typed = ["-m", "train.warmup=0,0.1", "data.train_share=0.25,1", "data.path=a file"]
-    monkeypatch.setattr("sys.argv", ["harness", *typed])
+    typed = ["sweep", "train.warmup=0,0.1", "data.train_share=0.25,1", "data.path=a file"]
+    monkeypatch.setattr("sys.argv", ["/venv/bin/harness", "-m", *typed[1:]])  # as Hydra reads it
+    monkeypatch.setattr(launcher, "TYPED", typed)
     runs = [SimpleNamespace(run_dir=path) for path in folder.iterdir()]
     harness_grids._write_down(runs, {})
     for run_dir in folder.glob("w*"):
@@ -107,7 +109,7 @@ def test_the_setting_stands_under_every_title_with_the_command_as_typed(
     line = (
         "gpt2_mini on kjv · 4 steps x 512 tokens · context 256, documents after EOS · "
         "seeds 0, 1 · 2026-11-25 · "
-        "python -m harness -m train.warmup=0,0.1 data.train_share=0.25,1 'data.path=a file'"
+        "harness sweep train.warmup=0,0.1 data.train_share=0.25,1 'data.path=a file'"
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("scratch: ") and lines[2] == line
@@ -116,6 +118,55 @@ def test_the_setting_stands_under_every_title_with_the_command_as_typed(
     page = html.unescape((folder / "report" / "index.html").read_text())
     page = page[: page.index("Results")]
     assert all(fact in page for fact in line.split(" · "))
+
+
+def test_a_sweep_ends_with_its_own_runs_and_the_folder_says_that_it_has_others(tmp_path, capsys):
+    """Two sweeps without a name share a folder; nothing of one is in the report of the other."""
+    for r in (1, 2):
+        for seed in range(3):
+            put(tmp_path, f"r{r}-s{seed}", r=r, seed=seed, nll=3 - r / 9, train={"steps": 4})
+    for seed in range(3):  # r=1 once more, one seed more of r=2, and at other steps
+        put(tmp_path, f"w{seed}", r=1, seed=seed, nll=2.5, train={"steps": 8})
+    put(tmp_path, "w3", r=1, seed=3, status="failed")
+    one = {f"r{r}-s{seed}": "" for r in (1, 2) for seed in range(2)}
+    other = {f"w{seed}": "" for seed in range(4)}
+    run_record.write_sweep(tmp_path, other, "harness sweep steps")
+    assert main(["--last", str(tmp_path)]) == 0
+    assert "lora all r=1" in capsys.readouterr().out
+    run_record.write_sweep(tmp_path, one, "harness sweep ranks")
+    summary.show(tmp_path, setting.last_sweep(tmp_path))
+    own = capsys.readouterr().out
+    found = evidence.find(tmp_path, setting.last_sweep(tmp_path))
+    assert [row.name for row in found.rows] == ["lora all r=1", "lora all r=2"]
+    assert [row.values["seeds"] for row in found.rows] == [2, 2] and not found.rows[0].settings
+    assert len(found.found["test"].comparisons) == 1
+    assert " · harness sweep ranks\n" in own and "sweep steps" not in own and "steps=8" not in own
+    assert "failed" not in own and own.endswith(f"harness report --last {tmp_path}\n")
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 4  # all, as ever
+    assert main(["--last", str(tmp_path)]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Rows of" not in page and f"harness report --last {tmp_path}" in page
+    capsys.readouterr()
+    assert main([str(tmp_path)]) == 0
+    whole = capsys.readouterr().out
+    said = f"Rows of 2 commands; of the last sweep alone: harness report --last {tmp_path}"
+    assert said in " ".join(whole.split()) and "failed: w3" in whole
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert said in page and "steps=8" in page
+
+
+def test_a_folder_without_a_recorded_sweep_has_no_last_one(tmp_path, capsys):
+    put(tmp_path, "one")
+    assert main(["--last", str(tmp_path)]) == 2
+    assert "no sweep into" in capsys.readouterr().err
+
+
+def test_what_is_shown_is_what_was_typed(monkeypatch):
+    monkeypatch.setattr(launcher, "TYPED", ["search", "method.r=1,8", "search.trials=3"])
+    monkeypatch.setattr("sys.argv", ["/bin/harness", "-m", "hydra/sweeper=search"])
+    assert launcher.typed() == "harness search method.r=1,8 search.trials=3"
+    monkeypatch.setattr("sys.argv", ["/src/harness/__main__.py", "-m", "hydra/sweeper=search"])
+    assert launcher.typed() == "python -m harness search method.r=1,8 search.trials=3"
 
 
 def test_the_commands_of_several_sweeps_are_kept_and_an_old_record_is_read(tmp_path):
@@ -215,7 +266,7 @@ def test_the_answer_says_what_little_training_saves_and_costs(tmp_path, capsys):
         for name in ("full", "lora")
     )
     said = (
-        "lora all r=4 (0.4 % of the parameters) trains 25 times fewer parameters than full all "
+        "lora all r=4 (0.40 % of the parameters) trains 25 times fewer parameters than full all "
         f"k=100, needs 18 % less memory and ends at {small / best:.2f} times its perplexity."
     )
     assert said in shown and shown.index(said) < shown.index("95 %")
@@ -258,7 +309,7 @@ def test_on_80_columns_a_row_is_a_line_and_wide_has_every_column(tmp_path, capsy
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if re.match(r" (lora|a-met)", line)]
     assert len(lines) > 5 * 3 and all(len(line.rstrip()) <= 80 for line in lines)
-    results_of = shown[shown.index(" method") : shown.index("%: trainable share")]
+    results_of = shown[shown.index(" method") : shown.index("%: the parameters")]
     assert len(re.findall(r"^ (?:lora|a-met).* \d+\.\d\d", results_of, re.M)) == 5
     assert "not shown: " in shown and f"every column: harness report --wide {folder}" in shown
     summary.tell(evidence.find(folder), full=True, wide=True)

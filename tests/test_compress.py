@@ -14,7 +14,7 @@ from harness.artifacts import compress, interpolate
 from harness.artifacts.anatomy import curve, lowrank, updates
 from harness.config.errors import ConfigError
 from harness.report import stats
-from harness.report.anatomy import perplexities
+from harness.report.compression import perplexities
 
 IDS = torch.arange(1, 25)[None]
 

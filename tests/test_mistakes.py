@@ -126,8 +126,30 @@ def test_commas_without_m_ask_for_a_sweep_or_a_list():
     assert mistakes.several("method.train_only=a,b").endswith("a list, method.train_only=[a,b]")
 
 
-def test_help_says_what_every_option_and_key_is():
+def test_help_is_one_screen_of_what_a_first_run_needs():
+    lines = arguments.help_text().splitlines()
+    assert len(lines) <= 32 and max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for key in arguments.MOST_USED:  # each is a key or a group, and has its default
+        assert key in keys.GROUPS or key in keys.every(), key
+        assert f"\n  {key}=" in text
+    assert "train.lr=auto " in text and "data.context=256 " in text and "seed=0 " in text
+    assert "--help all" in text and "conf/README.md" in text
+
+
+def test_help_of_a_group_and_of_an_option_is_theirs_alone():
     text = arguments.help_text(["method=udv"])
+    assert "method.residual=drop" in text and "train.steps" not in text and "gpt2_xl" not in text
+    text = arguments.help_text(["train"])
+    assert "train.batch_tokens=2048" in text and "method.r" not in text
+    with pytest.raises(ConfigError, match="did you mean 'train'"):
+        arguments.help_text(["tain"])
+    with pytest.raises(ConfigError, match="method=udw: did you mean 'udv'"):
+        arguments.help_text(["method=udw"])
+
+
+def test_help_says_what_every_option_and_key_is():
+    text = arguments.help_text(["all", "method=udv"])
     for group in (*keys.GROUPS, "scale"):
         for option in options(group):
             if (group, option) != ("data", "source"):

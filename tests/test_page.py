@@ -274,7 +274,7 @@ def test_the_first_screen_has_question_setting_answer_figure_and_choices(opened)
     assert top["results"] < 1000 < top["caveats"]  # of a window of 1440 by 1000
     assert "context 256" in opened.find_element(By.CSS_SELECTOR, ".setting").text
     said = opened.find_element(By.CSS_SELECTOR, ".answer").text
-    assert "lora all r=16 alpha=32 (1.6 % of the parameters) trains 6.2 times fewer" in said
+    assert "lora all r=16 alpha=32 (1.60 % of the parameters) trains 6.2 times fewer" in said
     assert "ends at 1.49 times its perplexity" in said
     table = opened.find_element(By.CSS_SELECTOR, "#choices table").text
     assert (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import re
 import shutil
 import time
@@ -14,11 +16,21 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
-from test_anatomy_page import left as anatomy
+from test_anatomy_page import left as anatomised
 from test_page import BROWSER, DRIVER, browser, column, scheme, size, wait  # noqa: F401 - a fixture
 from test_report import put
 
-from harness.report import evidence, figures, files, progress, samples, sheet, table
+from harness.report import (
+    evidence,
+    figures,
+    files,
+    parts,
+    progress,
+    samples,
+    search,
+    sheet,
+    table,
+)
 from harness.report.__main__ import main
 from harness.results import run_record
 from harness.system import lock
@@ -83,8 +95,46 @@ def running(folder):
     path.write_text(json.dumps(record))
 
 
-KINDS = {f.__name__: f for f in (warm_up, sixty, one, failed, grid, running)}
-KINDS["anatomy"] = anatomy
+def searched(folder):
+    """What harness search leaves: 27 candidates over three keys, paused at two rungs."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(27):
+        lr, r = 10 ** random.uniform(-3, -1), int(random.choice([1, 8, 64]))
+        schedule = str(random.choice(["cosine", "linear"]))
+        nll = 3.2 + (math.log10(lr) + 1.8) ** 2 + 0.2 / r + (schedule == "linear") / 50
+        rows.append({"number": number, "train.lr": lr, "method.r": r, "train.schedule": schedule,
+                     "nll": nll, "memory.peak_bytes": float(2**20 * (150 + r))})  # fmt: skip
+    ranked = sorted(rows, key=lambda row: row["nll"])
+    (folder / "search").mkdir(parents=True)
+    with (folder / "search" / "trials.csv").open("w", newline="") as stream:
+        keys = ("train.lr", "method.r", "train.schedule")
+        names = ["study", "candidate", "bracket", "state", "steps", "nll_at_20", "nll_at_60",
+                 "nll_at_80", "pareto", *keys, "run", "memory.peak_bytes"]  # fmt: skip
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        for row in rows:
+            place, name = ranked.index(row), f"candidate-{row['number']}"
+            steps = 80 if place < 3 else 60 if place < 9 else 20
+            state = "finished" if place < 3 else "stopped"
+            at = {"nll_at_20": f"{row['nll'] + 0.4:.6f}", "nll_at_60": "", "nll_at_80": ""}
+            if steps >= 60:
+                at["nll_at_60"] = f"{row['nll'] + 0.1:.6f}"
+            if steps == 80:
+                at["nll_at_80"] = f"{row['nll']:.6f}"
+                at["memory.peak_bytes"] = row["memory.peak_bytes"]
+            own = {"study": folder.name, "candidate": row["number"], "bracket": 0, "state": state,
+                   "steps": steps, "pareto": "", "run": name}  # fmt: skip
+            writer.writerow(own | at | {key: row[key] for key in keys})
+            put(folder, name, r=row["method.r"], nll=row["nll"], **train(lr=row["train.lr"]),
+                status="finished" if state == "finished" else "paused")  # fmt: skip
+    shares = "train.lr,0.8100,0.0300\n{0},method.r,0.1500,0.0200\n{0},train.schedule,0.0400,0.0100"
+    text = f"study,key,share,spread\n{{0}},{shares}\n".format(folder.name)
+    (folder / "search" / "importance.csv").write_text(text)
+
+
+KINDS = {f.__name__: f for f in (warm_up, sixty, one, failed, grid, running, searched)}
+KINDS["anatomised"] = anatomised
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +183,7 @@ def test_no_figure_of_rates_that_belong_to_configurations(pages):
     assert not [key for key in keys if key.startswith("swept")]
 
 
-@pytest.mark.parametrize("kind", ["warm_up", "sixty", "one", "grid", "anatomy"])
+@pytest.mark.parametrize("kind", ["warm_up", "sixty", "one", "grid", "searched", "anatomised"])
 def test_no_labels_of_the_files_overlap(kind, pages, monkeypatch):
     """Tick labels, titles and the names of reference lines, as matplotlib places them."""
     import matplotlib.pyplot as plt
@@ -153,7 +203,8 @@ def test_no_labels_of_the_files_overlap(kind, pages, monkeypatch):
     close = plt.close
     monkeypatch.setattr(plt, "close", lambda canvas: (measure(canvas), close(canvas)))
     found = evidence.find(pages[kind])
-    for figure in figures.figures(found.rows, found.found):
+    drawn = figures.figures(found.rows, found.found) + parts.figures(pages[kind], found.rows)
+    for figure in drawn:
         draw.draw(figure, pages[kind] / "again", "command")
         for i, (text, a) in enumerate(boxes[-1]):
             for other, b in boxes[-1][:i]:
@@ -217,6 +268,84 @@ def test_a_table_for_a_paper_fits_a_column_and_tells_rows_apart(pages):
 def test_latex_ranges_are_ranges_and_dates_are_dates():
     assert sheet._tex("48.2-56.7") == "48.2--56.7" and sheet._tex("2026-11-29") == "2026-11-29"
     assert sheet._tex("1-3") == "1--3" and sheet._tex("-") == "--" and sheet._tex("-0.5") == "-0.5"
+
+
+def test_a_search_has_its_history_slices_keys_importance_and_front(pages):
+    folder = pages["searched"]
+    found = search.find(folder)
+    assert found.keys == ["train.lr", "method.r", "train.schedule"]
+    assert found.rungs == [20, 60, 80] and found.objectives == ["memory.peak_bytes"]
+    with (folder / "search" / "trials.csv").open() as stream:
+        trials = list(csv.DictReader(stream))
+    best = min((row for row in trials if row["nll_at_80"]), key=lambda row: float(row["nll_at_80"]))
+    assert found.best["run"] == best["run"]
+    drawn = {figure.axes.key: figure for figure in search.figures(found)}
+    assert list(drawn) == [
+        "search-history", "search-slice-train-lr", "search-slice-method-r",
+        "search-slice-train-schedule", "search-parallel", "search-importance",
+        "search-front-memory-peak_bytes",
+    ]  # fmt: skip
+    groups = {s.name: len(s.x) for s in drawn["search-history"].series}
+    assert groups == {"stopped at step 20": 18, "stopped at step 60": 6, "finished": 3,
+                      "lowest so far": 3}  # fmt: skip
+    lowest = drawn["search-history"].series[-1].y
+    assert lowest == sorted(lowest, reverse=True)
+    assert lowest[-1] == pytest.approx(float(best["nll_at_80"]))
+    for key in found.keys:  # every candidate at the first rung, whatever became of it
+        slice_ = drawn[f"search-slice-{key.replace('.', '-')}"]
+        points = [(str(x), y) for s in slice_.series for x, y in zip(s.x, s.y, strict=True)]
+        form = str if key == "train.schedule" else lambda text: str(float(text))
+        expected = [(form(row[key]), float(row["nll_at_20"])) for row in trials]
+        assert sorted(points) == sorted(expected)
+    assert drawn["search-slice-train-lr"].axes.log_x
+    lines = drawn["search-parallel"].series
+    assert [s.name for s in lines][-1] == "the best" and len(lines[-1].x) == 3 + 1
+    assert all(0 <= v <= 1 for s in lines for v in s.x if v == v)
+    ends = {label for s in lines for label in s.y}
+    assert any(label.startswith("train.lr, ") for label in ends) and len(ends) == 3
+    assert drawn["search-importance"].series[0].x == ["train.lr", "method.r", "train.schedule"]
+    assert drawn["search-importance"].series[0].y == [0.81, 0.15, 0.04]
+    sheet_ = search.sheet(found)
+    assert len(sheet_.lines) == 10 and sheet_.lines[0][0].shown == best["candidate"]
+    assert "And 17 more candidates." in sheet_.notes
+
+
+def test_the_front_of_a_search_has_what_no_other_beats_in_both(tmp_path):
+    searched(tmp_path / "x")
+    found = search.find(tmp_path / "x")
+    done = found.trials[found.trials["state"] == "finished"]
+    points = list(zip(done["memory.peak_bytes"] / 2**20, done["last"], strict=True))
+    front = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+    figure = search.figures(found)[-1]
+    drawn = [s for s in figure.series if s.dash]
+    shown = sorted(zip(drawn[0].x, drawn[0].y, strict=True)) if drawn else front
+    assert shown == sorted(front) and f"{len(front)} of 3 candidates" in figure.alt
+
+
+def test_searches_of_several_spaces_are_told_apart_and_a_broken_file_is_none(tmp_path):
+    searched(tmp_path)
+    path = tmp_path / "search" / "trials.csv"
+    lines = path.read_text().splitlines()
+    second = [line.replace(tmp_path.name, "other space", 1) for line in lines[1:10]]
+    path.write_text("\n".join([*lines, *second]) + "\n")
+    found = search.find(tmp_path)
+    drawn = {figure.axes.key: figure for figure in search.figures(found)}
+    assert {s.name for s in drawn["search-history"].series} == {tmp_path.name, "other space"}
+    assert "search-parallel" not in drawn
+    assert search.sheet(found).headings[1] == "space"
+    for text in ("", "study,candidate\n", "no csv"):
+        path.write_text(text)
+        assert search.find(tmp_path) is None
+    path.unlink()
+    assert parts.find(tmp_path, []) == []
+
+
+def test_candidates_that_stopped_are_in_the_searchs_section_and_no_failures(pages):
+    text = (pages["searched"] / "report" / "index.html").read_text()
+    body = text[: text.index('<script type="application/json"')]
+    assert "candidate-" not in body.split("Failures and skipped runs")[1].split("<h2")[0]
+    assert body.index('id="search"') > body.index("Failures and skipped runs")
+    assert "The best candidates" in body and 'data-figure="search-parallel"' in body
 
 
 def test_how_far_a_run_is_and_how_long_it_takes(pages):
@@ -303,9 +432,10 @@ def test_no_labels_of_a_page_overlap_and_it_fits(kind, width, pages, browser):  
     said = browser.find_element(By.TAG_NAME, "main").text
     assert "1 rows" not in said and "1 runs" not in said
     if kind == "failed":
-        assert "No run has finished yet." in said and said.count("diverged") == 3
+        assert "No run has finished yet: 3 failed." in said and said.count("diverged") == 3
     if kind == "one":
-        assert "1 row" in said
+        assert "1 row" in said and "Choose two rows" not in said
+        assert "reaches a test perplexity of" in said and "lowest" not in said
 
 
 @needs_browser
@@ -337,8 +467,6 @@ def test_two_rows_give_their_paired_difference(gridded, pages):
     pair = found.found["test"].comparisons[5]
     for name in (pair.a, pair.b):
         gridded.find_element(By.CSS_SELECTOR, f"#results tr[data-name='{name}'] td").click()
-    import math
-
     said = gridded.find_element(By.ID, "pair").text
     assert said.startswith(f"{pair.a} has {float(f'{math.exp(pair.difference):.4g}'):g}")
     assert f"95 % {float(f'{math.exp(pair.low):.4g}'):g} to " in said

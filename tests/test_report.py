@@ -183,7 +183,7 @@ def test_runs_that_were_not_evaluated_alike_are_refused(tmp_path, capsys, change
     shown = capsys.readouterr().out
     assert "no intervals, ranks or comparisons on test:" in shown and said in shown
     assert "95 %:" not in shown and not (tmp_path / "comparisons.csv").exists()
-    first = shown[: shown.index("trainable share")]
+    first = shown[: shown.index("%: the parameters that train")]
     assert len(cells(first, "lora")) == (1 if r == 8 else 2)  # what was measured is still shown
 
 
@@ -290,9 +290,9 @@ def test_the_same_seed_twice_is_named_left_out_and_takes_nothing_from_others(tmp
     assert f"repeated: a-again ({same}their numbers are the same)" in shown
     assert "no intervals" not in shown and "rank: places" in shown
     assert "b-first, which finished first" in (tmp_path / "report" / "index.html").read_text()
-    summary.show(tmp_path, [tmp_path / "a-again"])  # the run asked for is told of, and its row
+    summary.show(tmp_path, [tmp_path / "a-again"])  # by itself it repeats nothing
     shown = capsys.readouterr().out
-    assert len(cells(shown, "lora")) == 1 and "repeated: a-again" in shown
+    assert len(cells(shown, "lora")) == 1 and "repeated" not in shown
     written(tmp_path / "a-again", -5)  # who finished first is kept, whatever it is called
     assert [d.name for d in table.rows(tmp_path)[1].run_dirs] == ["a-again"]
 
@@ -373,14 +373,14 @@ def test_what_intervals_are_for_is_said(tmp_path, capsys, monkeypatch):
         put(tmp_path, f"a{seed}", seed=seed)
     main([str(tmp_path)])
     shown = one(capsys.readouterr().out)
-    assert "where none of 3 did, up to 63% of others may" in shown
+    assert "Where none of 3 did, up to 63.2 % of other seeds still may" in " ".join(shown.split())
     assert "documents count as" not in shown
     monkeypatch.setitem(globals(), "TOKENS", np.array([5000] + [50] * (DOCUMENTS - 1)))
     put(tmp_path / "long", "a")
     main([str(tmp_path / "long")])
     shown = one(capsys.readouterr().out)
     count = 6950**2 / (5000**2 + 39 * 50**2)
-    assert f"The 40 documents count as {count:.3g} of equal length" in shown
+    assert f"The 40 documents differ in length, and count as {count:.3g} of equal length" in shown
 
 
 def test_seconds_are_shorter_only_beyond_their_spread_over_runs(tmp_path, capsys):
@@ -706,7 +706,7 @@ def test_a_rate_that_was_not_found_for_the_row_is_marked(tmp_path, capsys, lr_fr
     run_record.write(run_dir, record)
     summary.show(tmp_path)
     shown = capsys.readouterr().out
-    assert ("~0.01" in cells(shown, "lora")[0]) == ("~: a default rate" in shown) == marked
+    assert ("~0.01" in cells(shown, "lora")[0]) == ("~: a learning rate that" in shown) == marked
 
 
 def test_the_readme_recomputes_a_number_of_the_table(tmp_path, capsys, monkeypatch):

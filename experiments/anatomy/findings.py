@@ -25,13 +25,14 @@ import pandas as pd
 from scipy import stats as scipy_stats
 
 from harness.config.errors import ConfigError
-from harness.report import anatomy, evidence, ranking, stats, summary
+from harness.report import anatomy, compression, evidence, ranking, stats, summary
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "main_seeds_control"))
 from decomposition import share  # noqa: E402 - its folder is on the path now
 
+SUMMARY = Path(anatomy.FOLDER) / anatomy.FILE_NAME
 OLD_TEXT = "docstrings_held_out"
 MATRICES, EMBEDDINGS, REST = (
     "full-only-matrices", "full-only-embeddings+matrices",
@@ -88,7 +89,7 @@ def left(by_label: dict[str, stats.Evaluation], r: int) -> tuple[float, float, f
 def ranks(found: Sequence[Row]) -> list[tuple[str, str, stats.Comparison]]:
     """(beside, rank, difference to the whole update) of full fine-tuning cut to every rank."""
     (row,) = (row for row in found if label(row) == "full")
-    tables = [pd.read_parquet(run_dir / anatomy.COMPRESSED) for run_dir in row.run_dirs]
+    tables = [pd.read_parquet(run_dir / compression.COMPRESSED) for run_dir in row.run_dirs]
     seeds = tuple(record["config"]["seed"] for record in row.records)
 
     def evaluation(rank: str, beside: str) -> stats.Evaluation:
@@ -110,8 +111,8 @@ def ranks(found: Sequence[Row]) -> list[tuple[str, str, stats.Comparison]]:
 
 def together(folder: Path, found: Sequence[Row]) -> tuple[float, float, list[tuple[str, ...]]]:
     """Spearman's correlation of intruders and forgetting over configurations, its p, the points."""
-    known = pd.read_csv(folder / anatomy.SUMMARY)
-    known = known[(known["of"] == anatomy.MATRICES) & (known["quantity"] == "intruders")]
+    known = pd.read_csv(folder / SUMMARY)
+    known = known[(known["of"] == anatomy.ALL) & (known["quantity"] == "intruders")]
     intruders = dict(zip(known["name"], known["mean"], strict=True))
     base = next(evidence.evaluation(row, OLD_TEXT) for row in found if label(row) == "none")
     points = [
@@ -185,7 +186,7 @@ def main(arguments: list[str]) -> int:
     print(f"Spearman's correlation of the two over {len(points)} configurations: {rho:.2f}, "
           f"p = {p:.2g}")  # fmt: skip
     (HERE / "results.csv").write_text(summary.results_csv(findings), "utf-8")
-    shutil.copy(folder / anatomy.SUMMARY, HERE / "anatomy.csv")
+    shutil.copy(folder / SUMMARY, HERE / "anatomy.csv")
     return 0
 
 

@@ -36,8 +36,8 @@ from harness.artifacts.anatomy.texts import NEW, Evaluator, Texts, perplexity
 from harness.config.errors import ConfigError
 from harness.models import weights
 from harness.report import table
-from harness.report.anatomy import perplexities
-from harness.results import run_record
+from harness.report.compression import perplexities
+from harness.results import numbers, run_record
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
 from harness.system import atomic
@@ -235,7 +235,9 @@ def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str])
     over = "documents" if len(found) == 1 else f"{len(found)} seeds and documents"
     print(f"perplexity per token, in brackets its 95 % interval over {over}")
     for one, run in zip(found, runs, strict=True):
-        own = ", ".join(f"{name} {value:.2f}" for name, value in one.recorded.items())
+        own = ", ".join(
+            f"{name} {numbers.perplexity(value)}" for name, value in one.recorded.items()
+        )
         print(f"{run} itself: {own}")
     if first.beside:
         kinds = ", ".join(f"{kind} ({number:,})" for kind, number in first.beside.items())
@@ -259,7 +261,7 @@ def _trained_at(found: Compressed, label: str) -> str:
         (float(np.exp(np.log(group[NEW]).mean())), f"{targets}, {parameters:,}")
         for (targets, parameters), group in rows.groupby(["targets", "parameters"])
     )
-    return f"{best[0]:.2f} ({best[1]})"
+    return f"{numbers.perplexity(best[0])} ({best[1]})"
 
 
 def write(found: Compressed, run_dir: Path) -> None:

@@ -31,6 +31,7 @@ from harness.config.errors import ConfigError
 from harness.methods import UNFIT, joined_lora, merging, weight_tying
 from harness.models import pretrained, quantized, weights
 from harness.models.split_qkv import fuse_qkv, is_unfused
+from harness.results import numbers
 from harness.runs import finished_run, saved_check
 from harness.runs.finished_run import ADAPTER, Saved
 from harness.system.console import quiet_command, reason
@@ -287,6 +288,6 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     exported = export(asked.run_dir, asked.out, merge=asked.merge)
     size = sum(path.stat().st_size for path in asked.out.iterdir())
-    print(f"{asked.out}: {exported.what}, {size / 2**20:.1f} MiB, loads with {exported.logits}")
+    print(f"{asked.out}: {exported.what}, {numbers.mib(size)} MiB, loads with {exported.logits}")
     print(exported.compared)
     return 0

@@ -25,7 +25,7 @@ from harness.artifacts.anatomy import curve, texts, updates
 from harness.artifacts.anatomy.texts import NEW, Evaluator, perplexity
 from harness.config.errors import ConfigError, nearest
 from harness.report import table
-from harness.report.anatomy import perplexities
+from harness.report.compression import perplexities
 from harness.runs import finished_run
 from harness.system import atomic
 from harness.system.console import quiet_command

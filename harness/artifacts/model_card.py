@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from harness.config.run_config import RunConfig
 from harness.evaluation.text_metrics import METRICS
 from harness.models.pretrained import ACTIVATION_FIELDS
+from harness.results import numbers
 from harness.results.run_record import get
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
@@ -244,8 +245,11 @@ def _perplexities(record: dict[str, Any], is_task: bool) -> str:
     ]
     for label, path in rows:
         if (found := get(record, path)) is not None:
-            numbers = [_number(found.get(key)) for key in ("perplexity", "bits_per_byte")]
-            lines.append(f"| {label} | {' | '.join(numbers)} | {found.get('num_tokens', 0):,} |")
+            perplexity = found.get("perplexity")
+            shown = "-" if perplexity is None else numbers.perplexity(perplexity)
+            bits = found.get("bits_per_byte")
+            shown += " | " + ("-" if bits is None else f"{bits:.3f}")
+            lines.append(f"| {label} | {shown} | {numbers.count(found.get('num_tokens', 0))} |")
     evaluation, method = record["evaluation"], record["method"]
     # Records from before the base was measured by itself: what they have is after truncation.
     truncated = not base and (method["name"] == "truncate" or method.get("residual") == "drop")
@@ -263,17 +267,20 @@ def _perplexities(record: dict[str, Any], is_task: bool) -> str:
         ]
     found = get(record, "quality.classification.test")
     if found and found["accuracy"] is not None:
+        accuracy, low, high, majority = (
+            numbers.share(found[key])
+            for key in ("accuracy", "accuracy_low", "accuracy_high", "majority_accuracy")
+        )
         lines += [
             "",
-            f"Accuracy by the likelihood of the labels: {found['accuracy']:.1%} of "
-            f"{found['num_examples']:,} test examples (95 % over examples: "
-            f"{found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}); always the majority "
-            f"label: {found['majority_accuracy']:.1%}.",
+            f"Accuracy by the likelihood of the labels: {accuracy} of "
+            f"{found['num_examples']:,} test examples (95 % over examples: {low} to {high}); "
+            f"always the majority label: {majority}.",
         ]
     if protocol := get(record, "quality.test_protocol"):
         headline = protocol["headline"]
         lines += ["", f"By the protocol `{protocol['name']}`: {headline.replace('_', ' ')} "
-                  f"{protocol[headline]:.2f}."]  # fmt: skip
+                  f"{numbers.perplexity(protocol[headline])}."]  # fmt: skip
     return "\n".join(lines) + (
         f"\n\n{every}, with a context of "
         f"{evaluation['context']} tokens moved by {evaluation['stride']}; perplexity is "
@@ -306,7 +313,7 @@ def _facts(run: Saved) -> str:
         "trained alone": ", ".join(getattr(cfg.method, "train_only", ())),
         "rank": rank,
         "trained parameters": f"{parameters['trainable']:,} of {parameters['total']:,} "
-        f"({parameters['trainable_percent']:.3g} %)",
+        f"({numbers.percent(parameters['trainable_percent'])} %)",
         "text": f"{cfg.data.name} ({cfg.data.id or cfg.data.source}), "
         + ", ".join(f"{n} {split}" for split, n in record["data"]["num_documents"].items())
         + " documents",
@@ -328,7 +335,3 @@ def _facts(run: Saved) -> str:
         if value not in (None, "") and value is not False
     ]
     return "\n".join(["| | |", "| --- | --- |", *shown])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.2f}"

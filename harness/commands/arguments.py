@@ -15,31 +15,45 @@ from harness.config.paths import CONF_DIR, options
 from harness.system.internals import internal
 
 FLAGS = {
-    "-m, --multirun": "as harness sweep: key=1,2 takes both values, several such keys all pairs",
-    "--cfg job": "show the configuration and run nothing; of a sweep, harness plan …",
-    "--info defaults": "show which files of conf/ the configuration is made of",
+    "-m, --multirun": "as harness sweep: key=1,2 runs both",
+    "--cfg job": "show the configuration, run nothing",
+    "--info defaults": "which files of conf/ it is made of",
     "--config-dir FOLDER": "options of your own, in a folder like conf/",
-    "--shell-completion install=bash": "complete keys and options with tab (see --hydra-help)",
-    "--version": "the version of the harness",
-    "--hydra-help": "Hydra's further flags",
+    "--hydra-help": "further flags, such as completion with tab",
 }
 USAGE = """\
-harness: what do LoRA and its relatives save, and what do they cost, against full fine-tuning?
+usage: harness run|sweep [GROUP=OPTION ...] [KEY=VALUE ...] [FLAG ...]
 
-  harness run method=lora method.r=8 targets=all     one run
-  harness sweep method.r=1,4 seed=0,1,2,3,4          a sweep: every combination
-  harness run experiment=main                        a published experiment (conf/experiment)
-  harness run method=lora --cfg job                  show the config, run nothing
-  harness plan method.r=1,4,16                       what runs would need: memory, FLOPs, time
-  harness report outputs/main                        the table of an experiment
+  harness run method=lora method.r=8 targets=all   one run
+  harness sweep method.r=1,4 seed=0,1,2,3,4        a sweep: every combination
+  harness run experiment=main                      a published experiment
+  harness run method=lora --cfg job                show the config, run nothing
 """
+# What a first run needs; `--help all` has the rest. Of a key the default is read from conf/.
+MOST_USED = {
+    "method": "full, lora, udv, peft ...: harness list methods",
+    "model": "gpt2, local, hub ...: harness list models",
+    "data": "kjv, text_files, pairs ...: harness list data",
+    "targets": "the matrices that are adapted: harness list targets",
+    "experiment": "a file of conf/experiment: harness list experiments",
+    "method.r": "LoRA's rank; of udv it is method.rank",
+    "train.lr": "auto: from a search, or else the method's default",
+    "train.steps": "optimizer steps (null: 100); or train.epochs",
+    "train.batch_tokens": "tokens of a step",
+    "data.context": "tokens of a sequence",
+    "seed": "of the start, the order of the text and dropout",
+    "experiment_name": "the folder of the runs, in outputs/",
+}
+MORE = """\
+More: harness run --help all (every option and key), --help train (of one
+group), --help method=udv (of one option); harness list; conf/README.md."""
 SEARCH_USAGE = """\
 harness search: the best of many configurations on validation, by successive halving
 
   harness search method.r=1,8 'train.lr=tag(log,interval(1e-3,1e-1))' search.rungs=[50]
 
-A key with several values or an interval is searched, any other is fixed; harness run --help lists
-the keys of a configuration. The same command goes on after a stop. The search's own keys:
+A key with several values or an interval is searched, any other is fixed; harness run --help all
+lists the keys of a configuration. The same command goes on after a stop. The search's own keys:
 """
 
 
@@ -97,7 +111,7 @@ def _unknown(flag: str, flags: Sequence[str]) -> str:
     if flag.lstrip("-").startswith(("dry", "print")):
         return f"{flag}: no such flag; harness plan says what would run, --cfg job what is set"
     hint = nearest(flag, flags)
-    hint = hint if hint.startswith("did you mean") else "harness run --help lists them"
+    hint = hint if hint.startswith("did you mean") else "harness run --help all lists them"
     return f"{flag}: no such flag; {hint}"
 
 
@@ -114,25 +128,66 @@ def version_line() -> str:
 
 
 def help_text(overrides: Sequence[str] = ()) -> str:
-    """What can be run and asked for; of a group the keys of the option that `overrides` choose."""
-    given = dict(text.split("=", 1) for text in overrides if "=" in text)
-    parts = [USAGE, "Flags:\n"]
-    parts += [f"  {flag:32} {what}" for flag, what in FLAGS.items()]
-    parts.append("\nGroups, and the options of each (group=option):")
-    for group in (*keys.GROUPS, "scale"):
-        parts.append(f"\n  {group}=")
-        for option in sorted(options(group)):
-            if (group, option) != ("data", "source"):  # what the others share
-                parts.append(f"    {option:22} {sentence_of(group, option)}")
-    parts.append("\nKeys (key=value), with their defaults; help with method=udv shows udv's:\n")
-    parts += _keys(_body("config").partition("hydra:")[0].partition("experiment_name:"), "")
-    for group, default in _defaults().items():
-        option = given.get(group, default)
-        if group in ("tracker", "experiment", "scale") or option not in options(group):
-            continue
-        parts.append(f"\n  {group}={option}:")
-        parts += _keys(("", "", _with_bases(group, option)), f"{group}.")
-    return "\n".join(parts)
+    """What can be run and asked for: one screen, or what the words after --help ask for.
+
+    `all` is everything, a group its options and keys, and group=option the keys of that option.
+
+    Raises:
+        ConfigError: a word that is none of these.
+    """
+    if not overrides:
+        return _screen()
+    groups, given = (*keys.GROUPS, "scale"), {}
+    for text in overrides:
+        group, equals, option = text.partition("=")
+        if text != "all" and group not in groups:
+            if equals:  # a key of the command line that was being typed
+                continue
+            raise ConfigError(f"--help {text}: {nearest(text, ['all', *groups])}")
+        if equals and option not in options(group):
+            raise ConfigError(f"{text}: {nearest(option, options(group))}")
+        given[group] = option
+    if "all" in given:
+        parts = [USAGE, _flags(), "\nGroups, and the options of each (group=option):"]
+        parts += [line for group in groups for line in _options(group)]
+        parts.append("\nKeys (key=value), with their defaults:\n")
+        parts += _keys(_body("config").partition("hydra:")[0].partition("experiment_name:"), "")
+        shown = {group: given.get(group) or option for group, option in _defaults().items()}
+    else:
+        parts = [line for group, option in given.items() if not option for line in _options(group)]
+        shown = {group: option or _defaults().get(group, "") for group, option in given.items()}
+    for group, option in shown.items():
+        if group not in ("tracker", "experiment", "scale") and option in options(group):
+            parts.append(f"\n  {group}={option}, its keys:")
+            parts += _keys(("", "", _with_bases(group, option)), f"{group}.")
+    return "\n".join(parts).strip("\n") or _screen()
+
+
+def _screen() -> str:
+    """What people need first, on one screen."""
+    defaults = _defaults()
+    parts = [USAGE, "Most used, with their defaults:\n"]
+    for key, what in MOST_USED.items():
+        group, _, name = key.rpartition(".")
+        body = _with_bases(group, defaults[group]) if group else _body("config")
+        found = re.search(rf"^{name}:\s*([^#\n]*)", body, re.M)
+        default = found[1].strip() if found else defaults.get(key, "")
+        default = "NAME" if key == "experiment" else default
+        parts.append(f"  {f'{key}={default}':26} {what}")
+    return "\n".join([*parts, "", _flags(), "", MORE])
+
+
+def _flags() -> str:
+    return "\n".join(["Flags:\n", *(f"  {flag:26} {what}" for flag, what in FLAGS.items())])
+
+
+def _options(group: str) -> list[str]:
+    """The options of a group, a line each."""
+    lines = [f"\n  {group}="]
+    for option in sorted(options(group)):
+        if (group, option) != ("data", "source"):  # what the others share
+            lines.append(f"    {option:22} {sentence_of(group, option)}")
+    return lines
 
 
 def search_help() -> str:

@@ -49,7 +49,7 @@ def help_text() -> str:
         + "\n".join(lines)
         + "\n\nExamples:\n"
         + EXAMPLES
-        + "\nharness COMMAND --help says more; harness run --help lists every key.\n"
+        + "\nharness COMMAND --help says more; harness run --help all lists every key.\n"
         "Without a command, arguments are those of run, and with -m those of sweep."
     )
 
@@ -91,7 +91,7 @@ def main(arguments: list[str], *, listens: bool = True) -> int:
         overrides = ["hydra/sweeper=search", *typed]
     if first in ("sweep", "search") and not asks_help and not {"-m", "--multirun"} & set(overrides):
         overrides = ["-m", *overrides]
-    return run.main(overrides, listens=listens)
+    return run.main(overrides, typed=arguments, listens=listens)
 
 
 def program_formerly(module: str, name: str) -> int:

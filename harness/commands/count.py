@@ -20,6 +20,7 @@ from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.schema import LoraMethod, NoMethod, SvdMethod
+from harness.results import numbers
 from harness.runs.overrides import compose, without_flag
 from harness.system.console import quiet_command
 
@@ -101,7 +102,7 @@ def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
             run.targets.name if method.takes_targets else "-",
             str(method.r) if isinstance(method, LoraMethod) else rank,
             f"{counted.total:,}", bases[key], f"{counted.trainable:,}",
-            f"{counted.trainable_percent:.4f}",
+            numbers.percent(counted.trainable_percent),
         )  # fmt: skip
         rows[row] = None
     for row in rows:
@@ -123,6 +124,6 @@ def _show(run: RunConfig, model: nn.Module) -> None:
     print(f"total      {counted.total:,}")
     if (factored := methods.factored_total(model)) is not None:
         print(f"factored   {factored:,} (U, D and V in place of each W)")
-    print(f"trainable  {counted.trainable:,} ({counted.trainable_percent:.4f} %)")
+    print(f"trainable  {counted.trainable:,} ({numbers.percent(counted.trainable_percent)} %)")
     for sentence in methods.trained_alone(model, run).get("tied", ()):
         print(f"tied       {sentence}")

@@ -5,10 +5,9 @@
     harness plan experiment=main plan.limit=8GiB      # marks what will not fit
 
 `harness.runs.estimate` predicts; neither weights nor a network are needed, and held-out text that
-is on this machine is read for the size of its batches. Time is FLOPs over the rate of this
-machine's matrix products, measured for two seconds, and so a lower bound: training only, without
-evaluation and set-up. Exit status 2 for a mistake in the configuration, 1 if a run is over the
-limit.
+is on this machine is read for the size of its batches. Time is an estimate: the FLOPs of training
+over the rate of matrix products on this machine, measured for two seconds as it is now, busy or
+idle. Exit status 2 for a mistake in the configuration, 1 if a run is over the limit.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from harness.config import ending, naming
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.sizes import parse_bytes
+from harness.results import numbers
 from harness.runs.overrides import compose, without_flag
 from harness.system.console import quiet_command
 
@@ -33,7 +33,7 @@ def _table(rows: list[list[str]]) -> Table:
 
     numbers = (
         "parameters", "trainable", "frozen", "trained", "gradients", "optimizer", "activations",
-        "peak", "evaluation", "MFLOP/token", "at least", "",
+        "peak", "evaluation", "MFLOP/token", "estimate", "",
     )  # fmt: skip
     table = plain(["run"], numbers)
     for row in rows:
@@ -60,10 +60,10 @@ def _row(
         name,
         f"{found.parameters.total:,}",
         f"{found.parameters.trainable:,}",
-        *(f"{size / 2**20:,.0f}" for size in sizes),
+        *(numbers.mib(size) for size in sizes),
         f"{(found.train_flops_per_token or found.evaluate_flops_per_token) / 1e6:,.1f}",
         # A padded block is as long as its sequence: sizes are then a bound, and time is unknown.
-        "-" if not found.train or padded else f"{seconds:,.0f} s",
+        "-" if not found.train or padded else f"{numbers.seconds(seconds)} s",
         ("may not fit" if padded else "does not fit") if over else "",
     ]
 
@@ -102,8 +102,10 @@ def main(arguments: list[str]) -> int:
     print(
         "MiB of live tensors at the peak of a training step (of evaluation where nothing trains):\n"
         "frozen and trained weights, gradients, optimizer state and activations are its parts.\n"
-        "At least: training alone, at this"
+        "estimate: of training alone, if all its FLOPs went at the speed of this machine's matrix\n"
+        "products at this moment. Other work on it now makes the estimate too long; what training\n"
+        "does beside products, evaluation and set-up make a run longer. Measured just now:"
     )
     for (tokens, width, precision), rate in rates.items():
-        print(f"machine's {rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")
+        print(f"{rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")
     return 0 if fits else 1

@@ -26,11 +26,13 @@ from harness.runs import launcher, mistakes
 from harness.system.console import ended, reason
 
 
-def main(overrides: list[str], *, listens: bool = True) -> int:
+def main(overrides: list[str], *, typed: list[str], listens: bool = True) -> int:
     """Do the runs that the overrides ask for; returns the exit status.
 
+    `typed`: the program's arguments, as records and pages show the command.
     `listens`: Ctrl-C interrupts, which it does not in a process that a shell put in the background.
     """
+    launcher.TYPED[:] = typed
     return ended(lambda: _main(overrides, listens))
 
 

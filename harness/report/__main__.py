@@ -3,6 +3,7 @@
 harness report outputs/main            tables here, and outputs/main/report/index.html
 harness report --wide outputs/main     every column, however wide the lines become
 harness report --page outputs/main     the page alone
+harness report --last outputs/scratch  the last sweep alone, of those into one folder
 harness report --watch outputs/main    the page, again and again while runs go on
 harness report outputs --index         outputs/index.html, one page over all experiments
 """
@@ -11,16 +12,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config.errors import nearest
-from harness.report import evidence, files, index, summary
+from harness.report import evidence, files, index, setting, summary
 from harness.results import run_record
 from harness.system import lock
 from harness.system.console import command
 
 PERIOD_SECONDS = 10
-OPTIONS = ("--wide", "--page", "--watch", "--index")
+OPTIONS = ("--wide", "--page", "--last", "--watch", "--index")
 
 
 @command
@@ -47,9 +49,13 @@ def main(arguments: list[str]) -> int:
     if "--index" in asked:
         print(f"page: {index.write(folder)}")
         return 0
+    run_dirs = setting.last_sweep(folder) if "--last" in asked else None
+    if run_dirs == []:
+        print(f"error: no sweep into {folder} is recorded; without --last all is", file=sys.stderr)
+        return 2
     if "--watch" in asked:
-        watch(folder)
-    findings = evidence.find(folder)
+        watch(folder, run_dirs)
+    findings = evidence.find(folder, run_dirs)
     if "--page" not in asked:
         summary.tell(findings, full=True, wide="--wide" in asked)
     if findings.rows:
@@ -57,7 +63,7 @@ def main(arguments: list[str]) -> int:
     return 2 if findings.refused else 0
 
 
-def watch(folder: Path) -> None:
+def watch(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
     """Write the page again whenever a run has come further, until no run is under way."""
     before, said = None, False
     while True:
@@ -66,7 +72,7 @@ def watch(folder: Path) -> None:
         paths = [path for name in names for path in folder.glob(f"*/{name}")]
         state = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
         if state != before:
-            path = files.write_page(evidence.find(folder), refresh=PERIOD_SECONDS)
+            path = files.write_page(evidence.find(folder, run_dirs), refresh=PERIOD_SECONDS)
             if not said:
                 print(f"watching: {path} (Ctrl-C ends it)", flush=True)
             before, said = state, True

@@ -11,6 +11,7 @@ from harness.report import evidence as ev
 from harness.report.evidence import Evidence
 from harness.report.ranking import ENOUGH_SEEDS
 from harness.report.table import ALPHA, LR, RANK, SHARED, Row, headings
+from harness.results import numbers
 
 FEW_PERCENT = 5  # of the parameters: what counts as little
 NAMED = 3  # ties that are named
@@ -57,8 +58,11 @@ def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
     best = test.ordered[0]
     value, low, high = test.intervals[best].perplexity
     why = test.intervals[best].missing
-    between = f"no interval: {why}" if why else f"{low:.1f} to {high:.1f}"
-    said = f"{best} reaches the lowest test perplexity, {value:.1f} ({between})"
+    between = f"no interval: {why}" if why else f"{numbers.short(low)} to {numbers.short(high)}"
+    if len(test.intervals) == 1:
+        said = f"{best} reaches a test perplexity of {numbers.perplexity(value)} ({between})"
+    else:
+        said = f"{best} reaches the lowest test perplexity, {numbers.perplexity(value)} ({between})"
     if not test.comparisons:
         return said + "."
     compared = [ev.reversed_(c, best) for c in test.comparisons if best in (c.a, c.b)]
@@ -99,13 +103,13 @@ def _savings(rows: Sequence[Row], test: Evidence) -> str | None:
     small = few[0]
     share = small.values["parameters.trainable_percent"]
     said = [
-        f"{small.name} ({share:.2g} % of the parameters) trains "
+        f"{small.name} ({numbers.percent(share)} % of the parameters) trains "
         f"{_times(count[best.name] / count[small.name])} fewer parameters than {best.name}"
     ]
     if memory := _memory(small, best):
         said.append(memory)
     ratio = test.intervals[small.name].perplexity[0] / test.intervals[best.name].perplexity[0]
-    said.append(f"ends at {ratio:.2f} times its perplexity")
+    said.append(f"ends at {numbers.perplexity(ratio)} times its perplexity")
     return f"{', '.join(said[:-1])} and {said[-1]}."
 
 

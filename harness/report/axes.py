@@ -35,9 +35,14 @@ class Axes:
     title: str
     x: str
     y: str
-    kind: str = "points"  # points | bars (stacked, a series a part) | heat (a series a row)
+    # points | bars (stacked, a series a part) | heat (a series a row) | parallel (lines that go
+    # down through named scales, x from 0 to 1)
+    kind: str = "points"
     log_x: bool = False
     log_y: bool = False
+    # How the page writes values on them: d3's formats for what harness.results.numbers does.
+    x_form: str = ""
+    y_form: str = ",.2f"
     # The trackers' names of what it shows (summary, history or config.…), where they have it.
     metrics: tuple[str, ...] = ()  # x and y; of bars their parts
     group: str = ""  # what tells lines apart
@@ -45,15 +50,15 @@ class Axes:
 
 PARAMETERS = Axes(
     "parameters", "Perplexity and trainable parameters", "trainable parameters", TEST, log_x=True,
-    log_y=True, metrics=("parameters/trainable", "test/perplexity"),
+    log_y=True, x_form=",.0f", metrics=("parameters/trainable", "test/perplexity"),
 )  # fmt: skip
 PEAK = Axes(
     "perplexity-memory", "Perplexity and peak memory", "peak of live tensors, MiB", TEST,
-    log_y=True, metrics=("memory/peak_gib", "test/perplexity"),
+    log_y=True, x_form=",.0f", metrics=("memory/peak_gib", "test/perplexity"),
 )  # fmt: skip
 TIME = Axes(
     "perplexity-time", "Perplexity and training time", "seconds of optimizer steps", TEST,
-    log_y=True, metrics=("speed/train_seconds", "test/perplexity"),
+    log_y=True, x_form=",.3~r", metrics=("speed/train_seconds", "test/perplexity"),
 )  # fmt: skip
 RANK = Axes(
     "rank", "Perplexity and rank", "rank: r of LoRA, k of U D V^T", TEST, log_x=True, log_y=True,
@@ -64,20 +69,21 @@ ALPHA = Axes(
     metrics=("config.method.alpha", "test/perplexity"), group="config.method.r",
 )  # fmt: skip
 MEMORY = Axes(
-    "memory", "Peak memory", "", "MiB of live tensors", "bars",
+    "memory", "Peak memory", "", "MiB of live tensors", "bars", y_form=",.0f",
     metrics=tuple(f"memory/{category}_gib" for category in CATEGORIES),
 )  # fmt: skip
 SPEED = Axes(
-    "speed", "Speed of training", "", "tokens/s of optimizer steps", "bars",
+    "speed", "Speed of training", "", "tokens/s of optimizer steps", "bars", y_form=",.0f",
     metrics=("speed/tokens_per_second",),
 )  # fmt: skip
 TOKENS = Axes(
     "curves-tokens", "Learning over tokens", "tokens trained on", "validation perplexity",
-    log_y=True, metrics=("tokens", "eval/validation/perplexity"), group="config.method.label",
+    log_y=True, x_form=",.0f", metrics=("tokens", "eval/validation/perplexity"),
+    group="config.method.label",
 )  # fmt: skip
 SECONDS = Axes(
     "curves-seconds", "Learning over seconds", "seconds of optimizer steps",
-    "validation perplexity", log_y=True,
+    "validation perplexity", log_y=True, x_form=",.3~r",
 )  # fmt: skip
 COST_AXES = {"trainable parameters": PARAMETERS, "peak memory": PEAK, "training time": TIME}
 TRACKED = (PARAMETERS, PEAK, TIME, RANK, ALPHA, MEMORY, SPEED, TOKENS)  # what trackers can draw

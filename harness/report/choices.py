@@ -11,6 +11,7 @@ from harness.report import views
 from harness.report.evidence import Evidence
 from harness.report.sheet import Cell, Column, Sheet
 from harness.report.table import SHARED, TEST, Row
+from harness.results import numbers
 
 TOLERANCES = (5, 10, 25, 50, 100)  # per cent above the lowest perplexity
 UNITS = {ev.MEMORY: 2**20, ev.FLOPS: 1e12}  # MiB, TFLOPs
@@ -99,10 +100,12 @@ def ties_best(name: str, test: Evidence) -> bool:
 def amount(title: str, value: float) -> str:
     """A cost with its unit."""
     if title == ev.MEMORY:
-        return f"{value / 2**20:,.0f} MiB"
+        return f"{numbers.mib(value)} MiB"
     if title == ev.FLOPS:
-        return f"{value / 1e12:,.3g} TFLOPs"
-    return f"{value:,.3g} s" if title == ev.TIME else f"{value:,.0f} parameters"
+        return f"{numbers.seconds(value / 1e12)} TFLOPs"
+    if title == ev.TIME:
+        return f"{numbers.seconds(value)} s"
+    return f"{numbers.count(value)} parameters"
 
 
 def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet | None:
@@ -132,8 +135,8 @@ def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet
         least = "all costs" if every else ", ".join(SHORT[t] for t in choice.least) or "-"
         line = [
             Cell(choice.wanted, choice.wanted), Cell(choice.take, choice.take),
-            Cell(f"{interval.perplexity[0]:.2f}", interval.perplexity[0]),
-            Cell(f"{times:.2f}", times), Cell(least, least),
+            Cell(numbers.perplexity(interval.perplexity[0]), interval.perplexity[0]),
+            Cell(numbers.perplexity(times), times), Cell(least, least),
         ]  # fmt: skip
         line += [_cost_cell(named[choice.take], title, costs[title]) for title in ev.BUDGETS]
         ties = ev.shorten(choice.ties) or "-"

@@ -31,7 +31,7 @@ from harness.report.table import (
     headings,
     setting_text,
 )
-from harness.results import run_record
+from harness.results import numbers, run_record
 
 OF_TRAINING = ("method.lr", TRAINABLE, "parameters.trainable_percent")
 INTERVAL, PLACES = "quality.test.interval", "quality.test.rank"
@@ -39,15 +39,16 @@ EMPTY = 1000  # `keep` of a column in which nothing stands
 
 
 LEGEND = (
-    "%: trainable share of all parameters. peak: live tensors of a training step (of evaluation, "
-    "where nothing trains). step 0: validation perplexity per token before training; val, test: "
-    "from the checkpoint that validation chose."
+    "%: the parameters that train, of all. peak MiB: the most memory that tensors took at one time "
+    "in a training step (in evaluation, where nothing trains). step 0, val: perplexity per token "
+    "of validation text before training, and at the checkpoint with the lowest; test: of test text "
+    "at that checkpoint."
 )
 TILDE = (
-    "~: a default rate, or one tuned for something similar; method.lr_from in results.csv says how "
-    "it was found."
+    "~: a learning rate that was not tuned for this row, but is the method's default or was tuned "
+    "for something similar; method.lr_from in results.csv says which."
 )
-STAR = "*: measured while other runs shared the machine; not for comparison."
+STAR = "*: measured while other runs used the machine too, so do not compare it."
 NO_STEP = (
     f"{UNTRAINED}: train.steps=0, so nothing was trained; the row has what its method is before "
     "the first step."
@@ -73,26 +74,28 @@ def sheet(rows: Sequence[Row], test: Evidence | None) -> Sheet:
             for setting, heading in headings(rows).items():
                 own = [_setting(row, setting) for row in rows]
                 text = any(isinstance(cell.value, str) for cell in own)
-                add(setting, Number(heading, "s", 0, setting), own, text=text)
+                add(setting, Number(heading, str, 0, setting), own, text=text)
     if test is not None:
         add(
-            INTERVAL, Number("95 %", "", 10, f"interval of test over {test.sample}"),
+            INTERVAL, Number("95 %", str, 10, f"interval of test over {test.sample}"),
             [_interval(test, row) for row in rows],
         )  # fmt: skip
         if len(test.ranks) > 1:
             why = "the places that a row may have, by paired tests"
-            add(PLACES, Number("rank", "", 30, why), [_places(test, row) for row in rows])
+            add(PLACES, Number("rank", str, 30, why), [_places(test, row) for row in rows])
     for key, label in OF_LABELS.items():
         if any(row.values[key] is not None for row in rows):
-            number = Number(label, ".1%", 24, "of the test set's labels, by their likelihood")
-            add(key, number, [_cell(row, key, ".1%") for row in rows])
+            number = Number(
+                label, numbers.share, 24, "of the test set's labels, by their likelihood"
+            )
+            add(key, number, [_cell(row, key, numbers.share) for row in rows])
     for place, (key, label) in enumerate(OF_COMPLETIONS.items()):
         if any(row.values[key] is not None for row in rows):
             why = "of the test set's prompts, completed by that model"
-            number = Number(label, ".2f", 96 + place if place else 25, why)
-            add(key, number, [_cell(row, key, ".2f") for row in rows])
+            number = Number(label, "{:.2f}".format, 96 + place if place else 25, why)
+            add(key, number, [_cell(row, key, number.form) for row in rows])
     seeds = [row.values["seeds"] for row in rows]
-    add("seeds", Number("seeds", "", 50), [Cell(str(n), n) for n in seeds])
+    add("seeds", Number("seeds", str, 50), [Cell(str(n), n) for n in seeds])
     return Sheet("Results", columns, [list(line) for line in zip(*filled, strict=True)])
 
 
@@ -125,10 +128,10 @@ def is_own_rate(lr_from: str | None) -> bool:
 
 
 def ends(i: stats.Interval) -> str:
-    """An interval of perplexity in three digits; - where there is none."""
+    """An interval of perplexity; - where there is none."""
     if i.missing:
         return "-"
-    return "-".join(f"{v:.0f}" if v >= 100 else f"{v:.1f}" for v in i.perplexity[1:])
+    return "-".join(map(numbers.short, i.perplexity[1:]))
 
 
 def number_of(rank: str | None) -> float | None:
@@ -157,14 +160,12 @@ def telling_of(rows: Sequence[Row]) -> set[str]:
     return found
 
 
-def text_of(value: Any, form: str) -> str:
-    """A value as tables show it, by a format or in MiB; - where there is none."""
-    if value is None:
-        return "-"
-    return f"{value / 2**20:,.0f}" if form == "MiB" else format(value, form)
+def text_of(value: Any, form: Callable[[Any], str]) -> str:
+    """A value as tables show it; - where there is none."""
+    return "-" if value is None else form(value)
 
 
-def _cell(row: Row, key: str, form: str) -> Cell:
+def _cell(row: Row, key: str, form: Callable[[Any], str]) -> Cell:
     value = row.values[key]
     if row.took_no_step and key in OF_TRAINING:
         return Cell("-", None, NO_STEP)

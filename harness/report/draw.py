@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 
 from harness.report.figure import MANY_COLUMNS, Figure, labels
+from harness.results import numbers
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -31,7 +32,7 @@ def draw(figure: Figure, folder: Path, command: str) -> list[Path]:
     `command`, by which they are made again, stands in their metadata.
     """
     plt.rcParams |= STYLE
-    kinds = {"points": _points, "bars": _bars, "heat": _heat}
+    kinds = {"points": _points, "bars": _bars, "heat": _heat, "parallel": _parallel}
     columns, rows = _legend(figure)
     width, height = _size(figure)
     canvas, axes = plt.subplots(figsize=(width, height + 0.13 * rows), layout="constrained")
@@ -104,7 +105,7 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
             ha="left" if label.left else "right", va="bottom" if label.above else "top",
         )  # fmt: skip
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)
-    axes.tick_params(axis="x", pad=10)  # clear of the lowest label of the other axis
+    axes.tick_params(axis="x", pad=14)  # clear of the lowest label of the other axis
     if not figure.axes.log_x:
         _widen(axes, [x for s in figure.series for x in s.x])
     else:
@@ -135,6 +136,19 @@ def _widen(axes: plt.Axes, places: list[Any]) -> None:
         axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
+def _parallel(figure: Figure, axes: plt.Axes) -> None:
+    scales = list(dict.fromkeys(str(label) for s in figure.series for label in s.y))
+    for s in figure.series:
+        best = s is figure.series[-1]
+        y = [scales.index(str(label)) for label in s.y]
+        axes.plot(s.x, y, lw=1.6 if best else 0.7, alpha=1 if best else 0.6, color=s.color,
+                  marker="o", ms=3, label=s.name)  # fmt: skip
+    axes.set_yticks(range(len(scales)), labels=scales, fontsize=6)
+    axes.set_xticks([])
+    axes.invert_yaxis()
+    axes.set(xlabel=figure.axes.x)
+
+
 def _bars(figure: Figure, axes: plt.Axes) -> None:
     names = figure.series[0].x
     place, start = np.arange(len(names)), np.zeros(len(names))
@@ -163,6 +177,6 @@ def _heat(figure: Figure, axes: plt.Axes) -> None:
     axes.set_yticks(range(len(values)), labels=[s.name for s in figure.series])
     axes.grid(visible=False)
     for (r, c), value in np.ndenumerate(values):
-        text = "–" if np.isnan(value) else f"{value:.1f}"
+        text = "–" if np.isnan(value) else numbers.short(value)
         axes.text(c, r, text, ha="center", va="center", fontsize=5 if upright else 7)
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)

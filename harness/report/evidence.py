@@ -23,7 +23,7 @@ from harness.config.errors import ConfigError
 from harness.report import ranking, stats
 from harness.report.table import SHARED, Row
 from harness.report.table import rows as table_rows
-from harness.results import run_record
+from harness.results import numbers, run_record
 
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
 MANY = 4  # names in a sentence or a cell
@@ -100,21 +100,22 @@ def scope(test: Evidence) -> list[str]:
     first = next(iter(test.intervals.values()))
     if first.num_effective < first.num_documents / 2:
         said.append(
-            f"The {first.num_documents} documents count as {first.num_effective:.3g} of equal "
-            "length (Kish's effective number): intervals are for text whose documents have such "
-            "lengths."
+            f"The {first.num_documents} documents differ in length, and count as "
+            f"{first.num_effective:.3g} of equal length (Kish's effective number): intervals are "
+            "for text with such documents."
         )
     if most > 1:
         said.append(
-            f"Intervals are for seeds that do not diverge: where none of {most} did, up to "
-            f"{ranking.may_diverge(most):.0%} of others may. Where seeds matter more than "
-            "documents and a few end far above the rest, intervals cover 87 to 93 %."
+            "Intervals hold for seeds whose training does not diverge. Where none of "
+            f"{most} did, up to {numbers.share(ranking.may_diverge(most))} of other seeds still "
+            "may. Where a few seeds end far above the rest, and seeds matter more than documents, "
+            "a 95 % interval holds the true value in 87 to 93 % of cases."
         )
     if test.alone:
         whose = "" if most == 1 else f" of {shorten(test.alone)}"
         said.append(
-            f"ONE SEED{whose}: intervals and ranks are over documents alone; another seed may move "
-            "every row that trains, and close pairs are not told apart by one."
+            f"ONE SEED{whose}: intervals and ranks are over documents alone. With another seed "
+            "every row that trains may move: one seed does not tell close rows apart."
         )
     if fewest < most:
         said.append(
@@ -124,8 +125,8 @@ def scope(test: Evidence) -> list[str]:
         return said
     if test.ranks:
         said.append(
-            f"rank: places a configuration may have, by {len(test.comparisons)} paired tests at "
-            "5 % (Holm)."
+            "rank: places that a row may have, by paired tests of all "
+            f"{len(test.comparisons)} pairs at 5 % (corrected by Holm)."
         )
     else:
         said.append(
@@ -155,19 +156,20 @@ class Findings:
 
     folder: Path
     everything: list[Row]  # every configuration with a finished run
-    rows: list[Row]  # those asked for
+    rows: list[Row]  # of the runs asked for, and of no other
     found: dict[str, Evidence]  # statistics of `rows` by text: "test", and those of evaluate.also
     refused: list[str]  # why there are no statistics on a text
+    run_dirs: frozenset[Path] | None = None  # the runs asked for; None: all of the folder
 
 
 def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
-    """What there is to say of a folder, or of the configurations of `run_dirs` in it."""
+    """What there is to say of a folder, or of `run_dirs` in it by themselves.
+
+    Runs of other sweeps into the folder then have no part in rows, names, intervals and tests.
+    """
+    chosen = None if run_dirs is None else frozenset(run_dirs)
     everything = table_rows(folder)
-    asked = [
-        row
-        for row in everything
-        if run_dirs is None or {*row.run_dirs, *row.repeated} & set(run_dirs)
-    ]
+    asked = everything if chosen is None else table_rows(folder, chosen)
     found: dict[str, Evidence] = {}
     refused = []
     for text in ["test", *also(asked)]:
@@ -176,7 +178,7 @@ def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
                 found[text] = evidence
         except ConfigError as error:
             refused.append(f"on {text}: {error}")
-    return Findings(folder, everything, asked, found, refused)
+    return Findings(folder, everything, asked, found, refused, chosen)
 
 
 def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
@@ -343,13 +345,14 @@ def time_scope(rows: Iterable[Row]) -> str | None:
         return None
     timed = run_seconds(trained)
     left = [row.name for row in trained if row.name not in timed]
+    why = "one run, or a shared machine, does not tell how seconds vary"
+    if not timed:
+        return f"Training time is not compared: {why}."
     said = (
-        "Training time: one row's is taken to be shorter only where its seconds are, beyond their "
-        "spread over runs (Welch's t-test of their logarithms, 5 %)"
+        "Training time: a row counts as faster than another only where its seconds are fewer by "
+        "more than runs vary (Welch's t-test of their logarithms, 5 %)"
     )
-    whose = shorten(left) if timed else "all rows"
-    without = f"; without {whose}: one run, or a shared machine, does not tell how seconds vary"
-    return said + (without if left else "") + "."
+    return f"{said}; without {shorten(left)}: {why}." if left else f"{said}."
 
 
 def sure_costs(rows: Iterable[Row], title: str) -> dict[str, float]:

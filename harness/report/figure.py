@@ -55,6 +55,8 @@ def labels(figure: Figure) -> list[Label]:
 
     Full fine-tuning's is at the left: at the right, where it is dear, there are points.
     """
+    if not figure.references:
+        return []
     scale = math.log if figure.axes.log_y else float
     drawn = [v for s in figure.series for v in s.y if v == v] + [r[2] for r in figure.references]
     places = [scale(v) for v in drawn if v > 0]

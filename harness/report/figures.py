@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness.report import anatomy, stats, swept, views
+from harness.report import choices, stats, swept, views
 from harness.report import evidence as ev
 from harness.report.axes import (
     ALPHA,
@@ -28,7 +28,7 @@ from harness.report.axes import (
 from harness.report.evidence import Evidence
 from harness.report.figure import REFERENCES, Figure, Series
 from harness.report.table import SHARED, Row, headings, setting_text
-from harness.results import run_record
+from harness.results import numbers, run_record
 
 GREY = "#808080"
 WORDS = 4  # lines that a caption tells of
@@ -50,7 +50,6 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
     made += [_memory(rows), _speed(rows), *_curves(rows)]
     if test is not None:
         made += [_forgetting(rows, test, on) for text, on in found.items() if text != "test"]
-    made += anatomy.figures(rows)
     return [figure for figure in made if figure is not None]
 
 
@@ -148,8 +147,9 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
         alt += said
     best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
     alt += (
-        f"Lowest: {best.name}, "
-        f"{test.intervals[best.name].perplexity[0]:.1f} at {cost(best):,.0f} {axes.x}."
+        f"{'Lowest: ' * (len(trained) > 1)}{best.name}, "
+        f"{numbers.perplexity(test.intervals[best.name].perplexity[0])} at "
+        f"{choices.amount(title, costs[best.name]).split(' ')[0]} {axes.x}."
     )
     return Figure(axes, series, _references(rows, test), alt)
 
@@ -160,7 +160,7 @@ def _front(
     dominated: Mapping[str, tuple[str, ...]],
     test: Evidence,
 ) -> tuple[list[Series], str]:
-    """The line through the estimates that none dominates, and discs behind what may be on it.
+    """The Pareto front: a line through the estimates that none dominates, and discs.
 
     A disc says that nothing which costs no more is significantly better.
     """
@@ -175,16 +175,19 @@ def _front(
     found = []
     ordered = sorted(trained, key=lambda row: (cost(row), value(row)))
     if able := [row for row in ordered if dominated.get(row.name) == ()]:
-        found.append(of("not significantly dominated", able, halo=True))
+        found.append(of("may be the best for its cost", able, halo=True))
     front: list[Row] = []
     for row in ordered:
         if not front or value(row) < value(front[-1]):
             front.append(row)
     if len(front) > 1:
-        found.append(of("Pareto front of the estimates", front, line=True, dash=True))
+        found.append(of("lowest measured for its cost", front, line=True, dash=True))
     named = ", ".join(row.name for row in front[:WORDS])
     more = f" and {len(front) - WORDS} more" if len(front) > WORDS else ""
-    return found, f"No estimate is better at no more cost than {named}{more}. "
+    return found, (
+        f"Dashed: the lowest perplexity for its cost ({named}{more}). Grey discs: nothing that "
+        "costs no more is significantly better. "
+    )
 
 
 def _number(value: Any) -> float | None:
@@ -231,7 +234,8 @@ def _alpha(rows: Sequence[Row], test: Evidence) -> Figure | None:
 
 def _falls(series: Sequence[Series], what: str) -> str:
     said = [
-        f"{s.name}: {s.y[0]:.1f} at {what} {s.x[0]:g}, {s.y[-1]:.1f} at {s.x[-1]:g}"
+        f"{s.name}: {numbers.perplexity(s.y[0])} at {what} {s.x[0]:g}, "
+        f"{numbers.perplexity(s.y[-1])} at {s.x[-1]:g}"
         for s in sorted(series, key=lambda s: s.y[-1])[:WORDS]
     ]
     more = f"; and {len(series) - WORDS} lines above" if len(series) > WORDS else ""
@@ -271,11 +275,12 @@ def _heat(rows: Sequence[Row], test: Evidence) -> list[Figure]:
         least = min(
             (v, s.name, c) for s in series for c, v in zip(columns, s.y, strict=True) if v == v
         )
+        lowest = numbers.perplexity(least[0])
         found.append(
             Figure(
                 Axes(f"heat-{key}", f"LoRA's perplexity by rank and {title}", title, "r", "heat"),
                 series,
-                alt=f"Lowest: {least[0]:.1f} at rank {least[1]}, {title} {least[2]}.",
+                alt=f"Lowest: {lowest} at rank {least[1]}, {title} {least[2]}.",
             )
         )
     return found
@@ -299,7 +304,7 @@ def _memory(rows: Sequence[Row]) -> Figure | None:
         series.append(Series("predicted peak", "#000000", names, mib, hollow=True))
     totals = {row.name: float(row.values["memory.peak_bytes"]) for row in shown}
     least, most = min(totals, key=totals.__getitem__), max(totals, key=totals.__getitem__)
-    said = [f"{totals[name] / 2**20:,.0f} MiB ({name})" for name in (least, most)]
+    said = [f"{numbers.mib(totals[name])} MiB ({name})" for name in (least, most)]
     alt = f"From {said[0]} to {said[1]}."
     return Figure(MEMORY, series, alt=alt)
 
@@ -316,9 +321,9 @@ def _speed(rows: Sequence[Row]) -> Figure | None:
         return None
     names, values = [row.name for row in shown], [float(row.values[path]) for row in shown]
     fastest = values.index(max(values))
-    alt = f"Fastest: {names[fastest]}, {values[fastest]:,.0f} tokens/s."
+    alt = f"Fastest: {names[fastest]}, {numbers.count(values[fastest])} tokens/s."
     if any(row.values[SHARED] for row in shown):
-        alt = "Measured while other runs shared the machine: not for comparison."
+        alt = "Measured while other runs used the machine too: do not compare them."
     labels = [row.values["method.label"] for row in shown]
     series = [
         Series(
@@ -347,7 +352,7 @@ def _curves(rows: Sequence[Row]) -> list[Figure]:
             names = [row.name] * len(x)
             series.append(Series(row.name, color, x, ends[0], low, high, names, True, True))
         last = sorted((s.y[-1], s.name) for s in series if s.y[-1] == s.y[-1])
-        said = [f"{value:.1f} ({name})" for value, name in last[:1] + last[-1:]]
+        said = [f"{numbers.perplexity(value)} ({name})" for value, name in last[:1] + last[-1:]]
         alt = f"At the end from {' to '.join(said)}." if said else "All have diverged."
         found.append(Figure(axes, series, alt=alt))
     return found
@@ -386,9 +391,11 @@ def _forgetting(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figure | N
             )
         )  # fmt: skip
     most = max(trained, key=lambda row: moved[row.name].difference)
-    alt = f"Most is forgotten by {most.name}: {moved[most.name].difference:.2f} nats per token."
+    nats = numbers.nats(moved[most.name].difference)
+    alt = f"Most is forgotten by {most.name}: {nats} nats per token."
     axes = Axes(
         f"forgetting-{on.text}", f"Learned and forgotten ({on.text})",
         "learned: nats per token of the test set", "forgotten: nats per token",
+        x_form=".4f", y_form=".4f",
     )  # fmt: skip
     return Figure(axes, series, alt=alt)

@@ -5,24 +5,19 @@ report/index.html, report/figures/*.{svg,pdf,png}, report/table.{md,tex}; result
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from harness.report import choices, columns, draw, page, setting, sheet
+from harness.report import choices, columns, draw, page, parts, setting, sheet
 from harness.report.evidence import Findings
 from harness.report.figure import Figure
 from harness.report.figures import figures
+from harness.report.summary import command
 from harness.report.table import headings
 from harness.system import atomic
 
 FOLDER = "report"
-
-
-def command(folder: Path) -> str:
-    """What makes all of this again."""
-    return f"harness report {shlex.quote(str(folder))}"
 
 
 def write(findings: Findings) -> Path:
@@ -31,15 +26,12 @@ def write(findings: Findings) -> Path:
     scratch = folder / ".figures"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    drawn = figures(findings.rows, findings.found)
+    drawn = _drawn(findings)
     for figure in drawn:
-        draw.draw(figure, scratch, command(findings.folder))
+        draw.draw(figure, scratch, command(findings))
     shutil.rmtree(folder / "figures", ignore_errors=True)  # a figure that is no more is not there
     scratch.rename(folder / "figures")
-    found, made_by = (
-        columns.sheet(findings.rows, findings.found.get("test")),
-        command(findings.folder),
-    )
+    found, made_by = columns.sheet(findings.rows, findings.found.get("test")), command(findings)
     line = setting.find(findings.folder, findings.rows).line
     said = "\n".join(f"{note}  " for note in columns.notes(findings.rows))
     for name, text in (
@@ -84,11 +76,16 @@ def _paper(findings: Findings, table: sheet.Sheet) -> str:
 
 def write_page(findings: Findings, refresh: int | None = None) -> Path:
     """Write the page alone."""
-    return _write_page(findings, figures(findings.rows, findings.found), refresh)
+    return _write_page(findings, _drawn(findings), refresh)
+
+
+def _drawn(findings: Findings) -> list[Figure]:
+    """Every figure: of the rows, and of what else lies in the folder."""
+    return figures(findings.rows, findings.found) + parts.figures(findings.folder, findings.rows)
 
 
 def _write_page(findings: Findings, drawn: list[Figure], refresh: int | None = None) -> Path:
     path = findings.folder / FOLDER / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write_atomically(path, page.text(findings, drawn, command(findings.folder), refresh))
+    atomic.write_atomically(path, page.text(findings, drawn, command(findings), refresh))
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ class Group:
     content: dict[str, str] = field(default_factory=dict)  # tells it from others of equal settings
 
 
-def find(folder: Path) -> list[Group]:
-    """The groups of a folder's finished runs, by the name of their first run."""
+def find(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Group]:
+    """The groups of a folder's finished runs, or of `run_dirs` alone, by their first run's name."""
     found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for run_dir, record in run_record.collect(folder):
-        if record["status"] == "finished":
+        if record["status"] == "finished" and (run_dirs is None or run_dir in run_dirs):
             found.setdefault(_key(record), []).append((run_dir, record))
     return _told_apart([_once(runs) for runs in found.values()])
 

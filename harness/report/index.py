@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,21 @@ import markupsafe
 from harness.config.errors import ConfigError
 from harness.report import columns, table
 from harness.report.table import Row
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.results.run_record import flat
 from harness.system import atomic
 
 FILE_NAME = "index.html"
 TEMPLATE = Path(__file__).with_name("index.html.j2")
 # Of a row, in the page's columns: path in the row's values -> heading and format.
-NUMBERS = {
-    "parameters.trainable": ("trainable", ",.0f"),
-    "memory.peak_bytes": ("peak MiB", "MiB"),
-    "speed.tokens_per_second": ("tok/s", ",.0f"),
-    "quality.validation.perplexity": ("val", ".2f"),
-    "quality.test.perplexity": ("test", ".2f"),
-    "quality.test.bits_per_byte": ("bits/byte", ".3f"),
-    f"{table.CLASSIFIED}.accuracy": ("accuracy", ".1%"),
+NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "parameters.trainable": ("trainable", numbers.count),
+    "memory.peak_bytes": ("peak MiB", numbers.mib),
+    "speed.tokens_per_second": ("tok/s", numbers.count),
+    "quality.validation.perplexity": ("val", numbers.perplexity),
+    "quality.test.perplexity": ("test", numbers.perplexity),
+    "quality.test.bits_per_byte": ("bits/byte", "{:.3f}".format),
+    f"{table.CLASSIFIED}.accuracy": ("accuracy", numbers.share),
 }
 
 
@@ -147,7 +148,7 @@ def _line(folder: Path, row: Row) -> dict[str, Any]:
     }
 
 
-def _shown(row: Row, path: str, form: str) -> str:
+def _shown(row: Row, path: str, form: Callable[[Any], str]) -> str:
     cell = columns.text_of(row.values.get(path), form)
     shared = path in table.MEASURED and row.values.get(table.SHARED) and cell != "-"
     return f"{cell}*" if shared else cell

@@ -7,7 +7,9 @@ import math
 from collections import Counter
 from typing import Any
 
+from harness.report.axes import TEST
 from harness.report.figure import MANY_COLUMNS, Figure, Series, labels
+from harness.results import numbers
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -18,7 +20,7 @@ HEAT = [[0, "#6baed6"], [1, "#f3f8fd"]]  # black is legible on all of it
 
 def plotly(figure: Figure) -> dict[str, Any]:
     """A figure as Plotly's JSON; colours of text and grid are the page's."""
-    makers = {"points": _points, "bars": _bars, "heat": _heat}
+    makers = {"points": _points, "bars": _bars, "heat": _heat, "parallel": _parallel}
     traces = makers[figure.axes.kind](figure)
     lying, many = figure.axes.kind == "bars", len(figure.series) > MANY
     x: dict[str, Any] = {
@@ -33,7 +35,7 @@ def plotly(figure: Figure) -> dict[str, Any]:
         x["type"] = "log"
         places = sorted({v for s in figure.series for v in s.x})
         if len(places) <= 8 and places[-1] < 10_000:
-            x |= {"tickvals": places, "ticktext": [f"{v:g}" for v in places]}
+            x |= {"tickvals": places, "ticktext": [f"{v:,g}" for v in places]}
         else:
             x |= {"dtick": 1, "exponentformat": "power"}
     else:
@@ -47,6 +49,9 @@ def plotly(figure: Figure) -> dict[str, Any]:
         upright = len(figure.series[0].x) > MANY_COLUMNS
         x |= {"type": "category", "showgrid": False, "tickangle": -90 if upright else 0}
         y |= {"type": "category", "showgrid": False}
+    if figure.axes.kind == "parallel":
+        x |= {"showticklabels": False, "zeroline": False, "range": [-0.04, 1.04]}
+        y |= {"type": "category", "autorange": "reversed"}
     layout: dict[str, Any] = {
         "xaxis": x, "yaxis": y, "barmode": "stack", "hovermode": "closest",
         "height": 150 + 24 * len(figure.series[0].x) if lying else 440 + 120 * many,
@@ -91,6 +96,18 @@ def _ticks(figure: Figure) -> list[float]:
 
 def _points(figure: Figure) -> list[dict[str, Any]]:
     traces: list[dict[str, Any]] = []
+    axes = figure.axes
+    hover = (
+        "<br>".join(
+            ["<b>%{text}</b>"]
+            + [
+                f"{html.escape(name)}: %{{{letter}{form and ':' + form}}}"
+                for letter, name, form in (("x", axes.x, axes.x_form), ("y", axes.y, axes.y_form))
+                if name != TEST  # which the page adds, with its interval
+            ]
+        )
+        + "<extra></extra>"
+    )
     alike: Counter[str] = Counter()
     for index, s in enumerate(figure.series):
         if s.halo:
@@ -107,7 +124,7 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
                 **({"size": 5, "maxdisplayed": 8} if s.band else {"size": 9}),
             },
             "text": _one([html.escape(name) for name in s.rows]),
-            "hovertemplate": "%{text}<br>%{x:,} → %{y:.2f}<extra></extra>",
+            "hovertemplate": hover,
             "legendgroup": str(index),
         }  # fmt: skip
         if s.dash:
@@ -124,6 +141,21 @@ def _points(figure: Figure) -> list[dict[str, Any]]:
             traces.append(_band(s, index))
         traces.append(trace)
     return traces
+
+
+def _parallel(figure: Figure) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "scatter", "mode": "lines+markers", "name": html.escape(s.name),
+            "y": [html.escape(label).replace(", ", "<br>", 1) for label in map(str, s.y)],
+            "x": [None if value != value else value for value in s.x], "connectgaps": False,
+            "line": {"color": s.color, "width": 3 if index == len(figure.series) - 1 else 1},
+            "marker": {"color": s.color, "size": 6}, "legendgroup": str(index),
+            "text": [html.escape(name) for name in s.rows],
+            "hovertemplate": "%{text}<extra></extra>",
+        }
+        for index, s in enumerate(figure.series)
+    ]  # fmt: skip
 
 
 def _halo(s: Series, index: int) -> dict[str, Any]:
@@ -158,7 +190,7 @@ def _bars(figure: Figure) -> list[dict[str, Any]]:
                 {
                     "type": "scatter", "mode": "markers", "x": s.y, "y": names,
                     "name": html.escape(s.name),
-                    "hovertemplate": "%{y}<br>%{x:,.1f}<extra></extra>",
+                    "hovertemplate": f"%{{y}}<br>%{{x:{figure.axes.y_form}}}<extra></extra>",
                     "marker": {"symbol": "line-ns-open", "size": 14, "line": {"width": 2}},
                     "meta": "ink",
                 }
@@ -169,7 +201,8 @@ def _bars(figure: Figure) -> list[dict[str, Any]]:
                 "type": "bar", "orientation": "h", "x": s.y, "y": names,
                 "name": html.escape(s.name),
                 "marker": {"color": s.color},
-                "hovertemplate": "%{y}<br>%{x:,.1f} " + html.escape(s.name) + "<extra></extra>",
+                "hovertemplate": f"%{{y}}<br>%{{x:{figure.axes.y_form}}} {html.escape(s.name)}"
+                "<extra></extra>",
             }
         )  # fmt: skip
     return traces
@@ -181,7 +214,7 @@ def _heat(figure: Figure) -> list[dict[str, Any]]:
         {
             "type": "heatmap", "x": figure.series[0].x, "y": [s.name for s in figure.series],
             "z": [[math.log(v) if v == v else None for v in row] for row in values],
-            "text": [[f"{v:.1f}" if v == v else "–" for v in row] for row in values],
+            "text": [[numbers.short(v) if v == v else "–" for v in row] for row in values],
             "texttemplate": "%{text}", "hovertemplate": "%{x}, r=%{y}: %{text}<extra></extra>",
             "colorscale": HEAT, "showscale": False, "textfont": {"color": "#111111"},
             "xgap": 2, "ygap": 2,

@@ -31,7 +31,7 @@ class Missing:
 
 
 def find(findings: Findings) -> list[Missing]:
-    """Every such run: those that have begun, by name, and then those of the last sweep only."""
+    """Every such run of those asked for: begun, by name, and then those of the last sweep only."""
     folder, planned = findings.folder, run_record.read_sweep(findings.folder)
     names = ("config.yaml", run_record.FILE_NAME)
     run_dirs = {path.parent for name in names for path in folder.glob(f"*/{name}")}
@@ -42,15 +42,16 @@ def find(findings: Findings) -> list[Missing]:
     ]
     repeated = [
         Missing(run_dir.name, "repeated", reason, log=(run_dir / "log.txt").exists())
-        for row in findings.everything
+        for row in findings.rows
         for run_dir, reason in row.repeated.items()
     ]
-    return (
-        found
-        + repeated
-        + list(_not_compared(findings))
-        + list(_not_begun(run_dirs, planned, folder))
-    )
+    found += [
+        *repeated,
+        *_not_compared(findings),
+        *_not_begun(run_dirs, planned, folder),
+    ]
+    asked = findings.run_dirs
+    return [one for one in found if asked is None or folder / one.name in asked]
 
 
 def _begun(run_dir: Path) -> Missing | None:

@@ -35,6 +35,7 @@ if (body) {
   });
 }
 // Which row to take: the least costly of those that are good enough and within every budget.
+function perplexity(value) { return value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 }); }  // as harness/results/numbers.py
 const above = document.getElementById("above"), least = document.getElementById("least"), budgets = [...document.querySelectorAll("[data-budget]")];
 function choose() {
   const known = data.rows.filter(row => row.perplexity), lowest = Math.min(...known.map(row => row.perplexity[0])), by = least.value;
@@ -46,9 +47,7 @@ function choose() {
   if (!fit.length) { said.textContent = "No row is that good within these budgets."; return; }
   const row = fit[0], name = document.createElement("strong");
   name.textContent = row.name;
-  const costs = budgets.filter(box => row.costs[box.dataset.budget] !== undefined).map(box =>
-    `${(row.costs[box.dataset.budget] / box.dataset.unit).toLocaleString("en", { maximumSignificantDigits: box.dataset.of === "parameters" ? 12 : 3 })} ${box.dataset.of}`);
-  said.replaceChildren("Take ", name, `: test perplexity ${row.perplexity[0].toFixed(2)}, ${row.perplexity[0] === lowest ? "the lowest" : `${(row.perplexity[0] / lowest).toFixed(2)} times the lowest`}; ${costs.join(", ")}.`);
+  said.replaceChildren("Take ", name, `: test perplexity ${perplexity(row.perplexity[0])}, ${row.perplexity[0] === lowest ? "the lowest" : `${perplexity(row.perplexity[0] / lowest)} times the lowest`}; ${row.spent.join(", ")}.`);
 }
 if (above) { [above, least, ...budgets].forEach(box => ["input", "change"].forEach(event => box.addEventListener(event, choose))); choose(); }
 function narrow() { return innerWidth < 600; }
@@ -93,22 +92,15 @@ function shownTraces(figure) {
 }
 // What hovering over a point says: the row's own numbers.
 const known = new Map(data.rows.map(row => [row.name, row]));
-function number(value, digits) { return value.toLocaleString("en", { maximumSignificantDigits: digits }); }
+function markup(text) { return text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); }
 function told(name) {
   const row = known.get(name);
-  if (!row) return "";
-  const values = row.values, said = [];
-  if (row.perplexity) said.push(`test ${row.perplexity[0].toFixed(2)}` + (row.perplexity[1] ? ` (95 % ${number(row.perplexity[1], 3)} to ${number(row.perplexity[2], 3)})` : ""));
-  if (row.trained && values["method.lr"]) said.push(`lr ${number(values["method.lr"], 3)} (${row.lr_from || "set"})`);
-  if (values["memory.peak_bytes"]) said.push(`peak ${number(values["memory.peak_bytes"] / 2 ** 20, 4)} MiB`);
-  if (values["speed.tokens_per_second"]) said.push(`${number(values["speed.tokens_per_second"], 4)} tokens/s`);
-  if (values["parameters.trainable"]) said.push(`${values["parameters.trainable"].toLocaleString("en")} parameters train`);
-  return said.map(text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;")).join("<br>");
+  return row ? row.told.map(markup).join("<br>") : "";
 }
 function hovers(trace) {
   if (trace.type !== "scatter" || trace.text === undefined || trace.hoverinfo === "skip" || trace.meta === "ink") return trace;
   const names = Array.isArray(trace.text) ? trace.text : trace.x.map(() => trace.text);
-  return { ...trace, customdata: names.map(name => told(plainText(name))), hovertemplate: "<b>%{text}</b><br>%{x:,} → %{y:.2f}<br>%{customdata}<extra></extra>", hoverlabel: { align: "left" } };
+  return { ...trace, customdata: names.map(name => told(plainText(name))), hovertemplate: trace.hovertemplate.replace("<extra>", "<br>%{customdata}<extra>"), hoverlabel: { align: "left" } };
 }
 // The line under the pointer, or under its name in the legend, stands out.
 function single(box, group) {
@@ -135,6 +127,8 @@ function draw(box) {
   const data = shownTraces(figure).map(t => hovers(t.meta === "ink" ? { ...t, marker: { ...t.marker, color: ink, line: { ...t.marker.line, color: ink } } } : t));
   const layout = look(figure);
   if (layout.barmode === "stack" && data.length && data[0].orientation === "h") { if (narrow()) layout.xaxis = { ...layout.xaxis, nticks: 2 }; layout.yaxis = { ...layout.yaxis, range: [data[0].y.length - 0.4, -0.6] }; layout.height = 150 + 24 * data[0].y.length; box.style.height = `${layout.height}px`; }
+  const entries = data.filter(t => t.showlegend !== false).length;
+  if (layout.showlegend && narrow() && entries > 4 && entries <= 16) { layout.height = figure.layout.height + 19 * (entries - 4); layout.legend.maxheight = 0.7; box.style.height = `${layout.height}px`; }  // every name, a line each
   if (box.closest(".hero") && narrow()) layout.showlegend = false;  // its points have their names beside them
   Plotly.react(box, data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
   there.add(box);
@@ -215,8 +209,8 @@ function compared(one, other) {
   const ratio = value => Math.exp(value).toLocaleString("en", { maximumSignificantDigits: 4 });
   const interval = low === null ? "no interval" : `95 % ${ratio(low)} to ${ratio(high)}`;
   const verdict = adjusted === null ? "not tested" : adjusted < 0.05 ? (difference < 0 ? "significantly lower" : "significantly higher") : "not told apart";
-  const value = p => p === null ? "none" : p < 0.0001 ? "below 0.0001" : p.toPrecision(2);
-  return `${one} has ${ratio(difference)} times the test perplexity of ${other} (${interval}; ${difference.toPrecision(3)} nats per token): ${verdict}, p ${value(p)}, by Holm over all pairs ${value(adjusted)}`;
+  const value = p => p === null ? "none" : p < 0.0001 ? "<0.0001" : String(Number(p.toPrecision(2)));
+  return `${one} has ${ratio(difference)} times the test perplexity of ${other} (${interval}; ${difference.toFixed(4)} nats per token): ${verdict}, p ${value(p)}, by Holm over all pairs ${value(adjusted)}`;
 }
 rows.forEach(row => {
   row.tabIndex = 0;
@@ -228,6 +222,12 @@ const hiddenColumns = new Set(), rules = document.head.appendChild(document.crea
 function columnsShown() {
   rules.textContent = [...hiddenColumns].map(i => `#results tr > :nth-child(${i + 1}) { display: none; }`).join(" ");
 }
+if (narrow()) document.querySelectorAll("#results thead th").forEach((th, i) => {  // room for what differs
+  if (!("alike" in th.dataset)) return;
+  hiddenColumns.add(i);
+  document.querySelectorAll("#columns input")[i].checked = false;
+});
+columnsShown();
 document.querySelectorAll("#columns input").forEach((box, i) => box.addEventListener("change", () => { hiddenColumns[box.checked ? "delete" : "add"](i); columnsShown(); }));
 function shownCells() {
   const kept = cells => [...cells].filter((_, i) => !hiddenColumns.has(i));
@@ -260,16 +260,20 @@ function explore() {
   const hidden = hiddenNames(), x = across.value, y = upwards.value;
   const points = data.rows.filter(row => !hidden.has(row.name) && Number.isFinite(row.values[x]) && Number.isFinite(row.values[y]));
   const scale = key => key.endsWith("bytes") ? 2 ** 20 : 1, family = row => [row.values["method.label"], row.values["method.targets"]].filter(Boolean).join(" ");
-  const escaped = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+  const title = select => markup(select.selectedOptions[0].textContent);
+  // A method has its colour of the other figures; what shares one is told apart by its mark.
+  const marks = new Map();
   const traces = [...new Set(points.map(family))].map((name, i) => {
-    const own = points.filter(row => family(row) === name);
-    return hovers({ type: "scatter", mode: "markers", name: escaped(name), legendgroup: String(i), meta: "rows", x: own.map(row => row.values[x] / scale(x)), y: own.map(row => row.values[y] / scale(y)), text: own.map(row => escaped(row.name)), marker: { size: 9, symbol: i % 8 } });
+    const own = points.filter(row => family(row) === name), color = own[0].color, symbol = marks.get(color) || 0;
+    marks.set(color, symbol + 1);
+    const values = row => [[across, x], [upwards, y]].map(([select, key]) => `${title(select)}: ${row.shown[key]}`);
+    return { type: "scatter", mode: "markers", name: markup(name), legendgroup: String(i), meta: "rows", x: own.map(row => row.values[x] / scale(x)), y: own.map(row => row.values[y] / scale(y)), text: own.map(row => markup(row.name)), customdata: own.map(row => [...values(row), ...row.told.map(markup)].join("<br>")), hovertemplate: "<b>%{text}</b><br>%{customdata}<extra></extra>", hoverlabel: { align: "left" }, marker: { size: 9, color, symbol: symbol % 8 } };
   });
   const better = data.lower[y] ? 1 : -1, cheap = data.lower[x] ? 1 : -1;
   const ends = front(points.map(row => [cheap * row.values[x], better * row.values[y], row.name]));
-  if (ends.length > 1) traces.push({ type: "scatter", mode: "lines", name: "Pareto front of the estimates", x: ends.map(p => cheap * p[0] / scale(x)), y: ends.map(p => better * p[1] / scale(y)), line: { color: "#808080", dash: "dash", width: 1.5 }, hoverinfo: "skip" });
+  if (ends.length > 1) traces.push({ type: "scatter", mode: "lines", name: "best for its cost", x: ends.map(p => cheap * p[0] / scale(x)), y: ends.map(p => better * p[1] / scale(y)), line: { color: "#808080", dash: "dash", width: 1.5 }, hoverinfo: "skip" });
   const wide = key => { const values = points.map(row => row.values[key]); return Math.min(...values) > 0 && Math.max(...values) > 8 * Math.min(...values); };
-  const axis = (key, select) => ({ title: { text: escaped(select.selectedOptions[0].textContent) }, type: wide(key) ? "log" : "linear", automargin: true, tickangle: 0, ...(wide(key) ? { dtick: 1, exponentformat: "power" } : { nticks: narrow() ? 4 : 8 }) });
+  const axis = (key, select) => ({ title: { text: title(select) }, type: wide(key) ? "log" : "linear", automargin: true, tickangle: 0, ...(wide(key) ? { dtick: 1, exponentformat: "power" } : { nticks: narrow() ? 4 : 8, separatethousands: true }) });
   Plotly.react(plot, traces, look({ layout: { xaxis: axis(x, across), yaxis: axis(y, upwards), height: 440, hovermode: "closest", showlegend: true } }), { responsive: true, displaylogo: false, displayModeBar: false });
 }
 if (plot) {

@@ -19,14 +19,25 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from harness.report import answer, choices, columns, missing, progress, setting, sheets
+from harness.report import (
+    answer,
+    choices,
+    columns,
+    missing,
+    parts,
+    progress,
+    setting,
+    sheets,
+    stats,
+)
 from harness.report import evidence as ev
+from harness.report.axes import color_of
 from harness.report.evidence import Evidence
 from harness.report.figure import Figure
 from harness.report.interactive import plotly
-from harness.report.sheet import Sheet
-from harness.report.table import LR_FROM, OF_COMPLETIONS, TEST, Row, headings
-from harness.results import run_record
+from harness.report.sheet import Cell, Sheet
+from harness.report.table import LR, LR_FROM, OF_COMPLETIONS, TEST, Row, headings
+from harness.results import numbers, run_record
 
 HERO = ("parameters",)  # the figure that stands above the table
 MOST_CHOICES = 40  # of a filter: what has more is better sorted
@@ -64,10 +75,15 @@ def text(
     rows = _by_result(findings.rows, test)
     shown = {figure.axes.key: plotly(figure) for figure in drawn}
     table, filters = columns.sheet(rows, test), _filters(rows)
+    stopped = parts.stopped(folder)  # candidates, of which the search's own section tells
+    left_out = [
+        one for one in missing.find(findings) if one.status != "running" and one.name not in stopped
+    ]
+    fates = Counter(one.status for one in left_out)
     return environment.get_template("page.html.j2").render(
         title=folder.name,
         question=answer.question(folder.name, rows),
-        setting=setting.find(folder, rows) if rows else None,
+        setting=setting.find(folder, rows),
         answer=answer.answer(rows, test),
         choices=choices.sheet(rows, test) if test is not None else None,
         notes=_notes(findings.rows, test, findings.refused),
@@ -81,7 +97,20 @@ def text(
         legend=" ".join(columns.notes(rows)) if rows else "",
         table_notes=test is not None and len(test.intervals) > 1,
         heroes=[_figure(f, shown) for f in drawn if f.axes.key in HERO],
-        figures=[_figure(f, shown) for f in drawn if f.axes.key not in HERO],
+        figures=[
+            _figure(f, shown)
+            for f in drawn
+            if f.axes.key not in HERO and not f.axes.key.startswith(parts.KEYS)
+        ],
+        parts=[
+            {
+                "key": part.key,
+                "sheet": part.sheet,
+                "figures": [_figure(f, shown) for f in part.figures],
+            }
+            for part in parts.find(folder, rows)
+        ],
+        alike=_alike(table),
         sheets=sheets.further(rows, found),
         data=_embedded(
             {
@@ -91,15 +120,16 @@ def text(
                 "lower": {key: key not in MORE_IS_BETTER for key in _measures(table)},
             }
         ),
-        comparisons=bool(found),
-        missing=[one for one in missing.find(findings) if one.status != "running"],
+        comparisons=test is not None and bool(test.comparisons),
+        missing=left_out,
+        fates=", ".join(f"{n} {status}" for status, n in fates.items()),
         provenance=_provenance(rows),
         command=command,
         plotly=get_plotlyjs() if drawn else "",
         style=_beside("page.css"),
         script=_beside("page.js"),
         measures=_measures(table),
-        running=progress.running(folder),
+        running=progress.running(folder, findings.run_dirs),
         refresh=refresh,
     )
 
@@ -114,9 +144,9 @@ def _measures(table: Sheet) -> dict[str, str]:
     found = {}
     for place, column in enumerate(table.columns):
         values = {line[place].value for line in table.lines} - {None}
-        numbers = values and all(isinstance(value, int | float) for value in values)
+        numeric = values and all(isinstance(value, int | float) for value in values)
         if (
-            numbers
+            numeric
             and column.key.startswith(MEASURES)
             and not column.key.endswith(("rank", "interval"))
         ):
@@ -199,13 +229,26 @@ def _order(value: Any, text: str) -> tuple[float, str]:
     return (-math.inf if value is None else number), text
 
 
+def _alike(table: Sheet) -> list[str]:
+    """Columns before the measures in which all of several rows are alike."""
+    if len(table.lines) < 2:
+        return []
+    return [
+        column.key
+        for place, column in enumerate(table.columns)
+        if column.key.startswith("method.")
+        and column.key != "method.label"
+        and len({line[place].shown for line in table.lines}) == 1
+    ]
+
+
 def _kinds(table: Sheet) -> dict[str, str]:
     """How each column is sorted: as numbers where all its values are."""
     found = {}
     for place, column in enumerate(table.columns):
         values = [line[place].value for line in table.lines]
-        numbers = all(isinstance(v, int | float) for v in values if v is not None)
-        found[column.key] = "number" if numbers else "text"
+        numeric = all(isinstance(v, int | float) for v in values if v is not None)
+        found[column.key] = "number" if numeric else "text"
     return found
 
 
@@ -240,6 +283,7 @@ def _ties_best(row: Row, test: Evidence | None) -> bool:
 def _values(rows: Sequence[Row], table: Sheet, test: Evidence | None) -> list[dict[str, Any]]:
     """Every row for the page's code: its values by column, interval, and costs to be compared."""
     costs = {title: ev.sure_costs(rows, title) for title in ev.BUDGETS}
+    spent = {title: ev.costs(rows, title) for title in ev.BUDGETS}
     found = []
     for row, line in zip(rows, table.lines, strict=True):
         interval = None if test is None else test.intervals.get(row.name)
@@ -250,11 +294,40 @@ def _values(rows: Sequence[Row], table: Sheet, test: Evidence | None) -> list[di
                 "tie": _ties_best(row, test),
                 "values": {c.key: v.value for c, v in zip(table.columns, line, strict=True)},
                 "perplexity": None if interval is None else interval.perplexity,
-                "lr_from": row.values[LR_FROM],
                 "costs": {t: known[row.name] for t, known in costs.items() if row.name in known},
+                "color": color_of(row.values["method.label"]),
+                "shown": {c.key: v.shown for c, v in zip(table.columns, line, strict=True)},
+                "spent": [
+                    choices.amount(title, known[row.name])
+                    for title, known in spent.items()
+                    if row.name in known
+                ],
+                "told": _told(row, interval, table, line),
             }
         )
     return found
+
+
+def _told(
+    row: Row, interval: stats.Interval | None, table: Sheet, line: Sequence[Cell]
+) -> list[str]:
+    """What hovering over a row's point says beside the point: the table's own numbers."""
+    shown = {column.key: cell.shown for column, cell in zip(table.columns, line, strict=True)}
+    said = []
+    if interval is not None:
+        low, high = map(numbers.short, interval.perplexity[1:])
+        between = "" if interval.missing else f" (95 % {low} to {high})"
+        said.append(f"test {numbers.perplexity(interval.perplexity[0])}{between}")
+    if row.trained and row.values[LR]:
+        said.append(f"lr {numbers.rate(row.values[LR])} ({row.values[LR_FROM] or 'set'})")
+    for key, words in (
+        ("memory.peak_bytes", "peak {} MiB"),
+        ("speed.tokens_per_second", "{} tokens/s"),
+        ("parameters.trainable", "{} parameters train"),
+    ):
+        if shown[key] not in ("-", "0"):
+            said.append(words.format(shown[key]))
+    return said
 
 
 def _pairs(rows: Sequence[Row], test: Evidence | None) -> list[list[Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.system import lock
 
 VALIDATION = "eval/validation/nll"
@@ -23,10 +24,12 @@ class Running:
     perplexity: str  # of its last validation, or ""
 
 
-def running(folder: Path) -> list[Running]:
-    """Every run in `folder` whose worker is alive, by name."""
+def running(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Running]:
+    """Every run in `folder`, or of `run_dirs`, whose worker is alive, by name."""
     found = []
     for path in sorted(folder.glob(f"*/{run_record.FILE_NAME}")):
+        if run_dirs is not None and path.parent not in run_dirs:
+            continue
         record = run_record.read(path.parent)
         if record is None or record["status"] != "running" or not lock.is_claimed(path.parent):
             continue
@@ -36,7 +39,7 @@ def running(folder: Path) -> list[Running]:
         each = [row["train/step_seconds"] for row in metrics if row.get("train/step_seconds")]
         left = sum(each) / len(each) * (steps - step) if each else None
         losses = [row[VALIDATION] for row in metrics if row.get(VALIDATION) is not None]
-        shown = f"{math.exp(losses[-1]):.2f}" if losses and losses[-1] < 100 else ""
+        shown = numbers.perplexity(math.exp(losses[-1])) if losses and losses[-1] < 100 else ""
         found.append(Running(path.parent.name, step, steps, _duration(left), shown))
     return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.config import ending
 from harness.report.table import CLASSIFIED, Row
-from harness.results import run_record
+from harness.results import numbers, run_record
 
 
 def remarks(shown: Sequence[Row]) -> list[str]:
@@ -57,6 +57,7 @@ def of_labels(shown: Sequence[Row]) -> str:
     fewest, most = (f(one["num_examples"] for one in found) for f in (min, max))
     count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     return (
-        f"accuracy: of {count} test examples, by the likelihood of the labels; ± {half:.1%} at\n"
-        "most (95 % over examples, seeds not counted). majority: always training's commonest label."
+        f"accuracy: of {count} test examples, by the likelihood of the labels; "
+        f"± {numbers.share(half)} at most (95 % over examples, seeds not counted). "
+        "majority: always training's commonest label."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Setting:
     facts: list[str]  # model and text, steps, context, seeds, date
     commands: list[str]  # as typed, the last one first
     more_commands: int = 0  # further ones
+    scope: str = ""  # of rows of several commands: that they are, and how to have the last alone
 
     @property
     def line(self) -> str:
@@ -35,7 +37,10 @@ class Setting:
 
 
 def find(folder: Path, rows: Sequence[Row]) -> Setting:
-    """The setting of rows of a folder."""
+    """The setting of rows of a folder; without rows it is what was typed."""
+    if not rows:
+        typed = [str(one["command"]) for one in reversed(run_record.sweep_commands(folder))]
+        return Setting([], typed[:FEW], max(0, len(typed) - FEW))
     records = [record for row in rows for record in row.records]
     trained = [record for row in rows if row.trained or row.took_no_step for record in row.records]
     commands = _commands(folder, rows)
@@ -47,7 +52,16 @@ def find(folder: Path, rows: Sequence[Row]) -> Setting:
         _seeds(records),
         _dates(rows),
     ]
-    return Setting([f for f in facts if f], commands[:FEW], max(0, len(commands) - FEW))
+    scope = ""
+    if len(commands) > 1 and last_sweep(folder):
+        alone = shlex.join(["harness", "report", "--last", str(folder)])
+        scope = f"Rows of {len(commands)} commands; of the last sweep alone: {alone}"
+    return Setting([f for f in facts if f], commands[:FEW], max(0, len(commands) - FEW), scope)
+
+
+def last_sweep(folder: Path) -> list[Path]:
+    """The run directories of the last sweep into the folder; empty where none was recorded."""
+    return [folder / name for name in run_record.read_sweep(folder)]
 
 
 def _values(records: Iterable[dict[str, Any]], *paths: str) -> list[Any]:
@@ -152,4 +166,4 @@ def _of_hydra(folder: Path) -> str | None:
         return None
     asked = [text for text in own if text != "hydra.mode=MULTIRUN"]
     flag = ["-m"] if len(asked) < len(own) else []
-    return run_record.command_line([*flag, *task, *asked])
+    return shlex.join(["python", "-m", "harness", *flag, *task, *asked])  # as it was called then

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from harness.report import anatomy, samples, views
 from harness.report import evidence as ev
+from harness.report import samples, views
 from harness.report.choices import SHORT
 from harness.report.columns import ends
 from harness.report.evidence import Evidence
 from harness.report.sheet import Cell, Column, Sheet
 from harness.report.table import SHARED, Row
-from harness.results import run_record
+from harness.results import numbers, run_record
 
 PAIRS = 6  # of equal cost, that are named
 CONFIGURATION = Column("name", "configuration", text=True)
@@ -28,7 +28,7 @@ def further(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Sheet]:
             made.append(matched(rows, test))
     made.append(learning(rows))
     made += [forgetting(rows, on) for text, on in found.items() if text != "test"]
-    made += [samples.sheet(rows), anatomy.sheet(rows)]
+    made.append(samples.sheet(rows))
     return [sheet for sheet in made if sheet is not None]
 
 
@@ -40,12 +40,12 @@ def neighbours(test: Evidence) -> Sheet:
     """Every configuration beside the next best."""
     columns = [
         CONFIGURATION,
-        Column("less", "less the next best", text=True),
+        Column("less", "next best", text=True),
         Column("difference", "difference", why="of log-perplexity, nats per token"),
         Column("interval", "95 %", keep=20),
         Column("p", "p", keep=50),
         Column("holm", "p (Holm)", why=f"over all {len(test.comparisons)} pairs"),
-        Column("over", "over", text=True, keep=30, why="what the test takes for random"),
+        Column("over", "varies over", text=True, keep=30, why="what the test takes for random"),
         Column("detectable", "detectable", keep=40),
     ]
     lines = []
@@ -53,16 +53,19 @@ def neighbours(test: Evidence) -> Sheet:
         least = ev.detectable(test, c)
         lines.append(
             [
-                _text(c.a), _text(c.b), Cell(f"{c.difference:.4f}", c.difference),
-                Cell(f"{c.low:.4f} to {c.high:.4f}", c.low), Cell(f"{c.p:.2g}", c.p),
-                Cell(f"{c.adjusted_p:.2g}", c.adjusted_p), _text(c.varies_over),
-                Cell(f"{least:.4f}", least),
+                _text(c.a), _text(c.b), Cell(numbers.nats(c.difference), c.difference),
+                Cell(f"{numbers.nats(c.low)} to {numbers.nats(c.high)}", c.low),
+                Cell(numbers.p(c.p), c.p),
+                Cell(numbers.p(c.adjusted_p), c.adjusted_p), _text(c.varies_over),
+                Cell(numbers.nats(least), least),
             ]
         )  # fmt: skip
     title = "Each configuration and the next best: difference of log-perplexity, nats per token"
     note = (
-        f"Holm over all {len(test.comparisons)} pairs. detectable: the smallest difference that "
-        "this design finds with 80 % power if it is the clearest of them."
+        "difference: how much higher the log-perplexity of the configuration is than that of the "
+        f"next best. p (Holm): p corrected for all {len(test.comparisons)} pairs that are tested. "
+        "detectable: the smallest true difference that 4 of 5 such experiments would find, if it "
+        "were the clearest of all pairs."
     )
     return Sheet(title, columns, lines, [note])
 
@@ -78,8 +81,8 @@ def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
     lines, notes = (
         [],
         [
-            "Equal: within 5 %, and trained on as many tokens. nats: difference of log-perplexity "
-            "per token."
+            "equal: which cost differs by at most 5 %; both were trained on as many tokens. nats: "
+            "difference of log-perplexity per token. better: which of the two, by the paired test."
         ],
     )
     tokens = {row.name: run_record.get(row.records[0], "speed.tokens") for row in shown}
@@ -94,11 +97,12 @@ def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
             lines.append(
                 [
                     _text(SHORT[title]), _text(c.a), _text(c.b),
-                    Cell(f"{abs(c.difference):.4f}", abs(c.difference)), _text(which),
+                    Cell(numbers.nats(abs(c.difference)), abs(c.difference)), _text(which),
                 ]
             )  # fmt: skip
         if len(pairs) > PAIRS:
-            notes.append(f"And {len(pairs) - PAIRS} more pairs of equal {SHORT[title]}.")
+            more = len(pairs) - PAIRS
+            notes.append(f"And {more} more pair{'s' * (more > 1)} of equal {SHORT[title]}.")
     return Sheet("Pairs of equal cost", columns, lines, notes) if lines else None
 
 
@@ -117,9 +121,12 @@ def learning(rows: Sequence[Row]) -> Sheet | None:
     star = "*" if any(row.values[SHARED] for row in rows) else ""
     columns = [
         CONFIGURATION,
-        *(Column(f"tokens-{t:g}", f"{t:,.0f} tokens", keep=30 - i) for i, t in enumerate(tokens)),
         *(
-            Column(f"seconds-{s:g}", f"{s:,.3g} s{star}", keep=40 - i)
+            Column(f"tokens-{t:g}", f"{numbers.count(t)} tokens", keep=30 - i)
+            for i, t in enumerate(tokens)
+        ),
+        *(
+            Column(f"seconds-{s:g}", f"{numbers.seconds(s)} s{star}", keep=40 - i)
             for i, s in enumerate(seconds)
         ),
         *(Column(f"steps-{v:g}", f"steps to {v:g}", keep=10 + i) for i, v in enumerate(levels)),
@@ -137,19 +144,24 @@ def learning(rows: Sequence[Row]) -> Sheet | None:
         "Validation perplexity at equal tokens and equal training time, and steps to a perplexity"
     )
     notes = [
-        "Perplexity is interpolated between validations; ± is half of a 95 % t-interval over "
-        "seeds. Steps are from the last validation above the level to the first one at or under "
-        "it, and widen by the spread over seeds; - where a seed does not get there. Schedules "
-        "are for all steps: a shorter run would end lower than a long one does at its steps."
+        "Perplexity is interpolated between validations; ± gives its 95 % interval over seeds. "
+        "steps to a perplexity: from the last validation above it to the first at or below it, "
+        "wider where seeds differ; - where a seed does not reach it. The learning rate falls over "
+        "all steps of a run, so that a run of fewer steps would be lower at its end than this one "
+        "is there."
     ]
     if star:
-        notes.append(f"{star}: measured while other runs shared the machine; do not compare.")
+        notes.append(
+            f"{star}: measured while other runs used the machine too, so do not compare it."
+        )
     return Sheet(title, columns, lines, notes)
 
 
 def _perplexity(nll: float, half: float | None) -> str:
     value = views.perplexity(nll)
-    return f"{value:.2f}" + ("" if half is None else f" ± {value * half:.2g}")
+    return numbers.perplexity(value) + (
+        "" if half is None else f" ± {numbers.perplexity(value * half)}"
+    )
 
 
 def _steps(found: Sequence[views.Bracket | None]) -> Cell:
@@ -168,7 +180,7 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> Sheet:
     columns = [
         CONFIGURATION, Column("before", "before", keep=20), Column("after", "after"),
         Column("interval", "95 %", keep=10), Column("rank", "rank", keep=30),
-        Column("forgotten", "nats forgotten"), Column("of", "of these 95 %", keep=15),
+        Column("forgotten", "nats forgotten"), Column("of", "95 % of these", keep=15),
         Column("holm", "p (Holm)", keep=25),
     ]  # fmt: skip
     lines = []
@@ -176,20 +188,23 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> Sheet:
         i, c, start = on.intervals[name], moved.get(name), before[name].perplexity[0]
         rank = on.ranks.get(name, "-")
         line = [
-            _text(name), Cell(f"{start:.2f}", start),
-            Cell(f"{i.perplexity[0]:.2f}", i.perplexity[0]),
+            _text(name), Cell(numbers.perplexity(start), start),
+            Cell(numbers.perplexity(i.perplexity[0]), i.perplexity[0]),
             Cell(ends(i), i.perplexity[1] if i.missing is None else None),
             Cell(rank, int(rank.split("-")[0]) if rank != "-" else None),
         ]  # fmt: skip
         if c is not None and not c.same:
             line += [
-                Cell(f"{c.difference:.4f}", c.difference),
-                Cell(f"{c.low:.4f} to {c.high:.4f}", c.low),
-                Cell(f"{c.adjusted_p:.2g}", c.adjusted_p),
+                Cell(numbers.nats(c.difference), c.difference),
+                Cell(f"{numbers.nats(c.low)} to {numbers.nats(c.high)}", c.low),
+                Cell(numbers.p(c.adjusted_p), c.adjusted_p),
             ]
         else:
             line += [Cell("0", 0.0), Cell("-"), Cell("-")]
         lines.append(line)
     title = f"Forgetting: perplexity on {on.text} ({count} documents) before and after adaptation"
-    note = f"nats forgotten: per token, since {since}. rank: as above, on this text."
+    note = (
+        f"nats forgotten: how much the log-perplexity per token of this text rose since {since}; "
+        "below 0 it fell. rank: the places that a row may have on this text."
+    )
     return Sheet(title, columns, lines, [note])

@@ -25,13 +25,12 @@ CSVS = ("results.csv", "comparisons.csv", "curves.csv")
 
 
 def show(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
-    """Print the table of `folder`, or of the configurations of `run_dirs`, and write the CSVs."""
-    tell(ev.find(folder, run_dirs), run_dirs)
+    """Print the table of `folder`, or of `run_dirs` in it alone, and write the CSVs."""
+    tell(ev.find(folder, run_dirs))
 
 
 def tell(
     findings: Findings,
-    run_dirs: Sequence[Path] | None = None,
     *,
     full: bool = False,
     wide: bool = False,
@@ -54,17 +53,24 @@ def tell(
                 left |= bool(sheet.show(one, wide=wide))
                 _print_notes(one.notes)
         if left:
-            print(f"every column: harness report --wide {shlex.quote(str(folder))}")
+            print(f"every column: {command(findings, '--wide')}")
     else:
         print(f"\n{folder}: no finished run")
     for run in missing.find(findings):
-        if run_dirs is None or folder / run.name in run_dirs:
-            log = f" (log: {folder / run.name / 'log.txt'})" if run.log else ""
-            print(f"{run.status}: {run.name} ({run}){log}")
+        log = f" (log: {folder / run.name / 'log.txt'})" if run.log else ""
+        print(f"{run.status}: {run.name} ({run}){log}")
     if saved:
         print(f"saved in {folder}: {', '.join(saved)}; one directory per run beside them")
     more = "again" if full else "as a page, with comparisons, equal budgets and learning curves"
-    print(f"{more}: harness report {shlex.quote(str(folder))}")
+    print(f"{more}: {command(findings)}")
+
+
+def command(findings: Findings, *options: str) -> str:
+    """What makes the report of these runs again."""
+    last = findings.run_dirs is not None and findings.rows != findings.everything
+    if last and set(setting.last_sweep(findings.folder)) == findings.run_dirs:
+        options = ("--last", *options)
+    return shlex.join(["harness", "report", *options, str(findings.folder)])
 
 
 def _print_first(findings: Findings, *, wide: bool) -> None:
@@ -73,7 +79,10 @@ def _print_first(findings: Findings, *, wide: bool) -> None:
     title = findings.folder.name
     asked = answer.question(title, rows)
     print(f"\n{title}: {asked}" if asked else f"\n{title}")
-    print(setting.find(findings.folder, rows).line)
+    found_setting = setting.find(findings.folder, rows)
+    print(found_setting.line)
+    if found_setting.scope:
+        _print_notes([found_setting.scope])
     if said := answer.answer(rows, test):
         print()
         _print_notes([said])
@@ -104,7 +113,7 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 
 def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
-    """What the intervals cover, which pairs are not told apart, and who is on which front."""
+    """What the intervals cover, which pairs are not told apart, and the Pareto fronts."""
     _print_notes(ev.scope(test))
     if len(test.intervals) == 1:
         return
@@ -123,7 +132,7 @@ def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
         if any(ev.costs(rows, title).values()):  # or nothing costs anything
             lines.append(f"  {title}: {', '.join(on)}")
     if lines:
-        print("Pareto fronts (off them: something that costs no more is significantly better):")
+        print("Best for their cost (than others something that costs no more is better):")
         print("\n".join(lines))
         if said := ev.time_scope(rows):
             _print_notes([said])

@@ -9,6 +9,7 @@ from harness.report import stats
 from harness.report.axes import TEST, Axes, color_of
 from harness.report.figure import Figure, Series
 from harness.report.table import LR, Row, headings, setting_text
+from harness.results import numbers
 
 FIXED = ("method.label", "method.targets", "method.rank", "method.alpha")  # columns of every table
 WIDE = 8  # times its lowest value, from which an axis is logarithmic
@@ -54,23 +55,25 @@ def _figure(
     points: Callable[..., Series],
 ) -> Figure:
     everything = [_value(row, key) for members in joined for row in members]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in everything)
+    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in everything)
     places = {setting_text(v): i for i, v in enumerate(sorted(everything, key=_order))}
     labels = _labels(joined, key)
     series, said = [], []
     for members, label in zip(joined, labels, strict=True):
         ordered = sorted(members, key=lambda row: _order(_value(row, key)))
         x = [_value(row, key) for row in ordered]
-        if not numbers:
+        if not numeric:
             x = [setting_text(value) for value in x]
         color = color_of(str(ordered[0].values["method.label"]))
-        series.append(points(label, color, ordered, x, line=numbers))
+        series.append(points(label, color, ordered, x, line=numeric))
         best = min(ordered, key=lambda row: intervals[row.name].log_perplexity)
         value = intervals[best.name].perplexity[0]
-        said.append(f"{label}: lowest {value:.1f} at {setting_text(_value(best, key))}")
-    if not numbers:  # categories in one order, whichever line has them first
+        said.append(
+            f"{label}: lowest {numbers.perplexity(value)} at {setting_text(_value(best, key))}"
+        )
+    if not numeric:  # categories in one order, whichever line has them first
         series.sort(key=lambda s: min(places[v] for v in s.x))
-    log_x = numbers and min(everything) > 0 and max(everything) >= WIDE * min(everything)
+    log_x = numeric and min(everything) > 0 and max(everything) >= WIDE * min(everything)
     more = f"; and {len(said) - WORDS} more" if len(said) > WORDS else ""
     axes = Axes(
         f"swept-{key.replace('.', '-')}", f"Perplexity and {name}", name, TEST,

@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.table import Table
 from harness.config.schema import METHODS
 from harness.evaluation import text_metrics
 from harness.report import groups
-from harness.results import run_record
+from harness.results import numbers, run_record
 
 SHOWN = {"train.lr"} | {  # of the configuration, what has a column
     f"method.{key}"
@@ -56,31 +56,36 @@ class Number:
     """How a value of a row is written, and how long a narrow table keeps its column."""
 
     heading: str
-    form: str
+    form: Callable[[Any], str]
     keep: int
     why: str = ""
 
 
 COLUMNS = {
-    "method.label": Number("method", "s", 0),
-    "method.targets": Number("targets", "s", 0),
-    RANK: Number("r, k", "s", 0, "r of LoRA, k of U D V^T"),
-    ALPHA: Number("alpha", "g", 80),
-    LR: Number("lr", ".3g", 60, "the learning rate"),
-    TRAINABLE: Number("trainable", ",.0f", 70, "parameters that train"),
-    "parameters.trainable_percent": Number("%", ".2f", 20, "their share of all parameters"),
+    "method.label": Number("method", str, 0),
+    "method.targets": Number("targets", str, 0),
+    RANK: Number("r, k", str, 0, "r of LoRA, k of U D V^T"),
+    ALPHA: Number("alpha", "{:g}".format, 80),
+    LR: Number("lr", numbers.rate, 60, "the learning rate"),
+    TRAINABLE: Number("trainable", numbers.count, 70, "parameters that train"),
+    "parameters.trainable_percent": Number(
+        "%", numbers.percent, 20, "their share of all parameters"
+    ),
     "memory.peak_bytes": Number(
-        "peak MiB", "MiB", 40,
+        "peak MiB", numbers.mib, 40,
         "live tensors of a training step, or of evaluation where nothing trains",
     ),
-    "speed.tokens_per_second": Number("tok/s", ",.0f", 100, "of optimizer steps"),
+    "speed.tokens_per_second": Number("tok/s", numbers.count, 100, "of optimizer steps"),
     "quality.step0.validation.perplexity": Number(
-        "step 0", ".2f", 110, "validation perplexity per token before training"
+        "step 0", numbers.perplexity, 110, "validation perplexity per token before training"
     ),
     "quality.validation.perplexity": Number(
-        "val", ".2f", 90, "validation perplexity per token, from the checkpoint that it chose"
+        "val", numbers.perplexity, 90,
+        "validation perplexity per token, from the checkpoint that it chose"
     ),
-    TEST: Number("test", ".2f", 0, "test perplexity per token, from the same checkpoint"),
+    TEST: Number(
+        "test", numbers.perplexity, 0, "test perplexity per token, from the same checkpoint"
+    ),
 }  # fmt: skip
 CSV_ONLY = (
     "method.name",
@@ -120,9 +125,12 @@ class Row:
         return bool(self.values[TRAINABLE]) and _took_no_step(self.records[0])
 
 
-def rows(folder: Path) -> list[Row]:
-    """Every configuration with a finished run, by method, targets, parameters, alpha and rate."""
-    found = groups.find(folder)
+def rows(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Row]:
+    """Every configuration with a finished run, by method, targets, parameters, alpha and rate.
+
+    Of `run_dirs` alone, if they are given: names, settings and seeds are then of nothing else.
+    """
+    found = groups.find(folder, run_dirs)
     flat = [_settings(group.records[0]) for group in found]
     others = _without_a_column(flat)
     table = []
@@ -155,14 +163,14 @@ def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
     for path in [*COLUMNS, *SCORES, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
         found = [run_record.get(result, path) for result in records]
-        numbers = [v for v in found if isinstance(v, int | float)]
+        known = [v for v in found if isinstance(v, int | float)]
         if path == SHARED:  # the worst of the runs
-            numbers = [max(numbers)] if numbers else []
+            known = [max(known)] if known else []
         if path.endswith("perplexity"):  # null where one has overflowed
-            logs = [math.log(v) for v in numbers]
+            logs = [math.log(v) for v in known]
             values[path] = math.exp(sum(logs) / len(logs)) if len(logs) == len(found) else None
         else:
-            values[path] = sum(numbers) / len(numbers) if numbers else found[0]
+            values[path] = sum(known) / len(known) if known else found[0]
     return values
 
 
@@ -189,10 +197,14 @@ def _named(table: list[Row]) -> list[Row]:
         return " ".join([*filter(None, parts), *([UNTRAINED] if row.took_no_step else [])])
 
     names = [base(row) for row in table]
-    forms = {ALPHA: "alpha={:g}", LR: "lr={:.3g}"}
     parts = [
-        ["" if (value := row.values[key]) is None else form.format(value) for row in table]
-        for key, form in forms.items()
+        [
+            ""
+            if (v := row.values[key]) is None
+            else f"{COLUMNS[key].heading}={COLUMNS[key].form(v)}"
+            for row in table
+        ]
+        for key, column in ((key, COLUMNS[key]) for key in (ALPHA, LR))
     ]
     for key, heading in headings(table).items():
         texts = [setting_text(row.settings.get(key)) for row in table]

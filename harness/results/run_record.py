@@ -284,7 +284,7 @@ def get(result: dict[str, Any], path: str) -> Any:
 
 def command_line(arguments: list[str]) -> str:
     """The command that passes these arguments to the program."""
-    return shlex.join(["python", "-m", "harness", *arguments])
+    return shlex.join(["harness", *arguments])
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ from harness.data import token_data
 from harness.evaluation import sliding_window as evaluate
 from harness.models import pretrained, quantized
 from harness.models.loss import NextToken
-from harness.results import environment
+from harness.results import environment, numbers
 from harness.system.atomic import write_atomically
 from harness.system.internals import internal, prepared_models_kept
 from harness.training import loop as train
@@ -84,11 +84,12 @@ class Prediction:
 
     def __repr__(self) -> str:
         parts = (self.train or self.evaluate)["by_category"]
-        sizes = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in parts.items() if size)
+        sizes = ", ".join(f"{name} {numbers.mib(size)}" for name, size in parts.items() if size)
         flops = self.train_flops_per_token or self.evaluate_flops_per_token
         return (
-            f"Prediction({self.parameters.trainable:,} of {self.parameters.total:,} parameters "
-            f"train; {self.peak_bytes / 2**20:.1f} MiB at peak: {sizes}; "
+            f"Prediction({numbers.count(self.parameters.trainable)} of "
+            f"{numbers.count(self.parameters.total)} parameters "
+            f"train; {numbers.mib(self.peak_bytes)} MiB at peak: {sizes}; "
             f"{flops / 1e6:,.1f} MFLOP a token)"
         )
 

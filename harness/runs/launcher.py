@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from harness.config import matrix_roles, naming, run_config, unused_keys
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.results.run_record import command_line
 from harness.runs import composition, progress, tracking, worker_process
 from harness.runs.decision import Decision, Found, Request, decide
@@ -62,10 +63,13 @@ class Outcome:
         seconds = result.get("wall_seconds") or 0
         done = "already finished" if self.status == "skipped" else f"finished in {seconds:.0f} s"
         problems = "".join(f"; {problem}" for problem in result.get("problems") or [])
-        return (f"{done}, test perplexity {perplexity:.2f}" if perplexity else done) + problems
+        return (
+            f"{done}, test perplexity {numbers.perplexity(perplexity)}" if perplexity else done
+        ) + problems
 
 
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep
+TYPED: list[str] = []  # after the program's name, before it became Hydra's arguments in sys.argv
 SINCE = "launch.since="  # the override by which a sweep tells its runs when it began
 PLANNED = "++contents="  # and the one by which it tells them what they are to read
 PAUSE = "++launch.pause_at="  # and the one by which a search tells them where to pause
@@ -76,10 +80,9 @@ def task(cfg: DictConfig) -> Outcome:
     hydra_config = HydraConfig.get()
     if os.environ.get("WORLD_SIZE", "1") != "1":  # a rank does not outlive accelerate launch
         machine.die_with_parent(signal.SIGKILL)
-    arguments = sys.argv[1:]
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    if sweep:  # the command that makes this run alone
-        arguments = [*without_own(hydra_config.overrides.task), "hydra.mode=RUN"]
+    own = [*without_own(hydra_config.overrides.task), "hydra.mode=RUN"]
+    command = command_line(["run", *own]) if sweep else typed()  # which makes this run alone
     try:
         _go_to(hydra_config.runtime.cwd)
         run = composition.from_hydra(cfg)
@@ -92,7 +95,7 @@ def task(cfg: DictConfig) -> Outcome:
             nullcontext() if sweep or rank() else tracking.TrackerProcesses([run], sweep=False)
         )
         with followed, progress.View([run]) if viewed else nullcontext():
-            outcome = launch(run, command_line(arguments), sweep=sweep)
+            outcome = launch(run, command, sweep=sweep)
     except ConfigError as error:
         outcome = Outcome(Path(str(cfg.outputs_dir)), "refused", str(error))
     if not sweep:
@@ -413,4 +416,6 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def typed() -> str:
     """The command that the user typed, to be typed again."""
-    return command_line(sys.argv[1:])
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    program = ["python", "-m", "harness"] if as_module else ["harness"]
+    return shlex.join([*program, *(TYPED or sys.argv[1:])])

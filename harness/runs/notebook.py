@@ -23,7 +23,7 @@ from rich.console import Console
 
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.runs import progress
 
 ENDS = 12  # runs that ended last, a line each
@@ -125,7 +125,8 @@ def _validation(run_dir: Path) -> str:
     rows = [row for row in run_record.read_metrics(run_dir) if row.get("eval/validation/nll")]
     if not rows:
         return ""
-    return f", validation perplexity {math.exp(min(700, rows[-1]['eval/validation/nll'])):.2f}"
+    value = math.exp(min(700, rows[-1]["eval/validation/nll"]))
+    return f", validation perplexity {numbers.perplexity(value)}"
 
 
 class Result(dict[str, Any]):
@@ -133,15 +134,15 @@ class Result(dict[str, Any]):
 
     def __repr__(self) -> str:
         parts = [f"{run_record.get(self, 'run.name')}: {self.get('status')}"]
-        for path, form in (
-            ("quality.test.perplexity", "test perplexity {:.2f}"),
-            ("quality.classification.test.accuracy", "test accuracy {:.1%}"),
-            ("parameters.trainable", "{:,} trainable parameters"),
-            ("memory.peak_bytes", "{:,.0f} MiB at peak"),
-            ("speed.tokens_per_second", "{:,.0f} tokens/s"),
+        for path, words, form in (
+            ("quality.test.perplexity", "test perplexity {}", numbers.perplexity),
+            ("quality.classification.test.accuracy", "test accuracy {}", numbers.share),
+            ("parameters.trainable", "{} trainable parameters", numbers.count),
+            ("memory.peak_bytes", "{} MiB at peak", numbers.mib),
+            ("speed.tokens_per_second", "{} tokens/s", numbers.count),
         ):
             if (value := run_record.get(self, path)) is not None:
-                parts.append(form.format(value / 2**20 if "MiB" in form else value))
+                parts.append(words.format(form(value)))
         return ", ".join(parts)
 
 
@@ -201,10 +202,10 @@ class Report:
 
 
 def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
-    """The report of an experiment, or of the configurations of `run_dirs` in it.
+    """The report of an experiment, or of the last sweep into it, whose runs are `run_dirs`.
 
-    The page and the figures, which are of all the folder, are made by `harness report`
-    in a process of its own: matplotlib's settings in this one are the user's.
+    The page and the figures are made by `harness report` in a process of its own: matplotlib's
+    settings in this one are the user's.
 
     Raises:
         ConfigError: there is no run in the folder.
@@ -212,11 +213,7 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     from harness.report import columns, evidence, missing
 
     found = evidence.find(folder, run_dirs)
-    left = [
-        f"{one.status}: {one.name} ({one})"
-        for one in missing.find(found)
-        if run_dirs is None or folder / one.name in run_dirs
-    ]
+    left = [f"{one.status}: {one.name} ({one})" for one in missing.find(found)]
     if not found.rows and not left:
         raise ConfigError(f"{folder}: no run; outputs/<experiment_name> has an experiment")
     notes = [f"no intervals, ranks or comparisons {reason}" for reason in found.refused] + left
@@ -227,9 +224,11 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     num_text = len([*takewhile(lambda column: column.text, sheet.columns)])
     page, figures = folder / "report" / "index.html", []
     if found.rows:
+        last = [] if run_dirs is None else ["--last"]
         made = subprocess.run(
-            [sys.executable, "-m", "harness.report", str(folder)], capture_output=True, text=True
-        )
+            [sys.executable, "-m", "harness.report", *last, str(folder)],
+            capture_output=True, text=True,
+        )  # fmt: skip
         if made.returncode not in (0, 2) or not page.is_file():
             said = (made.stderr.strip().splitlines() or ["unknown"])[-1]
             notes.append(f"the page was not made: {said}")

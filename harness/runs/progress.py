@@ -20,7 +20,7 @@ from rich.text import Text
 
 from harness.config import naming
 from harness.config.run_config import RunConfig
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.system import lock
 
 ENDED = ("finished", "failed", "interrupted", "paused")
@@ -87,7 +87,7 @@ class _Seen:
             value = run_record.get(self.record, "quality.test.perplexity")
             said = f"finished in {self.record.get('wall_seconds') or 0:.0f} s"
             said = "already finished" if self.before == "finished" else said
-            return f"{said}, test perplexity {value:.2f}" if value else said
+            return f"{said}, test perplexity {numbers.perplexity(value)}" if value else said
         if self.status == "paused":
             at, steps = run_record.get(self.record, "run.paused_at"), self.run.train.steps
             return f"paused after step {at} of {steps}"
@@ -186,7 +186,7 @@ class View:
         if not found:
             return ""
         value, name = min(found)
-        return f"best so far on validation: {value:.2f}, {name}"
+        return f"best so far on validation: {numbers.perplexity(value)}, {name}"
 
 
 def _duration(seconds: float) -> str:

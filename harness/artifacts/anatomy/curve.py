@@ -1,6 +1,6 @@
 """The seeds of one configuration whose updates are looked at together, and how a point is told.
 
-`harness.report.anatomy` makes the points: over documents alone with one seed, over seeds and
+`harness.report.compression` makes the points: over documents alone with one seed, over seeds and
 documents with more.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness.config.errors import ConfigError
-from harness.results import run_record
+from harness.results import numbers, run_record
 from harness.runs import finished_run
 
 
@@ -42,4 +42,6 @@ def seeds_of(run_dirs: Sequence[Path]) -> list[int]:
 def told(row: pd.Series) -> str:
     """A perplexity and its interval, as tables print them."""
     value, low, high = (float(row[name]) for name in ("perplexity", "low", "high"))
-    return f"{value:.2f}" if low != low else f"{value:.2f} ({low:.1f}-{high:.1f})"
+    return numbers.perplexity(value) + (
+        "" if low != low else f" ({numbers.short(low)}-{numbers.short(high)})"
+    )

@@ -18,10 +18,9 @@ from harness.artifacts.anatomy.survey import FOLDER, Survey
 from harness.artifacts.anatomy.texts import NEW
 from harness.artifacts.anatomy.updates import BESIDE
 from harness.report import table
+from harness.report.anatomy import ALL, FILE_NAME, QUANTITIES
 from harness.system import atomic
 
-FILE_NAME = "summary.csv"
-ALL = "matrices"  # the weights of all matrices in the layers together
 Frame = pd.DataFrame
 
 
@@ -34,18 +33,15 @@ def _relative(rows: Frame) -> float:
     return math.sqrt((rows["change"] ** 2).sum() / (rows["size"] ** 2).sum())
 
 
-# quantity -> (what of the rows of one kind in one run, heading, format)
-QUANTITIES: dict[str, tuple[Callable[[Frame], float], str, str]] = {
-    "relative_change": (_relative, "|dW|/|W|", ".3f"),
-    "share": (lambda rows: float(rows["share"].sum()), "share", ".2f"),
-    "rank": (mean_of("rank"), "rank", ".0f"),
-    "full_rank": (mean_of("full_rank"), "of", ".0f"),
-    "effective_rank": (mean_of("effective_rank"), "effective", ".1f"),
-    "stable_rank": (mean_of("stable_rank"), "stable", ".1f"),
-    "r90": (mean_of("r90"), "r90", ".1f"),
-    "intruders": (mean_of("intruders"), "intruders", ".2f"),
-    "amplification": (mean_of("amplification"), "amplified", ".2f"),
-}
+def _measures(quantity: str) -> Callable[[Frame], float]:
+    """What of the rows of one kind in one run is a quantity of the report's table."""
+    own: dict[str, Callable[[Frame], float]] = {
+        "relative_change": _relative,
+        "share": lambda rows: float(rows["share"].sum()),
+    }
+    return own.get(quantity) or mean_of(quantity)
+
+
 OF_MATRICES = ("rank", "full_rank", "effective_rank", "stable_rank", "r90", "intruders",
                "amplification")  # fmt: skip
 
@@ -84,9 +80,9 @@ def _weights(weights: Frame) -> Frame:
     parts = pd.concat([weights[inner].assign(kind=ALL), weights], ignore_index=True)
     found = []
     for (run, kind), rows in parts.groupby(["run", "kind"], sort=False):
-        for quantity, (measure, _, _) in QUANTITIES.items():
+        for quantity in QUANTITIES:
             if quantity not in OF_MATRICES or rows["is_matrix"].all():
-                found.append((run, kind, quantity, measure(rows)))
+                found.append((run, kind, quantity, _measures(quantity)(rows)))
     return pd.DataFrame(found, columns=["run", "of", "quantity", "value"])
 
 
@@ -140,8 +136,8 @@ def show(summary: Frame, found: Survey, settings: Settings) -> None:
         return "-" if row is None else row.text(form)
 
     _print(
-        ["configuration", *(heading for _, heading, _ in QUANTITIES.values())],
-        [[name, *(cell(name, ALL, q, form) for q, (_, _, form) in QUANTITIES.items())]
+        ["configuration", *(heading for heading, _, _ in QUANTITIES.values())],
+        [[name, *(cell(name, ALL, q, form) for q, (_, form, _) in QUANTITIES.items())]
          for name in names if (name, ALL, "share") in known],
     )  # fmt: skip
     print(
