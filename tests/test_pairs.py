@@ -221,7 +221,7 @@ def test_a_sequence_is_prompt_end_completion_end(cfg, tokenizer):
 
 def test_packing_holds_every_sequence_once_and_cuts_none(cfg, tokenizer):
     some = pairs.read(cfg)["train"]
-    table = sequences.blocks(some, tokenizer, cfg)[0].to_pylist()
+    table = pa.concat_tables(sequences.blocks(some, tokenizer, cfg)[0]).to_pylist()
     found = []
     for row in table:
         assert len(row["inputs"]) == len(row["targets"]) == len(row["positions"]) == 96
@@ -239,7 +239,7 @@ def test_packing_holds_every_sequence_once_and_cuts_none(cfg, tokenizer):
         (tuple(one.ids), len(one.ids) - one.num_prompt) for one in expected
     )
     assert len(table) <= -(-sum(one.length for one in expected) // 96) + 1  # next to no waste
-    assert sequences.blocks(some[::-1], tokenizer, cfg)[0].to_pylist() == table
+    assert pa.concat_tables(sequences.blocks(some[::-1], tokenizer, cfg)[0]).to_pylist() == table
 
 
 def by_hand(model, some, tokenizer):
@@ -265,9 +265,8 @@ def test_loss_and_gradient_are_those_of_every_sequence_alone(
     model = AutoModelForCausalLM.from_pretrained(ASSETS_DIR / "gpt2_mini").eval()
     model = adapt(model, make_run(method))
     some = pairs.read(cfg)["train"]
-    table = Dataset(
-        sequences.blocks(some, tokenizer, replace(cfg, packing=packing))[0]
-    ).with_format("numpy")
+    blocks, _ = sequences.blocks(some, tokenizer, replace(cfg, packing=packing))
+    table = Dataset(pa.concat_tables(blocks)).with_format("numpy")
     text = token_data.Data(table, {}, {}, True, "")
     order = text.by_length(list(range(len(table))))
     num_tokens = text.num_predicted(order)

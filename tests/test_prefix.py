@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from test_evaluate import documents as some_documents
@@ -95,7 +96,7 @@ def test_a_prompt_follows_bos_where_documents_do():
     assert [row["first"], *row["tokens"]][: len(prompt)] == prompt
     assert row["skipped"] == len(prompt) - 1
     assert sequences.prompt_ids(pair, tokenizer, begins) == prompt
-    block = sequences.blocks([pair], tokenizer, cfg, begins)[0].to_pylist()[0]
+    block = pa.concat_tables(sequences.blocks([pair], tokenizer, cfg, begins)[0]).to_pylist()[0]
     assert block["inputs"][: len(prompt)] == prompt
 
 

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from harness.config.errors import ConfigError
@@ -37,39 +38,61 @@ from harness.data.pairs import Pair
 from harness.data.token_tables import IGNORE
 
 TOO_LONG = ("refuse", "cut", "drop", "window")
+BATCH = 1000  # pairs that are encoded, and blocks that are written, at a time
 LOSS_ON = ("assistant", "completion", "all")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """Holds the token ids of a prompt with one of its completions."""
+    """Holds the token ids of a prompt with one of its completions, five bytes a token."""
 
     pair: str  # its id
-    ids: list[int]
-    predicted: list[bool]  # of every id but the first
+    tokens: NDArray[np.int32]
+    counts: NDArray[np.bool_]  # of every id but the first: whether it is predicted
     completion: str
     scored: tuple[str, ...]  # the texts whose words and bytes are counted: what is predicted
+
+    @classmethod
+    def of(
+        cls,
+        pair: str,
+        ids: list[int],
+        predicted: list[bool],
+        completion: str,
+        scored: tuple[str, ...],
+    ) -> Example:
+        """Make one of lists."""
+        return cls(pair, np.array(ids, np.int32), np.array(predicted, bool), completion, scored)
+
+    @property
+    def ids(self) -> list[int]:
+        """Return the token ids as a list."""
+        return list(self.tokens.tolist())
+
+    @property
+    def predicted(self) -> list[bool]:
+        """Tell of every id but the first whether it is predicted."""
+        return list(self.counts.tolist())
 
     @property
     def length(self) -> int:
         """Return the number of inputs, which is that of targets, too."""
-        return len(self.ids) - 1
+        return len(self.tokens) - 1
 
     @property
     def num_prompt(self) -> int:
         """Ids before the first one that is predicted."""
-        return self.predicted.index(True) + 1
+        return int(self.counts.argmax()) + 1
 
     @property
     def num_predicted(self) -> int:
         """Return the number of targets that count in the loss."""
-        return sum(self.predicted)
+        return int(self.counts.sum())
 
     @property
-    def targets(self) -> list[int]:
+    def targets(self) -> NDArray[np.int32]:
         """What is predicted at every input; IGNORE where that does not count."""
-        found = zip(self.ids[1:], self.predicted, strict=True)
-        return [token if counts else IGNORE for token, counts in found]
+        return np.where(self.counts, self.tokens[1:], np.int32(IGNORE))
 
 
 # --------------------------------------------------------------------------- sequences
@@ -90,9 +113,12 @@ def sequences(
     assert isinstance(end, int)
     if cfg.loss_on == "all":  # or else nothing would come before the first token
         begins = begins or (end,)
-    plain = iter(_of_pairs([one for one in pairs if not one.turns], tokenizer, cfg, begins, end))
-    chats = iter(_of_chats([one for one in pairs if one.turns], tokenizer, cfg, begins))
-    found = [next(chats if one.turns else plain) for one in pairs for _ in one.completions]
+    found: list[Example] = []
+    for first in range(0, len(pairs), BATCH):  # lists of ids take many times their bytes
+        some = pairs[first : first + BATCH]
+        plain = iter(_of_pairs([one for one in some if not one.turns], tokenizer, cfg, begins, end))
+        chats = iter(_of_chats([one for one in some if one.turns], tokenizer, cfg, begins))
+        found += [next(chats if one.turns else plain) for one in some for _ in one.completions]
     longest = max(found, key=lambda one: one.length)
     if longest.length > cfg.context and cfg.too_long == "refuse":
         more = sum(one.length > cfg.context for one in found)
@@ -123,7 +149,7 @@ def _of_pairs(
             scored: tuple[str, ...] = (text,)
             if cfg.loss_on == "all":
                 predicted, scored = [True] * (len(ids) - 1), (pair.prompt, text)
-            found.append(Example(pair.id, ids, predicted, text, scored))
+            found.append(Example.of(pair.id, ids, predicted, text, scored))
     return found
 
 
@@ -157,7 +183,7 @@ def _of_chats(
             marks = [True] * len(ids)
             scored = [content for _, content in turns]
         ids, marks = [*own_begins, *ids], [False] * len(own_begins) + marks
-        found.append(Example(pair.id, ids, marks[1:], text, tuple(scored)))
+        found.append(Example.of(pair.id, ids, marks[1:], text, tuple(scored)))
     return found
 
 
@@ -221,10 +247,10 @@ def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[s
         if one.length > size:
             starts = {"cut": [0], "drop": [], "window": [*range(0, one.length, size)]}[cfg.too_long]
         parts = [
-            replace(one, ids=one.ids[i : i + size + 1], predicted=one.predicted[i : i + size])
+            replace(one, tokens=one.tokens[i : i + size + 1], counts=one.counts[i : i + size])
             for i in starts
         ]
-        parts = [part for part in parts if any(part.predicted)]
+        parts = [part for part in parts if part.counts.any()]
         left_out += not parts
         kept += parts
     tokens = sum(one.num_predicted for one in found)
@@ -252,9 +278,10 @@ def blocks(
     tokenizer: PreTrainedTokenizerBase,
     cfg: DataConfig,
     begins: tuple[int, ...] = (),
-) -> tuple[pa.Table, dict[str, Any]]:
+) -> tuple[Iterator[pa.Table], dict[str, Any]]:
     """Training blocks: inputs, targets (IGNORE over prompts and padding), positions, num_predicted.
 
+    They come in tables of BATCH blocks.
     With `packed` every block is `context` long and no sequence is cut: a sequence goes into the
     fullest block that has room (best fit), in an order that mixes prompts and depends on nothing
     but their ids. With `padded` a block is a sequence, as long as it is. Beside them what `fitted`
@@ -280,17 +307,27 @@ def blocks(
             left -= one.length
         if left >= 2 and packing == "packed":
             insort(room, (left, index))
-    columns: dict[str, list[Any]] = {"inputs": [], "targets": [], "positions": []}
+    width = context if packing == "packed" else None
+    return (_table(bins[i : i + BATCH], width, end) for i in range(0, len(bins), BATCH)), counts
+
+
+def _table(bins: Sequence[Sequence[Example]], width: int | None, end: int) -> pa.Table:
+    """A row a bin, padded to `width`; without one a bin is as wide as what is in it."""
+    columns: dict[str, list[NDArray[np.int32]]] = {"inputs": [], "targets": [], "positions": []}
+    predicted = []
     for members in bins:
-        width = context if packing == "packed" else members[0].length
-        pad = width - sum(one.length for one in members)
-        columns["inputs"].append([*chain(*(one.ids[:-1] for one in members)), *[end] * pad])
-        columns["targets"].append([*chain(*(one.targets for one in members)), *[IGNORE] * pad])
-        columns["positions"].append([*chain(*(range(one.length) for one in members)), *range(pad)])
+        pad = 0 if width is None else width - sum(one.length for one in members)
+        rows = {
+            "inputs": [*(one.tokens[:-1] for one in members), np.full(pad, end)],
+            "targets": [*(one.targets for one in members), np.full(pad, IGNORE)],
+            "positions": [*(np.arange(one.length) for one in members), np.arange(pad)],
+        }
+        for name, parts in rows.items():
+            columns[name].append(np.concatenate(parts).astype(np.int32))
+        predicted.append(sum(one.num_predicted for one in members))
     kind = pa.list_(pa.int32())
     table = {name: pa.array(values, type=kind) for name, values in columns.items()}
-    predicted = [sum(t != IGNORE for t in targets) for targets in columns["targets"]]
-    return pa.table(table | {"num_predicted": predicted}), counts
+    return pa.table(table | {"num_predicted": predicted})
 
 
 def evaluated(
@@ -307,14 +344,14 @@ def evaluated(
     found = sequences(pairs, tokenizer, cfg, begins)
     columns = {
         "id": [one.pair for one in found],
-        "first": [one.ids[0] for one in found],
-        "tokens": pa.array([one.ids[1:] for one in found], type=pa.list_(pa.int32())),
+        "first": [int(one.tokens[0]) for one in found],
+        "tokens": pa.array([one.tokens[1:] for one in found], type=pa.list_(pa.int32())),
         "skipped": [one.num_prompt - 1 for one in found],
         "num_words": [sum(len(text.split()) for text in one.scored) for one in found],
         "num_bytes": [sum(len(text.encode()) for text in one.scored) for one in found],
     }
     if any(one.num_predicted < one.length - one.num_prompt + 1 for one in found):
-        marks = pa.array([one.predicted for one in found], type=pa.list_(pa.bool_()))
+        marks = pa.array([one.counts for one in found], type=pa.list_(pa.bool_()))
         columns["scored"] = marks
     return pa.table(columns)
 

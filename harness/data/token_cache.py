@@ -13,13 +13,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -286,14 +287,16 @@ def _write_pairs(
     tokenizer: PreTrainedTokenizerBase,
     begins: tuple[int, ...],
 ) -> None:
+    coming: Iterable[pa.Table]
     if split == "train":
-        table, facts = sequences.blocks(some, tokenizer, cfg, begins)
+        coming, facts = sequences.blocks(some, tokenizer, cfg, begins)
     else:
         table = sequences.evaluated(some, tokenizer, cfg, begins)
-        facts = sequences.longer_than_a_window(table, cfg.context)
+        coming, facts = [table], sequences.longer_than_a_window(table, cfg.context)
     writer = tables.Writer(folder)
     try:
-        writer.write(table)
+        for table in coming:
+            writer.write(table)
         writer.finish(facts=facts)
     except BaseException:
         writer.discard()

@@ -2,7 +2,7 @@
 
 The cache is keyed by content (text, tokenizer, block length), so that it can never be stale, and a
 folder appears in it only when it is complete. Text is read, tokenised and packed a part at a time:
-memory does not grow with it (of pairs, it does).
+memory does not grow with it. Of pairs it does: their text, and five bytes a token, are in memory.
 """
 
 from __future__ import annotations
