@@ -14,7 +14,8 @@ from harness.config.errors import ConfigError
 from harness.config.schema import DataConfig
 from harness.data.token_data import Data
 from harness.methods import adapt, invocation, merging
-from harness.runs import worker
+from harness.results import run_record, schema
+from harness.runs import launcher, worker
 from harness.training import checkpoint
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -103,6 +104,34 @@ def test_a_failure_after_the_test_is_a_note_and_a_full_disk_is_not(capsys):
         raise OSError(28, "No space left on device: disk")
 
 
+FEW = ("data.validation_share=0.003", "data.test_share=0.003")
+
+
+def test_what_fails_at_the_end_of_a_run_is_noted_and_the_test_stands(
+    tmp_path, make_run, monkeypatch
+):
+    """Predicting and saving come last, with memory of their own."""
+
+    def broken(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(worker.estimate, "recorded", broken)
+    monkeypatch.setattr(worker.checkpoint, "export", broken)
+    run = make_run(
+        *SHORT, *FEW, "method=lora", "method.r=2", f"outputs_dir={tmp_path}", "run_name=x"
+    )
+    run.run_dir.mkdir(parents=True)
+    launcher.prepare(run, "test")
+    assert worker.main(run.run_dir, quiet=True) == 0
+    record = run_record.read(run.run_dir)
+    assert record["status"] == "finished" and schema.problems(record) == []
+    assert record["quality"]["test"]["num_tokens"] and record["predicted"] is None
+    assert record["problems"] == [
+        "memory and FLOPs could not be predicted (MemoryError: no room)",
+        "what was trained could not be saved (MemoryError: no room)",
+    ]
+
+
 SHORT = (
     "train.steps=2", "evaluate.every=2", "data.context=32", "train.batch_tokens=128",
     "train.micro_batch=2", "data.document_chars=300", "train.threads=1",
@@ -174,3 +203,36 @@ def test_alora_needs_its_tokens_and_is_never_merged_by_mistake(harness, tokenize
     pairs_file(tmp_path / "p.jsonl", "Something else")
     refused = harness(*common, *data, "run_name=other")
     assert refused.returncode == 2 and "prompts of the train split do not hold" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("SHADOW", "auxiliary_loss_weight=0"), ("LILY", "r=4"), ("BEFT", "init_weights=true")],
+)
+def test_what_peft_cannot_merge_finishes_on_a_base_drawn_at_random(harness, tmp_path, name, field):
+    """Where a whole model would be saved, if it could be merged."""
+    base = (
+        "model.asset=null", "model.tokenizer=gpt2_mini",
+        "+model.architecture={model_type: llama, vocab_size: 4096, "
+        "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 48, "
+        "max_position_embeddings: 64}",
+    )  # fmt: skip
+    asked = (
+        "method=peft",
+        f"method.peft_type={name}",
+        f"+method.fields.{field}",
+        *base,
+        *SHORT,
+        *FEW,
+    )
+    done = harness(*asked, "run_name=x")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "outputs" / "scratch" / "x"
+    record = run_record.read(folder)
+    assert record["status"] == "finished" and record["saved"] == ["adapter"]
+    assert record["saved_check"]["failure"] is None and not record.get("problems")
+    assert f"no model/ will be saved: {name} cannot be merged" in (folder / "log.txt").read_text()
+    refused = harness(*asked, "save_merged=always", "run_name=y")
+    assert refused.returncode == 2 and f"{name} cannot be merged" in refused.stderr
+    assert not (folder.parent / "y").exists()
