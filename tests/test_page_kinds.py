@@ -191,6 +191,15 @@ def test_a_sweep_of_anything_has_a_figure_of_it(pages):
         "swept-train-warmup", "swept-train-schedule")]  # fmt: skip
 
 
+def test_the_first_figure_is_of_what_differs(pages):
+    def first(kind):
+        text = (pages[kind] / "report" / "index.html").read_text()
+        return re.search(r'<div class="hero">.*?data-figure="([^"]+)"', text, re.S)[1]
+
+    assert first("warm_up") == "swept-train-warmup"  # all train as many parameters
+    assert first("grid") == first("one") == "parameters"
+
+
 def test_no_figure_of_rates_that_belong_to_configurations(pages):
     found = evidence.find(pages["grid"])
     keys = {figure.axes.key for figure in figures.figures(found.rows, found.found)}
