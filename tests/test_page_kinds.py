@@ -151,23 +151,31 @@ def anatomised(folder):
 KINDS = {f.__name__: f for f in (warm_up, sixty, one, failed, grid, running, searched, anatomised)}
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Kind -> the folder of an experiment with its report."""
-    found = {}
-    for kind, make in KINDS.items():
-        folder = tmp_path_factory.mktemp(kind) / kind
-        make(folder)
+class Pages(dict[str, Path]):
+    """Kind -> the folder of an experiment with its report, which is made when it is asked for."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def __missing__(self, kind):
+        folder = self.base / kind
+        KINDS[kind](folder)
         claim = lock.claim(folder / "under-way") if kind == "running" else None
         findings = evidence.find(folder)
         if findings.rows:
             files.write(findings)
         else:
             files.write_page(findings)
-        found[kind] = folder
         if claim:
             claim.release()
-    return found
+        self[kind] = folder
+        return folder
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    return Pages(tmp_path_factory.mktemp("pages"))
 
 
 # ----------------------------------------------------------------------------- without a browser
