@@ -137,23 +137,31 @@ KINDS = {f.__name__: f for f in (warm_up, sixty, one, failed, grid, running, sea
 KINDS["anatomised"] = anatomised
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Kind -> the folder of an experiment with its report."""
-    found = {}
-    for kind, make in KINDS.items():
-        folder = tmp_path_factory.mktemp(kind) / kind
-        make(folder)
+class Pages(dict[str, Path]):
+    """Kind -> the folder of an experiment with its report, which is made when it is asked for."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def __missing__(self, kind):
+        folder = self.base / kind
+        KINDS[kind](folder)
         claim = lock.claim(folder / "under-way") if kind == "running" else None
         findings = evidence.find(folder)
         if findings.rows:
             files.write(findings)
         else:
             files.write_page(findings)
-        found[kind] = folder
         if claim:
             claim.release()
-    return found
+        self[kind] = folder
+        return folder
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    return Pages(tmp_path_factory.mktemp("pages"))
 
 
 # ----------------------------------------------------------------------------- without a browser
@@ -175,6 +183,15 @@ def test_a_sweep_of_anything_has_a_figure_of_it(pages):
     assert "lowest" in warm.alt and len(schedule.series) == 4
     assert not [key for key in drawn if key.startswith("swept") and key not in (
         "swept-train-warmup", "swept-train-schedule")]  # fmt: skip
+
+
+def test_the_first_figure_is_of_what_differs(pages):
+    def first(kind):
+        text = (pages[kind] / "report" / "index.html").read_text()
+        return re.search(r'<div class="hero">.*?data-figure="([^"]+)"', text, re.S)[1]
+
+    assert first("warm_up") == "swept-train-warmup"  # all train as many parameters
+    assert first("grid") == first("one") == "parameters"
 
 
 def test_no_figure_of_rates_that_belong_to_configurations(pages):

@@ -39,7 +39,7 @@ from harness.report.sheet import Cell, Sheet
 from harness.report.table import LR, LR_FROM, OF_COMPLETIONS, TEST, Row, headings
 from harness.results import numbers, run_record
 
-HERO = ("parameters",)  # the figure that stands above the table
+HERO = "parameters"  # the figure that stands above the table, where rows differ in that
 MOST_CHOICES = 40  # of a filter: what has more is better sorted
 TALL = 700  # pixels from which a figure has a frame to scroll in
 MORE_IS_BETTER = (
@@ -75,6 +75,7 @@ def text(
     rows = _by_result(findings.rows, test)
     shown = {figure.axes.key: plotly(figure) for figure in drawn}
     table, filters = columns.sheet(rows, test), _filters(rows)
+    hero = _hero(drawn)
     stopped = parts.stopped(folder)  # candidates, of which the search's own section tells
     left_out = [
         one for one in missing.find(findings) if one.status != "running" and one.name not in stopped
@@ -96,11 +97,11 @@ def text(
         filters=[{"name": f.name, "heading": f.heading, "values_": f.values} for f in filters],
         legend=" ".join(columns.notes(rows)) if rows else "",
         table_notes=test is not None and len(test.intervals) > 1,
-        heroes=[_figure(f, shown) for f in drawn if f.axes.key in HERO],
+        heroes=[_figure(f, shown) for f in drawn if f.axes.key == hero],
         figures=[
             _figure(f, shown)
             for f in drawn
-            if f.axes.key not in HERO and not f.axes.key.startswith(parts.KEYS)
+            if f.axes.key != hero and not f.axes.key.startswith(parts.KEYS)
         ],
         parts=[
             {
@@ -132,6 +133,15 @@ def text(
         running=progress.running(folder, findings.run_dirs),
         refresh=refresh,
     )
+
+
+def _hero(drawn: Sequence[Figure]) -> str:
+    """The key of the first figure: parameters, or what was swept where they are all the same."""
+    found = {figure.axes.key: figure for figure in drawn}
+    swept = [key for key in found if key.startswith("swept-") and found[key].series[0].line]
+    if HERO in found and swept and len({x for s in found[HERO].series for x in s.x}) == 1:
+        return swept[0]
+    return HERO
 
 
 def _beside(name: str) -> str:
