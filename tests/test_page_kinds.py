@@ -185,6 +185,14 @@ def test_a_sweep_of_anything_has_a_figure_of_it(pages):
         "swept-train-warmup", "swept-train-schedule")]  # fmt: skip
 
 
+def test_no_line_goes_up_and_down_between_points_of_one_cost(pages):
+    for kind, joined in (("sixty", False), ("grid", True)):  # twelve alphas a rank, and three
+        found = evidence.find(pages[kind])
+        drawn = {f.axes.key: f for f in figures.figures(found.rows, found.found)}["parameters"]
+        (lora,) = (s for s in drawn.series if s.name == "lora all")
+        assert lora.line is joined
+
+
 def test_the_first_figure_is_of_what_differs(pages):
     def first(kind):
         text = (pages[kind] / "report" / "index.html").read_text()

@@ -7,7 +7,9 @@ who cannot see it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from harness.report import choices, stats, swept, views
@@ -31,6 +33,7 @@ from harness.report.table import SHARED, Row, headings, setting_text
 from harness.results import numbers, run_record
 
 GREY = "#808080"
+CROWDED = 3  # points of one cost that a line may go through
 WORDS = 4  # lines that a caption tells of
 
 
@@ -138,6 +141,7 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
 
     told = _settings_of(trained)  # a line joins what was trained alike
     series = _lines(trained, lambda r: _family(r) + told(r), cost, test, axes is PARAMETERS)
+    series = [replace(s, line=s.line and not _is_crowded(s)) for s in series]
     alt = f"{len(trained)} configurations. " if len(trained) > 1 else ""
     # A front claims that costs can be compared: not those of a shared machine, nor the seconds of
     # single runs.
@@ -152,6 +156,11 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
         f"{choices.amount(title, costs[best.name]).split(' ')[0]} {axes.x}."
     )
     return Figure(axes, series, _references(rows, test), alt)
+
+
+def _is_crowded(series: Series) -> bool:
+    """Tell whether a line would go up and down between points of one cost, as of many alphas."""
+    return max(Counter(series.x).values()) > CROWDED
 
 
 def _front(
