@@ -53,8 +53,9 @@ def test_terminal_page_and_figures_write_the_same_number_alike(tmp_path, capsys)
     low, high = shown["quality.test.interval"].split("-")
     summary.tell(found, full=True, wide=True)
     terminal = capsys.readouterr().out
-    answer = f"{shown['quality.test.perplexity']} ({low} to {high})"
-    assert answer in terminal
+    best = test.intervals[test.ordered[0]].perplexity
+    between = f"({numbers.short(best[1])} to {numbers.short(best[2])})"
+    assert f"{numbers.perplexity(best[0])} {between}" in " ".join(terminal.split())
     (own,) = [
         row for row in page._values(found.rows, table, test) if row["name"].startswith("lora")
     ]
