@@ -392,7 +392,8 @@ def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, t
     assert (result["status"], result["failure"]["class"]) == ("interrupted", "interrupted")
     assert 0 < run_record.last_metrics(run_dir)["step"] < 60
     other = harness("run_name=mine", *long, "train.lr=1e-4")  # half done: not overwritten
-    assert other.returncode == 2 and "train.lr: 0.002 there, 0.0001 now" in other.stderr
+    rate = result["config"]["train"]["lr"]
+    assert other.returncode == 2 and f"train.lr: {rate:g} there, 0.0001 now" in other.stderr
     again = harness("run_name=mine", *long)
     assert again.returncode == 0, again.stderr
     result = only_result(tmp_path)[1]

@@ -51,7 +51,7 @@ def test_a_launcher_changes_where_runs_run_and_nothing_else(harness, tmp_path, l
         result["environment"]["runs_beside"]
         for _, result in run_record.collect(tmp_path / "outputs" / launcher)
     ]
-    assert max(beside) >= 1 and "measured while other runs shared the machine" in done.stdout
+    assert max(beside) >= 1 and "measured while other runs used the machine" in done.stdout
     again = harness(*SWEEP, *chosen, f"experiment_name={launcher}")
     assert again.returncode == 0 and again.stdout.count("already finished") == 4
 
