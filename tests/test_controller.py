@@ -165,6 +165,18 @@ def test_files_that_are_no_run_are_not_cleared_away(harness, tmp_path):
     assert notes.read_text() == "mine"
 
 
+def test_a_kill_while_the_first_record_is_written_leaves_a_run_that_can_begin(harness, tmp_path):
+    """Such a kill leaves config.yaml, command.txt and a part of result.json under another name."""
+    run_dir = tmp_path / "outputs" / "scratch" / "mine"
+    run_dir.mkdir(parents=True)
+    for name in ("config.yaml", "command.txt", ".result.json-k7_x2q1a"):
+        (run_dir / name).write_text("{")
+    done = harness("run_name=mine", "method=none", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert only_result(tmp_path)[1]["status"] == "finished"
+    assert not (run_dir / ".result.json-k7_x2q1a").exists()
+
+
 def test_a_name_that_is_taken_by_another_config_is_refused(harness, make_run, tmp_path):
     run_dir = tmp_path / "outputs" / "scratch" / "mine"
     run_dir.mkdir(parents=True)

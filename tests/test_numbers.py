@@ -67,7 +67,7 @@ def test_terminal_page_and_figures_write_the_same_number_alike(tmp_path, capsys)
     assert sheet.lines[-1][2].shown == shown["quality.test.perplexity"]
     assert f"{shown['parameters.trainable']} parameters" in own["spent"]
     captions = " ".join(figure.alt for figure in figures.figures(found.rows, found.found))
-    assert shown["quality.test.perplexity"] in captions
+    assert numbers.perplexity(best[0]) in captions
     for text in (terminal, captions, *own["told"], *own["spent"]):
         assert "e+0" not in text
 

@@ -124,6 +124,6 @@ def _show(run: RunConfig, model: nn.Module) -> None:
     print(f"total      {counted.total:,}")
     if (factored := methods.factored_total(model)) is not None:
         print(f"factored   {factored:,} (U, D and V in place of each W)")
-    print(f"trainable  {counted.trainable:,} ({numbers.percent(counted.trainable_percent)} %)")
+    print(f"trainable  {counted.trainable:,} ({numbers.percent(counted.trainable_percent, 4)} %)")
     for sentence in methods.trained_alone(model, run).get("tied", ()):
         print(f"tied       {sentence}")

@@ -41,7 +41,7 @@ EMPTY = 1000  # `keep` of a column in which nothing stands
 LEGEND = (
     "%: the parameters that train, of all. peak MiB: the most memory that tensors took at one time "
     "in a training step (in evaluation, where nothing trains). step 0, val: perplexity per token "
-    "of validation text before training, and at the checkpoint with the lowest; test: of test text "
+    "of validation text before training, and at the checkpoint that it chose; test: of test text "
     "at that checkpoint."
 )
 TILDE = (

@@ -105,7 +105,7 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
             ha="left" if label.left else "right", va="bottom" if label.above else "top",
         )  # fmt: skip
     axes.set(xlabel=figure.axes.x, ylabel=figure.axes.y)
-    axes.tick_params(axis="x", pad=14)  # clear of the lowest label of the other axis
+    axes.tick_params(axis="x", pad=10)  # clear of the lowest label of the other axis
     if not figure.axes.log_x:
         _widen(axes, [x for s in figure.series for x in s.x])
     else:

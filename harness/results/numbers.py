@@ -35,9 +35,9 @@ def mib(size: float) -> str:
     return f"{size / MIB:,.0f}"
 
 
-def percent(value: float) -> str:
-    """A percentage of parameters, with two decimals, without the sign."""
-    return f"{value:.2f}"
+def percent(value: float, decimals: int = 2) -> str:
+    """A percentage of parameters, without the sign."""
+    return f"{value:.{decimals}f}"
 
 
 def share(value: float) -> str:

@@ -26,7 +26,7 @@ from harness.results import numbers, run_record
 from harness.results.run_record import command_line
 from harness.runs import composition, progress, tracking, worker_process
 from harness.runs.decision import Decision, Found, Request, decide
-from harness.system import contents, lock, machine
+from harness.system import atomic, contents, lock, machine
 from harness.system.console import reason
 
 KILLED_FOR_MEMORY = "the worker was killed by the system, which was out of memory"
@@ -226,7 +226,12 @@ def _found(run: RunConfig, record: dict[str, Any] | None) -> Found:
     """What the run's directory holds; `record` is its result.json."""
     run_dir = run.run_dir
     if record is None:
-        names = {path.name for path in run_dir.iterdir() if not _of_a_further_rank(path)}
+        half_written = atomic.scratch_prefix(run_record.FILE_NAME)
+        names = {
+            path.name
+            for path in run_dir.iterdir()
+            if not _of_a_further_rank(path) and not path.name.startswith(half_written)
+        }
         return Found(other_files=not names <= set(BEFORE_THE_RECORD))
     return Found(
         status=record["status"],

@@ -1,6 +1,7 @@
 """The report's page of 500 runs: how long it takes to build on one core, and how it scrolls.
 
 python experiments/bench/report/bench.py        (needs chromium and chromedriver; about a minute)
+python experiments/bench/report/bench.py --documents 100000   (20 runs of so many documents)
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import sys
@@ -16,7 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))
+import test_report
 from test_report import put  # the tests' synthetic runs
 
 from harness.report import evidence, files
@@ -74,6 +79,20 @@ def make(folder: Path, number: int) -> int:
     return made + 1
 
 
+def make_of_documents(folder: Path, number: int) -> int:
+    """Twenty runs, four configurations of five seeds, on so many documents of two texts."""
+    draw = np.random.default_rng(0)
+    test_report.DOCUMENTS = number
+    test_report.TOKENS = draw.integers(20, 400, number)
+    test_report.DIFFICULTY = draw.normal(0, 0.3, number)
+    for seed in range(SEEDS):
+        for i, r in enumerate((1, 8, 64)):
+            put(folder, f"lora-r{r}-s{seed}", seed=seed, r=r, alpha=2 * r, nll=3.2 - 0.1 * i,
+                also=(3.0, 3.3))  # fmt: skip
+        put(folder, f"full-s{seed}", seed=seed, method="full", r=300, nll=2.5, also=(3.0, 3.4))
+    return 4 * SEEDS
+
+
 def scroll(page: Path, width: int, scheme: str) -> dict[str, float]:
     """How long the page takes to be there, and its frames as it scrolls, in milliseconds."""
     from selenium import webdriver
@@ -115,11 +134,16 @@ def main() -> None:
     """Print the figures as JSON, one line a measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=500)
+    parser.add_argument("--documents", type=int, help="of 20 runs, in place of many runs")
     parser.add_argument("--keep", type=Path, help="a folder for the runs, which stays")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.keep or Path(scratch)) / "outputs" / "five_hundred"
-        number = make(folder, arguments.runs)
+        if arguments.documents:
+            number = make_of_documents(folder, arguments.documents)
+        else:
+            number = make(folder, arguments.runs)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         everywhere = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {min(everywhere)})
         began, cpu = time.perf_counter(), time.process_time()
@@ -132,8 +156,10 @@ def main() -> None:
         line = {"runs": number, "rows": len(findings.rows), "page_seconds": round(built, 2)}
         line |= {"page_cpu_seconds": round(busy, 2)}
         line |= {"with_figures_seconds": round(all_of_it, 2), "bytes": page.stat().st_size}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        line |= {"peak_mib": peak // 1024, "peak_before_mib": before // 1024}
         print(json.dumps(line), flush=True)
-        for width, scheme in ((1440, "light"), (390, "dark")):
+        for width, scheme in () if arguments.documents else ((1440, "light"), (390, "dark")):
             found = scroll(page, width, scheme)
             print(json.dumps({"width": width} | {k: round(v, 1) for k, v in found.items()}))
 
