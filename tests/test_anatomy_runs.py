@@ -63,6 +63,33 @@ def test_full_rank_and_lambda_1_are_the_run_and_lambda_0_its_base(finished_run, 
     assert whole["nll_nats"].sum() == pytest.approx(own["nll_nats"].sum(), rel=share)
 
 
+def test_the_parts_of_all_texts_are_those_that_the_run_evaluated(finished_run, tmp_path):
+    """A further text, the test split, and validation that is read in part."""
+    lines = [json.dumps({"text": f"Note {i} of the river. " * (3 + i % 7)}) for i in range(40)]
+    (tmp_path / "old.jsonl").write_text("\n".join(lines))
+    own = f"{{source: text_files, path: {tmp_path}/old.jsonl, test_share: 0.4}}"
+    more = (
+        f"+evaluate.also.old={own}",
+        "evaluate.validation_tokens=300",
+        "evaluate.test_tokens=200",
+    )
+    run_dir = copied(finished_run(*LORA, *more), tmp_path)
+    quality = record(run_dir)["quality"]
+    expected = {name: quality[name]["perplexity"] for name in ("validation", "test")}
+    expected["old"] = quality["also"]["old"]["after"]["perplexity"]
+    assert compress.main([str(run_dir), "--ranks", "full", "--test"]) == 0
+    table = pd.read_csv(run_dir / compress.CSV)
+    found = dict(zip(table["text"], table["perplexity"], strict=True))
+    assert found == pytest.approx(expected, rel=2e-5)
+    assert interpolate.main([str(run_dir), "--scales", "1", "--test"]) == 0
+    table = pd.read_csv(run_dir / interpolate.CSV)
+    found = dict(zip(table["text"], table["perplexity"], strict=True))
+    assert found == pytest.approx(expected, rel=2e-5)
+    assert anatomy.main([str(run_dir), "function_tokens=64"]) == 0
+    layers = pd.read_parquet(run_dir / "anatomy" / "layers.parquet")
+    assert set(layers["text"]) == {"validation", "old"}
+
+
 def test_a_lora_is_whole_at_its_rank_and_plain_peft_loads_what_was_saved(
     finished_run, tmp_path, capsys
 ):

@@ -51,11 +51,13 @@ def read(run: Saved, *, test: bool = False) -> Texts:
     found = run.run
     contents.check(found)
     first = prefix.find(run.tokenizer, found.evaluate.prefix)
-    text = token_data.prepare(found.data, run.tokenizer, test=test, begins=first.begins)
-    also = {
-        name: token_data.prepare_test(cfg, run.tokenizer, begins=first.begins)
-        for name, cfg in found.evaluate.also.items()
-    }
+    most, begins = token_data.most_tokens(found), first.begins  # the part that the run evaluated
+    text = token_data.prepare(found.data, run.tokenizer, test=test, begins=begins, most=most)
+    also: dict[str, Dataset] = {}
+    for name, cfg in found.evaluate.also.items():
+        also[name], _ = token_data.prepare_test(
+            cfg, run.tokenizer, begins=begins, most=most["test"]
+        )
     context = found.evaluation_context
     stride = found.evaluate.stride or context
     return Texts(text.held_out | also, first.id, context, stride)
