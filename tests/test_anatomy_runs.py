@@ -63,7 +63,7 @@ def test_full_rank_and_lambda_1_are_the_run_and_lambda_0_its_base(finished_run, 
     assert whole["nll_nats"].sum() == pytest.approx(own["nll_nats"].sum(), rel=share)
 
 
-def test_the_parts_of_all_texts_are_those_that_the_run_evaluated(finished_run, tmp_path):
+def test_the_parts_of_all_texts_are_those_that_the_run_evaluated(finished_run, tmp_path, capsys):
     """A further text, the test split, and validation that is read in part."""
     lines = [json.dumps({"text": f"Note {i} of the river. " * (3 + i % 7)}) for i in range(40)]
     (tmp_path / "old.jsonl").write_text("\n".join(lines))
@@ -81,6 +81,11 @@ def test_the_parts_of_all_texts_are_those_that_the_run_evaluated(finished_run, t
     table = pd.read_csv(run_dir / compress.CSV)
     found = dict(zip(table["text"], table["perplexity"], strict=True))
     assert found == pytest.approx(expected, rel=2e-5)
+    asked = [str(run_dir), "--test", "--texts", "test,old"]
+    assert compress.main([*asked, "--ranks", "1"]) == 0
+    assert list(pd.read_csv(run_dir / compress.CSV)["text"].unique()) == ["test", "old"]
+    assert compress.main([str(run_dir), "--texts", "od"]) == 2
+    assert "--texts:" in (said := capsys.readouterr().err) and "did you mean 'old'?" in said
     assert interpolate.main([str(run_dir), "--scales", "1", "--test"]) == 0
     table = pd.read_csv(run_dir / interpolate.CSV)
     found = dict(zip(table["text"], table["perplexity"], strict=True))

@@ -6,12 +6,12 @@
 
 Nothing is trained. [dW]_k is the nearest matrix of rank k to what a run added, for every matrix in
 the layers. Embeddings, head, positions, norms and biases that moved as well are kept as the run has
-them in one column and put back to the base's in the other. Perplexities are of the validation
-split and of the run's further texts; --test reads the test split too, for a record whose ranks are
-chosen. Beside them stand the runs of the same experiment that trained a LoRA of rank k on the same
-text and base. --save writes a PEFT LoRA of every rank, which holds the matrices alone. Numbers go
-to RUN/compress.csv and, by document, RUN/compress.parquet. Exit status 2 for what cannot be
-compressed.
+them in one column and put back to the base's in the other. Perplexities are of the validation split
+and of the run's further texts, or of those of --texts; --test reads the test split too, for a
+record whose ranks are chosen. Beside them stand the runs of the same experiment that trained a LoRA
+of rank k on the same text and base. --save writes a PEFT LoRA of every rank, which holds the
+matrices alone. Numbers go to RUN/compress.csv and, by document, RUN/compress.parquet. Exit status 2
+for what cannot be compressed.
 """
 
 from __future__ import annotations
@@ -76,8 +76,11 @@ def compress(
     *,
     test: bool = False,
     save: Path | None = None,
+    only_texts: Sequence[str] = (),
 ) -> Compressed:
     """Measure every approximation of a finished run, and write adapters into `save`.
+
+    `only_texts` are those that are evaluated, by default all that the run has.
 
     Raises:
         ConfigError: a run without a change of matrices, a rank above one, a share that is none, or
@@ -99,12 +102,12 @@ def compress(
         kind = updates.kind_of(name, module, pair.adapted)
         kinds[kind] = kinds.get(kind, 0) + weight.numel()
     folders = [_save(run, pair, found, one, save) for one in asked] if save is not None else []
-    read = texts.read(run, test=test)
+    read = texts.read(run, test=test, only=only_texts)
     points, documents = _measure(run, pair, found, asked, kept, read)
     names = list(read.by_name)
-    return Compressed(
-        points, documents, kinds, len(found), recorded(run, names), trained(run, names), folders
-    )
+    beside_it = trained(run, list(dict.fromkeys([NEW, *names])))
+    own = recorded(run, names)
+    return Compressed(points, documents, kinds, len(found), own, beside_it, folders)
 
 
 def _measure(
@@ -314,17 +317,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--energy", default="", help="shares of ||dW||^2, each matrix to its rank")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write PEFT LoRA adapters")
     parser.add_argument("--test", action="store_true", help="the test split, too")
+    parser.add_argument("--texts", default="", help="of these texts alone, as in validation,test")
     asked = parser.parse_args(arguments)
     energies = list(parse_shares(asked.energy))
     default = "" if energies else RANKS
     ranks = list(parse_ranks(default if asked.ranks is None else asked.ranks))
     if not ranks and not energies:
         raise ConfigError("--ranks: name at least one, as in 1,2,4,full")
+    chosen = [name for name in asked.texts.split(",") if name]
     seeds = curve.seeds_of(asked.run_dirs)
     found = []
     for run_dir in asked.run_dirs:
         own = asked.save / run_dir.name if asked.save and len(seeds) > 1 else asked.save
-        found.append(compress(run_dir, ranks, energies, test=asked.test, save=own))
+        found.append(
+            compress(run_dir, ranks, energies, test=asked.test, save=own, only_texts=chosen)
+        )
         write(found[-1], run_dir)
     show(found, seeds, [run_dir.name for run_dir in asked.run_dirs])
     for run_dir in asked.run_dirs:

@@ -6,8 +6,9 @@
 lambda = 0 is the base and 1 the run's model (WiSE-FT, arXiv 2109.01903); every weight that the run
 changed is scaled, whatever the method, or only those of --only, the others staying as in the base.
 The new text is the run's validation split, and the test split with --test; the old ones are its
-further texts (evaluate.also). Nothing is trained. Numbers go to RUN/interpolate.csv and, by
-document, RUN/interpolate.parquet. Exit status 2 for what cannot be scaled.
+further texts (evaluate.also), of which --texts names those that are wanted. Nothing is trained.
+Numbers go to RUN/interpolate.csv and, by document, RUN/interpolate.parquet. Exit status 2 for what
+cannot be scaled.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ CSV, PARQUET = "interpolate.csv", "interpolate.parquet"
 
 
 def interpolate(
-    run_dir: Path, scales: list[float], only: list[str], *, test: bool = False
+    run_dir: Path,
+    scales: list[float],
+    only: list[str],
+    *,
+    test: bool = False,
+    only_texts: Sequence[str] = (),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row for every scale and text, and the same by document.
 
@@ -50,7 +56,7 @@ def interpolate(
         if kind not in kinds:
             raise ConfigError(f"--only: no weight of kind '{kind}' changed; {nearest(kind, kinds)}")
     chosen = [update for update in changes if not only or update.kind in only]
-    read = texts.read(run, test=test)
+    read = texts.read(run, test=test, only=only_texts)
     evaluator = Evaluator(run, pair.adapted, read)
     points, documents = [], []
     for scale in scales:
@@ -135,15 +141,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--scales", default=SCALES, help=f"values of lambda (default: {SCALES})")
     parser.add_argument("--only", default="", help="kinds of weights, as in q,v,mlp_in,embeddings")
     parser.add_argument("--test", action="store_true", help="the test split, too")
+    parser.add_argument("--texts", default="", help="of these texts alone, as in validation,test")
     asked = parser.parse_args(arguments)
     scales = list(dict.fromkeys(parse_scales(asked.scales)))
     if not scales:
         raise ConfigError(f"--scales: name at least one, as in {SCALES}")
     only = [kind for kind in asked.only.split(",") if kind]
+    chosen = [name for name in asked.texts.split(",") if name]
     seeds = curve.seeds_of(asked.run_dirs)
     found = []
     for run_dir in asked.run_dirs:
-        points, documents = interpolate(run_dir, scales, only, test=asked.test)
+        points, documents = interpolate(run_dir, scales, only, test=asked.test, only_texts=chosen)
         atomic.write_atomically(run_dir / CSV, str(points.to_csv(index=False)))
         atomic.write_atomically(run_dir / PARQUET, partial(documents.to_parquet, index=False))
         found.append(documents)

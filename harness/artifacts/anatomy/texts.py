@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from datasets import Dataset, disable_progress_bars
 from torch import nn
 
 from harness.config import run_config
+from harness.config.errors import ConfigError, nearest
 from harness.data import token_data
 from harness.evaluation import prefix, probes, sliding_window
 from harness.evaluation.sliding_window import Nats
@@ -41,12 +42,18 @@ def key(run: Saved) -> str:
     return json.dumps([shared, found.contents], sort_keys=True, default=str)
 
 
-def read(run: Saved, *, test: bool = False) -> Texts:
+def read(run: Saved, *, test: bool = False, only: Sequence[str] = ()) -> Texts:
     """Read and tokenise, or find in the cache, what `run` was evaluated on.
 
+    `only` names those that are wanted, by default all: validation, test if asked for, further ones.
+
     Raises:
-        ConfigError: a text is not there, or not as it was.
+        ConfigError: a text is not there, or not as it was, or the run has none of that name.
     """
+    there = [NEW, *(["test"] if test else []), *run.run.evaluate.also]
+    for name in only:
+        if name not in there:
+            raise ConfigError(f"--texts: {run.name} has no text {name}; {nearest(name, there)}")
     disable_progress_bars()
     found = run.run
     contents.check(found)
@@ -60,7 +67,9 @@ def read(run: Saved, *, test: bool = False) -> Texts:
         )
     context = found.evaluation_context
     stride = found.evaluate.stride or context
-    return Texts(text.held_out | also, first.id, context, stride)
+    by_name = {name: table for name, table in (text.held_out | also).items() if name in there}
+    kept = {name: by_name[name] for name in only or by_name}
+    return Texts(kept, first.id, context, stride)
 
 
 class Evaluator:
