@@ -89,8 +89,17 @@ def left(by_label: dict[str, stats.Evaluation], r: int) -> tuple[float, float, f
 def ranks(found: Sequence[Row]) -> list[tuple[str, str, stats.Comparison]]:
     """(beside, rank, difference to the whole update) of full fine-tuning cut to every rank."""
     (row,) = (row for row in found if label(row) == "full")
-    tables = [pd.read_parquet(run_dir / compression.COMPRESSED) for run_dir in row.run_dirs]
-    seeds = tuple(record["config"]["seed"] for record in row.records)
+    there = [(run_dir / compression.COMPRESSED).is_file() for run_dir in row.run_dirs]
+    tables = [
+        pd.read_parquet(run_dir / compression.COMPRESSED)
+        for run_dir, known in zip(row.run_dirs, there, strict=True)
+        if known
+    ]
+    seeds = tuple(
+        record["config"]["seed"] for record, known in zip(row.records, there, strict=True) if known
+    )
+    if not tables:
+        raise ConfigError(f"{row.name}: harness compress has not been run for any seed")
 
     def evaluation(rank: str, beside: str) -> stats.Evaluation:
         own = [t[(t["rank"] == rank) & (t["beside"] == beside) & (t["text"] == "test")]
@@ -150,12 +159,12 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     try:
         findings = evidence.find(folder)
+        found = rows(folder)
+        by_label = {label(row): evidence.evaluation(row, "test") for row in found}
+        own, cut = gaps(by_label), ranks(found)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    found = rows(folder)
-    by_label = {label(row): evidence.evaluation(row, "test") for row in found}
-    own, cut = gaps(by_label), ranks(found)
     adjusted = ranking.holm([gap.found.p for gap in own] + [c.p for *_, c in cut]).tolist()
     columns = ["nats", "low", "high", "p", "adjusted_p"]
     shown = plain(["difference"], ["nats per token", "p (Holm)"])
