@@ -357,3 +357,19 @@ def test_with_one_seed_nothing_is_called_significant_and_two_are_said_to_be_few(
     assert "With 2 seeds hardly any difference can be shown; take 5." in two
     five = said_of(tmp_path / "five", range(5), 0.5)
     assert "significantly lower than every other's" in five and "seed" not in five
+
+
+def test_rows_that_differ_in_a_field_of_peft_are_told_apart_by_it(tmp_path):
+    """One that most rows do not have: its key is in no other row's settings."""
+    for fields, lr, nll in (({}, 0.04, 3.0), ({"modules_to_save": ["lm_head"]}, 0.008, 2.0)):
+        name = f"lora-{lr}"
+        run_dir = put(tmp_path, name, nll=nll)
+        record = run_record.read(run_dir)
+        record["config"]["method"]["fields"] = fields
+        record["method"]["lr"] = lr
+        run_record.write(run_dir, record)
+    rows = table.rows(tmp_path)
+    assert sorted(row.name for row in rows) == [
+        "lora all r=8", 'lora all r=8 modules_to_save=["lm_head"]',
+    ]  # fmt: skip
+    assert {row.settings["method.fields.modules_to_save"] is None for row in rows} == {True, False}

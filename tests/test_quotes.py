@@ -205,6 +205,36 @@ def ends(one: str, other: str, *more: Any) -> tuple[float, ...]:
     return tuple(map(float, said.groups()))
 
 
+def with_embeddings() -> tuple[float, ...]:
+    """Test perplexities of LoRA r=1, 8 and 64 with the embeddings trained, and of full."""
+    file, rates = "anatomy/results.csv", {"1": "0.008", "8": "0.008", "64": "0.004"}
+    found = [cell(file, TEST, label="lora", rank=r, lr=lr) for r, lr in rates.items()]
+    return (*found, cell(file, TEST, label="full"))
+
+
+def gap(what: str) -> tuple[float, float, float]:
+    """A difference of the anatomy, with its interval."""
+    nats, low, high = (
+        cell("anatomy/gaps.csv", name, what=what) for name in ("nats", "low", "high")
+    )
+    return nats, low, high
+
+
+def cut(rank: str) -> tuple[float, float, float]:
+    """What full fine-tuning's update loses that is cut to a rank, the rest kept."""
+    nats, low, high = (cell("anatomy/ranks.csv", name, rank=rank, beside="with")
+                       for name in ("nats", "low", "high"))  # fmt: skip
+    return nats, low, high
+
+
+def share_frozen(steps: str, share: str) -> tuple[float, ...]:
+    """Per cent of the gap of LoRA r=64 that stays frozen, in a setting of claims_control."""
+    (found,) = (line for line in records("claims_control/decompositions.csv")
+                if (line["steps"], line["train_share"], line["part"]) == (steps, share, "gap")
+                and line["name"].startswith("lora all r=64"))  # fmt: skip
+    return tuple(100 * float(found[f"share_frozen{end}"]) for end in ("", "_low", "_high"))
+
+
 def between(name: str, level: int, file: str = "main_seeds_control") -> tuple[float, float]:
     """Between which readings a row gets to a level, in whatever seed."""
     least, most = zip(*(n.ends for n in needs(name, level, file).needs), strict=True)
@@ -365,8 +395,23 @@ QUOTES = (
     Quote(page("main_seeds"), "{:.0f} % of the gap of LoRA r=64 to full fine-tuning is that "
           "embeddings, positions, norms and biases stay frozen, {:.0f} % of that of r=8, {:.0f} % "
           "of that of r=1", lambda: tuple(split(r)[9] for r in (64, 8, 1))),
-    Quote("README.md", "That is {:.0f} % of the gap at r=1, {:.0f} % at r=8 and {:.0f} % at r=64",
-          lambda: tuple(split(r)[9] for r in (1, 8, 64))),
+    # anatomy and claims_control
+    Quote("README.md", "Where they train too, r=1 has {:.2f}, r=8 {:.2f} and r=64 {:.2f}, beside "
+          "{:.2f} of full", lambda: with_embeddings()),
+    Quote(INDEX, "with them trained r=1 has {:.2f}, r=8 {:.2f}, r=64 {:.2f}, full {:.2f}",
+          lambda: with_embeddings()),
+    Quote(page("anatomy"), "Training the embeddings gives r=1 {:.3f} nats ({:.3f} to {:.3f}) and "
+          "r=8 {:.3f} ({:.3f} to {:.3f})", lambda: (
+              *gap("what training the embeddings gives LoRA r=1"),
+              *gap("what training the embeddings gives LoRA r=8"))),
+    Quote(page("anatomy"), "Cut to rank 64 it loses {:.3f} nats ({:.3f} to {:.3f}), to 8 {:.3f}, "
+          "to 1 {:.3f}", lambda: (*cut("64"), cut("8")[0], cut("1")[0])),
+    Quote(page("main_seeds_control"), "gives LoRA: {:.3f} nats at r=1, {:.3f} at r=8 and {:.3f} at "
+          "r=64", lambda: tuple(gap(f"what training the embeddings gives LoRA r={r}")[0]
+                                for r in (1, 8, 64))),
+    Quote(page("claims_control"), "what stays frozen is {:.0f} % ({:.0f} to {:.0f}) of the gap of "
+          "LoRA r=64 with a tenth of the text, {:.0f} % ({:.0f} to {:.0f}) in 240 steps",
+          lambda: (*share_frozen("80", "0.1"), *share_frozen("240", "1.0"))),
     Quote(INDEX, "have {:.1f}, between full ({:.1f}) and LoRA r=64 ({:.1f}): {:.0f} % of the gap "
           "of r=64 is what stays frozen, {:.0f} % of r=8's, {:.0f} % of r=1's",
           lambda: (cell(CONTROL, TEST, label="full-only-matrices"),

@@ -131,7 +131,7 @@ def rows(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Row]:
     Of `run_dirs` alone, if they are given: names, settings and seeds are then of nothing else.
     """
     found = groups.find(folder, run_dirs)
-    flat = [_settings(group.records[0]) for group in found]
+    flat = _filled([_settings(group.records[0]) for group in found])
     others = _without_a_column(flat)
     table = []
     for group, config in zip(found, flat, strict=True):
@@ -152,6 +152,20 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
         flat = {key: value for key, value in flat.items() if not key.startswith(of_training)}
     for key in ("model.name", "data.name"):
         flat[key] = run_record.get(record, key) or flat.get(key)
+    return flat
+
+
+def _filled(flat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with None for what a mapping that is empty in some rows has in others.
+
+    `method.fields` is one: LoRA that trains the embeddings too is not told by its keys else.
+    """
+    parents = {key for own in flat for key, value in own.items() if value == {}}
+    for parent in parents:
+        within = {key for own in flat for key in own if key.startswith(f"{parent}.")}
+        for own in flat:
+            if parent in own or within & own.keys():
+                own.update({key: None for key in within - own.keys()})
     return flat
 
 
@@ -206,9 +220,12 @@ def _named(table: list[Row]) -> list[Row]:
         ]
         for key, column in ((key, COLUMNS[key]) for key in (ALPHA, LR))
     ]
+    fields = []  # which tell more than the rate that goes with them
     for key, heading in headings(table).items():
         texts = [setting_text(row.settings.get(key)) for row in table]
-        parts.append(["" if text == "-" else f"{heading}={text}" for text in texts])
+        own = ["" if text == "-" else f"{heading}={text}" for text in texts]
+        (fields if key.startswith("method.fields.") else parts).append(own)
+    parts = fields + parts
     for told in parts:
         alike: dict[str, set[str]] = {}
         for name, part in zip(names, told, strict=True):
