@@ -14,7 +14,7 @@ import pandas as pd
 from harness.report import stats
 from harness.report.axes import Axes, color_of
 from harness.report.figure import Figure, Series
-from harness.report.table import Row
+from harness.report.table import Row, setting_text
 
 COMPRESSED, INTERPOLATED = "compress.parquet", "interpolate.parquet"  # in a run's folder
 
@@ -97,7 +97,12 @@ def _compressed(rows: Sequence[Row]) -> Figure | None:
     for row in rows:
         value = row.values.get(f"quality.{text}.perplexity")
         if row.values["method.name"] == "lora" and row.trained and value is not None:
-            own = f"{row.values['method.label']} {row.values['method.targets']}, trained at rank k"
+            fields = "".join(
+                f" {key.rpartition('.')[2]}={setting_text(value)}"
+                for key, value in row.settings.items()
+                if key.startswith("method.fields.") and value is not None
+            )
+            own = f"{row.values['method.label']} {row.values['method.targets']}{fields}, trained"
             trained.setdefault(own, []).append((int(row.values["method.rank"]), value, row.name))
     for name, found in trained.items():
         ranks, values, names = zip(*sorted(found), strict=True)

@@ -105,7 +105,11 @@ def _settings_of(rows: Sequence[Row]) -> Callable[[Row], str]:
     names = headings(rows)
 
     def text(row: Row) -> str:
-        told = (f" {name}={setting_text(row.settings.get(key))}" for key, name in names.items())
+        told = (
+            f" {name}={setting_text(value)}"
+            for key, name in names.items()
+            if (value := row.settings.get(key)) is not None or not key.startswith("method.fields.")
+        )
         return "".join(told)
 
     return text

@@ -165,7 +165,7 @@ def _filled(flat: list[dict[str, Any]]) -> list[dict[str, Any]]:
         within = {key for own in flat for key in own if key.startswith(f"{parent}.")}
         for own in flat:
             if parent in own or within & own.keys():
-                own.update({key: None for key in within - own.keys()})
+                own.update(dict.fromkeys(within - own.keys()))
     return flat
 
 
@@ -220,7 +220,7 @@ def _named(table: list[Row]) -> list[Row]:
         ]
         for key, column in ((key, COLUMNS[key]) for key in (ALPHA, LR))
     ]
-    fields = []  # which tell more than the rate that goes with them
+    fields: list[list[str]] = []  # which tell more than the rate that goes with them
     for key, heading in headings(table).items():
         texts = [setting_text(row.settings.get(key)) for row in table]
         own = ["" if text == "-" else f"{heading}={text}" for text in texts]
