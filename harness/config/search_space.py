@@ -168,6 +168,7 @@ class Space:
                     dimension.ends() if dimension not in deciding else [first[dimension.key]]
                 ):
                     given = first | {dimension.key: end}
+                    # mypy does not infer the type of a lambda with a default.
                     texts = self.assemble(lambda d, given=given: given[d.key], method_of)  # type: ignore[misc]
                     seen[tuple(texts)] = None
         yield from map(list, seen)

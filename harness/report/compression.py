@@ -15,6 +15,7 @@ from harness.report import stats
 from harness.report.axes import Axes, color_of
 from harness.report.figure import Figure, Series
 from harness.report.table import Row, setting_text
+from harness.results import numbers
 
 COMPRESSED, INTERPOLATED = "compress.parquet", "interpolate.parquet"  # in a run's folder
 
@@ -80,8 +81,8 @@ def _compressed(rows: Sequence[Row]) -> Figure | None:
             continue
         text = _text_of(tables[0])
         points = perplexities(tables, seeds, ["rank", "beside", "text"])
-        numbers = points["rank"].astype(str).str.isdigit() & (points["text"] == text)
-        for beside, of in points[numbers].groupby("beside", sort=False):
+        whole = points["rank"].astype(str).str.isdigit() & (points["text"] == text)
+        for beside, of in points[whole].groupby("beside", sort=False):
             of = of.assign(k=of["rank"].astype(int)).sort_values("k")
             what = "" if beside == "with" else ", matrices alone"
             series.append(
@@ -113,7 +114,8 @@ def _compressed(rows: Sequence[Row]) -> Figure | None:
     )  # fmt: skip
     first = series[0]
     alt = (
-        f"{first.name}: {first.y[0]:.1f} at k {first.x[0]}, {first.y[-1]:.1f} at {first.x[-1]}. "
+        f"{first.name}: {numbers.perplexity(first.y[0])} at k {first.x[0]}, "
+        f"{numbers.perplexity(first.y[-1])} at {first.x[-1]}. "
         "Nothing is trained but the runs themselves."
     )
     return Figure(axes, series, alt=alt)
