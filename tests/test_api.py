@@ -183,9 +183,9 @@ same("collect")
 assert found["method.label"][0] == "1e3" and found["parameters.trainable"][0] == 131_072, found
 names = [name for name in sys.modules if name.partition(".")[0] == "plan"]
 assert not names
-for name in ("plan", "api", "planning", "predict", "worker", "launch", "results"):
+for name in ("plan", "report", "api", "commands.plan", "runs.estimate", "runs.worker"):
     __import__(f"harness.{name}")
-    assert [callable(getattr(harness, f)) for f in harness.__all__] == [True] * 6
+    assert all(callable(getattr(harness, f)) for f in harness.__all__)
     names = {getattr(harness, f).__name__.rpartition(".")[2] for f in harness.__all__}
     assert names == set(harness.__all__)
 print("as before")
