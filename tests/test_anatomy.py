@@ -72,6 +72,24 @@ def test_the_first_factors_alone_are_the_first_of_all(shape):
     )
 
 
+@pytest.mark.parametrize("shape", [(20, 90), (90, 20)])
+def test_a_matrix_that_is_read_a_part_at_a_time_has_the_same_factors(shape, monkeypatch):
+    """Embeddings are many times as long as they are wide: float64 copies of them are large."""
+    matrix = drawn(*shape)
+    monkeypatch.setattr(spectra, "COLUMNS", 7)
+    u, s, v = spectra.factors(matrix.float())
+    torch.testing.assert_close((u * s) @ v.t(), matrix.float().double())
+    for k in (5, None):
+        wanted = torch.linalg.svd(matrix, full_matrices=False).U[:, :k]
+        same = (spectra.left_vectors(matrix, k).t() @ wanted).abs()
+        torch.testing.assert_close(same, torch.eye(len(same), dtype=torch.float64))
+    before, after = matrix.float(), matrix.float() + 1e-3 * drawn(*shape, seed=1).float()
+    parts = updates.Update("w", "", None, before, after, False, torch.bfloat16)
+    noise = parts.rounding, parts.error
+    monkeypatch.setattr(spectra, "COLUMNS", 8192)
+    assert noise == pytest.approx((parts.rounding, parts.error), rel=1e-12)
+
+
 def test_a_planted_rank_is_found_above_the_rounding_of_fp32():
     values = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
     delta = (orthonormal(40, 3) * values) @ orthonormal(24, 3, 1).t() * 1e-3
@@ -193,7 +211,7 @@ def test_base_directions_come_from_the_cache_where_it_has_them(tmp_path, monkeyp
     computed = spectra.base_left(w, True)
     assert not list(tmp_path.rglob("*.safetensors"))
     svd.svd_factors(w.t().contiguous())
-    monkeypatch.setattr(spectra, "factors", None)
+    monkeypatch.setattr(spectra, "left_vectors", None)
     cached = spectra.base_left(w, True)
     same = (cached.t() @ computed).abs()
     torch.testing.assert_close(same, torch.eye(20, dtype=torch.float64), atol=1e-5, rtol=0)

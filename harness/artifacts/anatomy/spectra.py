@@ -16,6 +16,7 @@ from scipy import linalg
 from harness.methods.svd import cached_factors
 
 ENERGY = 0.9  # of r90
+COLUMNS = 8192  # of a matrix that are held in float64 at one time
 
 
 class Factors(NamedTuple):
@@ -42,17 +43,42 @@ def factors(matrix: torch.Tensor, k: int | None = None) -> Factors:
 
     Columns of the side that belong to no singular value are zero.
     """
-    a = matrix.double()
-    tall = a.shape[0] > a.shape[1]
-    if tall:
-        a = a.t()
-    values, near = _eigenvectors(a @ a.t(), k)
+    tall = matrix.shape[0] > matrix.shape[1]
+    a = matrix.t() if tall else matrix
+    near, far, s = _sides(a, k)
+    return Factors(far, s, near) if tall else Factors(near, s, far)
+
+
+def left_vectors(matrix: torch.Tensor, k: int | None = None) -> torch.Tensor:
+    """Return U (m, p) of A (m, n), or its first k columns, in float64.
+
+    V is not made where it is the longer side: of a wide matrix, such as embeddings, it is what
+    takes the memory.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return factors(matrix, k).u
+    return _eigenvectors(_gram(matrix), k)[1]
+
+
+def _sides(a: torch.Tensor, k: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The shorter side's vectors, the longer one's and s, of A (p, q) with p <= q."""
+    values, near = _eigenvectors(_gram(a), k)
     s = values.clamp(min=0).sqrt()
-    far = a.t() @ near
+    far = torch.cat([columns.double().t() @ near for columns in a.split(COLUMNS, 1)])
     norms = far.norm(dim=0)  # s again, and more exact where it is small
     s[: len(norms)] = norms
-    far = torch.where(norms > 1e-12 * s[0].clamp(min=1e-300), far / norms.clamp(min=1e-300), 0.0)
-    return Factors(far, s, near) if tall else Factors(near, s, far)
+    far /= norms.clamp(min=1e-300)
+    far[:, norms <= 1e-12 * s[0].clamp(min=1e-300)] = 0.0
+    return near, far, s
+
+
+def _gram(a: torch.Tensor) -> torch.Tensor:
+    """A A^T (p, p) of A (p, q) in float64, without a float64 copy of all of A."""
+    total = torch.zeros(len(a), len(a), dtype=torch.float64)
+    for columns in a.split(COLUMNS, 1):
+        block = columns.double()
+        total += block @ block.t()
+    return total
 
 
 def _eigenvectors(gram: torch.Tensor, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +130,7 @@ def base_left(weight: torch.Tensor, stored_in_out: bool) -> torch.Tensor:
     if (found := cached_factors(stored)) is not None:
         left, _, right_t = found
         return (right_t.t() if stored_in_out else left).double()
-    return factors(weight).u
+    return left_vectors(weight)
 
 
 def intruders(base_u: torch.Tensor, after: torch.Tensor, k: int, epsilon: float) -> int:
@@ -114,7 +140,7 @@ def intruders(base_u: torch.Tensor, after: torch.Tensor, k: int, epsilon: float)
     those whose |cosine| with every left singular vector of W, the columns of base_u (m, p), is
     below epsilon.
     """
-    top = factors(after, min(k, *after.shape)).u
+    top = left_vectors(after, min(k, *after.shape))
     most = (top.t() @ base_u.double()).abs().amax(1)
     return int((most < epsilon).sum())
 

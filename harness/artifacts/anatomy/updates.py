@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from harness.artifacts import export
+from harness.artifacts.anatomy import spectra
 from harness.config import matrix_roles
 from harness.config.errors import ConfigError
 from harness.models import quantized
@@ -70,13 +71,13 @@ class Update:
 
         An error is uniform within half a step of the number: its variance is step^2 / 12.
         """
-        return float(_steps(self.before, self.dtype).square().sum().div(12).sqrt())
+        return (_squared_steps(self.before, self.dtype) / 12) ** 0.5
 
     @property
     def error(self) -> float:
         """||.||_F of the noise in dW: W + dW was read in fp32, and an adapter's dW made in it."""
-        steps = (_steps(t, torch.float32).square().sum() for t in (self.after, self.delta))
-        return float(sum(steps) / 12) ** 0.5
+        after = _squared_steps(self.after, torch.float32)
+        return ((after + _squared_steps(self.delta, torch.float32)) / 12) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,12 @@ def parts(
     return whole
 
 
-def _steps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The distance from each number to the next of its size in `dtype`, float64."""
+def _squared_steps(weight: torch.Tensor, dtype: torch.dtype) -> float:
+    """The sum of squares of the distance from each number to the next of its size in `dtype`."""
     info = torch.finfo(dtype)
-    _, exponent = torch.frexp(weight.double().abs().clamp(min=info.tiny))
-    return torch.ldexp(torch.full_like(weight, info.eps, dtype=torch.float64), exponent - 1)
+    total = 0.0
+    for part in weight.split(spectra.COLUMNS, -1):  # the last dimension: embeddings are (d, V)
+        _, exponent = torch.frexp(part.double().abs().clamp(min=info.tiny))
+        steps = torch.ldexp(torch.full_like(part, info.eps, dtype=torch.float64), exponent - 1)
+        total += float(steps.square().sum())
+    return total
