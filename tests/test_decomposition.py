@@ -12,8 +12,8 @@ from harness.config.paths import REPOSITORY
 from harness.report import stats
 from harness.results import run_record
 
-sys.path.insert(0, str(REPOSITORY / "experiments" / "main_seeds_control"))
-import decomposition
+sys.path.insert(0, str(REPOSITORY / "experiments"))
+from main_seeds_control import decomposition
 
 TOKENS = 100
 

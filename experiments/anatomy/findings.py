@@ -13,7 +13,6 @@ and anatomy.csv (the summary of `harness anatomy`) beside this file.
 
 from __future__ import annotations
 
-import csv
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,11 +28,13 @@ from harness.report import anatomy, compression, evidence, ranking, stats, summa
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "main_seeds_control"))
-from decomposition import share  # noqa: E402 - its folder is on the path now
+sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
+from main_seeds_control.decomposition import share  # noqa: E402
+from recording import NUMBERS, evaluate, numbers, told, write_csv  # noqa: E402
 
 SUMMARY = Path(anatomy.FOLDER) / anatomy.FILE_NAME
 OLD_TEXT = "docstrings_held_out"
+RANKS = (1, 8, 64)
 MATRICES, EMBEDDINGS, REST = (
     "full-only-matrices", "full-only-embeddings+matrices",
     "full-only-biases+matrices+norms+positions",
@@ -70,7 +71,7 @@ def gaps(by_label: dict[str, stats.Evaluation]) -> list[Gap]:
         less(MATRICES, EMBEDDINGS, "embeddings, beside the matrices alone"),
         less(MATRICES, REST, "positions, norms and biases, beside the matrices alone"),
     ]
-    for r in (1, 8, 64):
+    for r in RANKS:
         own = f"lora r={r}"
         found += [
             less(own, "full", f"LoRA r={r}'s gap"),
@@ -140,53 +141,36 @@ def together(folder: Path, found: Sequence[Row]) -> tuple[float, float, list[tup
     return statistic(x), float(test.pvalue), [(n, f"{a:.2f}", f"{b:+.2f}") for n, a, b in points]
 
 
-def _write(name: str, columns: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
-    with (HERE / name).open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(lines)
+def judge(folder: Path) -> None:
+    """Print the tables of gaps, ranks and intruders, and write the files beside this script.
 
-
-def _numbers(c: stats.Comparison) -> tuple[float, float, float, float]:
-    return c.difference, c.low, c.high, c.p
-
-
-def main(arguments: list[str]) -> int:
-    """The command line; returns its exit status."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(__doc__)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    folder = Path(arguments[0])
-    try:
-        findings = evidence.find(folder)
-        found = rows(folder)
-        by_label = {label(row): evidence.evaluation(row, "test") for row in found}
-        own, cut = gaps(by_label), ranks(found)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    Raises:
+        ConfigError: runs are missing, or `harness compress` has not been run.
+    """
+    findings, found = evidence.find(folder), rows(folder)
+    by_label = {label(row): evidence.evaluation(row, "test") for row in found}
+    own, cut = gaps(by_label), ranks(found)
     adjusted = ranking.holm([gap.found.p for gap in own] + [c.p for *_, c in cut]).tolist()
-    columns = ["nats", "low", "high", "p", "adjusted_p"]
+    columns = ["nats", *NUMBERS, "adjusted_p"]
     shown = plain(["difference"], ["nats per token", "p (Holm)"])
-    lines = []
+    lines: list[tuple[object, ...]] = []
     for gap, p in zip(own, adjusted, strict=False):
         c = gap.found
-        shown.add_row(gap.said, f"{c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f})", f"{p:.2g}")
-        lines.append((gap.said, c.a, c.b, *_numbers(c), p))
+        shown.add_row(gap.said, told(c), f"{p:.2g}")
+        lines.append((gap.said, c.a, c.b, *numbers(c), p))
     show(shown)
-    _write("gaps.csv", ["what", "name", "less", *columns], lines)
-    for r in (1, 8, 64):
+    write_csv(HERE / "gaps.csv", ["what", "name", "less", *columns], lines)
+    for r in RANKS:
         point, low, high = left(by_label, r)
         print(f"left of LoRA r={r}'s gap where embeddings train: {100 * point:.0f} % "
               f"({100 * low:.0f} to {100 * high:.0f})")  # fmt: skip
     shown = plain(["rank of dW", "others"], ["less the whole update, nats", "p (Holm)"])
     lines = []
     for (beside, rank, c), p in zip(cut, adjusted[len(own) :], strict=True):
-        nats = f"{c.difference:+.4f} ({c.low:+.4f} to {c.high:+.4f})"
-        shown.add_row(rank, beside, nats, f"{p:.2g}")
-        lines.append((rank, beside, *_numbers(c), p))
+        shown.add_row(rank, beside, told(c, 4), f"{p:.2g}")
+        lines.append((rank, beside, *numbers(c), p))
     show(shown)
-    _write("ranks.csv", ["rank", "beside", *columns], lines)
+    write_csv(HERE / "ranks.csv", ["rank", "beside", *columns], lines)
     rho, p, points = together(folder, found)
     shown = plain(["configuration"], ["intruders a matrix", "forgotten, nats"])
     for point in points:
@@ -196,8 +180,7 @@ def main(arguments: list[str]) -> int:
           f"p = {p:.2g}")  # fmt: skip
     (HERE / "results.csv").write_text(summary.results_csv(findings), "utf-8")
     shutil.copy(folder / SUMMARY, HERE / "anatomy.csv")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(evaluate(sys.argv[1:], __doc__, judge))

@@ -10,21 +10,19 @@ differences of nats that are tested here.
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config.errors import ConfigError
 from harness.report import evidence, ranking, stats, summary
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "main_seeds_control"))
-from decomposition import CONTROL, Split, splits  # noqa: E402 - its folder is on the path now
+sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
+from main_seeds_control.decomposition import CONTROL, Split, splits  # noqa: E402
+from recording import NUMBERS, evaluate, numbers, told, write_csv  # noqa: E402
 
-PARTS = ("gap", "rank", "frozen")
 OLD_TEXT = "docstrings_held_out"  # what is forgotten
 Setting = tuple[int, float]  # optimizer steps, share of the training text
 
@@ -35,7 +33,7 @@ class Tested:
 
     setting: Setting
     name: str  # of the LoRA, or of the two configurations
-    part: str  # one of PARTS, or `forgets`
+    part: str  # gap, rank or frozen, or `forgets`
     found: stats.Comparison
 
 
@@ -68,51 +66,36 @@ def forgetting(setting: Setting, found: list[Row]) -> list[Tested]:
     ]
 
 
-def write(
-    found: list[Tested], adjusted: list[float], shares: dict[tuple[Setting, str], Split]
-) -> None:
-    """decompositions.csv: a line for every difference, in full precision."""
-    columns = ["steps", "train_share", "name", "part", "nats", "low", "high", "p", "adjusted_p",
-               "share_frozen", "share_frozen_low", "share_frozen_high"]  # fmt: skip
-    with (HERE / "decompositions.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        for one, p in zip(found, adjusted, strict=True):
-            c, split = one.found, shares.get((one.setting, one.name))
-            share = split.share if split and one.part == "gap" else ("", "", "")
-            numbers = (c.difference, c.low, c.high, c.p, p)
-            writer.writerow([*one.setting, one.name, one.part, *numbers, *share])
+def judge(folder: Path) -> None:
+    """Print the table of all settings, and write the files beside this script.
 
-
-def main(arguments: list[str]) -> int:
-    """The command line; returns its exit status."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(__doc__)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    folder = Path(arguments[0])
-    try:
-        findings = evidence.find(folder)
-        grouped = by_setting(rows(folder))
-        found = {setting: splits(some) for setting, some in grouped.items()}
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    (HERE / "results.csv").write_text(summary.results_csv(findings), "utf-8")
+    Raises:
+        ConfigError: a setting lacks full fine-tuning, its control or some of their seeds.
+    """
+    findings = evidence.find(folder)
+    grouped = by_setting(rows(folder))
+    found = {setting: splits(some) for setting, some in grouped.items()}
     tested = [one for setting, some in found.items() for one in gaps(setting, some)]
     tested += [one for setting, some in grouped.items() for one in forgetting(setting, some)]
     adjusted = ranking.holm([one.found.p for one in tested]).tolist()
-    write(tested, adjusted, {(s, one.name): one for s, some in found.items() for one in some})
+    shares = {(s, one.name, "gap"): one.share for s, some in found.items() for one in some}
     shown = plain(["steps", "text", "difference", "part"], ["nats", "p (Holm)", "share frozen, %"])
+    lines = []
     for one, p in zip(tested, adjusted, strict=True):
-        c = one.found
-        shares = [s.share for s in found[one.setting] if s.name == one.name and one.part == "gap"]
-        percent = "".join(f"{100 * a:.0f} ({100 * b:.0f} to {100 * d:.0f})" for a, b, d in shares)
-        nats = f"{c.difference:+.3f} ({c.low:+.3f} to {c.high:+.3f})"
-        steps, share = one.setting
-        shown.add_row(str(steps), f"{share:g}", one.name, one.part, nats, f"{p:.2g}", percent)
+        share = shares.get((one.setting, one.name, one.part))
+        lines.append(
+            [*one.setting, one.name, one.part, *numbers(one.found), p, *(share or ("",) * 3)]
+        )
+        percent = "{:.0f} ({:.0f} to {:.0f})".format(*(100 * s for s in share)) if share else ""
+        steps, text = one.setting
+        of = (str(steps), f"{text:g}", one.name, one.part)
+        shown.add_row(*of, told(one.found), f"{p:.2g}", percent)
+    (HERE / "results.csv").write_text(summary.results_csv(findings), "utf-8")
+    columns = ["steps", "train_share", "name", "part", "nats", *NUMBERS, "adjusted_p",
+               "share_frozen", "share_frozen_low", "share_frozen_high"]  # fmt: skip
+    write_csv(HERE / "decompositions.csv", columns, lines)
     show(shown)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(evaluate(sys.argv[1:], __doc__, judge))

@@ -20,7 +20,6 @@ least that the readings allow to the greatest, each wider by the spread over see
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -35,8 +34,9 @@ from harness.report import evidence, stats, summary
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "claims"))
-from statements import smaller, steps_to, told  # noqa: E402 - its folder is on the path now
+sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
+from claims.statements import smaller, steps_to, told  # noqa: E402
+from recording import evaluate, write_csv  # noqa: E402
 
 CONTROL = "full-only-matrices"
 LEVELS = (45, 70, 100)  # validation perplexities, as in experiments/claims
@@ -116,16 +116,16 @@ def write_steps(found: list[Row]) -> None:
 
     What is there by the first reading is between 0 steps and that one.
     """
-    with (HERE / "steps.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        ends = [f"steps_to_{level}_{end}" for level in LEVELS for end in ("above", "reached")]
-        writer.writerow(["row", "seed", *ends])
-        for row in found:
-            needs = [steps_to(row, level) for level in LEVELS]
-            for i, record in enumerate(row.records):
-                known = [(None, None) if of[i].is_bound else of[i].ends for of in needs]
-                seed = record["config"]["seed"]
-                writer.writerow([row.name, seed, *(end for pair in known for end in pair)])
+    ends = [f"steps_to_{level}_{end}" for level in LEVELS for end in ("above", "reached")]
+    lines = []
+    for row in found:
+        needs = [steps_to(row, level) for level in LEVELS]
+        for i, record in enumerate(row.records):
+            known = [(None, None) if of[i].is_bound else of[i].ends for of in needs]
+            lines.append(
+                [row.name, record["config"]["seed"], *(end for two in known for end in two)]
+            )
+    write_csv(HERE / "steps.csv", ["row", "seed", *ends], lines)
 
 
 def show_steps(found: list[Row]) -> None:
@@ -146,38 +146,29 @@ def show_steps(found: list[Row]) -> None:
             print(f"{a.name} against {b.name}, to {level}: {ratio.numbers}; p = {ratio.p:.3g}")
 
 
-def main(arguments: list[str]) -> int:
-    """The command line; returns its exit status."""
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print(__doc__)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    folder = Path(arguments[0])
-    try:
-        findings = evidence.find(folder)
-        found = splits(rows(folder))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    here = rows(folder)
+def judge(folder: Path) -> None:
+    """Print the tables of gaps and of steps, and write the files beside this script.
+
+    Raises:
+        ConfigError: see `splits`.
+    """
+    findings, here = evidence.find(folder), rows(folder)
+    shown = plain(["LoRA"], ["gap, nats", "rank", "frozen parts", "share of frozen parts, %"])
+    lines = []
+    for split in splits(here):
+        ends = [(c.difference, c.low, c.high) for c in (split.gap, split.rank, split.frozen)]
+        lines.append([split.name, *(v for three in ends for v in three), *split.share])
+        cells = [f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in ends]
+        percent = "{:.0f} ({:.0f} to {:.0f})".format(*(100 * s for s in split.share))
+        shown.add_row(split.name, *cells, percent)
     write_steps(here)
     (HERE / "results.csv").write_text(summary.results_csv(findings), "utf-8")
-    shown = plain(["LoRA"], ["gap, nats", "rank", "frozen parts", "share of frozen parts, %"])
-    with (HERE / "decomposition.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        parts = [
-            f"{part}{end}" for part in ("gap", "rank", "frozen") for end in ("", "_low", "_high")
-        ]
-        writer.writerow(["name", *parts, "share_frozen", "share_frozen_low", "share_frozen_high"])
-        for split in found:
-            ends = [(c.difference, c.low, c.high) for c in (split.gap, split.rank, split.frozen)]
-            writer.writerow([split.name, *(v for three in ends for v in three), *split.share])
-            cells = [f"{v:.3f} ({low:.3f} to {high:.3f})" for v, low, high in ends]
-            percent = [f"{100 * v:.0f}" for v in split.share]
-            shown.add_row(split.name, *cells, f"{percent[0]} ({percent[1]} to {percent[2]})")
+    parts = [f"{part}{end}" for part in ("gap", "rank", "frozen") for end in ("", "_low", "_high")]
+    columns = ["name", *parts, "share_frozen", "share_frozen_low", "share_frozen_high"]
+    write_csv(HERE / "decomposition.csv", columns, lines)
     show(shown)
     show_steps(here)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(evaluate(sys.argv[1:], __doc__, judge))
