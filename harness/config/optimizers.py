@@ -27,7 +27,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SgdOptimizer(OptimizerConfig):
-    """torch.optim.SGD; its weight decay is added to the gradient."""
+    """torch.optim.SGD, with momentum; its weight decay is added to the gradient."""
 
     shared = ("weight_decay",)
 

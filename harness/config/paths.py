@@ -19,7 +19,7 @@ LAUNCHERS = {  # Hydra's, and the extras of pyproject.toml that they come with
 
 
 def options(group: str) -> list[str]:
-    """Return the names of the options of a group of conf/."""
+    """Return the names of the options of a group of conf/, or of Hydra's launchers."""
     if group == "hydra/launcher":
         return ["basic", *LAUNCHERS]
     return [path.stem for path in (CONF_DIR / group).glob("*.yaml")]

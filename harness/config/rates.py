@@ -45,7 +45,7 @@ COLUMNS = ("name", "label", "r", "alpha", "rank", "energy")  # of a method, whic
 
 @dataclass(frozen=True)
 class Tuned:
-    """One configuration of a family and what its grid found."""
+    """One configuration of a family, and the nll of every learning rate of its grid."""
 
     family: str  # what tables call the method
     targets: str | None
@@ -61,7 +61,7 @@ class Tuned:
 
     @property
     def lr(self) -> float:
-        """Return the rate with the lowest validation nll of the grid."""
+        """Return the rate of the grid at which the validation nll is lowest."""
         return best(self.grid)
 
     @property
@@ -85,7 +85,7 @@ class Tuned:
 
     @property
     def rank_said(self) -> str:
-        """Return the rank in words: r=8 of LoRA, k=64 of U D V^T."""
+        """Return the rank in words, as tables have it: r=8 of LoRA, k=64 of U D V^T."""
         return f"{'k' if self.scale is None else 'r'}={self.rank}" if self.rank else ""
 
 
@@ -102,7 +102,7 @@ class Rates:
 
 
 def grid_around(centre: float, points: int, factor: float) -> list[float]:
-    """`points` rates, neighbours `factor` apart, about `centre`."""
+    """Return `points` learning rates about `centre`, each `factor` times the one before."""
     return [_round(centre * factor ** (i - points // 2)) for i in range(points)]
 
 
@@ -123,7 +123,7 @@ def found_by(record: Mapping[str, Any]) -> float | None:
 
 
 def best(grid: Grid) -> float:
-    """The rate with the lowest nll; of equals the lowest rate."""
+    """Return the rate with the lowest validation nll; of equals the lowest rate."""
     return min(sorted(grid), key=lambda rate: _value(grid[rate]))
 
 

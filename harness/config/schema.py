@@ -44,7 +44,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """conf/data: which text, how it is split and cut into blocks."""
+    """The keys of conf/data: which text, how it is split and cut into blocks."""
 
     name: str  # label
     source: str = ""  # a key of documents.SOURCES, or pairs
@@ -115,7 +115,7 @@ class FullMethod(MethodConfig):
 
 @dataclass(frozen=True)
 class LoraMethod(MethodConfig):
-    """LoRA; the names are PEFT's without their prefix."""
+    """The keys of method=lora, named as in PEFT's LoraConfig without its prefix."""
 
     takes_targets = leaves_adapter = True
 
@@ -199,7 +199,7 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 @dataclass(frozen=True)
 class TargetsConfig:
-    """conf/targets: a named set of weight matrices."""
+    """The keys of conf/targets: a named set of weight matrices, by role or by name."""
 
     name: str  # label
     modules: list[str] = field(default_factory=list)  # module name suffixes, in place of roles
@@ -231,7 +231,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """conf/train: the optimizer, its schedule and the batch."""
+    """The keys of conf/train: the learning rate, its schedule, the batch and the ends."""
 
     steps: int = 100  # optimizer steps
     epochs: float | None = None  # passes over the training text, which become steps
@@ -312,7 +312,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class RootConfig:
-    """The plain values of conf/config.yaml."""
+    """The plain values of conf/config.yaml, which belong to no group of options."""
 
     experiment_name: str  # outputs/<experiment_name>/
     run_name: str | None

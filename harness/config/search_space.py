@@ -49,11 +49,11 @@ class Dimension:
 
     @property
     def name(self) -> str:
-        """Return the key without the + that marks it as added."""
+        """Return the key without the + that marks it as added to the configuration."""
         return unused_keys.key_of(self.key)
 
     def override(self, value: Value) -> str:
-        """The override that gives the key a value of it."""
+        """Return the override that gives the key one of its values, as Hydra takes it."""
         return f"{self.key}={self.rounded(value)}"
 
     def rounded(self, value: Value) -> Value:
@@ -73,12 +73,12 @@ class Dimension:
         return [int(value) if self.integer else float(f"{value:.12g}") for value in found]
 
     def ends(self) -> list[Value]:
-        """Values that stand for all of them when keys are checked."""
+        """Return values that stand for all of them when the key is checked."""
         low, high = (int(v) if self.integer else v for v in (self.low, self.high))
         return list(self.choices) or [low, high]
 
     def text(self) -> str:
-        """The values in words, as a study records them."""
+        """Return the values in words, as a study records them and compares spaces."""
         if self.choices:
             return ",".join(self.choices)
         kind = "whole numbers " if self.integer else ""
@@ -117,7 +117,7 @@ class Space:
         return [*kept, *(chosen[d.key] for d in self.dimensions if d.key in chosen)]
 
     def methods(self, method_of: MethodOf) -> list[unused_keys.Chosen]:
-        """Return the methods that candidates of this space may have."""
+        """Return the names of the methods that candidates of this space may have."""
         fixed = [text for text in self.fixed if unused_keys.key_of(text) in unused_keys.DECIDES]
         deciding = self._deciding()
         found: dict[unused_keys.Chosen, None] = {}

@@ -41,7 +41,7 @@ EXACT = ("kjv", "docstrings")  # whose recorded splits took only equal texts for
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents with their places in the splits."""
+    """Documents with their places in the splits, whether in memory or on the disk."""
 
     cfg: DataConfig
     source: Source
@@ -59,12 +59,12 @@ class Corpus:
         return found
 
     def index(self, split: str) -> Index:
-        """The index of the documents of a split, in its order."""
+        """Return the index of the documents of a split, in the order of the split."""
         part, at = self.places[split]
         return self.indexes[part].take(at)
 
     def text(self, split: str, key: str) -> str:
-        """The text of the document `key` of a split."""
+        """Return the text of the document `key` of a split, as it was read."""
         return next(text for _, _, (found, text) in self.walk([split]) if found == key)
 
     def walk(self, wanted: Sequence[str]) -> Iterator[tuple[str, int, Document]]:
@@ -165,7 +165,7 @@ def read(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Splits:
 
 
 def held(text: Corpus) -> Splits:
-    """The documents of a corpus, in memory."""
+    """Read the documents of every split of a corpus into memory, in the order of the split."""
     found: dict[str, list[tuple[int, Document]]] = {name: [] for name in text.places}
     for name, rank, document in text.walk(list(text.places)):
         found[name].append((rank, document))

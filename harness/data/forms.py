@@ -292,5 +292,5 @@ def _conversation(turns: list[Turn], where: str) -> Row:
 
 
 def as_text(turns: Iterable[Turn]) -> str:
-    """Turns for people to read: `role: content`, a line each."""
+    """Return turns for people to read: `role: content`, one line for each turn."""
     return "\n".join(f"{role}: {content}" for role, content in turns)

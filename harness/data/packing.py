@@ -92,7 +92,7 @@ class _Batches(ABC):
         self._chars = 0
 
     def add(self, rank: int, document: Document) -> None:
-        """One document more, whose place in the split is `rank`."""
+        """Add a document, whose place in the order of its split is `rank`."""
         self.ranks.append(rank)
         self._waiting.append(document)
         self._chars += len(document[1])
@@ -100,18 +100,18 @@ class _Batches(ABC):
             self.flush()
 
     def flush(self) -> None:
-        """Tokenise what is waiting."""
+        """Tokenise the documents that are waiting, and write their tokens."""
         if self._waiting:
             self.write(self._waiting, self.encode([text for _, text in self._waiting]))
         self._waiting, self._chars = [], 0
 
     @abstractmethod
     def write(self, documents: list[Document], ids: list[list[int]]) -> None:
-        """Write documents, whose tokens are `ids`."""
+        """Write the tokens `ids` of documents to the tables of their split."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what is left, and close the tables."""
+        """Write the documents that are left, and close the tables."""
 
 
 class _Blocks(_Batches):

@@ -132,7 +132,7 @@ def _file_rows(cfg: DataConfig) -> tuple[dict[str, list[Row]], str]:
 
 
 def left_out(cfg: DataConfig) -> list[Path]:
-    """The files of `cfg.path` that are no split's."""
+    """Return the files of `cfg.path` that belong to no split, and so are not read."""
     return sorted(set(_found(cfg)) - set(_files(cfg).values()))
 
 

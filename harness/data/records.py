@@ -217,7 +217,7 @@ class _Array:
         return found > 0
 
     def next(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """Return the next character that is no white space, or "" at the end."""
         while True:
             while self.position < len(self.text):
                 if self.text[self.position] not in JSON_SPACE:
@@ -227,7 +227,7 @@ class _Array:
                 return ""
 
     def record(self, where: str) -> Record:
-        """The object that comes next."""
+        """Read the JSON object that comes next, up to the brace that closes it."""
         self.next()
         while True:
             try:

@@ -61,32 +61,32 @@ class Example:
         completion: str,
         scored: tuple[str, ...],
     ) -> Example:
-        """Make one of lists."""
+        """Make a sequence of lists of ids and of what is predicted."""
         return cls(pair, np.array(ids, np.int32), np.array(predicted, bool), completion, scored)
 
     @property
     def ids(self) -> list[int]:
-        """Return the token ids as a list."""
+        """Return the token ids of the sequence, inputs and targets, as a list."""
         return list(self.tokens.tolist())
 
     @property
     def predicted(self) -> list[bool]:
-        """Tell of every id but the first whether it is predicted."""
+        """Return, for every id but the first, whether the loss counts it."""
         return list(self.counts.tolist())
 
     @property
     def length(self) -> int:
-        """Return the number of inputs, which is that of targets, too."""
+        """Return the number of inputs, which is the number of targets, too."""
         return len(self.tokens) - 1
 
     @property
     def num_prompt(self) -> int:
-        """Ids before the first one that is predicted."""
+        """Return the number of ids before the first one that is predicted."""
         return int(self.counts.argmax()) + 1
 
     @property
     def num_predicted(self) -> int:
-        """Return the number of targets that count in the loss."""
+        """Return the number of targets that count in the loss of the sequence."""
         return int(self.counts.sum())
 
     @property
@@ -207,7 +207,7 @@ def prompt_ids(
 def stops(
     pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, chat_template: str = "auto"
 ) -> tuple[int, ...]:
-    """Return the token ids of which each ends a completion."""
+    """Return the ids of the tokens each of which ends a completion."""
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
     if not any(pair.turns for pair in pairs):

@@ -76,13 +76,13 @@ class Index:
         )
 
     def has(self, i: int, document: tuple[str, str]) -> bool:
-        """Whether document i is this (id, text as it is used)."""
+        """Return whether document i is this (id, text as it is used)."""
         key, text = document
         known = place(key), _digest(text.encode())  # numpy leaves out NULs at the end
         return (self.places[i], self.texts[i]) == tuple(part.rstrip(b"\0") for part in known)
 
     def take(self, at: Positions) -> Index:
-        """The index of the documents at positions, in their order."""
+        """Return the index of the documents at these positions, in their order."""
         ids = self.ids.take(pa.array(at))
         found = (self.places[at], self.texts[at], self.alike[at], self.blank[at])
         return Index(*found, self.num_bytes[at], ids)

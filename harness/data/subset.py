@@ -40,7 +40,7 @@ def within(ids: Sequence[str], num_tokens: NDArray[np.int64], most: int) -> NDAr
 
 
 def num_predicted(table: Dataset) -> NDArray[np.int64]:
-    """Predicted tokens of each row of a held-out table."""
+    """Return the number of predicted tokens of each row of a held-out table."""
     if "scored" in table.column_names:  # of several turns
         marks = table.data.column("scored").to_pylist()
         return np.array([sum(some) for some in marks], np.int64)

@@ -48,7 +48,7 @@ LONG_TOKENS = 500_000  # of validation, from where on it is said that a part wou
 
 @dataclass(frozen=True)
 class Data:
-    """The text of one run, as tokens on disk."""
+    """The text of one run as tokens on the disk: training blocks and held-out documents."""
 
     blocks: Dataset  # train: `tokens`, context + 1 ids; or what `sequences.blocks` has
     held_out: dict[str, Dataset]  # by split: id, tokens, num_words, num_bytes per document
@@ -92,7 +92,7 @@ class Data:
         return float(share * num_blocks) / len(table)
 
     def num_predicted(self, indices: list[int]) -> int:
-        """Tokens that the blocks at `indices` predict."""
+        """Return the number of tokens that the blocks at `indices` predict."""
         if "num_predicted" in self.blocks.column_names:
             return int(pc.sum(self._column("num_predicted", indices)).as_py())
         return len(indices) * (len(self.blocks[indices[0]]["tokens"]) - 1)
@@ -110,7 +110,7 @@ class Data:
 
 
 class Batch(NamedTuple):
-    """Blocks of a micro-batch, int64."""
+    """The blocks of a micro-batch as the model takes them, int64 of B sequences by T tokens."""
 
     inputs: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T), IGNORE where nothing is predicted
@@ -122,7 +122,7 @@ class Batch(NamedTuple):
         return torch.cat([self.inputs, self.targets[:, -1:]], dim=1)
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch with its tensors on `device`."""
+        """Return the same batch with its tensors on `device`, copied if they are not there."""
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), positions)
 
@@ -318,12 +318,12 @@ def _sizes(
 
 
 def document_sizes(dataset: Dataset) -> list[int]:
-    """Tokens of every document of a held-out split."""
+    """Return the number of tokens of every document of a held-out split."""
     return list(pc.list_value_length(dataset.data.column("tokens")).to_pylist())
 
 
 def num_tokens(dataset: Dataset) -> int:
-    """Tokens of a held-out split."""
+    """Return the number of tokens of all documents of a held-out split."""
     return int(pc.sum(pc.list_value_length(dataset.data.column("tokens"))).as_py())
 
 

@@ -84,7 +84,7 @@ class Writer:
                 raise
 
     def discard(self) -> None:
-        """Delete what was written so far, and leave nothing behind."""
+        """Delete what has been written so far, so that nothing half-made is left behind."""
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
@@ -116,12 +116,12 @@ def load(folder: Path) -> Dataset | None:
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """What was found out when the table in `folder` was made."""
+    """Return what was found out and written down when the table in `folder` was made."""
     return dict(json.loads((folder / SIZE).read_text()).get("facts", {}))
 
 
 def name_of(table: Dataset) -> str:
-    """The name of a table's folder, which tells its content."""
+    """Return the name of a table's folder: a digest of all that its content depends on."""
     return Path(table.cache_files[0]["filename"]).parent.name
 
 

@@ -81,7 +81,7 @@ def _panel(axes: Axes) -> Any:
 
 
 def workspace(project: str, entity: str, name: str, labels: Iterable[str] = COLORS) -> Any:
-    """The workspace; `labels` are the methods that have a colour."""
+    """Return the W&B workspace of a project; `labels` are the methods that have a colour."""
     import wandb_workspaces.expr as expr
     import wandb_workspaces.workspaces as ws
 
@@ -141,7 +141,7 @@ def _runset(name: str, group: str) -> Any:
 
 
 def specification(project: str, entity: str, name: str) -> dict[str, Any]:
-    """Both as plain values."""
+    """Return the workspace and the report as plain values, as --dry-run prints them."""
     made = {
         "workspace": workspace(project, entity, name),
         "report": report(project, entity, name),

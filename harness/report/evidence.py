@@ -41,7 +41,7 @@ BUDGETS = (*COST_PATHS, FLOPS)
 
 @dataclass(frozen=True)
 class Evidence:
-    """Statistics of rows on one text."""
+    """Intervals and paired differences of the rows that were evaluated on one text."""
 
     text: str  # "test", or one of evaluate.also
     evaluations: list[stats.Evaluation]
@@ -57,7 +57,7 @@ class Evidence:
 
     @property
     def sample(self) -> str:
-        """What intervals are over: "48 documents and 3 seeds"."""
+        """Return what intervals are over, in words: "48 documents and 3 seeds"."""
         fewest, most = self.num_seeds
         seeds = f" and {fewest} to {most} seeds" if fewest < most else f" and {most} seeds"
         documents = next(iter(self.intervals.values())).num_documents
@@ -65,16 +65,16 @@ class Evidence:
 
     @property
     def alone(self) -> list[str]:
-        """Configurations with one seed, of those that a seed moves."""
+        """Return the configurations with one seed, of those whose numbers a seed moves."""
         return [e.name for e in self.evaluations if not e.deterministic and len(e.seeds) == 1]
 
     @property
     def ordered(self) -> list[str]:
-        """Names by log-perplexity, the best first."""
+        """Return the names of rows by log-perplexity, the best one first."""
         return sorted(self.intervals, key=lambda name: self.intervals[name].log_perplexity)
 
     def neighbours(self) -> list[stats.Comparison]:
-        """Every configuration less the next best."""
+        """Return the difference of every configuration to the next best one."""
         made = {frozenset((c.a, c.b)): c for c in self.comparisons}
         ordered = self.ordered
         pairs = zip(ordered[1:], ordered, strict=False)
@@ -138,13 +138,13 @@ def scope(test: Evidence) -> list[str]:
 
 
 def shorten(names: Sequence[str]) -> str:
-    """A few names, and how many more there are."""
+    """Return a few of the names in words, and how many more there are."""
     more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
     return ", ".join(names[:MANY]) + more
 
 
 def reversed_(c: stats.Comparison, first: str) -> stats.Comparison:
-    """The comparison as that of `first` less the other."""
+    """Return the comparison with its sides changed, as that of `first` less the other."""
     if c.a == first:
         return c
     return replace(c, a=c.b, b=c.a, difference=-c.difference, low=-c.high, high=-c.low)
@@ -152,7 +152,7 @@ def reversed_(c: stats.Comparison, first: str) -> stats.Comparison:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a report says of a folder."""
+    """All that a report says of a folder: its rows, their statistics and what is missing."""
 
     folder: Path
     everything: list[Row]  # every configuration with a finished run
@@ -204,7 +204,7 @@ def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
 
 
 def also(rows: Iterable[Row]) -> list[str]:
-    """The further texts that any row was evaluated on."""
+    """Return the names of the further texts that any of the rows was evaluated on."""
     named = (run_record.get(row.records[0], "quality.also") or {} for row in rows)
     return list(dict.fromkeys(name for names in named for name in names))
 

@@ -32,7 +32,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """Axes and what is drawn on them."""
+    """Axes with their scales and labels, and the series that are drawn on them."""
 
     axes: Axes
     series: list[Series]
@@ -42,7 +42,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Label:
-    """Where a reference line has its name."""
+    """The name of a reference line, its height, and the end of the line at which it stands."""
 
     text: str
     y: float

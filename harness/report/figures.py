@@ -38,7 +38,7 @@ WORDS = 4  # lines that a caption tells of
 
 
 def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
-    """Every figure that the rows have something to show in."""
+    """Return the page's figures, all in which these rows have something to show."""
     test = found.get("test")
     made: list[Figure | None] = []
     if test is not None:

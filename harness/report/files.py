@@ -21,7 +21,7 @@ FOLDER = "report"
 
 
 def write(findings: Findings) -> Path:
-    """Write everything; returns the page's path."""
+    """Write page, tables and figures into the folder; returns the path of the page."""
     folder = findings.folder / FOLDER
     scratch = folder / ".figures"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -75,7 +75,7 @@ def _paper(findings: Findings, table: sheet.Sheet) -> str:
 
 
 def write_page(findings: Findings, refresh: int | None = None) -> Path:
-    """Write the page alone."""
+    """Write the page alone, without tables and figures as files of their own."""
     return _write_page(findings, _drawn(findings), refresh)
 
 

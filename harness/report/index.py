@@ -46,7 +46,7 @@ NUMBERS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """One folder of runs, in short."""
+    """One folder of runs in short: its name and page, how many runs it has and its date."""
 
     name: str
     page: str | None  # its own page, relative to the index; None where it was not made
@@ -56,7 +56,7 @@ class Experiment:
 
 
 def find(root: Path) -> list[Path]:
-    """The folders below `root` that hold runs, by name."""
+    """Return the folders below `root` that hold runs, in the order of their names."""
     return sorted({path.parent.parent for path in root.glob(f"*/*/{run_record.FILE_NAME}")})
 
 
@@ -91,7 +91,7 @@ def text(root: Path) -> str:
 
 
 def write(root: Path) -> Path:
-    """Write the page into `root`; returns its path."""
+    """Write the page over all experiments into `root`; returns the path of the page."""
     path = root / FILE_NAME
     atomic.write_atomically(path, text(root))
     return path

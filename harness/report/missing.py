@@ -16,7 +16,7 @@ AGAIN = "the same command tries it again"
 
 @dataclass(frozen=True)
 class Missing:
-    """A run that has no place in the table, or in its statistics."""
+    """A run that has no place in the table or in its statistics, and the reason."""
 
     name: str  # of its directory
     # failed | interrupted | paused | running | waiting | refused | unreadable | repeated |

@@ -19,7 +19,7 @@ KEYS = ("search", "anatomy")  # with which the names of their figures begin
 
 @dataclass(frozen=True)
 class Part:
-    """A section of the page: a table and its figures."""
+    """A section of the page beside the table of runs: a table and the figures of one question."""
 
     key: str
     sheet: Sheet | None
@@ -41,7 +41,7 @@ def find(folder: Path, rows: Sequence[Row]) -> list[Part]:
 
 
 def figures(folder: Path, rows: Sequence[Row]) -> list[Figure]:
-    """The figures of all parts."""
+    """Return the figures of all sections of the page, in their order."""
     return [figure for part in find(folder, rows) for figure in part.figures]
 
 

@@ -15,7 +15,7 @@ VALIDATION = "eval/validation/nll"
 
 @dataclass(frozen=True)
 class Running:
-    """A run that a worker is at."""
+    """A run that a worker is training now: its step, its perplexity and the time that is left."""
 
     name: str  # of its directory
     step: int

@@ -32,7 +32,7 @@ WIDE = 8  # times its lowest value, from which an axis is logarithmic
 
 @dataclass(frozen=True)
 class Search:
-    """The candidates of an experiment's searches."""
+    """The candidates of all searches in an experiment's folder, and what they found."""
 
     trials: pd.DataFrame  # as trials.csv has them; with `reached` and `last`, of the last rung
     keys: list[str]  # what was searched
@@ -42,12 +42,12 @@ class Search:
 
     @property
     def studies(self) -> list[str]:
-        """The spaces that were searched, by their names."""
+        """Return the spaces that were searched, by the names of their studies."""
         return list(dict.fromkeys(self.trials["study"]))
 
     @property
     def best(self) -> pd.Series | None:
-        """The finished candidate with the lowest validation nll."""
+        """Return the finished candidate whose validation nll is the lowest."""
         done = self.trials[(self.trials["state"] == "finished") & self.trials["last"].notna()]
         return None if done.empty else done.loc[done["last"].idxmin()]
 
@@ -125,7 +125,7 @@ def _names(search: Search, own: pd.DataFrame) -> list[str]:
 
 
 def value_text(value: Any) -> str:
-    """A searched value as it is shown."""
+    """Return a value that was searched as tables and axes show it."""
     return numbers.rate(value) if isinstance(value, float) else str(value)
 
 

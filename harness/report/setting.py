@@ -29,7 +29,7 @@ class Setting:
 
     @property
     def line(self) -> str:
-        """All of it in a line."""
+        """Return the whole setting as one line, for terminals and under the page's title."""
         commands = " ; ".join(self.commands)
         if self.more_commands:
             commands += f" ; and {self.more_commands} more"

@@ -31,7 +31,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows in one place, and what it is sorted by."""
+    """What a table shows in one place, and the value that the column is sorted by."""
 
     shown: str
     value: Any = None  # None: nothing is there
@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table with its title and notes."""
+    """A table for page, terminal and Markdown alike, with its title and its notes."""
 
     title: str
     columns: list[Column]
@@ -54,7 +54,7 @@ class Sheet:
 
     @property
     def texts(self) -> list[list[str]]:
-        """What stands in every line."""
+        """Return the texts of every line's cells, without what they are sorted by."""
         return [[cell.shown for cell in line] for line in self.lines]
 
     def only(self, keys: Sequence[str]) -> Sheet:
@@ -111,7 +111,7 @@ def _width(sheet: Sheet) -> int:
 
 
 def drawn(sheet: Sheet) -> Table:
-    """The sheet as rich draws it."""
+    """Return the table as rich prints it, with numbers at the right of their columns."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in sheet.columns:
         justify = "left" if column.text else "right"
@@ -134,7 +134,7 @@ def show(sheet: Sheet, *, wide: bool = False) -> list[str]:
 
 
 def markdown(sheet: Sheet) -> str:
-    """The table as GitHub and others read it."""
+    """Return the table in Markdown, as GitHub and other pages read it."""
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in sheet.texts]
     rows = [sheet.headings, ["---"] * len(sheet.columns), *escaped]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -19,7 +19,7 @@ CONFIGURATION = Column("name", "configuration", text=True)
 
 
 def further(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Sheet]:
-    """Every further table that the rows have something for."""
+    """Return every further table that the rows have something to say in."""
     test = found.get("test")
     made: list[Sheet | None] = []
     if test is not None and test.comparisons:
@@ -37,7 +37,7 @@ def _text(value: str) -> Cell:
 
 
 def neighbours(test: Evidence) -> Sheet:
-    """Every configuration beside the next best."""
+    """Return the table of every configuration beside the next best one."""
     columns = [
         CONFIGURATION,
         Column("less", "next best", text=True),
@@ -71,7 +71,7 @@ def neighbours(test: Evidence) -> Sheet:
 
 
 def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
-    """Pairs of equal cost, and which of the two is better."""
+    """Return the table of pairs with equal cost, and of which one is better."""
     shown = [row for row in rows if row.name in test.intervals]
     columns = [
         Column("cost", "equal", text=True), Column("a", "configuration", text=True),
@@ -107,7 +107,7 @@ def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
 
 
 def curves(rows: Iterable[Row]) -> list[views.Curve]:
-    """The learning curves of the rows that have one."""
+    """Return the learning curves of the rows that were trained and have one, in their order."""
     return [c for row in rows if row.trained and (c := views.curve(row)) is not None]
 
 
@@ -173,7 +173,7 @@ def _steps(found: Sequence[views.Bracket | None]) -> Cell:
 
 
 def forgetting(rows: Sequence[Row], on: Evidence) -> Sheet:
-    """Perplexity on a further text before and after adaptation."""
+    """Return the table of perplexity on further texts before and after adaptation."""
     moved, since = ev.forgetting(rows, on)
     before = ev.before(rows, on)
     count = next(iter(on.intervals.values())).num_documents

@@ -66,7 +66,7 @@ APART, APART_NATS = 10, 0.1  # how far a seed that diverged lies above the other
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One configuration on N documents under R seeds."""
+    """One configuration's nats of N documents under R seeds, and what they were made with."""
 
     name: str
     nll: Floats  # (R, N) nats

@@ -66,7 +66,7 @@ def tell(
 
 
 def command(findings: Findings, *options: str) -> str:
-    """What makes the report of these runs again."""
+    """Return the command that makes the report of these runs again."""
     last = findings.run_dirs is not None and findings.rows != findings.everything
     if last and set(setting.last_sweep(findings.folder)) == findings.run_dirs:
         options = ("--last", *options)
@@ -162,7 +162,7 @@ def _save(findings: Findings) -> list[str]:
 
 
 def results_csv(findings: Findings) -> str:
-    """The text of results.csv."""
+    """Return the text of results.csv: a line for every row, in full precision."""
     return table.csv_text(findings.rows, _columns(findings.found))
 
 

@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """environment.{commit, versions, hardware} of result.json."""
+    """Return environment.{commit, versions, hardware} of result.json."""
     return {"commit": commit(), "versions": versions(), "hardware": hardware()}
 
 
@@ -85,7 +85,7 @@ def precision_of(run: RunConfig) -> str:
 
 
 def mixed_precision(chosen: str) -> str:
-    """Accelerate's word for fp32 or bf16."""
+    """Return what Accelerate calls fp32 ("no") or bf16 in its configuration."""
     return {"fp32": "no", "bf16": "bf16"}[chosen]
 
 
@@ -108,7 +108,7 @@ def cpu_has_bf16() -> bool:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores, memory and accelerators."""
+    """Return the processor, its cores, the memory and accelerators of this machine."""
     cpu_info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.is_file() else None
     found: dict[str, Any] = {

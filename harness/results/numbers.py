@@ -21,22 +21,22 @@ def short(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate, in three digits."""
+    """Write a learning rate in three digits, without zeros at its end."""
     return f"{value:.3g}"
 
 
 def count(value: float) -> str:
-    """Parameters, tokens, tokens a second: whole, by thousands."""
+    """Write a whole count (parameters, tokens, tokens a second), with commas by thousands."""
     return f"{value:,.0f}"
 
 
 def mib(size: float) -> str:
-    """Memory of so many bytes in whole MiB, without the unit."""
+    """Write memory of so many bytes in whole MiB, without the unit."""
     return f"{size / MIB:,.0f}"
 
 
 def percent(value: float, decimals: int = 2) -> str:
-    """A percentage of parameters, without the sign."""
+    """Write a percentage of parameters with so many decimals, without its sign."""
     return f"{value:.{decimals}f}"
 
 
@@ -51,10 +51,10 @@ def seconds(value: float) -> str:
 
 
 def nats(value: float) -> str:
-    """A difference in nats per token, with four decimals."""
+    """Write a difference in nats per token, or nats themselves, with four decimals."""
     return f"{value:.4f}"
 
 
 def p(value: float) -> str:
-    """A p-value, in two digits."""
+    """Write a p-value in two digits, the least that the test can give as a bound."""
     return f"<{LEAST_P}" if value < LEAST_P else f"{value:.2g}"

@@ -88,7 +88,7 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinity as None, which JSON can hold."""
+    """Return `value` with NaN and infinity as None, since JSON has no words for them."""
     if isinstance(value, dict):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -125,12 +125,12 @@ class Metrics:
             self._stream.close()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Add a row; NaN and infinity become null."""
+        """Add a row to the metrics, in which NaN and infinity become null."""
         if self._stream is not None:
             self._stream.write(json.dumps(finite(row)) + "\n")
 
     def sync(self) -> None:
-        """Bring what was logged to the disk."""
+        """Bring the rows that were logged to the disk, past the system's own cache."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
@@ -146,12 +146,12 @@ def documents_name(name: str, when: str = "after") -> str:
 
 
 def can_resume(run_dir: Path) -> bool:
-    """Whether a run was cut after a checkpoint."""
+    """Return whether a run was cut after it had written a checkpoint."""
     return any((run_dir / CHECKPOINTS).glob("[0-9]*"))
 
 
 def clear(run_dir: Path) -> None:
-    """Delete what only an unfinished run needs."""
+    """Delete the files that only an unfinished run needs, once it is finished."""
     free_reserve(run_dir)
     for name in (BEST, CHECKPOINTS, INITIAL):
         path = run_dir / name
@@ -162,7 +162,7 @@ def clear(run_dir: Path) -> None:
 
 
 def keep_reserve(run_dir: Path) -> None:
-    """Keep room for the result on a disk that fills."""
+    """Keep room on the disk for the result, in case that the disk fills."""
     (run_dir / RESERVE).write_bytes(b"-" * 2**18)
 
 
@@ -180,7 +180,7 @@ def write_rank_failure(run_dir: Path, rank: int, failure: dict[str, Any]) -> Non
 
 
 def rank_failures(run_dir: Path) -> list[dict[str, Any]]:
-    """What ended ranks of this attempt, the earliest first."""
+    """Return what ended the ranks of this attempt, the earliest failure first."""
     found = []
     for path in run_dir.glob(f"{RANK_FAILURE}*.json"):
         with suppress(OSError, ValueError):
@@ -215,7 +215,7 @@ def last_metrics(run_dir: Path) -> dict[str, Any]:
 
 
 def tail(path: Path, lines: int = 20) -> list[str]:
-    """Return the last lines of a log, for a message."""
+    """Return the last lines of a log, to be quoted in a message."""
     try:
         return path.read_text("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:
@@ -275,7 +275,7 @@ def collect(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def get(result: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path, or None."""
+    """Return the value at a dotted path in a record, or None where it has none."""
     value: Any = result
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -283,7 +283,7 @@ def get(result: dict[str, Any], path: str) -> Any:
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command that passes these arguments to the program."""
+    """Return the command line that passes these arguments to the program."""
     return shlex.join(["harness", *arguments])
 
 

@@ -196,7 +196,7 @@ class Key:
 
 @cache
 def every_key() -> tuple[Key, ...]:
-    """Every key, in the order of the page."""
+    """Return every key of result.json, in the order of conf/RESULT.md."""
     return tuple(_expanded(KEYS))
 
 
@@ -307,7 +307,7 @@ def _described(key: Key) -> dict[str, Any]:
 
 
 def reference() -> str:
-    """KEYS as a page: a table for each first part of the path."""
+    """Return conf/RESULT.md: a table of keys for each first part of their paths."""
     lines = [
         "# Every key of result.json", "",
         f"Schema version {SCHEMA_VERSION}. `*` stands for any name, ? for what may be null. What a",
@@ -330,7 +330,7 @@ def _group(key: Key) -> str:
 
 
 def main() -> None:
-    """Write the page and the schema."""
+    """Write conf/RESULT.md and conf/result.schema.json from the keys in this module."""
     PAGE.write_text(reference(), "utf-8")
     SCHEMA.write_text(json.dumps(json_schema(), indent=2) + "\n", "utf-8")
 

@@ -64,7 +64,7 @@ def _all_of(path: Path, cache_dir: str) -> str:
 
 
 def texts(run: RunConfig) -> Iterator[tuple[str, DataConfig]]:
-    """(key, configuration) of the texts of a run."""
+    """Return (key, configuration) of every text that a run reads."""
     if run.data.parts:
         for part in parts.parts(run.data):
             yield f"data.parts.{part.name}", part.text

@@ -36,7 +36,7 @@ class Claim:
         self.descriptor = descriptor
 
     def release(self) -> None:
-        """Give it up here; a worker that has it keeps it."""
+        """Give the claim up in this process; a worker that inherited it keeps it."""
         os.close(self.descriptor)
 
     def note(self, worker: int | None = None) -> None:
@@ -89,7 +89,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def holder(run_dir: Path) -> str:
-    """Who claimed `run_dir` last: "process 123 on host"."""
+    """Return who claimed `run_dir` last, as in "process 123 on host"."""
     found = _noted(run_dir)
     return f"process {found['pid']} on {found['host']}" if found else "another process"
 
@@ -103,7 +103,7 @@ def _noted(run_dir: Path) -> dict[str, Any]:
 
 
 def is_claimed(run_dir: Path) -> bool:
-    """Whether a process is at `run_dir` now."""
+    """Return whether a process is working at `run_dir` at this moment."""
     return _is_locked(run_dir / CLAIM_NAME) or ranks_at(run_dir)
 
 
@@ -128,7 +128,7 @@ _joined: list[IO[str]] = []  # held open
 
 
 def ranks_at(run_dir: Path, *, patience_seconds: float = 0.0) -> bool:
-    """Whether ranks hold `run_dir`, and still do after so long."""
+    """Return whether ranks hold `run_dir`, and still do after so many seconds."""
     end = time.monotonic() + patience_seconds
     while found := _is_locked(run_dir / RANKS_NAME):
         if time.monotonic() >= end:
@@ -209,7 +209,7 @@ class ConcurrentRuns:
                     stream.write(f"{len(active)}\n")
 
     def most(self) -> int:
-        """Most other runs at any one time so far."""
+        """Return the most other runs that were there at any one time so far."""
         with suppress(OSError):
             self._most = max(int(line) for line in self._path.read_text().split())
         return self._most

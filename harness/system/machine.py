@@ -34,7 +34,7 @@ def oom_kills() -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on a GPU or in the host."""
+    """Return whether an allocation failed, on a GPU or in the host's memory."""
     import torch  # which whoever has such an error has imported
 
     words = ("out of memory", "can't allocate memory", "not enough memory")

@@ -47,7 +47,7 @@ def is_reachable() -> bool:
 
 
 def cached(kind: str) -> list[str]:
-    """Ids of the "models" or "datasets" in the local hub cache."""
+    """Return the ids of the "models" or "datasets" that the local hub cache has."""
     from huggingface_hub import constants
 
     folders = sorted(Path(constants.HF_HUB_CACHE).glob(f"{kind}--*"))
@@ -55,7 +55,7 @@ def cached(kind: str) -> list[str]:
 
 
 def revisions(model_id: str) -> list[str]:
-    """Revisions of a model in the local hub cache."""
+    """Return the revisions of a model that the local hub cache has."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{model_id.replace('/', '--')}" / "snapshots"

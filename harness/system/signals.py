@@ -69,7 +69,7 @@ class Stop:
         return self
 
     def ignore(self) -> None:
-        """Hear no more: what is left to do is short and must be done."""
+        """Ignore further signals: what is left to do is short and must be done."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
