@@ -348,4 +348,4 @@ def test_five_hundred_runs_make_a_page_under_6_mb(tmp_path):
 
 
 def test_text_cannot_leave_the_data(folder):
-    assert "</script" not in page._embedded({"x": "</script><!--", "y": float("nan")})
+    assert "</script" not in page.embedded({"x": "</script><!--", "y": float("nan")})

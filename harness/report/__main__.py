@@ -6,23 +6,37 @@ harness report --page outputs/main     the page alone
 harness report --last outputs/scratch  the last sweep alone, of those into one folder
 harness report --watch outputs/main    the page, again and again while runs go on
 harness report outputs --index         outputs/index.html, one page over all experiments
+harness report --peft-results FOLDER   results of PEFT's method_comparison (its *.json), and which
+                                       rows they can tell apart; --items N: size of their test set
+harness report --as-peft-results outputs/main   our runs as such *.json, for their app
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config.errors import nearest
-from harness.report import evidence, files, index, setting, summary
+from harness.config.errors import ConfigError, nearest
+from harness.report import (
+    evidence,
+    files,
+    index,
+    peft_export,
+    peft_page,
+    peft_results,
+    setting,
+    sheet,
+    summary,
+)
 from harness.results import run_record
 from harness.system import lock
 from harness.system.console import command
 
 PERIOD_SECONDS = 10
-OPTIONS = ("--wide", "--page", "--last", "--watch", "--index")
+OPTIONS = ("--wide", "--page", "--last", "--watch", "--index", "--as-peft-results")
 
 
 @command
@@ -31,9 +45,11 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
+    if "--peft-results" in arguments:
+        return peft(arguments)
     asked = set(OPTIONS) & set(arguments)
     folders = [Path(a) for a in arguments if a not in OPTIONS]
-    alone = "--index" in asked and len(asked) > 1
+    alone = {"--index", "--as-peft-results"} & asked and len(asked) > 1
     if len(folders) != 1 or str(folders[0]).startswith("-") or alone:
         options = " ".join(f"[{option}]" for option in OPTIONS if option != "--index")
         print(
@@ -49,6 +65,10 @@ def main(arguments: list[str]) -> int:
     if "--index" in asked:
         print(f"page: {index.write(folder)}")
         return 0
+    if "--as-peft-results" in asked:
+        for path in peft_export.write(folder):
+            print(f"saved: {path}")
+        return 0
     run_dirs = setting.last_sweep(folder) if "--last" in asked else None
     if run_dirs == []:
         print(f"error: no sweep into {folder} is recorded; without --last all is", file=sys.stderr)
@@ -61,6 +81,28 @@ def main(arguments: list[str]) -> int:
     if findings.rows:
         print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
     return 2 if findings.refused else 0
+
+
+def peft(arguments: list[str]) -> int:
+    """Tell of a folder of PEFT's results, and write their page; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="harness report", allow_abbrev=False)
+    parser.add_argument("--peft-results", type=Path, metavar="FOLDER", help="with their *.json")
+    parser.add_argument("--items", metavar="N", help="size of their test set")
+    parser.add_argument("--wide", action="store_true", help="every column")
+    asked = parser.parse_args(arguments)
+    if asked.items is not None and not (asked.items.isdecimal() and int(asked.items)):
+        raise ConfigError(f"--items {asked.items}: expected a positive whole number")
+    found = peft_results.read(asked.peft_results, int(asked.items) if asked.items else None)
+    table = peft_page.sheet(found)
+    print(peft_results.answer(found))
+    left = sheet.show(table, wide=asked.wide)
+    for note in table.notes:
+        print(note)
+    if left:
+        print(f"not shown: {', '.join(left)} (--wide shows them)")
+    page = peft_page.write(found, asked.peft_results)
+    print(f"page: {page}, with results.csv above it")
+    return 0
 
 
 def watch(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:

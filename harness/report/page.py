@@ -67,10 +67,6 @@ def text(
     While it does, there are no files of figures and tables beside it.
     """
     folder, found = findings.folder, findings.found
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
     test = found.get("test")
     rows = _by_result(findings.rows, test)
     shown = {figure.axes.key: plotly(figure) for figure in drawn}
@@ -81,7 +77,9 @@ def text(
         one for one in missing.find(findings) if one.status != "running" and one.name not in stopped
     ]
     fates = Counter(one.status for one in left_out)
-    return environment.get_template("page.html.j2").render(
+    return render(
+        drawn,
+        command,
         title=folder.name,
         question=answer.question(folder.name, rows),
         setting=setting.find(folder, rows),
@@ -91,15 +89,15 @@ def text(
         tolerances=choices.TOLERANCES,
         costs=_costs(rows),
         table=table,
-        kinds=_kinds(table),
+        kinds=kinds_of(table),
         sorted_by=TEST if test is not None else "",
         rows=[_row(row, test, filters) for row in rows],
         filters=[{"name": f.name, "heading": f.heading, "values_": f.values} for f in filters],
         legend=" ".join(columns.notes(rows)) if rows else "",
         table_notes=test is not None and len(test.intervals) > 1,
-        heroes=[_figure(f, shown) for f in drawn if f.axes.key == hero],
+        heroes=[figure_of(f, shown) for f in drawn if f.axes.key == hero],
         figures=[
-            _figure(f, shown)
+            figure_of(f, shown)
             for f in drawn
             if f.axes.key != hero and not f.axes.key.startswith(parts.KEYS)
         ],
@@ -107,31 +105,42 @@ def text(
             {
                 "key": part.key,
                 "sheet": part.sheet,
-                "figures": [_figure(f, shown) for f in part.figures],
+                "figures": [figure_of(f, shown) for f in part.figures],
             }
             for part in parts.find(folder, rows)
         ],
         alike=_alike(table),
         sheets=sheets.further(rows, found),
-        data=_embedded(
+        data=embedded(
             {
                 "figures": shown,
                 "rows": _values(rows, table, test),
                 "pairs": _pairs(rows, test),
-                "lower": {key: key not in MORE_IS_BETTER for key in _measures(table)},
+                "lower": {key: key not in MORE_IS_BETTER for key in measures_of(table)},
             }
         ),
         comparisons=test is not None and bool(test.comparisons),
         missing=left_out,
         fates=", ".join(f"{n} {status}" for status, n in fates.items()),
         provenance=_provenance(rows),
+        measures=measures_of(table),
+        running=progress.running(folder, findings.run_dirs),
+        refresh=refresh,
+    )
+
+
+def render(drawn: Sequence[Figure], command: str, **values: Any) -> str:
+    """Fill the template with what a page shows; its style, code and library are added here."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2").render(
         command=command,
         plotly=get_plotlyjs() if drawn else "",
         style=_beside("page.css"),
         script=_beside("page.js"),
-        measures=_measures(table),
-        running=progress.running(folder, findings.run_dirs),
-        refresh=refresh,
+        **values,
     )
 
 
@@ -149,7 +158,7 @@ def _beside(name: str) -> str:
     return Path(__file__).with_name(name).read_text("utf-8")
 
 
-def _measures(table: Sheet) -> dict[str, str]:
+def measures_of(table: Sheet) -> dict[str, str]:
     """Columns of numbers that were measured, which a figure can have as axes: key -> its name."""
     found = {}
     for place, column in enumerate(table.columns):
@@ -164,7 +173,8 @@ def _measures(table: Sheet) -> dict[str, str]:
     return found
 
 
-def _figure(figure: Figure, shown: dict[str, Any]) -> dict[str, Any]:
+def figure_of(figure: Figure, shown: dict[str, Any]) -> dict[str, Any]:
+    """Return what the template needs of a figure, beside Plotly's description of it in `shown`."""
     height = shown[figure.axes.key]["layout"]["height"]
     return {
         "key": figure.axes.key, "title": figure.axes.title, "alt": figure.alt, "height": height,
@@ -178,8 +188,8 @@ def _by_result(rows: Sequence[Row], test: Evidence | None) -> list[Row]:
     return sorted(rows, key=lambda row: place.get(row.name, len(place)))
 
 
-def _embedded(values: Any) -> str:
-    """JSON that can stand in a script element whatever text is in it."""
+def embedded(values: Any) -> str:
+    """Return values as JSON that can stand in a script element, whatever text is in them."""
     plain = json.dumps(_short(values), separators=(",", ":"))
     return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -252,7 +262,7 @@ def _alike(table: Sheet) -> list[str]:
     ]
 
 
-def _kinds(table: Sheet) -> dict[str, str]:
+def kinds_of(table: Sheet) -> dict[str, str]:
     """How each column is sorted: as numbers where all its values are."""
     found = {}
     for place, column in enumerate(table.columns):
