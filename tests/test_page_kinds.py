@@ -202,6 +202,25 @@ def test_the_first_figure_is_of_what_differs(pages):
     assert first("grid") == first("one") == "parameters"
 
 
+@needs_browser
+@pytest.mark.parametrize(("width", "names"), [(1440, 0), (390, 2)])
+def test_a_line_has_one_name_where_no_legend_says_it(width, names, pages, browser):  # noqa: F811
+    show(browser, pages["warm_up"], width)
+    said = browser.execute_script(
+        "return document.querySelector('.hero .figure').layout.annotations.map(a => a.text)"
+    )
+    lines = ["lora all r=8 schedule=cosine", "lora all r=8 schedule=linear"]
+    assert sorted(said) == lines[:names]
+
+
+def test_where_all_rows_cost_the_same_no_figure_is_of_costs(pages):
+    rows = evidence.find(pages["warm_up"])
+    keys = {figure.axes.key for figure in figures.figures(rows.rows, rows.found)}
+    assert "swept-train-warmup" in keys and not {"parameters", "perplexity-memory"} & keys
+    rows = evidence.find(pages["one"])
+    assert "parameters" in {f.axes.key for f in figures.figures(rows.rows, rows.found)}
+
+
 def test_no_figure_of_rates_that_belong_to_configurations(pages):
     found = evidence.find(pages["grid"])
     keys = {figure.axes.key for figure in figures.figures(found.rows, found.found)}

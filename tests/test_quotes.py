@@ -220,6 +220,38 @@ def gap(what: str) -> tuple[float, float, float]:
     return nats, low, high
 
 
+def with_embeddings_of(column: str, rank: str) -> float:
+    """A number of LoRA that also trains the embeddings."""
+    lr = {"1": "0.008", "8": "0.008", "64": "0.004"}[rank]
+    return cell("anatomy/results.csv", column, label="lora", rank=rank, lr=lr)
+
+
+def peak_with_embeddings(rank: str) -> float:
+    """MiB of live tensors in a step of LoRA that also trains the embeddings."""
+    return with_embeddings_of(PEAK, rank) / 2**20
+
+
+def peak_of_full() -> float:
+    """MiB of live tensors in a step of full fine-tuning."""
+    return cell("anatomy/results.csv", PEAK, label="full") / 2**20
+
+
+def forgotten_by(**which: str) -> float:
+    """Nats per token of held-out docstrings since the base."""
+    column = "quality.also.docstrings_held_out.after.perplexity"
+    file = "anatomy/results.csv"
+    return math.log(cell(file, column, **which) / cell(file, column, label="none"))
+
+
+def saved_peaks() -> tuple[float, ...]:
+    """Per cent of full fine-tuning's planned peak that LoRA r=8 saves, with 1, 8, 64 blocks."""
+    shown = (REPOSITORY / page("claims")).read_text("utf-8")
+    said = r"planned, of full fine-tuning's peak: (\d+) % at 1, (\d+) % at 8, (\d+) %"
+    planned = re.search(said, shown)
+    assert planned is not None
+    return tuple(100 - float(percent) for percent in planned.groups())
+
+
 def cut(rank: str) -> tuple[float, float, float]:
     """What full fine-tuning's update loses that is cut to a rank, the rest kept."""
     nats, low, high = (cell("anatomy/ranks.csv", name, rank=rank, beside="with")
@@ -413,12 +445,37 @@ QUOTES = (
           "LoRA r=64 with a tenth of the text, {:.0f} % ({:.0f} to {:.0f}) in 240 steps",
           lambda: (*share_frozen("80", "0.1"), *share_frozen("240", "1.0"))),
     Quote(INDEX, "have {:.1f}, between full ({:.1f}) and LoRA r=64 ({:.1f}): {:.0f} % of the gap "
-          "of r=64 is what stays frozen, {:.0f} % of r=8's, {:.0f} % of r=1's",
+          "of r=64 is what stays frozen, at full rank",
           lambda: (cell(CONTROL, TEST, label="full-only-matrices"),
                    cell(CONTROL, TEST, label="full"),
                    cell(CONTROL, TEST, **row("lora", "all", "64")),
-                   *(split(r)[9] for r in (64, 8, 1)))),
-    Quote(INDEX, "(of the gap of r=64 {:.0f} % is)", lambda: 100 - split(64)[9]),
+                   split(64)[9])),
+    Quote("README.md", "a step then takes {:.0f} to {:.0f} MiB, full fine-tuning's {:.0f}",
+          lambda: (peak_with_embeddings("1"), peak_with_embeddings("64"), peak_of_full())),
+    Quote(page("anatomy"), "{:.0f} MiB at the peak of a step against {:.0f}, since",
+          lambda: (peak_with_embeddings("8"), peak_of_full())),
+    *(Quote(page("anatomy"), f"| LoRA r={r} +embeddings | " + "{:,.0f} | {:.0f} |",
+            lambda r=r: (with_embeddings_of(TRAINABLE, r), peak_with_embeddings(r)))
+      for r in ("1", "8", "64")),
+    Quote(page("anatomy"), "LoRA r=8 +embeddings, with {:.0f} % of full fine-tuning's trainable "
+          "parameters", lambda: 100 * with_embeddings_of(TRAINABLE, "8")
+          / cell("anatomy/results.csv", TRAINABLE, label="full")),
+    Quote(page("anatomy"), "they make it worse, too, by {:.3f} ({:.3f} to {:.3f})", lambda: tuple(
+        -n for n in (gap("positions, norms and biases, beside the matrices alone")[i]
+                     for i in (0, 2, 1)))),
+    Quote(page("anatomy"), "full {:.2f} (rate 0.002); full with matrices and embeddings {:.2f}, "
+          "matrices alone {:.2f} (both 0.004), all but the embeddings {:.2f} (0.002); LoRA {:.2f} "
+          "to {:.2f}; LoRA +embeddings {:.2f} (r=1), {:.2f} (r=8, both 0.008) and {:.2f} (r=64, "
+          "0.004).", lambda: (
+              *(forgotten_by(label=f"full{part}") for part in
+                ("", "-only-embeddings+matrices", "-only-matrices",
+                 "-only-biases+matrices+norms+positions")),
+              *(forgotten_by(label="lora", rank=r, lr=lr)
+                for r, lr in (("1", "0.04"), ("8", "0.02"))),
+              *(forgotten_by(label="lora", rank=r, lr=lr)
+                for r, lr in (("1", "0.008"), ("8", "0.008"), ("64", "0.004"))))),
+    Quote(page("claims"), "LoRA r=8 saves {:.0f} % of full fine-tuning's peak with 1 block a pass, "
+          "{:.0f} % with 8 and {:.0f} % with 64", saved_peaks),
     Quote(page("claims"), "of the gap of LoRA r=64, {:.3f} nats per token, {:.0f} % ({:.0f} to "
           "{:.0f}) is what stays frozen and {:.0f} % its rank; of r=8 {:.0f} and {:.0f} %, of r=1 "
           "{:.0f} and {:.0f} %",
@@ -700,6 +757,9 @@ def test_what_was_found_later_is_on_the_page_of_the_record():
     """As `experiments/claims/verdicts.py` has it, which prints it with that record only."""
     shown = (REPOSITORY / page("claims")).read_text("utf-8")
     assert f"commit {verdicts.RECORD}," in shown
+    assert verdicts.TODAY_SAID in shown and "(as stated; not the rank's doing) | 10" in shown
+    for said in verdicts.TODAY:
+        assert "\n".join(verdicts.item(said)) in shown
     for heading, paragraphs in {**verdicts.LATER, "": [verdicts.NO_CONTROL]}.items():
         assert f"\n## {heading}" in shown
         for paragraph in paragraphs:

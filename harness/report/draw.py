@@ -112,7 +112,7 @@ def _points(figure: Figure, axes: plt.Axes) -> None:
         axes.set_xscale("log")
         places = sorted({x for s in figure.series for x in s.x})
         if len(places) <= 8 and places[-1] < 10_000:  # ranks and scales, as they are
-            axes.set_xticks(places, labels=[f"{x:g}" for x in places])
+            axes.set_xticks(places, labels=[numbers.place(x) for x in places])
             axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     if figure.axes.log_y:
         axes.set_yscale("log")

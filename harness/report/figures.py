@@ -42,18 +42,26 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
     test = found.get("test")
     made: list[Figure | None] = []
     if test is not None:
-        made += [
-            *(_cost(rows, test, title) for title in COST_AXES),
-            _rank(rows, test), _alpha(rows, test), *_heat(rows, test),
-            *swept.figures(
+        of_settings = list(
+            swept.figures(
                 rows, test.intervals,
                 lambda name, color, own, x, line: _points(name, color, own, x, test, line=line),
-            ),
+            )
+        )  # fmt: skip
+        of_costs = [figure for title in COST_AXES if (figure := _cost(rows, test, title))]
+        if of_settings:  # where all rows cost the same, what was varied is all there is to see
+            of_costs = [figure for figure in of_costs if _costs_differ(figure)]
+        made += [
+            *of_costs, _rank(rows, test), _alpha(rows, test), *_heat(rows, test), *of_settings,
         ]  # fmt: skip
     made += [_memory(rows), _speed(rows), *_curves(rows)]
     if test is not None:
         made += [_forgetting(rows, test, on) for text, on in found.items() if text != "test"]
     return [figure for figure in made if figure is not None]
+
+
+def _costs_differ(figure: Figure) -> bool:
+    return len({x for series in figure.series for x in series.x}) > 1
 
 
 def _trained(rows: Sequence[Row], test: Evidence) -> list[Row]:

@@ -35,7 +35,7 @@ def plotly(figure: Figure) -> dict[str, Any]:
         x["type"] = "log"
         places = sorted({v for s in figure.series for v in s.x})
         if len(places) <= 8 and places[-1] < 10_000:
-            x |= {"tickvals": places, "ticktext": [f"{v:,g}" for v in places]}
+            x |= {"tickvals": places, "ticktext": [numbers.place(v) for v in places]}
         else:
             x |= {"dtick": 1, "exponentformat": "power"}
     else:

@@ -144,15 +144,17 @@ function label(box) {
     const wide = canvas.measureText(text).width, at = yaxis.r2p(y), left = x ? xaxis._length - wide : 0;
     taken.push([left, at - (yanchor === "bottom" ? 16 : 0), left + wide, at + (yanchor === "bottom" ? 0 : 16)]);
   }
-  for (const trace of box.data) if (trace.meta === "rows" && trace.visible !== "legendonly") trace.x.forEach((x, i) => {
-    if (trace.y[i] === null) return;
-    const text = Array.isArray(trace.text) ? trace.text[i] : trace.text, plain = new DOMParser().parseFromString(text, "text/html").body.textContent;
-    points.push({ text, x: xaxis.d2p(x), y: yaxis.d2p(trace.y[i]), wide: canvas.measureText(plain).width + 4 });
-  });
-  points.forEach(p => taken.push([p.x - 8, p.y - 8, p.x + 8, p.y + 8]));
+  for (const trace of box.data) if (trace.meta === "rows" && trace.visible !== "legendonly") {
+    const line = box.dataset.figure.startsWith("swept-") && trace.mode.includes("lines"), spots = [];  // whose axis says what tells its points apart
+    trace.x.forEach((x, i) => { if (trace.y[i] !== null) spots.push({ text: Array.isArray(trace.text) ? trace.text[i] : trace.text, x: xaxis.d2p(x), y: yaxis.d2p(trace.y[i]) }); });
+    spots.forEach(({ x, y }) => taken.push([x - 8, y - 8, x + 8, y + 8]));
+    // A line has one name, which the legend says where there is one; else it stands at its right end.
+    const named = !line ? spots : box._fullLayout.showlegend || !spots.length ? [] : [{ ...spots[spots.length - 1], text: trace.name, line, falls: spots.length > 1 && spots[spots.length - 2].y < spots[spots.length - 1].y }];
+    for (const spot of named) points.push({ ...spot, wide: canvas.measureText(new DOMParser().parseFromString(spot.text, "text/html").body.textContent).width + 4 });
+  }
   const named = [];
   for (const p of points.sort((a, b) => b.y - a.y)) {
-    for (const [x, y] of [[p.x + 12, p.y - 8], [p.x - 12 - p.wide, p.y - 8], [p.x + 9, p.y - 23], [p.x - 9 - p.wide, p.y + 8], [p.x + 9, p.y + 8], [p.x - 9 - p.wide, p.y - 23]]) {
+    for (const [x, y] of p.line ? [[p.x - p.wide + 8, p.y + (p.falls ? 11 : -26)], [p.x - p.wide + 8, p.y + (p.falls ? -26 : 11)]] : [[p.x + 12, p.y - 8], [p.x - 12 - p.wide, p.y - 8], [p.x + 9, p.y - 23], [p.x - 9 - p.wide, p.y + 8], [p.x + 9, p.y + 8], [p.x - 9 - p.wide, p.y - 23]]) {
       const room = [x, y, x + p.wide, y + 15];
       if (x < 0 || y < 0 || room[2] > xaxis._length || room[3] > yaxis._length || taken.some(t => t[0] < room[2] && t[2] > room[0] && t[1] < room[3] && t[3] > room[1])) continue;
       taken.push(room);

@@ -146,11 +146,9 @@ def render(drawn: Sequence[Figure], command: str, **values: Any) -> str:
 
 def _hero(drawn: Sequence[Figure]) -> str:
     """The key of the first figure: parameters, or what was swept where they are all the same."""
-    found = {figure.axes.key: figure for figure in drawn}
-    swept = [key for key in found if key.startswith("swept-") and found[key].series[0].line]
-    if HERO in found and swept and len({x for s in found[HERO].series for x in s.x}) == 1:
-        return swept[0]
-    return HERO
+    keys = [figure.axes.key for figure in drawn]
+    lines = [f.axes.key for f in drawn if f.axes.key.startswith("swept-") and f.series[0].line]
+    return lines[0] if lines and HERO not in keys else HERO
 
 
 def _beside(name: str) -> str:

@@ -20,6 +20,11 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}" if value else "0"
 
 
+def place(value: float) -> str:
+    """Write a place on an axis, such as a rank: a whole number, or three digits of another."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}"
+
+
 def rate(value: float) -> str:
     """Write a learning rate in three digits, without zeros at its end."""
     return f"{value:.3g}"
