@@ -87,6 +87,10 @@ def test_every_other_name_leads_to_a_key_that_there_is_and_hides_none():
         ("targets.modules=[a", "the value begins with [ and does not end with its other half"),
         ("smoke", "smoke: expected key=value, did you mean experiment=smoke?"),
         ("nothing", "nothing: expected key=value, as in method.r=8"),
+        ("method", "method: expected key=value, as in method=full"),
+        ("targets=query", "targets=query: no such option; choose one of: all, attn"),
+        ("targets=query", ", o, q, qk"),  # all of them
+        ("train.max_seconds=10m", "train.max_seconds=10m: expected a number of seconds or null"),
     ],
 )
 def test_a_value_is_shown_with_what_was_expected(make_run, override, said):
@@ -198,6 +202,8 @@ def test_peft_fields_read_from_its_source_are_those_of_its_classes():
         (["method=udv", "method.rank=300"], "method.rank=300: attn.c_attn allows a rank of 256"),
         (["targets.modules=[c_fcc]", "targets.name=x"], "'c_fcc' matches no matrix of gpt2_mini"),
         (["data.context=512", "train.micro_batch=4"], "512 tokens is longer than gpt2_mini's 256"),
+        (["data.context=4096"], "4096 tokens is longer than gpt2_mini's 256"),
+        (["data=text_files", "data.path=nothing.txt"], "no such file or folder"),
         (["+method.fields.use_doraa=1"], "LoraConfig has no such field; did you mean 'use_dora'"),
         (["method=peft", "method.peft_type=IA4"], "method.peft_type=IA4: did you mean 'IA3'?"),
         (["data=text_files", "data.path=one.txt"], "1 document(s) cannot be split"),
@@ -212,10 +218,12 @@ def test_what_needs_no_torch_is_found_before_a_run_is_planned(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.txt").write_text("one text\n")
+    (tmp_path / "constraints.txt").write_text("much like nothing.txt, by its end\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3\n')
     (tmp_path / "field.jsonl").write_text('{"txt": "a"}\n')
     before = sorted(tmp_path.iterdir())
-    assert said in line(overrides, make_run)
+    told = line(overrides, make_run)
+    assert said in told and "constraints" not in told
     assert sorted(tmp_path.iterdir()) == before  # not even a cache
 
 

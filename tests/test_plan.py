@@ -339,6 +339,7 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
         "model=gpt2,gpt2_medium", "method=lora", "plan.limit=3GiB", module="harness.plan"
     )
     assert done.returncode == 1, done.stderr  # GPT-2 medium does not fit
+    assert "the marked runs do not fit into plan.limit=3GiB" in done.stdout
     rows = [line for line in done.stdout.splitlines() if line.lstrip().startswith("lora-")]
     assert len(rows) == 2 and "does not fit" in rows[1] and "does not fit" not in rows[0]
     # 16 r d L on all four matrices
@@ -352,6 +353,7 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
         (["method=lora", "method.r=8,9999"], "method.r=9999"),
         (["data.context=512", "train.batch_tokens=4096"], "longer than gpt2_mini's 256"),
         (["method=lroa"], "did you mean 'lora'"),
+        (["plan.limit=8"], "plan.limit=8: 8 of what? Expected a size, e.g. 8GiB"),
         (["plan.limit"], "plan.limit: did you mean 'plan.limit' (plan.limit=SIZE"),
         (["method=lora", "train.lr=1e-3,-1"], "train.lr=-1"),
         (["model.frozen_dtype=bf16", "train.precision=auto"], "set train.precision=bf16"),

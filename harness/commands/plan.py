@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 
     from harness.runs.estimate import Prediction
 
+LEAST_BYTES = 1_000_000  # of a limit without a unit
+
+
+def _limit(text: str) -> int:
+    """Bytes of plan.limit; a small number without a unit was hardly meant as bytes."""
+    limit = parse_bytes(text)
+    if text.strip().isdecimal() and limit < LEAST_BYTES:
+        raise ConfigError(f"plan.limit={text}: {text} of what? Expected a size, e.g. 8GiB or 500MB")
+    return limit
+
 
 def _table(rows: list[list[str]]) -> Table:
     from harness.report.table import plain
@@ -75,11 +85,11 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     own = [text for text in arguments if text.startswith("plan.")]
-    rows, rates, batches, fits = [], {}, {}, True
+    rows, rates, batches, fits, unknown_peaks = [], {}, {}, True, 0
     unknown = [text for text in own if not text.startswith("plan.limit=")]
     if unknown:
         raise ConfigError(f"{unknown[0]}: did you mean 'plan.limit' (plan.limit=SIZE, e.g. 8GiB)?")
-    limit = parse_bytes(own[-1].partition("=")[2]) if own else None
+    limit = _limit(own[-1].partition("=")[2]) if own else None
     runs = compose(*without_flag(text for text in arguments if text not in own))
     # torch, after the mistakes that are found without it
     from harness.report.table import show as show_table
@@ -96,9 +106,14 @@ def main(arguments: list[str]) -> int:
         shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
         if shape not in rates:
             rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
+        unknown_peaks += found is None
         fits &= found is None or limit is None or found.needed_bytes <= limit
         rows.append(_row(naming.run_name(asked), run, found, rates[shape], limit))
     show_table(_table(rows))
+    if limit is not None:
+        kept = "every run fits into" if fits else "the marked runs do not fit into"
+        untold = f"; of {unknown_peaks} only a run can tell" if unknown_peaks else ""
+        print(f"{kept} plan.limit={own[-1].partition('=')[2]}{untold}")
     print(
         "MiB of live tensors at the peak of a training step (of evaluation where nothing trains):\n"
         "frozen and trained weights, gradients, optimizer state and activations are its parts.\n"

@@ -11,7 +11,7 @@ class ConfigError(ValueError):
     """Something impossible was asked for; the message says what, and what would be possible."""
 
 
-def nearest(bad: str, choices: Iterable[str], *, most: int = 12) -> str:
+def nearest(bad: str, choices: Iterable[str], *, most: int = 24) -> str:
     """End of an error message: the closest choice to `bad`, or else the choices there are."""
     names = sorted(str(choice) for choice in choices)
     same = [name for name in names if name.lower() == str(bad).lower()]

@@ -176,6 +176,8 @@ def expected(schema: type, name: str, section: str = "") -> str:
         return ""
     example = EXAMPLES.get(key)
     words = _words(hints[name])
+    if name.endswith("seconds"):
+        words = words.replace("a number", "a number of seconds")
     default = next((f.default for f in dataclasses.fields(schema) if f.name == name), None)
     if example is None and isinstance(default, int | float) and not isinstance(default, bool):
         example = f"{default:g}"

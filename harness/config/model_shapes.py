@@ -19,12 +19,8 @@ from harness.config.schema import LoraMethod, ModelConfig, PeftMethod, SvdMethod
 LLAMAS = ("llama", "mistral", "qwen2")
 
 
-def check(run: RunConfig) -> None:
-    """Context, targets and ranks against a model whose shapes are known.
-
-    Raises:
-        ConfigError: as `harness.methods` says it of the model itself.
-    """
+def check_context(run: RunConfig) -> None:
+    """Refuse a context that is longer than a GPT-2 has positions; raises ConfigError."""
     described = _configuration(run.model)
     limit = described.get("n_positions") if described.get("model_type") == "gpt2" else None
     longest = max(run.data.context, run.evaluation_context)
@@ -33,6 +29,16 @@ def check(run: RunConfig) -> None:
             f"a context of {longest} tokens is longer than {run.model.name}'s {limit}: lower "
             f"data.context (and evaluate.context) to {limit} or less"
         )
+
+
+def check(run: RunConfig) -> None:
+    """Context, targets and ranks against a model whose shapes are known.
+
+    Raises:
+        ConfigError: as `harness.methods` says it of the model itself.
+    """
+    check_context(run)
+    described = _configuration(run.model)
     there = matrices(described)
     if not there or not isinstance(run.method, LoraMethod | SvdMethod | PeftMethod):
         return

@@ -165,7 +165,8 @@ def unparsed(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or not key:
         there = [f"{group}={key}" for group in keys.GROUPS if key in options(group)]
-        hint = f"did you mean {' or '.join(there)}?" if there and key else "as in method.r=8"
+        own = f"as in {key}={min(options(key))}" if key in keys.GROUPS else "as in method.r=8"
+        hint = f"did you mean {' or '.join(there)}?" if there and key else own
         return f"{override}: expected key=value, {hint}"
     if value[:1] in ("[", "{") and not value.endswith("]" if value[0] == "[" else "}"):
         return f"{override}: the value begins with {value[0]} and does not end with its other half"

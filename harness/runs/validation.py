@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from harness.config import labels
+from harness.config import labels, model_shapes
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.paths import ASSETS_DIR, options
 from harness.config.run_config import RunConfig
@@ -165,6 +165,7 @@ def _validate_batch(run: RunConfig) -> None:
     train, data = run.train, run.data
     chunk = train.micro_batch * data.context
     if train.batch_tokens % chunk:
+        model_shapes.check_context(run)  # or the advice below leads to what cannot run
         options = sorted(
             {
                 max(chunk, train.batch_tokens // chunk * chunk),

@@ -70,7 +70,11 @@ def find_files(
         files = sorted(file for file in files if file.is_file())
         if not files:
             beside = [f.name for f in root.parent.glob("*")] if root.parent.is_dir() else []
-            close = difflib.get_close_matches(root.name, beside, n=1)
+            close = [  # alike in more than their suffix
+                name
+                for name in difflib.get_close_matches(root.name, beside, n=1)
+                if difflib.get_close_matches(root.stem, [Path(name).stem])
+            ]
             hint = f"; did you mean '{root.parent / close[0]}'?" if close else ""
             raise ConfigError(f"data.path={path}: no such file or folder{hint}")
     for file in files:
