@@ -7,8 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from harness.config.errors import ConfigError
 from harness.report import stats
+from harness.report.table import Row
 
 NUMBERS = ("low", "high", "p")  # of a difference, behind it
 
@@ -36,6 +40,33 @@ def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[objec
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(lines)
+
+
+def tables(row: Row, name: str) -> tuple[list[pd.DataFrame], tuple[int, ...]]:
+    """Read the file `name` of every run of the row that has one; returns them with their seeds.
+
+    Raises:
+        ConfigError: no run has it.
+    """
+    there = [
+        (run_dir / name, record["config"]["seed"])
+        for run_dir, record in zip(row.run_dirs, row.records, strict=True)
+        if (run_dir / name).is_file()
+    ]
+    if not there:
+        raise ConfigError(f"{row.name}: no run has {name}")
+    return [pd.read_parquet(path) for path, _ in there], tuple(seed for _, seed in there)
+
+
+def evaluation(
+    found: Sequence[pd.DataFrame], seeds: tuple[int, ...], **which: object
+) -> stats.Evaluation:
+    """Return nats by document of the lines whose columns have these values, a table a seed."""
+    own = [table.loc[(table[list(which)] == list(which.values())).all(axis=1)] for table in found]
+    nll = np.stack([table["nll_nats"].to_numpy(np.float64) for table in own])
+    ids = tuple(own[0]["id"].astype(str))
+    tokens = own[0]["num_tokens"].to_numpy(np.int64)
+    return stats.Evaluation(" ".join(map(str, which.values())), nll, tokens, seeds, ids, {})
 
 
 def numbers(found: stats.Comparison) -> tuple[float, float, float, float]:

@@ -16,7 +16,7 @@ from harness.report.table import rows
 sys.path.insert(0, str(REPOSITORY / "experiments"))
 import recording
 from anatomy import findings
-from claims_control import decompositions
+from claims_control import decompositions, interpolations
 from main_seeds_control import decomposition
 
 CONTROL = decomposition.CONTROL
@@ -182,5 +182,41 @@ def test_an_anatomy_without_its_compression_is_refused(tmp_path, monkeypatch, ca
     for path in (tmp_path / "runs").rglob(compression.COMPRESSED):
         path.unlink()
     assert recording.evaluate([str(tmp_path / "runs")], "", findings.judge) == 2
-    assert "harness compress has not been run" in capsys.readouterr().err
+    assert "full all k=300: no run has compress.parquet" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.csv"))
+
+
+# ------------------------------------------------------------------------- interpolations
+
+
+def test_along_lambda_every_text_is_compared_with_the_run_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(interpolations, "HERE", tmp_path)
+    runs = tmp_path / "runs"
+    truth = {0.0: (4.0, 2.0), 0.5: (3.2, 2.3), 1.0: (3.0, 3.0)}  # nats of the new and the old text
+    count = np.arange(12)
+    for r in (1, 8):
+        for seed in SEEDS:
+            run_dir = put(runs, f"r{r}-s{seed}", r=r, seed=seed)
+            if r == 8:  # of this one alone
+                points = [
+                    pd.DataFrame({"scale": scale, "kinds": "all", "text": text, "num_tokens": 10,
+                                  "id": [f"d{i}" for i in count],
+                                  "nll_nats": 10 * nats + count / 50 + seed / 100})
+                    for scale, both in truth.items()
+                    for text, nats in zip(interpolations.TEXTS, both, strict=True)
+                ]  # fmt: skip
+                pd.concat(points).to_parquet(run_dir / compression.INTERPOLATED)
+    assert recording.evaluate([str(runs)], "", interpolations.judge) == 0, capsys.readouterr().err
+    found = {(float(line["scale"]), line["text"]): line
+             for line in table(tmp_path / "interpolations.csv")}  # fmt: skip
+    assert len(found) == 6
+    for scale, both in truth.items():
+        for text, nats, own in zip(interpolations.TEXTS, both, truth[1.0], strict=True):
+            line = found[scale, text]
+            shift = np.mean(count / 50) / 10 + 0.001  # the documents' and the seeds' own
+            assert float(line["perplexity"]) == pytest.approx(np.exp(nats + shift), rel=1e-6)
+            if scale == 1:
+                assert not line["nats"]
+            else:
+                assert float(line["nats"]) == pytest.approx(nats - own)
+    assert "no run has" not in capsys.readouterr().err

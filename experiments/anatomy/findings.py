@@ -19,18 +19,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from harness.config.errors import ConfigError
 from harness.report import anatomy, compression, evidence, ranking, stats, summary
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
 from main_seeds_control.decomposition import share  # noqa: E402
-from recording import NUMBERS, evaluate, numbers, told, write_csv  # noqa: E402
+from recording import (  # noqa: E402
+    NUMBERS,
+    evaluate,
+    evaluation,
+    numbers,
+    tables,
+    told,
+    write_csv,
+)
 
 SUMMARY = Path(anatomy.FOLDER) / anatomy.FILE_NAME
 OLD_TEXT = "docstrings_held_out"
@@ -90,31 +96,16 @@ def left(by_label: dict[str, stats.Evaluation], r: int) -> tuple[float, float, f
 def ranks(found: Sequence[Row]) -> list[tuple[str, str, stats.Comparison]]:
     """(beside, rank, difference to the whole update) of full fine-tuning cut to every rank."""
     (row,) = (row for row in found if label(row) == "full")
-    there = [(run_dir / compression.COMPRESSED).is_file() for run_dir in row.run_dirs]
-    tables = [
-        pd.read_parquet(run_dir / compression.COMPRESSED)
-        for run_dir, known in zip(row.run_dirs, there, strict=True)
-        if known
-    ]
-    seeds = tuple(
-        record["config"]["seed"] for record, known in zip(row.records, there, strict=True) if known
-    )
-    if not tables:
-        raise ConfigError(f"{row.name}: harness compress has not been run for any seed")
+    found_in, seeds = tables(row, compression.COMPRESSED)
 
-    def evaluation(rank: str, beside: str) -> stats.Evaluation:
-        own = [t[(t["rank"] == rank) & (t["beside"] == beside) & (t["text"] == "test")]
-               for t in tables]  # fmt: skip
-        nll = np.stack([table["nll_nats"].to_numpy(np.float64) for table in own])
-        ids = tuple(own[0]["id"].astype(str))
-        tokens = own[0]["num_tokens"].to_numpy(np.int64)
-        return stats.Evaluation(f"{rank} {beside}", nll, tokens, seeds, ids, {})
+    def of(rank: str, beside: str) -> stats.Evaluation:
+        return evaluation(found_in, seeds, rank=rank, beside=beside, text="test")
 
-    whole = evaluation("full", "with")
+    whole = of("full", "with")
     return [
-        (beside, rank, stats.compare(evaluation(rank, beside), whole))
-        for beside in dict.fromkeys(tables[0]["beside"])
-        for rank in dict.fromkeys(tables[0]["rank"])
+        (beside, rank, stats.compare(of(rank, beside), whole))
+        for beside in dict.fromkeys(found_in[0]["beside"])
+        for rank in dict.fromkeys(found_in[0]["rank"])
         if (beside, rank) != ("with", "full")
     ]
 
