@@ -131,6 +131,18 @@ def test_whether_a_cache_is_kept_is_seen_and_not_asked():
     assert latency._keeps_cache(prompts, lambda: latency.generated(prompts, ids, 4))
 
 
+def test_prompts_begin_where_an_adapter_begins_to_act():
+    config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM",
+                        alora_invocation_tokens=[5, 7], init_lora_weights=False)  # fmt: skip
+    model = get_peft_model(tiny(), config).eval()
+    tokens = latency._invocation([tiny(), model])
+    assert tokens == [5, 7] and latency._invocation([tiny()]) == []
+    ids = latency._prompts(model, 2, 6, tokens)
+    assert ids[:, :2].tolist() == [[5, 7]] * 2
+    found = latency.measure({"base": tiny(), "attached": model}, SMALL, bf16=False)
+    assert found["generate"]["batch_3"]["attached"]["kv_cache"]
+
+
 @pytest.mark.parametrize("n", [1, 5, 6, 9, 15])
 def test_the_interval_of_a_median_holds_it_as_often_as_it_says(n):
     low, high = latency.median_interval([float(i) for i in range(n)])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +68,7 @@ def measure(models: Mapping[str, nn.Module], asked: LatencyConfig, bf16: bool) -
     scorers = {name: NextToken(model.eval()) for name, model in models.items()}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for size in asked.batch_sizes:
-            ids = _prompts(models[BASE], size, asked.prompt_tokens)
+            ids = _prompts(models[BASE], size, asked.prompt_tokens, _invocation(models.values()))
 
             def generating(model: nn.Module, ids: torch.Tensor = ids) -> Callable[[], Any]:
                 return lambda: generated(model, ids, asked.new_tokens)
@@ -108,11 +108,23 @@ def generated(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     return out
 
 
-def _prompts(model: Any, size: int, length: int) -> torch.Tensor:
-    """(size, length) tokens drawn evenly from the vocabulary, the same in every call."""
+def _invocation(models: Iterable[nn.Module]) -> list[int]:
+    """The tokens from which on an adapter acts (aLoRA); none of an adapter that always does."""
+    configs = [model.active_peft_config for model in models if isinstance(model, PeftModel)]
+    found = (getattr(config, "alora_invocation_tokens", None) for config in configs)
+    return next((list(tokens) for tokens in found if tokens), [])
+
+
+def _prompts(model: Any, size: int, length: int, first: Sequence[int] = ()) -> torch.Tensor:
+    """(size, length) tokens drawn evenly from the vocabulary, the same in every call.
+
+    They begin with `first`, as far as there is room.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = _bare(model).get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (size, length), generator=generator)
+    for place, token in enumerate(first[:length]):
+        ids[:, place] = token
     return ids.to(next(model.parameters()).device)
 
 

@@ -326,7 +326,8 @@ def perform(
         if run.data.source == "pairs":
             probes.check_blocks(bare, run, model_config)
     if run.evaluate.latency:
-        latency.check(model, run.evaluate.latency, room)
+        with accelerator.autocast():
+            latency.check(model, run.evaluate.latency, room)
     prompts, together = [], probes.PADDED
     if run.evaluate.generate:
         prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
