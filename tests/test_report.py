@@ -576,7 +576,7 @@ def test_fronts_and_budgets_count_what_is_significant(tmp_path):
     rows = table.rows(tmp_path)
     found = evidence.gather(rows)
     dominated = evidence.fronts(rows, found)
-    assert set(dominated) == set(evidence.COST_PATHS)
+    assert set(dominated) == set(evidence.FRONTS)
     for front in dominated.values():
         names = {name.split("=")[1] for name, by in front.items() if not by}
         assert names == {"1", "2", "8"}

@@ -10,7 +10,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from harness.config.errors import nearest
 from harness.config.optimizers import OPTIMIZERS
-from harness.config.schema import METHODS, SECTIONS, EarlyStopping, GenerateConfig, RootConfig
+from harness.config.schema import (
+    METHODS,
+    SECTIONS,
+    EarlyStopping,
+    GenerateConfig,
+    LatencyConfig,
+    RootConfig,
+)
 
 # Names of other programs, for keys of ours. Several keys are told with what each one is.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -106,6 +113,7 @@ def schemas() -> dict[str, list[tuple[str, type]]]:
     found["method"] = list(METHODS.items())
     found["optimizer"] = list(OPTIMIZERS.items())
     found["evaluate.generate"] = [("", GenerateConfig)]
+    found["evaluate.latency"] = [("", LatencyConfig)]
     found["train.early_stopping"] = [("", EarlyStopping)]
     return found
 

@@ -37,6 +37,7 @@ _LATER = {
     "train": ("max_seconds", "max_flops", "early_stopping", "groups"),
     "evaluate": (
         "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
+        "latency",
     ),
 }  # fmt: skip
 PATHS = ("path", "id", "validation_path", "test_path")  # which contents stand for

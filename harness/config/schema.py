@@ -276,6 +276,16 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class LatencyConfig:
+    """`latency` of conf/evaluate: how the speed of what was saved is measured after the run."""
+
+    prompt_tokens: int = 64  # given, or scored
+    new_tokens: int = 64  # generated after them, greedily
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])  # sequences at a time
+    repeats: int = 9  # of every measurement, of which the median counts
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """conf/evaluate: the sliding window, and how often validation is read."""
 
@@ -292,6 +302,7 @@ class EvaluateConfig:
     also: dict[str, DataConfig] = field(default_factory=dict)
     generate: GenerateConfig | None = None  # after test, complete its prompts, and score them
     classify: str = "auto"  # auto | always | never: accuracy by the likelihood of the labels
+    latency: LatencyConfig | None = None  # after the run, with the adapter attached and merged
 
 
 @dataclass(frozen=True)

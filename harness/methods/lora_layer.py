@@ -71,6 +71,11 @@ class FusedLinear(Linear):
         )
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    @property
+    def fuses(self) -> bool:
+        """Tell whether the next forward pass takes the fused product, and not PEFT's own."""
+        return self._fusable() is not None
+
     def _fusable(self) -> str | None:
         """The one adapter to add, or None where PEFT's own forward has more to do."""
         if self.disable_adapters or self.merged:

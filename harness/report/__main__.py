@@ -4,6 +4,8 @@ harness report outputs/main            tables here, and outputs/main/report/inde
 harness report --wide outputs/main     every column, however wide the lines become
 harness report --page outputs/main     the page alone
 harness report --last outputs/scratch  the last sweep alone, of those into one folder
+harness report --columns adapter_bytes,latency outputs/main
+                                       with these columns beside; --columns help lists them
 harness report --watch outputs/main    the page, again and again while runs go on
 harness report outputs --index         outputs/index.html, one page over all experiments
 harness report --peft-results FOLDER   results of PEFT's method_comparison (its *.json), and which
@@ -27,6 +29,7 @@ from harness.report import (
     peft_export,
     peft_page,
     peft_results,
+    requested,
     setting,
     sheet,
     summary,
@@ -47,11 +50,17 @@ def main(arguments: list[str]) -> int:
         return 0
     if "--peft-results" in arguments:
         return peft(arguments)
+    arguments, wanted = _columns(arguments)
+    if wanted == ["help"]:
+        print(requested.listing())
+        return 0
+    requested.check(wanted)
     asked = set(OPTIONS) & set(arguments)
     folders = [Path(a) for a in arguments if a not in OPTIONS]
-    alone = {"--index", "--as-peft-results"} & asked and len(asked) > 1
+    alone = {"--index", "--as-peft-results"} & asked and (len(asked) > 1 or bool(wanted))
     if len(folders) != 1 or str(folders[0]).startswith("-") or alone:
         options = " ".join(f"[{option}]" for option in OPTIONS if option != "--index")
+        options += " [--columns NAME,NAME]"
         print(
             f"usage: harness report {options} OUTPUTS/EXPERIMENT, or OUTPUTS --index",
             file=sys.stderr,
@@ -74,8 +83,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: no sweep into {folder} is recorded; without --last all is", file=sys.stderr)
         return 2
     if "--watch" in asked:
-        watch(folder, run_dirs)
-    findings = evidence.find(folder, run_dirs)
+        watch(folder, run_dirs, wanted)
+    findings = evidence.find(folder, run_dirs, wanted)
     if "--page" not in asked:
         summary.tell(findings, full=True, wide="--wide" in asked)
     if findings.rows:
@@ -105,7 +114,31 @@ def peft(arguments: list[str]) -> int:
     return 0
 
 
-def watch(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
+def _columns(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without --columns, and the names that it asks for.
+
+    Raises:
+        ConfigError: it asks for none.
+    """
+    rest: list[str] = []
+    wanted: list[str] = []
+    todo = iter(arguments)
+    for argument in todo:
+        option, sign, value = argument.partition("=")
+        if option != "--columns":
+            rest.append(argument)
+            continue
+        names = [name.strip() for name in (value if sign else next(todo, "")).split(",")]
+        if not all(names) or names[0].startswith("-"):
+            raise ConfigError(
+                f"--columns {','.join(names)}: expected names, as in --columns "
+                "adapter_bytes,latency; --columns help lists them"
+            )
+        wanted += names
+    return rest, list(dict.fromkeys(wanted))
+
+
+def watch(folder: Path, run_dirs: Sequence[Path] | None = None, wanted: Sequence[str] = ()) -> None:
     """Write the page again whenever a run has come further, until no run is under way."""
     before, said = None, False
     while True:
@@ -114,7 +147,7 @@ def watch(folder: Path, run_dirs: Sequence[Path] | None = None) -> None:
         paths = [path for name in names for path in folder.glob(f"*/{name}")]
         state = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
         if state != before:
-            path = files.write_page(evidence.find(folder, run_dirs), refresh=PERIOD_SECONDS)
+            path = files.write_page(evidence.find(folder, run_dirs, wanted), refresh=PERIOD_SECONDS)
             if not said:
                 print(f"watching: {path} (Ctrl-C ends it)", flush=True)
             before, said = state, True

@@ -85,5 +85,9 @@ SECONDS = Axes(
     "curves-seconds", "Learning over seconds", "seconds of optimizer steps",
     "validation perplexity", log_y=True, x_form=",.3~r",
 )  # fmt: skip
+SPENT = Axes(
+    "curves-flops", "Learning over FLOPs", "TFLOPs of optimizer steps", "validation perplexity",
+    log_y=True, x_form=",.3~r",
+)  # fmt: skip
 COST_AXES = {"trainable parameters": PARAMETERS, "peak memory": PEAK, "training time": TIME}
 TRACKED = (PARAMETERS, PEAK, TIME, RANK, ALPHA, MEMORY, SPEED, TOKENS)  # what trackers can draw

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.report import costs as spent
 from harness.report import evidence as ev
 from harness.report import views
+from harness.report.costs import amount as amount
 from harness.report.evidence import Evidence
 from harness.report.sheet import Cell, Column, Sheet
 from harness.report.table import SHARED, TEST, Row
 from harness.results import numbers
 
 TOLERANCES = (5, 10, 25, 50, 100)  # per cent above the lowest perplexity
-UNITS = {ev.MEMORY: 2**20, ev.FLOPS: 1e12}  # MiB, TFLOPs
-SHORT = {ev.PARAMETERS: "parameters", ev.MEMORY: "memory", ev.TIME: "seconds", ev.FLOPS: "FLOPs"}
 FEW_BUDGETS = 2  # of a kind, where room is short
 
 
@@ -29,7 +29,9 @@ class Choice:
     ties: tuple[str, ...] = ()  # within the same budget, and not significantly worse
 
 
-def good_enough(rows: Sequence[Row], test: Evidence) -> list[Choice]:
+def good_enough(
+    rows: Sequence[Row], test: Evidence, titles: Sequence[str] = ev.BUDGETS
+) -> list[Choice]:
     """The best row, and by every cost the smallest that is hardly worse.
 
     A tolerance is named where a smaller row than before will do.
@@ -38,7 +40,7 @@ def good_enough(rows: Sequence[Row], test: Evidence) -> list[Choice]:
     found = [Choice("lowest", best)]
     lowest = test.intervals[best].log_perplexity
     shown = [row for row in rows if row.name in test.intervals]
-    costs = {title: ev.sure_costs(shown, title) for title in ev.BUDGETS}
+    costs = {title: ev.sure_costs(shown, title) for title in titles}
     allowed = {"not significantly higher": [n for n in test.ordered if ties_best(n, test)]} | {
         f"up to {percent} % higher": [
             name
@@ -61,24 +63,29 @@ def good_enough(rows: Sequence[Row], test: Evidence) -> list[Choice]:
     return found
 
 
-def within_budgets(rows: Sequence[Row], test: Evidence, most: int | None = None) -> list[Choice]:
+def within_budgets(
+    rows: Sequence[Row],
+    test: Evidence,
+    most: int | None = None,
+    titles: Sequence[str] = ev.BUDGETS,
+) -> list[Choice]:
     """The best row for every round budget that buys another one; `most` of a kind.
 
     Budgets that buy the best of all are left out.
     """
     shown = [row for row in rows if row.name in test.intervals]
     found = []
-    for title in ev.BUDGETS:
+    for title in titles:
         costs, last = ev.sure_costs(shown, title), None
         own = []
-        for budget in views.budgets(list(costs.values()), UNITS.get(title, 1)):
+        for budget in views.budgets(list(costs.values()), spent.of(title).scale):
             bought = views.within(budget, costs, test)
             if bought is None or bought == last:
                 continue
             last = (best, ties) = bought
             if best == test.ordered[0]:
                 break
-            own.append(Choice(f"≤ {amount(title, budget)}", best, ties=tuple(ties)))
+            own.append(Choice(spent.told(title, budget, "≤"), best, ties=tuple(ties)))
         if most is not None and len(own) > most:
             own = own[:: -(-len(own) // most)]
         found += own
@@ -97,23 +104,18 @@ def ties_best(name: str, test: Evidence) -> bool:
     return name == best or any(c.better is None for c in pair)
 
 
-def amount(title: str, value: float) -> str:
-    """A cost with its unit."""
-    if title == ev.MEMORY:
-        return f"{numbers.mib(value)} MiB"
-    if title == ev.FLOPS:
-        return f"{numbers.seconds(value / 1e12)} TFLOPs"
-    if title == ev.TIME:
-        return f"{numbers.seconds(value)} s"
-    return f"{numbers.count(value)} parameters"
-
-
-def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet | None:
+def sheet(
+    rows: Sequence[Row],
+    test: Evidence,
+    most: int | None = None,
+    further: Sequence[str] = (),
+) -> Sheet | None:
     """ "Which should I take?" as a table; None where there is nothing to choose from."""
     if len(test.intervals) < 2 or not test.comparisons:
         return None
     named = {row.name: row for row in rows}
-    costs = {title: ev.costs(rows, title) for title in ev.BUDGETS}
+    titles = [*ev.BUDGETS, *(title for title in further if title not in ev.BUDGETS)]
+    costs = {title: ev.costs(rows, title) for title in titles}
     lowest = test.intervals[test.ordered[0]].log_perplexity
     heads = [
         Column("wanted", "perplexity, or budget", text=True),
@@ -125,21 +127,22 @@ def sheet(rows: Sequence[Row], test: Evidence, most: int | None = None) -> Sheet
         Column(ev.MEMORY, "peak MiB", keep=40),
         Column(ev.TIME, "seconds", keep=50),
         Column(ev.FLOPS, "TFLOPs", keep=60),
+        *(Column(title, _heading(title), keep=5) for title in titles[len(ev.BUDGETS) :]),
         Column("ties", "not significantly worse", text=True, keep=70),
     ]
     lines = []
-    for choice in [*good_enough(rows, test), *within_budgets(rows, test, most)]:
+    for choice in [*good_enough(rows, test, titles), *within_budgets(rows, test, most, titles)]:
         interval = test.intervals[choice.take]
         times = views.perplexity(interval.log_perplexity - lowest)
-        every = set(choice.least) == {title for title in ev.BUDGETS if costs[title]}
-        least = "all costs" if every else ", ".join(SHORT[t] for t in choice.least) or "-"
+        every = set(choice.least) == {title for title in titles if costs[title]}
+        least = "all costs" if every else ", ".join(spent.of(t).short for t in choice.least) or "-"
         line = [
             Cell(choice.wanted, choice.wanted), Cell(choice.take, choice.take),
             Cell(numbers.perplexity(interval.perplexity[0]), interval.perplexity[0]),
             Cell(numbers.perplexity(times), times), Cell(least, least),
         ]  # fmt: skip
-        line += [_cost_cell(named[choice.take], title, costs[title]) for title in ev.BUDGETS]
-        ties = ev.shorten(choice.ties) or "-"
+        line += [_cost_cell(named[choice.take], title, costs[title]) for title in titles]
+        ties = spent.shorten(choice.ties) or "-"
         lines.append([*line, Cell(ties, ties)])
     if len(lines) < 2:
         return None
@@ -153,5 +156,10 @@ def _cost_cell(row: Row, title: str, costs: dict[str, float]) -> Cell:
         return Cell("-")
     value = costs[row.name]
     shown = amount(title, value).split(" ")[0]
-    measured = title in (ev.MEMORY, ev.TIME)
+    measured = spent.of(title).measured or title == ev.MEMORY
     return Cell(f"{shown}*" if measured and row.values[SHARED] else shown, value)
+
+
+def _heading(title: str) -> str:
+    cost = spent.of(title)
+    return f"{cost.short}, {cost.unit}"

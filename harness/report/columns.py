@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from harness.report import remarks, stats
 from harness.report.evidence import Evidence
+from harness.report.requested import NOTHING, Found
 from harness.report.sheet import Cell, Column, Sheet
 from harness.report.table import (
     ALPHA,
@@ -55,8 +57,8 @@ NO_STEP = (
 )
 
 
-def sheet(rows: Sequence[Row], test: Evidence | None) -> Sheet:
-    """The table of the rows, in their order."""
+def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) -> Sheet:
+    """The table of the rows, in their order, with the columns that were asked for beside it."""
     columns: list[Column] = []
     filled: list[list[Cell]] = []  # a list a column
 
@@ -96,6 +98,15 @@ def sheet(rows: Sequence[Row], test: Evidence | None) -> Sheet:
             add(key, number, [_cell(row, key, number.form) for row in rows])
     seeds = [row.values["seeds"] for row in rows]
     add("seeds", Number("seeds", str, 50), [Cell(str(n), n) for n in seeds])
+    there = {column.key for column in columns}
+    beside = [further.cells(row) for row in rows]
+    for place, column in enumerate(further.heads()):
+        if column.key in there:  # a column of every table, which is to stay
+            where = next(i for i, c in enumerate(columns) if c.key == column.key)
+            columns[where] = replace(columns[where], keep=0)
+            continue
+        columns.append(column)
+        filled.append([cells[place] for cells in beside])
     return Sheet("Results", columns, [list(line) for line in zip(*filled, strict=True)])
 
 

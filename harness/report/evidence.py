@@ -17,26 +17,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from scipy import special
 
 from harness.config.errors import ConfigError
 from harness.report import ranking, stats
-from harness.report.table import SHARED, Row
+from harness.report.costs import BUDGETS as BUDGETS
+from harness.report.costs import FLOPS as FLOPS
+from harness.report.costs import FRONTS, costs, run_values, shorten, sure_costs
+from harness.report.costs import MEMORY as MEMORY
+from harness.report.costs import PARAMETERS as PARAMETERS
+from harness.report.costs import TIME as TIME
+from harness.report.costs import of as cost_of
+from harness.report.costs import run_seconds as run_seconds
+from harness.report.costs import time_scope as time_scope
+from harness.report.table import Row
 from harness.report.table import rows as table_rows
 from harness.results import numbers, run_record
 
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
-MANY = 4  # names in a sentence or a cell
-# Of Pareto fronts and budgets -> path in result.json. Memory and time are of training steps: what
-# does not train has a place among parameters only.
-PARAMETERS, MEMORY, TIME = "trainable parameters", "peak memory", "training time"
-COST_PATHS = {
-    PARAMETERS: "parameters.trainable",
-    MEMORY: "memory.peak_bytes",
-    TIME: "speed.train_seconds",
-}
-FLOPS = "training FLOPs"  # of budgets alone: counted for a token, times the tokens trained on
-BUDGETS = (*COST_PATHS, FLOPS)
 
 
 @dataclass(frozen=True)
@@ -137,12 +134,6 @@ def scope(test: Evidence) -> list[str]:
     return said
 
 
-def shorten(names: Sequence[str]) -> str:
-    """Return a few of the names in words, and how many more there are."""
-    more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
-    return ", ".join(names[:MANY]) + more
-
-
 def reversed_(c: stats.Comparison, first: str) -> stats.Comparison:
     """Return the comparison with its sides changed, as that of `first` less the other."""
     if c.a == first:
@@ -160,9 +151,12 @@ class Findings:
     found: dict[str, Evidence]  # statistics of `rows` by text: "test", and those of evaluate.also
     refused: list[str]  # why there are no statistics on a text
     run_dirs: frozenset[Path] | None = None  # the runs asked for; None: all of the folder
+    requested: tuple[str, ...] = ()  # names of further columns (`harness.report.requested`)
 
 
-def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
+def find(
+    folder: Path, run_dirs: Sequence[Path] | None = None, requested: Sequence[str] = ()
+) -> Findings:
     """What there is to say of a folder, or of `run_dirs` in it by themselves.
 
     Runs of other sweeps into the folder then have no part in rows, names, intervals and tests.
@@ -178,7 +172,7 @@ def find(folder: Path, run_dirs: Sequence[Path] | None = None) -> Findings:
                 found[text] = evidence
         except ConfigError as error:
             refused.append(f"on {text}: {error}")
-    return Findings(folder, everything, asked, found, refused, chosen)
+    return Findings(folder, everything, asked, found, refused, chosen, tuple(requested))
 
 
 def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
@@ -302,97 +296,28 @@ def _quality(record: dict[str, Any], text: str, when: str = "after") -> dict[str
     return found
 
 
-def fronts(rows: Sequence[Row], evidence: Evidence) -> dict[str, dict[str, tuple[str, ...]]]:
-    """For each of COST_PATHS, who dominates each configuration in (cost, log-perplexity)."""
+def fronts(
+    rows: Sequence[Row], evidence: Evidence, titles: Sequence[str] = FRONTS
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """For each cost by its title, who dominates each configuration in (cost, log-perplexity)."""
     shown = [row for row in rows if row.name in evidence.intervals]
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     if not evidence.ranks:
         return found
-    seconds = run_seconds(shown)
-    for title in COST_PATHS:
-        known = costs(shown, title) if title == TIME else sure_costs(shown, title)
-        if title == TIME:
-            timed = {name: cost for name, cost in known.items() if name in seconds}
+    for title in titles:
+        if not cost_of(title).measured:
+            if known := sure_costs(shown, title):
+                found[title] = ranking.pareto(known, evidence.comparisons)
+            continue
+        values = run_values(shown, title)
+        timed = {name: cost for name, cost in costs(shown, title).items() if name in values}
 
-            def is_less(y: str, x: str) -> bool:
-                return ranking.is_less(seconds[y], seconds[x])
+        def is_less(y: str, x: str, values: dict[str, list[float]] = values) -> bool:
+            return ranking.is_less(values[y], values[x])
 
-            if len(timed) > 1:
-                found[title] = ranking.pareto(timed, evidence.comparisons, is_less)
-        elif known:
-            found[title] = ranking.pareto(known, evidence.comparisons)
+        if len(timed) > 1:
+            found[title] = ranking.pareto(timed, evidence.comparisons, is_less)
     return found
-
-
-def run_seconds(rows: Iterable[Row]) -> dict[str, list[float]]:
-    """Seconds of training of every run, by row's name, where their spread is known.
-
-    It takes two runs or more, none of which shared the machine.
-    """
-    found = {}
-    for row in rows:
-        values = [run_record.get(record, COST_PATHS[TIME]) for record in row.records]
-        alone = not row.values[SHARED] and row.trained
-        if alone and len(values) > 1 and all(values):
-            found[row.name] = [float(value) for value in values]
-    return found
-
-
-def time_scope(rows: Iterable[Row]) -> str | None:
-    """What is said of training time, in a sentence; None where nothing trains."""
-    trained = [row for row in rows if row.trained]
-    if not trained:
-        return None
-    timed = run_seconds(trained)
-    left = [row.name for row in trained if row.name not in timed]
-    why = "one run, or a shared machine, does not tell how seconds vary"
-    if not timed:
-        return f"Training time is not compared: {why}."
-    said = (
-        "Training time: a row counts as faster than another only where its seconds are fewer by "
-        "more than runs vary (Welch's t-test of their logarithms, 5 %)"
-    )
-    return f"{said}; without {shorten(left)}: {why}." if left else f"{said}."
-
-
-def sure_costs(rows: Iterable[Row], title: str) -> dict[str, float]:
-    """The same, for what is claimed of them: only costs that can be compared.
-
-    Of training time it is the upper end of its 95 % interval over runs; peak memory that was
-    measured beside other runs is left out.
-    """
-    shown = list(rows)
-    if title != TIME:
-        return costs([r for r in shown if title != MEMORY or not r.values[SHARED]], title)
-    found = {}
-    for name, values in run_seconds(shown).items():
-        logs = np.log(values)
-        t = -special.stdtrit(len(logs) - 1, stats.ALPHA / 2)
-        error = logs.std(ddof=1) / math.sqrt(len(logs))
-        found[name] = float(np.exp(logs.mean() + t * error))
-    return found
-
-
-def costs(rows: Iterable[Row], title: str) -> dict[str, float]:
-    """The cost of every row that has a place on this axis, by name."""
-    found = {row.name: _cost(row, title) for row in rows if row.trained or title == PARAMETERS}
-    return {name: cost for name, cost in found.items() if cost is not None}
-
-
-def _cost(row: Row, title: str) -> float | None:
-    if row.took_no_step:
-        return 0.0
-    if title != FLOPS:
-        value = row.values[COST_PATHS[title]]
-        return None if value is None else float(value)
-    counted = []
-    for record in row.records:
-        per_token = run_record.get(record, "predicted.train_flops_per_token")
-        tokens = run_record.get(record, "speed.tokens")
-        if not per_token or not tokens:
-            return None
-        counted.append(float(per_token) * float(tokens))
-    return sum(counted) / len(counted)
 
 
 def detectable(evidence: Evidence, comparison: stats.Comparison) -> float:

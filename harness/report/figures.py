@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from harness.report import choices, stats, swept, views
+from harness.report import costs as spent
 from harness.report import evidence as ev
 from harness.report.axes import (
     ALPHA,
@@ -23,6 +24,8 @@ from harness.report.axes import (
     RANK,
     SECONDS,
     SPEED,
+    SPENT,
+    TEST,
     TOKENS,
     Axes,
     color_of,
@@ -37,8 +40,10 @@ CROWDED = 3  # points of one cost that a line may go through
 WORDS = 4  # lines that a caption tells of
 
 
-def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
-    """Return the page's figures, all in which these rows have something to show."""
+def figures(
+    rows: Sequence[Row], found: dict[str, Evidence], further: Sequence[str] = ()
+) -> list[Figure]:
+    """Return all figures in which the rows have something to show, with the costs `further`."""
     test = found.get("test")
     made: list[Figure | None] = []
     if test is not None:
@@ -48,9 +53,13 @@ def figures(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Figure]:
                 lambda name, color, own, x, line: _points(name, color, own, x, test, line=line),
             )
         )  # fmt: skip
-        of_costs = [figure for title in COST_AXES if (figure := _cost(rows, test, title))]
-        if of_settings:  # where all rows cost the same, what was varied is all there is to see
-            of_costs = [figure for figure in of_costs if _costs_differ(figure)]
+        titles = dict.fromkeys([*COST_AXES, *further])
+        of_costs = [  # where all rows cost the same, what was varied is all there is to see
+            figure
+            for title in titles
+            if (figure := _cost(rows, test, title))
+            and (title in further or not of_settings or _costs_differ(figure))
+        ]
         made += [
             *of_costs, _rank(rows, test), _alpha(rows, test), *_heat(rows, test), *of_settings,
         ]  # fmt: skip
@@ -145,8 +154,8 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
     trained = [row for row in rows if row.name in costs]
     if not trained:
         return None
-    unit = 2**20 if title == "peak memory" else 1
-    axes = COST_AXES[title]
+    unit = spent.of(title).scale
+    axes = COST_AXES.get(title) or cost_axes(title)
 
     def cost(row: Row) -> float:
         return costs[row.name] / unit
@@ -158,7 +167,7 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
     # A front claims that costs can be compared: not those of a shared machine, nor the seconds of
     # single runs.
     if len(trained) > 1 and {row.name for row in trained} <= set(ev.sure_costs(trained, title)):
-        own, said = _front(trained, cost, ev.fronts(rows, test).get(title, {}), test)
+        own, said = _front(trained, cost, ev.fronts(rows, test, [title]).get(title, {}), test)
         series += own
         alt += said
     best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
@@ -168,6 +177,14 @@ def _cost(rows: Sequence[Row], test: Evidence, title: str) -> Figure | None:
         f"{choices.amount(title, costs[best.name]).split(' ')[0]} {axes.x}."
     )
     return Figure(axes, series, _references(rows, test), alt)
+
+
+def cost_axes(title: str) -> Axes:
+    """Perplexity against a cost that was asked for."""
+    cost = spent.of(title)
+    key = f"perplexity-{title.replace(' ', '-').replace('_', '-')}"
+    label = f"{cost.short}, {cost.unit}"
+    return Axes(key, f"Perplexity and {cost.short}", label, TEST, log_y=True, x_form=",.3~r")
 
 
 def _is_crowded(series: Series) -> bool:
@@ -362,10 +379,13 @@ def _curves(rows: Sequence[Row]) -> list[Figure]:
     if not pairs:
         return []
     found = []
-    for axes in (TOKENS, SECONDS):
+    by = {"tokens": TOKENS, "seconds": SECONDS}
+    if views.equal([c for _, c in pairs], "flops"):
+        by["flops"] = SPENT
+    for axis, axes in by.items():
         series = []
         for row, c in pairs:
-            x = c.tokens.tolist() if axes is TOKENS else c.seconds.mean(0).tolist()
+            x = (c.along(axis).mean(0) / (1e12 if axis == "flops" else 1)).tolist()
             ends = [[_drawn(v) for v in f(0)] for f in (c.nll.mean, c.nll.min, c.nll.max)]
             color = color_of(row.values["method.label"])
             several = len(c.nll) > 1

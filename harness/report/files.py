@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from harness.report import choices, columns, draw, page, parts, setting, sheet
+from harness.report import choices, columns, draw, page, parts, requested, setting, sheet
 from harness.report.evidence import Findings
 from harness.report.figure import Figure
 from harness.report.figures import figures
@@ -31,9 +31,10 @@ def write(findings: Findings) -> Path:
         draw.draw(figure, scratch, command(findings))
     shutil.rmtree(folder / "figures", ignore_errors=True)  # a figure that is no more is not there
     scratch.rename(folder / "figures")
-    found, made_by = columns.sheet(findings.rows, findings.found.get("test")), command(findings)
+    further, made_by = requested.find(findings), command(findings)
+    found = columns.sheet(findings.rows, findings.found.get("test"), further)
     line = setting.find(findings.folder, findings.rows).line
-    said = "\n".join(f"{note}  " for note in columns.notes(findings.rows))
+    said = "\n".join(f"{note}  " for note in [*columns.notes(findings.rows), *further.notes()])
     for name, text in (
         (
             "table.md",
@@ -60,7 +61,9 @@ UNITS = {
 def _paper(findings: Findings, table: sheet.Sheet) -> str:
     """The table for a paper: its main columns, and bold what is not told apart from the best."""
     test = findings.found.get("test")
-    own = table.only([*OF_A_PAPER, *columns.telling_of(findings.rows), *headings(findings.rows)])
+    asked = [column.key for column in requested.find(findings).columns]
+    kept = [*OF_A_PAPER, *columns.telling_of(findings.rows), *headings(findings.rows), *asked]
+    own = table.only(kept)
     shown = [replace(c, heading=UNITS.get(c.key, c.heading)) for c in own.columns]
     best = [
         place
@@ -81,7 +84,10 @@ def write_page(findings: Findings, refresh: int | None = None) -> Path:
 
 def _drawn(findings: Findings) -> list[Figure]:
     """Every figure: of the rows, and of what else lies in the folder."""
-    return figures(findings.rows, findings.found) + parts.figures(findings.folder, findings.rows)
+    titles = requested.find(findings).titles
+    return figures(findings.rows, findings.found, titles) + parts.figures(
+        findings.folder, findings.rows
+    )
 
 
 def _write_page(findings: Findings, drawn: list[Figure], refresh: int | None = None) -> Path:

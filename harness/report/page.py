@@ -23,9 +23,11 @@ from harness.report import (
     answer,
     choices,
     columns,
+    costs,
     missing,
     parts,
     progress,
+    requested,
     setting,
     sheets,
     stats,
@@ -56,7 +58,15 @@ AXIS_NAMES = {
     "quality.validation.perplexity": "validation perplexity",
     TEST: "test perplexity",
 }
-MEASURES = ("parameters.", "memory.", "speed.", "quality.")  # columns that are measured
+MEASURES = (
+    "parameters.",
+    "memory.",
+    "speed.",
+    "quality.",
+    "costs.",
+    "anatomy.",
+    "forgotten.",
+)  # columns that are measured
 
 
 def text(
@@ -70,7 +80,9 @@ def text(
     test = found.get("test")
     rows = _by_result(findings.rows, test)
     shown = {figure.axes.key: plotly(figure) for figure in drawn}
-    table, filters = columns.sheet(rows, test), _filters(rows)
+    further = requested.find(findings)
+    titles = list(dict.fromkeys([*ev.BUDGETS, *further.titles]))
+    table, filters = columns.sheet(rows, test, further), _filters(rows)
     hero = _hero(drawn)
     stopped = parts.stopped(folder)  # candidates, of which the search's own section tells
     left_out = [
@@ -84,16 +96,16 @@ def text(
         question=answer.question(folder.name, rows),
         setting=setting.find(folder, rows),
         answer=answer.answer(rows, test),
-        choices=choices.sheet(rows, test) if test is not None else None,
-        notes=_notes(findings.rows, test, findings.refused),
+        choices=choices.sheet(rows, test, further=further.titles) if test is not None else None,
+        notes=_notes(findings.rows, test, findings.refused, further.titles),
         tolerances=choices.TOLERANCES,
-        costs=_costs(rows),
+        costs=_costs(rows, titles),
         table=table,
         kinds=kinds_of(table),
         sorted_by=TEST if test is not None else "",
         rows=[_row(row, test, filters) for row in rows],
         filters=[{"name": f.name, "heading": f.heading, "values_": f.values} for f in filters],
-        legend=" ".join(columns.notes(rows)) if rows else "",
+        legend=" ".join([*columns.notes(rows), *further.notes()]) if rows else "",
         table_notes=test is not None and len(test.intervals) > 1,
         heroes=[figure_of(f, shown) for f in drawn if f.axes.key == hero],
         figures=[
@@ -110,11 +122,11 @@ def text(
             for part in parts.find(folder, rows)
         ],
         alike=_alike(table),
-        sheets=sheets.further(rows, found),
+        sheets=sheets.further(rows, found, titles),
         data=embedded(
             {
                 "figures": shown,
-                "rows": _values(rows, table, test),
+                "rows": _values(rows, table, test, titles),
                 "pairs": _pairs(rows, test),
                 "lower": {key: key not in MORE_IS_BETTER for key in measures_of(table)},
             }
@@ -165,7 +177,7 @@ def measures_of(table: Sheet) -> dict[str, str]:
         if (
             numeric
             and column.key.startswith(MEASURES)
-            and not column.key.endswith(("rank", "interval"))
+            and column.key not in (columns.PLACES, columns.INTERVAL)
         ):
             found[column.key] = AXIS_NAMES.get(column.key, column.heading)
     return found
@@ -203,12 +215,15 @@ def _short(value: Any) -> Any:
     return value
 
 
-def _notes(rows: Sequence[Row], test: Evidence | None, refused: Sequence[str]) -> list[str]:
+def _notes(
+    rows: Sequence[Row], test: Evidence | None, refused: Sequence[str], further: Sequence[str]
+) -> list[str]:
     notes = [f"No intervals, ranks or comparisons {reason}." for reason in refused]
     if test is not None:
         notes += ev.scope(test)
-        if test.ranks and (said := ev.time_scope(rows)):
-            notes.append(said)
+        measured = [title for title in (ev.TIME, *further) if costs.of(title).measured]
+        if test.ranks:
+            notes += [said for title in measured if (said := ev.time_scope(rows, title))]
     return notes
 
 
@@ -270,17 +285,23 @@ def kinds_of(table: Sheet) -> dict[str, str]:
     return found
 
 
-def _costs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _costs(rows: Sequence[Row], titles: Sequence[str]) -> list[dict[str, Any]]:
     """The costs that a row can be chosen by, with their units."""
-    units = {ev.PARAMETERS: "parameters", ev.MEMORY: "MiB", ev.TIME: "seconds", ev.FLOPS: "TFLOPs"}
     return [
         {
-            "title": title, "name": choices.SHORT[title], "of": units[title],
-            "unit": f"{choices.UNITS.get(title, 1):.0f}",
+            "title": title, "name": costs.of(title).short,
+            "of": _unit(title), "unit": f"{costs.of(title).scale:.0f}",
         }
-        for title in ev.BUDGETS
+        for title in titles
         if any(ev.sure_costs(rows, title).values())
     ]  # fmt: skip
+
+
+def _unit(title: str) -> str:
+    """A cost's unit; with its name where several costs could have it."""
+    if title in ev.BUDGETS:
+        return "seconds" if title == ev.TIME else costs.of(title).unit
+    return f"{costs.of(title).short}, {costs.of(title).unit}"
 
 
 def _row(row: Row, test: Evidence | None, filters: Sequence[Filter]) -> dict[str, Any]:
@@ -298,10 +319,12 @@ def _ties_best(row: Row, test: Evidence | None) -> bool:
     return test is not None and row.name in test.intervals and choices.ties_best(row.name, test)
 
 
-def _values(rows: Sequence[Row], table: Sheet, test: Evidence | None) -> list[dict[str, Any]]:
+def _values(
+    rows: Sequence[Row], table: Sheet, test: Evidence | None, titles: Sequence[str]
+) -> list[dict[str, Any]]:
     """Every row for the page's code: its values by column, interval, and costs to be compared."""
-    costs = {title: ev.sure_costs(rows, title) for title in ev.BUDGETS}
-    spent = {title: ev.costs(rows, title) for title in ev.BUDGETS}
+    sure = {title: ev.sure_costs(rows, title) for title in titles}
+    spent = {title: ev.costs(rows, title) for title in titles}
     found = []
     for row, line in zip(rows, table.lines, strict=True):
         interval = None if test is None else test.intervals.get(row.name)
@@ -312,11 +335,11 @@ def _values(rows: Sequence[Row], table: Sheet, test: Evidence | None) -> list[di
                 "tie": _ties_best(row, test),
                 "values": {c.key: v.value for c, v in zip(table.columns, line, strict=True)},
                 "perplexity": None if interval is None else interval.perplexity,
-                "costs": {t: known[row.name] for t, known in costs.items() if row.name in known},
+                "costs": {t: known[row.name] for t, known in sure.items() if row.name in known},
                 "color": color_of(row.values["method.label"]),
                 "shown": {c.key: v.shown for c, v in zip(table.columns, line, strict=True)},
                 "spent": [
-                    choices.amount(title, known[row.name])
+                    costs.told(title, known[row.name])
                     for title, known in spent.items()
                     if row.name in known
                 ],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from harness.report import costs as spent
 from harness.report import evidence as ev
 from harness.report import samples, views
-from harness.report.choices import SHORT
 from harness.report.columns import ends
 from harness.report.evidence import Evidence
 from harness.report.sheet import Cell, Column, Sheet
@@ -18,14 +18,16 @@ PAIRS = 6  # of equal cost, that are named
 CONFIGURATION = Column("name", "configuration", text=True)
 
 
-def further(rows: Sequence[Row], found: dict[str, Evidence]) -> list[Sheet]:
-    """Return every further table that the rows have something to say in."""
+def further(
+    rows: Sequence[Row], found: dict[str, Evidence], titles: Sequence[str] = ev.BUDGETS
+) -> list[Sheet]:
+    """Return every further table that the rows have something for, with the costs of `titles`."""
     test = found.get("test")
     made: list[Sheet | None] = []
     if test is not None and test.comparisons:
         made.append(neighbours(test))
         if test.ranks:
-            made.append(matched(rows, test))
+            made.append(matched(rows, test, titles))
     made.append(learning(rows))
     made += [forgetting(rows, on) for text, on in found.items() if text != "test"]
     made.append(samples.sheet(rows))
@@ -70,7 +72,9 @@ def neighbours(test: Evidence) -> Sheet:
     return Sheet(title, columns, lines, [note])
 
 
-def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
+def matched(
+    rows: Sequence[Row], test: Evidence, titles: Sequence[str] = ev.BUDGETS
+) -> Sheet | None:
     """Return the table of pairs with equal cost, and of which one is better."""
     shown = [row for row in rows if row.name in test.intervals]
     columns = [
@@ -86,7 +90,7 @@ def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
         ],
     )
     tokens = {row.name: run_record.get(row.records[0], "speed.tokens") for row in shown}
-    for title in ev.BUDGETS:
+    for title in titles:
         sure = ev.sure_costs(shown, title)
         exact = {name: cost for name, cost in ev.costs(shown, title).items() if name in sure}
         pairs = [c for c in views.matched(exact, test.comparisons) if tokens[c.a] == tokens[c.b]]
@@ -96,13 +100,15 @@ def matched(rows: Sequence[Row], test: Evidence) -> Sheet | None:
             )
             lines.append(
                 [
-                    _text(SHORT[title]), _text(c.a), _text(c.b),
+                    _text(spent.of(title).short), _text(c.a), _text(c.b),
                     Cell(numbers.nats(abs(c.difference)), abs(c.difference)), _text(which),
                 ]
             )  # fmt: skip
         if len(pairs) > PAIRS:
             more = len(pairs) - PAIRS
-            notes.append(f"And {more} more pair{'s' * (more > 1)} of equal {SHORT[title]}.")
+            notes.append(
+                f"And {more} more pair{'s' * (more > 1)} of equal {spent.of(title).short}."
+            )
     return Sheet("Pairs of equal cost", columns, lines, notes) if lines else None
 
 
@@ -112,12 +118,12 @@ def curves(rows: Iterable[Row]) -> list[views.Curve]:
 
 
 def learning(rows: Sequence[Row]) -> Sheet | None:
-    """Validation at equal tokens and seconds, and steps to a perplexity."""
+    """Validation at equal tokens, seconds and FLOPs, and steps to a perplexity."""
     found = curves(rows)
     if not found:
         return None
     levels = views.levels(found)
-    tokens, seconds = (views.equal(found, axis) for axis in ("tokens", "seconds"))
+    tokens, seconds, flops = (views.equal(found, axis) for axis in views.AXES)
     star = "*" if any(row.values[SHARED] for row in rows) else ""
     columns = [
         CONFIGURATION,
@@ -129,20 +135,25 @@ def learning(rows: Sequence[Row]) -> Sheet | None:
             Column(f"seconds-{s:g}", f"{numbers.seconds(s)} s{star}", keep=40 - i)
             for i, s in enumerate(seconds)
         ),
+        *(
+            Column(f"flops-{f:g}", f"{numbers.seconds(f / 1e12)} TFLOPs", keep=45 - i)
+            for i, f in enumerate(flops)
+        ),
         *(Column(f"steps-{v:g}", f"steps to {v:g}", keep=10 + i) for i, v in enumerate(levels)),
     ]
     lines = []
     for c in found:
         line = [_text(c.name)]
-        for axis, values in (("tokens", tokens), ("seconds", seconds)):
+        for axis, values in zip(views.AXES, (tokens, seconds, flops), strict=True):
             for value in values:
                 at = c.at(axis, value)
                 line.append(Cell("-") if at is None else Cell(_perplexity(*at), at[0]))
         line += [_steps(c.brackets(math.log(level))) for level in levels]
         lines.append(line)
-    title = (
-        "Validation perplexity at equal tokens and equal training time, and steps to a perplexity"
+    equal = (
+        "equal tokens, training time and FLOPs" if flops else "equal tokens and equal training time"
     )
+    title = f"Validation perplexity at {equal}, and steps to a perplexity"
     notes = [
         "Perplexity is interpolated between validations; ± gives its 95 % interval over seeds. "
         "steps to a perplexity: from the last validation above it to the first at or below it, "
@@ -150,6 +161,8 @@ def learning(rows: Sequence[Row]) -> Sheet | None:
         "all steps of a run, so that a run of fewer steps would be lower at its end than this one "
         "is there."
     ]
+    if flops:
+        notes.append("TFLOPs: of optimizer steps, by the FLOPs that are counted for a token.")
     if star:
         notes.append(
             f"{star}: measured while other runs used the machine too, so do not compare it."

@@ -7,15 +7,28 @@ import io
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from harness.report import answer, choices, columns, missing, setting, sheet, sheets, table, views
+from harness.report import (
+    answer,
+    choices,
+    columns,
+    costs,
+    missing,
+    requested,
+    setting,
+    sheet,
+    sheets,
+    table,
+    views,
+)
 from harness.report import evidence as ev
 from harness.report.evidence import Evidence, Findings
+from harness.report.requested import Found
 from harness.report.table import Row
 from harness.system import atomic
 from harness.system.console import reason
@@ -42,13 +55,17 @@ def tell(
     column whatever the terminal's width.
     """
     folder, rows, found = findings.folder, findings.rows, findings.found
-    everything = findings if rows == findings.everything else ev.find(folder)
+    further = requested.find(findings)
+    titles = list(dict.fromkeys([*ev.BUDGETS, *further.titles]))
+    everything = findings
+    if rows != findings.everything:
+        everything = ev.find(folder, requested=findings.requested)
     saved = _save(everything) if everything.rows else []
     if rows:
-        _print_first(findings, wide=wide)
-        left = _print_table(findings, wide=wide)
+        _print_first(findings, further, wide=wide)
+        left = _print_table(findings, further, wide=wide)
         if full:
-            for one in sheets.further(rows, found):
+            for one in sheets.further(rows, found, titles):
                 print(f"\n{one.title}")
                 left |= bool(sheet.show(one, wide=wide))
                 _print_notes(one.notes)
@@ -70,10 +87,12 @@ def command(findings: Findings, *options: str) -> str:
     last = findings.run_dirs is not None and findings.rows != findings.everything
     if last and set(setting.last_sweep(findings.folder)) == findings.run_dirs:
         options = ("--last", *options)
+    if findings.requested:
+        options = (*options, "--columns", ",".join(findings.requested))
     return shlex.join(["harness", "report", *options, str(findings.folder)])
 
 
-def _print_first(findings: Findings, *, wide: bool) -> None:
+def _print_first(findings: Findings, further: Found, *, wide: bool) -> None:
     """The title, what was run, the answer in words, and which configuration to take."""
     rows, test = findings.rows, findings.found.get("test")
     title = findings.folder.name
@@ -86,21 +105,24 @@ def _print_first(findings: Findings, *, wide: bool) -> None:
     if said := answer.answer(rows, test):
         print()
         _print_notes([said])
-    if test is not None and (found := choices.sheet(rows, test, choices.FEW_BUDGETS)) is not None:
+    if test is None:
+        return
+    found = choices.sheet(rows, test, choices.FEW_BUDGETS, further.titles)
+    if found is not None:
         print(f"\n{found.title}")
         sheet.show(found, wide=wide)
 
 
-def _print_table(findings: Findings, *, wide: bool) -> bool:
+def _print_table(findings: Findings, further: Found, *, wide: bool) -> bool:
     """The table of results, what its signs say and what it can claim; whether columns are left."""
     rows, test = findings.rows, findings.found.get("test")
     print()
-    left = sheet.show(columns.sheet(rows, test), wide=wide)
-    _print_notes(columns.notes(rows))
+    left = sheet.show(columns.sheet(rows, test, further), wide=wide)
+    _print_notes([*columns.notes(rows), *further.notes()])
     if left:
         print(f"not shown: {', '.join(left)}")
     if test is not None:
-        _print_claims(rows, test)
+        _print_claims(rows, test, further.titles)
     for refusal in findings.refused:
         print(f"no intervals, ranks or comparisons {refusal}")
     return bool(left)
@@ -112,7 +134,7 @@ def _print_notes(notes: Iterable[str]) -> None:
         print(textwrap.fill(note, width, break_long_words=False, break_on_hyphens=False))
 
 
-def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
+def _print_claims(rows: Sequence[Row], test: Evidence, further: Sequence[str]) -> None:
     """What the intervals cover, which pairs are not told apart, and the Pareto fronts."""
     _print_notes(ev.scope(test))
     if len(test.intervals) == 1:
@@ -127,15 +149,21 @@ def _print_claims(rows: Sequence[Row], test: Evidence) -> None:
     if not test.ranks:
         return
     lines = []
-    for title, dominated in ev.fronts(rows, test).items():
+    titles = list(dict.fromkeys([*costs.FRONTS, *further]))
+    for title, dominated in ev.fronts(rows, test, titles).items():
         on = [name for name in test.ordered if not dominated.get(name, ("",))]
         if any(ev.costs(rows, title).values()):  # or nothing costs anything
-            lines.append(f"  {title}: {', '.join(on)}")
+            lines.append(f"  {_named(title)}: {', '.join(on)}")
     if lines:
         print("Best for their cost (than others something that costs no more is better):")
         print("\n".join(lines))
-        if said := ev.time_scope(rows):
-            _print_notes([said])
+        measured = [title for title in titles if costs.of(title).measured]
+        _print_notes(said for title in measured if (said := ev.time_scope(rows, title)))
+
+
+def _named(title: str) -> str:
+    """A cost's title; of latency, which is asked for by its name, what that says."""
+    return costs.of(title).short if costs.latency_path(title) else title
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -163,18 +191,21 @@ def _save(findings: Findings) -> list[str]:
 
 def results_csv(findings: Findings) -> str:
     """Return the text of results.csv: a line for every row, in full precision."""
-    return table.csv_text(findings.rows, _columns(findings.found))
+    return table.csv_text(findings.rows, _columns(findings))
 
 
 def results_lines(findings: Findings) -> tuple[list[str], list[list[Any]]]:
     """The columns of results.csv and its lines, as values."""
-    return table.csv_lines(findings.rows, _columns(findings.found))
+    return table.csv_lines(findings.rows, _columns(findings))
 
 
-def _columns(found: dict[str, Evidence]) -> dict[str, dict[str, Any]]:
-    """Columns of results.csv: interval, rank and, on further texts, perplexity after adaptation."""
-    columns: dict[str, dict[str, Any]] = {}
-    for text, evidence in found.items():
+def _columns(findings: Findings) -> dict[str, Mapping[str, Any]]:
+    """Columns of results.csv: interval, rank and, on further texts, perplexity after adaptation.
+
+    And those that were asked for.
+    """
+    columns: dict[str, Mapping[str, Any]] = {}
+    for text, evidence in findings.found.items():
         prefix = "quality.test" if text == "test" else f"quality.also.{text}.after"
         values = {name: i.perplexity for name, i in evidence.intervals.items()}
         if text != "test":
@@ -187,7 +218,7 @@ def _columns(found: dict[str, Evidence]) -> dict[str, dict[str, Any]]:
             columns[f"{prefix}.no_interval"] = why
         columns[f"{prefix}.varies_over"] = {n: i.varies_over for n, i in evidence.intervals.items()}
         columns[f"{prefix}.rank"] = dict(evidence.ranks)
-    return columns
+    return columns | requested.find(findings).csv()
 
 
 def _comparisons(found: dict[str, Evidence]) -> Iterable[dict[str, Any]]:
@@ -219,6 +250,7 @@ def _points(curves: Iterable[views.Curve]) -> Iterable[dict[str, Any]]:
                 "step": int(step),
                 "tokens": int(c.tokens[p]),
                 "seconds": float(c.seconds[:, p].mean()),
+                "train_flops": "" if c.flops is None else float(c.flops[p]),
                 "validation_nll": float(c.nll[:, p].mean()),
                 "validation_nll_low": float(c.nll[:, p].min()),
                 "validation_nll_high": float(c.nll[:, p].max()),

@@ -176,16 +176,20 @@ def _took_no_step(record: dict[str, Any]) -> bool:
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
     for path in [*COLUMNS, *SCORES, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
-        found = [run_record.get(result, path) for result in records]
-        known = [v for v in found if isinstance(v, int | float)]
-        if path == SHARED:  # the worst of the runs
-            known = [max(known)] if known else []
-        if path.endswith("perplexity"):  # null where one has overflowed
-            logs = [math.log(v) for v in known]
-            values[path] = math.exp(sum(logs) / len(logs)) if len(logs) == len(found) else None
-        else:
-            values[path] = sum(known) / len(known) if known else found[0]
+        values[path] = over_seeds(records, path)
     return values
+
+
+def over_seeds(records: Sequence[dict[str, Any]], path: str) -> Any:
+    """A value of result.json as the row of these runs has it: a mean; of text, the first run's."""
+    found = [run_record.get(result, path) for result in records]
+    known = [v for v in found if isinstance(v, int | float)]
+    if path == SHARED:  # the worst of the runs
+        known = [max(known)] if known else []
+    if path.endswith("perplexity"):  # null where one has overflowed
+        logs = [math.log(v) for v in known]
+        return math.exp(sum(logs) / len(logs)) if len(logs) == len(found) else None
+    return sum(known) / len(known) if known else found[0]
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -278,6 +282,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if f"{prefix}{key}" == "evaluate.also":
             flat["evaluate.also"] = ",".join(value) or None  # names say enough
+        elif f"{prefix}{key}" == "evaluate.latency":  # which moves no other number
+            flat["evaluate.latency"] = json.dumps(value) if value else None
         elif isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
@@ -313,6 +319,7 @@ def csv_lines(
         if any(r.values[path] is not None for r in table)
     ]
     names = [*COLUMNS, *written, *CSV_ONLY, "seeds", "also"]
+    beside = {key: values for key, values in beside.items() if key not in names}
     settings = list(dict.fromkeys(key for row in table for key in row.settings))
     found = []
     for row in table:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from harness.report import stats
+from harness.report import costs, stats
 from harness.report.evidence import Evidence
 from harness.report.table import Row
 from harness.results import run_record
+
+AXES = ("tokens", "seconds", "flops")  # of equal budgets
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,25 @@ class Curve:
     tokens: NDArray[np.int64]  # (P,) trained on so far
     seconds: NDArray[np.float64]  # (R, P) of optimizer steps so far, evaluation excluded
     nll: NDArray[np.float64]  # (R, P) nats per validation token
+    flops: NDArray[np.float64] | None = None  # (P,) of optimizer steps so far; None: not counted
 
     def at(self, axis: str, value: float) -> tuple[float, float | None] | None:
-        """Log-perplexity at `value` of "tokens" or "seconds" as `mean`; None if not there."""
+        """Log-perplexity at `value` of one of AXES as `mean`; None if not there."""
         found = []
         for r, nll in enumerate(self.nll):
-            x = self.tokens if axis == "tokens" else self.seconds[r]
+            x = self.along(axis)[r]
             if not x[0] <= value <= x[-1] * (1 + 1e-9):
                 return None
             found.append(float(np.interp(value, x, nll)))
         return mean(found)
+
+    def along(self, axis: str) -> NDArray[Any]:
+        """What every point of every seed has spent of one of AXES, (R, P)."""
+        if axis == "seconds":
+            return self.seconds
+        spent = self.tokens if axis == "tokens" else self.flops
+        assert spent is not None, "FLOPs that were not counted"
+        return np.broadcast_to(spent, self.nll.shape)
 
     def brackets(self, nll: float) -> list[Bracket | None]:
         """Of every seed, between which validations `nll` was reached; None where it was not."""
@@ -114,12 +126,14 @@ def curve(row: Row) -> Curve | None:
     common = sorted(set.intersection(*steps)) if steps else []
     if len(common) < 2:
         return None
+    spent = [costs.train_flops(row.records[0], step) for step in common]
     return Curve(
         row.name,
         np.array(common),
         np.array([tokens[step] for step in common]),
         np.array([[so_far.get(step, math.nan) for step in common] for so_far in seconds]),
         np.array([[validated[step] for step in common] for validated in nll]),
+        None if None in spent else np.array(spent, dtype=np.float64),
     )
 
 
@@ -142,9 +156,21 @@ def levels(curves: Sequence[Curve], count: int = 3) -> list[float]:
 
 
 def equal(curves: Sequence[Curve], axis: str) -> list[float]:
-    """A quarter, half and all of the most that every curve reaches of tokens or seconds."""
-    ends = [c.tokens[-1] if axis == "tokens" else c.seconds[:, -1].min() for c in curves]
+    """A quarter, half and all of the most that every curve reaches of one of AXES.
+
+    Of FLOPs there are none where a curve has them not counted, or where all spend as many a token,
+    so that equal tokens are equal FLOPs.
+    """
+    if axis == "flops" and not _differ_in_flops(curves):
+        return []
+    ends = [c.along(axis)[:, -1].min() for c in curves]
     return [float(min(ends)) * share for share in (0.25, 0.5, 1)]
+
+
+def _differ_in_flops(curves: Sequence[Curve]) -> bool:
+    """Whether FLOPs are counted for all curves, and are not the same multiple of their tokens."""
+    counted = [c.flops[-1] / c.tokens[-1] for c in curves if c.flops is not None and c.tokens[-1]]
+    return len(counted) == len(curves) and max(counted) > min(counted) * (1 + 1e-9)
 
 
 def budgets(costs: Sequence[float], unit: float = 1) -> list[float]:

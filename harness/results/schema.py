@@ -37,6 +37,14 @@ PARTS = {
         category_peaks.CATEGORIES | | | each category's own peak
         measured_by | string | | live tensors, or the allocator of a GPU
     """,
+    "LATENCY": """
+        *.seconds | array | seconds | of every repeat
+        *.tokens_per_second | number | tokens/s | at the median; generated, or scored
+        *.times_base | number | | seconds by those of base in the same repeat, median
+        *.times_base_low | number? | | lower end of its 95 % interval, of 6 repeats or more
+        *.times_base_high | number? | | upper end
+        *.kv_cache | boolean | | of generation: whether the newest token was given alone
+    """,
     "ACCURACY": """
         accuracy | number | share | of prompts whose most likely label is the right one
         accuracy_low | number | share | lower end of its 95 % interval
@@ -134,6 +142,23 @@ KEYS = """
     speed.steps | integer | steps | that were taken
     speed.tokens | integer | tokens | that were trained on
     speed.gflops_per_second | number | GFLOP/s |
+    costs.adapter_bytes | integer | bytes | of adapter/, or else model/'s own files
+    costs.train_flops | number | FLOPs | of all optimizer steps, as predicted counts a token
+    costs.evaluate_flops | number | FLOPs | of evaluation, likewise
+    costs.energy.of | array | | what is counted: CPU packages, their memory, GPUs
+    costs.energy.left_out | object | | RAPL or NVML -> why it counts nothing
+    costs.energy.train_joules | number | joules | of optimizer steps
+    costs.energy.evaluate_joules | number | joules | of evaluation
+    costs.load_seconds | number? | seconds | of adapter/ onto a base in memory, or of model/
+    costs.failure | string | | why evaluate.latency has measured nothing
+    costs.latency.prompt_tokens | integer | tokens | given, or scored
+    costs.latency.new_tokens | integer | tokens | generated after them
+    costs.latency.repeats | integer | | of each measurement
+    costs.latency.precision | string | | fp32 or bf16 (autocast), as the run's
+    costs.latency.threads | integer | | of the CPU
+    costs.latency.not_merged | string? | | why there is no merged model
+    costs.latency.generate.*.LATENCY | | | batch_N; base, attached, fused or merged
+    costs.latency.score.*.LATENCY | | | the same
     quality.best_step | integer | step | the checkpoint that validation chose
     quality.base.validation.QUALITY | | | of the base
     quality.step0.validation.QUALITY | | | of the adapted model before its first step

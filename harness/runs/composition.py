@@ -28,6 +28,7 @@ from harness.config.schema import (
     DataConfig,
     EarlyStopping,
     GenerateConfig,
+    LatencyConfig,
     LoraMethod,
     ParameterGroup,
     RootConfig,
@@ -90,6 +91,7 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         further = section.pop("also", None) if key == "evaluate" else None
         mixed = section.pop("parts", None) if key == "data" else None
         completing = section.pop("generate", None) if key == "evaluate" else None
+        timing = section.pop("latency", None) if key == "evaluate" else None
         sections[key] = _typed(schema, section, key)
         if key == "train":
             sections[key] = replace(sections[key], early_stopping=stopping, groups=groups)
@@ -100,6 +102,8 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         if completing:
             asked = _typed(GenerateConfig, completing, "evaluate.generate")
             sections[key] = replace(sections[key], generate=asked)
+        if timing not in (None, False):
+            sections[key] = replace(sections[key], latency=_latency(timing))
     values["outputs_dir"] = expanded(values.get("outputs_dir"), "outputs_dir")
     values.setdefault("contents", {})  # of a run from before it was written down
     run = RunConfig(**vars(_typed(RootConfig, values)), **sections, tracker=tracker)
@@ -150,6 +154,17 @@ def _early_stopping(asked: Any) -> EarlyStopping:
         )
     found = _typed(EarlyStopping, asked, "train.early_stopping")
     assert isinstance(found, EarlyStopping)
+    return found
+
+
+def _latency(asked: Any) -> LatencyConfig:
+    if asked is not True and not isinstance(asked, dict):
+        raise ConfigError(
+            f"evaluate.latency={asked}: expected true, false, or its fields, as in "
+            "evaluate.latency={repeats: 5}"
+        )
+    found = _typed(LatencyConfig, {} if asked is True else asked, "evaluate.latency")
+    assert isinstance(found, LatencyConfig)
     return found
 
 

@@ -275,6 +275,24 @@ def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
     return max(found, key=lambda shape: (shape[0] * shape[1], shape), default=full)
 
 
+def spent_flops(
+    run: RunConfig, state: train.State, predicted: dict[str, Any] | None
+) -> dict[str, float]:
+    """FLOPs of all optimizer steps, and of validation, test and further texts; none if unknown.
+
+    By the FLOPs of a token that `predicted` counts, and the positions that were computed: padding
+    and prompts, which nothing is predicted for, cost as much. An evaluated token counts as one of
+    the largest batch.
+    """
+    if predicted is None:
+        return {}
+    steps = state.step * run.train.batch_tokens
+    return {
+        "train_flops": predicted["train_flops_per_token"] * steps,
+        "evaluate_flops": predicted["evaluate_flops_per_token"] * state.evaluated_positions,
+    }
+
+
 # What moves no byte: rates, seeds, the text itself. Sweeps over these ask for one prediction.
 _NO_MATTER = {
     "train": ("lr", "lr_from", "rates", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps",

@@ -7,7 +7,7 @@ import re
 from harness.config import parts
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.run_config import RunConfig
-from harness.config.schema import DataConfig, defaults
+from harness.config.schema import DataConfig, LatencyConfig, defaults
 from harness.data import sources
 from harness.data.documents import SOURCES, SPLITS  # needs the standard library only
 from harness.data.forms import FORMS
@@ -162,6 +162,8 @@ def validate_evaluation(run: RunConfig) -> None:
         )
     if ev.generate is not None:
         _validate_generate(run)
+    if ev.latency is not None:
+        _validate_latency(ev.latency)
     if ev.classify == "always" and data.source != "pairs":
         raise ConfigError(
             f"evaluate.classify=always: data={data.name} has no completions to choose from; use a "
@@ -259,6 +261,16 @@ def _validate_generate(run: RunConfig) -> None:
     n, most = asked.no_repeat_ngram, asked.prompts
     require(n >= 0, "evaluate.generate.no_repeat_ngram", n, "a length, or 0 for off")
     require(most is None or most > 0, "evaluate.generate.prompts", most, "1 or more, or null")
+
+
+def _validate_latency(asked: LatencyConfig) -> None:
+    for key in ("prompt_tokens", "new_tokens"):
+        value = getattr(asked, key)
+        require(value >= 2, f"evaluate.latency.{key}", value, "2 or more tokens")
+    require(asked.repeats >= 1, "evaluate.latency.repeats", asked.repeats, "1 or more")
+    sizes = asked.batch_sizes
+    fine = bool(sizes) and min(sizes) >= 1 and len(set(sizes)) == len(sizes)
+    require(fine, "evaluate.latency.batch_sizes", sizes, "different numbers of 1 or more, as [1,8]")
 
 
 def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:

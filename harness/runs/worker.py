@@ -36,6 +36,7 @@ from harness.evaluation import (
     base_model,
     classification,
     generation,
+    latency,
     prefix,
     probes,
     protocols,
@@ -46,7 +47,7 @@ from harness.methods import invocation, merging
 from harness.methods.svd import CACHE_ENV
 from harness.models import loss, pretrained, weights
 from harness.results import environment, run_record
-from harness.runs import composition, estimate, saved_check
+from harness.runs import composition, estimate, saved_check, saved_costs
 from harness.runs.finished_run import Saved
 from harness.system import contents, lock, machine, network
 from harness.system.signals import Stop
@@ -122,13 +123,37 @@ def main(run_dir: Path, *, run: RunConfig | None = None, quiet: bool = False) ->
         result["wall_seconds"] = facts["wall_seconds"]
         result["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         result.setdefault("environment", {})["runs_beside"] = facts["runs_beside"]
-        so_far.end()
     run_record.free_reserve(run_dir)
     run_record.write(run_dir, result)
     if result["status"] == "finished":  # until then the run goes on from its last checkpoint
         run_record.clear(run_dir)
+        _measure_costs(run, run_dir, result, so_far)
+    if so_far:
+        so_far.end()
+    if result["status"] == "finished":
         _confirm_saved(run, run_dir, result)
     return code
+
+
+def _measure_costs(
+    run: RunConfig | None, run_dir: Path, result: dict[str, Any], so_far: Elapsed | None
+) -> None:
+    """Note in the result, which stands, how fast what was saved loads and runs (`saved_costs`)."""
+    if run is None or run.evaluate.latency is None:
+        return
+    costs = result.setdefault("costs", {})
+    costs["failure"] = saved_costs.UNMEASURED  # of a kill, which leaves no time to say so
+    with suppress(OSError):
+        run_record.write(run_dir, result)
+    found = saved_costs.measure(Saved(run_dir, run, result))
+    del costs["failure"]
+    costs |= found
+    if so_far:  # the most at any time of the run, and of this
+        result["environment"]["runs_beside"] = so_far.facts()["runs_beside"]
+    if failure := costs.get("failure"):
+        print(f"warning: evaluate.latency failed ({failure})", file=sys.stderr)
+    with suppress(OSError):
+        run_record.write(run_dir, result)
 
 
 def _confirm_saved(run: RunConfig | None, run_dir: Path, result: dict[str, Any]) -> None:
@@ -300,6 +325,9 @@ def perform(
         log.info("evaluation batches: %s", batching)
         if run.data.source == "pairs":
             probes.check_blocks(bare, run, model_config)
+    if run.evaluate.latency:
+        with accelerator.autocast():
+            latency.check(model, run.evaluate.latency, room)
     prompts, together = [], probes.PADDED
     if run.evaluate.generate:
         prompts = pairs.read(run.data)["test"][: run.evaluate.generate.prompts]
@@ -356,7 +384,11 @@ def perform(
             penalty = methods.penalty(model, run)
             training = loop.Training(prepared, text, run, accelerator, optimizer, penalty)
             hooks = loop.Hooks(
-                held_out.validate, standing.keep, standing.save, standing.metrics.log
+                held_out.validate,
+                standing.keep,
+                standing.save,
+                standing.metrics.log,
+                standing.meter.read,
             )
             loop.train(training, state, hooks, stop, quiet=quiet)
         except loop.Paused:
@@ -446,6 +478,8 @@ def perform(
     with kept_result(result, "memory and FLOPs could not be predicted"):
         predicted = estimate.recorded(done, model_config, accelerator, followed)
     result["predicted"] = predicted
+    result["costs"] = estimate.spent_flops(run, state, predicted)
+    result["costs"]["energy"] = standing.energy()
     # Of pairs tokens are those of completions, and FLOPs those of every position.
     if predicted and state.tokens_per_second and run.data.source != "pairs":
         flops = predicted["train_flops_per_token"] * state.tokens_per_second
@@ -457,6 +491,8 @@ def perform(
         if accelerator.is_main_process:
             result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
             saved_check.keep(run_dir, text.held_out["validation"], standing.best, held_out.bos)
+            bytes_to_ship = saved_costs.bytes_to_ship(run_dir, result["saved"])
+            result["costs"]["adapter_bytes"] = bytes_to_ship
 
 
 def wants_merged(run: RunConfig, unfused: bool) -> bool:

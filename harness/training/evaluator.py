@@ -12,6 +12,7 @@ import pandas as pd
 from datasets import Dataset
 from torch import nn
 
+from harness.data import token_data
 from harness.evaluation import sliding_window
 from harness.evaluation.base_model import Unadapted
 from harness.evaluation.sliding_window import Nats
@@ -46,6 +47,7 @@ class Evaluator:
 
         By the run's model, or by another one that is `prepared`.
         """
+        joules_before = self.standing.meter.read()
         start = time.perf_counter()
         with self.standing.process.phase("evaluate"):
             found = sliding_window.document_nll(
@@ -60,7 +62,22 @@ class Evaluator:
                 following=following,
             )
         self.standing.state.evaluate_seconds += time.perf_counter() - start
+        joules = self.standing.meter.read()
+        if joules is not None and joules_before is not None:
+            self.standing.state.evaluate_joules += joules - joules_before
+        self.standing.state.evaluated_positions += self._positions(name)
         return found
+
+    def _positions(self, name: str) -> int:
+        """Tokens of all windows of a text, with what shorter ones of a batch are filled up by."""
+        shapes = sliding_window.batch_shapes(
+            token_data.document_sizes(self.texts[name]),
+            self.context,
+            self.stride,
+            self.batch_tokens,
+            self.batching,
+        )
+        return sum(rows * width for rows, width in shapes)
 
     def validate(self) -> float:
         """Mean nats per validation token; the first two times memory is followed.

@@ -53,6 +53,10 @@ class State:
     tokens: int = 0  # predicted tokens trained on
     train_seconds: float = 0.0  # wall time of all optimizer steps, evaluation excluded
     evaluate_seconds: float = 0.0
+    evaluated_positions: int = 0  # that evaluation has computed, padding included
+    train_joules: float = 0.0  # of the optimizer steps that were metered
+    evaluate_joules: float = 0.0
+    metered_steps: int = 0  # all of them, or the joules are not those of the run
     timed_tokens: int = 0  # of the steps that count for the speed
     timed_seconds: float = 0.0
     best_step: int = 0
@@ -161,6 +165,7 @@ class Hooks:
     keep: Callable[[], None]  # after the lowest of these so far
     save: Callable[[], None]  # where a checkpoint is due, and when the run is told to stop
     log: Callable[[dict[str, Any]], None]  # takes a row of metrics
+    joules: Callable[[], float | None] = lambda: None  # of the machine's counters, if it has any
 
 
 def optimizer_step(
@@ -265,6 +270,7 @@ def train(
             if stopping:
                 raise KeyboardInterrupt
             assert optimizer is not None
+            joules_before = hooks.joules()
             start = time.perf_counter()
             follow = state.step == min(MEMORY_STEP, steps - 1)
             try:
@@ -292,6 +298,10 @@ def train(
             ).tolist()
             mean_nll = nats / num_tokens
             seconds = time.perf_counter() - start
+            joules = hooks.joules()
+            if joules is not None and joules_before is not None:
+                state.train_joules += joules - joules_before
+                state.metered_steps += 1
             if not math.isfinite(mean_nll):
                 raise NonFiniteLossError(
                     f"the loss is {mean_nll} at step {state.step + 1} of {steps}"

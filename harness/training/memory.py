@@ -254,6 +254,13 @@ class ProcessPeaks:
         self._phase = name
 
 
+def gpu_uuids() -> list[str]:
+    """UUIDs, as NVML has them, of the GPU that this process computes on; none on a CPU."""
+    if not torch.cuda.is_available():
+        return []
+    return [f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"]
+
+
 def process_peak_bytes() -> int | None:
     """The process's resident peak (VmHWM), or None where the system does not tell."""
     status = Path("/proc/self/status")

@@ -22,11 +22,12 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.evaluation.sliding_window import Nats
 from harness.results import run_record
-from harness.system import lock
+from harness.system import energy, lock
 from harness.training import checkpoint, memory
 from harness.training.buffers import BufferState
 from harness.training.loop import State
 
+SEVERAL = "the run has several processes, of which each reads its own machine alone"
 log = logging.getLogger("harness")
 
 
@@ -79,6 +80,8 @@ class RunState:
         self.accelerator = accelerator
         self.process = process
         self.so_far = so_far
+        alone = accelerator.num_processes == 1  # of several, one does not see all machines
+        self.meter = energy.meter(memory.gpu_uuids()) if alone else energy.none(SEVERAL)
         # Halved by the controller after a kill for memory.
         halved = run_record.get(run_record.read(run_dir) or {}, "run.micro_batch")
         self.state = State(micro_batch=halved or run.train.micro_batch)
@@ -135,6 +138,20 @@ class RunState:
         if self.accelerator.is_main_process:
             checkpoint.load_best(found, self._best_path)
         log.info("goes on after step %d", self.state.step)
+
+    def energy(self) -> dict[str, Any]:
+        """Joules of optimizer steps and of evaluation, of what, and why others are left out."""
+        state, left_out = self.state, dict(self.meter.left_out)
+        if self.meter.of and state.metered_steps < state.step:
+            left_out["all"] = f"{state.metered_steps} of {state.step} steps were metered"
+        if not self.meter.of or "all" in left_out:
+            return {"of": [], "left_out": left_out}
+        return {
+            "of": self.meter.of,
+            "left_out": left_out,
+            "train_joules": state.train_joules,
+            "evaluate_joules": state.evaluate_joules,
+        }
 
     def save(self) -> None:
         """Write a checkpoint, all ranks together."""
