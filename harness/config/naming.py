@@ -34,7 +34,7 @@ _LATER = {
         "loss_on", "too_long", "parts", "held_out_part", "max_rows",
     ),
     "targets": ("roles",),
-    "train": ("max_seconds", "max_flops", "early_stopping", "groups"),
+    "train": ("max_seconds", "max_flops", "early_stopping", "groups", "neftune_alpha", "ema"),
     "evaluate": (
         "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
     ),
@@ -81,6 +81,8 @@ def _values(run: RunConfig) -> dict[str, Any]:
         for name in _LATER[section]:
             if found[name] in (defaults[name], []):
                 del found[name]
+    if values["train"].get("ema") == 0:  # none, as null
+        del values["train"]["ema"]
     for key, fields in texts.items():
         del fields["cache_dir"], fields["streaming"]
         _by_content(fields, run.contents.get(key, ""))

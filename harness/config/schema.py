@@ -254,6 +254,8 @@ class TrainConfig:
     weight_decay: float = 0.0  # on matrices only; decoupled but for SGD
     groups: list[ParameterGroup] = field(default_factory=list)  # other rates and decays by name
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
+    neftune_alpha: float | None = None  # noise on the embeddings of training; null = none
+    ema: float | None = None  # decay of the weights' average, which is evaluated; null or 0 = none
     clip: float | None = 1.0  # norm of the gradient of the mean nll; null = off
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto
     checkpointing: bool = False  # keep blocks' inputs only, run blocks again in backward

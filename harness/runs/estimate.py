@@ -41,6 +41,8 @@ from harness.system.atomic import write_atomically
 from harness.system.internals import internal, prepared_models_kept
 from harness.training import loop as train
 from harness.training import memory, optimizers
+from harness.training.averaging import Average
+from harness.training.neftune import Noise
 
 FakeTensorMode: Any = internal("FakeTensorMode")
 TorchDispatchMode: Any = internal("TorchDispatchMode")
@@ -185,6 +187,7 @@ def _followed(
         with prepared_models_kept(accelerator):
             prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         optimizer = None
+        held: list[torch.Tensor] = []
         trainable = [p for p in model.parameters() if p.requires_grad]
         if run.train.steps and trainable:
             prepared.train()
@@ -203,9 +206,15 @@ def _followed(
             batches = [block] * min(run.train.batch_tokens // (micro * length), 2)
             num_tokens = len(batches) * micro * length
             penalty = methods.penalty(model, run)
-            with memory.measured(model, optimizer, on_training), Flops() as flops:
+            average = Average(model, run.train.ema) if run.train.ema else None
+            held = average.held() if average else []
+            if run.train.neftune_alpha:
+                Noise(model, run.train.neftune_alpha, run.seed)
+            with memory.measured(model, optimizer, on_training, held), Flops() as flops:
                 train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
                 train.apply(model, optimizer, accelerator, run.train)
+                if average:
+                    average.update()
             train_flops = flops.total / num_tokens
         prepared.eval()  # after a step, if there is one: the optimizer's state is there
         ids = torch.zeros(evaluated, dtype=torch.int64)
@@ -213,8 +222,9 @@ def _followed(
         with (
             optimizers.evaluation(optimizer),
             torch.no_grad(),
-            memory.measured(model, optimizer, on_evaluation),
+            memory.measured(model, optimizer, on_evaluation, held),
             Flops() as flops,
+    counted = pretrained.count_parameters(model)
         ):
             prepared(ids, ids)
         evaluate_flops = flops.total / ids.numel()
@@ -224,7 +234,6 @@ def _followed(
         if packing is not None:
             phase["peak_bytes"] += packing - phase["by_category"]["frozen_weights"]
             phase["by_category"]["frozen_weights"] = packing
-    counted = pretrained.count_parameters(model)
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
 
 

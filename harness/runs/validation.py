@@ -155,6 +155,11 @@ def _validate_train(run: RunConfig) -> None:
     require(
         train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null"
     )
+    alpha = train.neftune_alpha
+    fine = alpha is None or 0 < alpha < math.inf
+    require(fine, "train.neftune_alpha", alpha, "a finite number above 0, or null")
+    fine = train.ema is None or 0 <= train.ema < 1
+    require(fine, "train.ema", train.ema, "a decay in [0, 1), or null")
     require(train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more")
     every = train.checkpoint_every
     require(every is None or every > 0, "train.checkpoint_every", every, "1 or more, or null")
@@ -295,6 +300,7 @@ def _validate_sharded(run: RunConfig) -> None:
         )
     whole = "reads weights outside of a forward pass, where a rank has a part of them"
     refused = {
+        "train.ema": (run.train.ema, "is untried on a divided model", "null"),
         "train.compile=true": (run.train.compile, "is untried on a divided model", "false"),
         "evaluate.generate": (
             run.evaluate.generate,

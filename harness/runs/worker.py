@@ -52,6 +52,7 @@ from harness.system import contents, lock, machine, network
 from harness.system.signals import Stop
 from harness.training import checkpoint, loop, memory, optimizers, sharding
 from harness.training.evaluator import Evaluator
+from harness.training.neftune import Noise
 from harness.training.run_state import Elapsed, RunState
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
@@ -313,6 +314,9 @@ def perform(
             first.begins,
             run.data.chat_template,
         )
+    noise = None
+    if counted.trainable and run.train.neftune_alpha:
+        noise = Noise(model, run.train.neftune_alpha, run.seed, accelerator.process_index)
     contents.check(run)  # again, now that all of it was read
     if run.launch.sharded:
         prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
@@ -354,7 +358,9 @@ def perform(
         process.turn("train")
         try:
             penalty = methods.penalty(model, run)
-            training = loop.Training(prepared, text, run, accelerator, optimizer, penalty)
+            training = loop.Training(
+                prepared, text, run, accelerator, optimizer, penalty, standing.average, noise
+            )
             hooks = loop.Hooks(
                 held_out.validate, standing.keep, standing.save, standing.metrics.log
             )
