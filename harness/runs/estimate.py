@@ -57,6 +57,14 @@ def _in_place_product(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
     return int(2 * a.shape[0] * a.shape[1] * b.shape[1])
 
 
+def _packed_product(a: Any, b: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return int(2 * (a.numel() // a.shape[-1]) * shape[0] * shape[1])
+
+
+def _scaled_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return int(2 * (a.numel() // a.shape[-1]) * b.shape[0] * b.shape[1])
+
+
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(q.shape, k.shape, v.shape))
 
@@ -71,6 +79,11 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten.addmm_: _in_place_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+# Those of bitsandbytes, which is there only where it is used.
+BY_NAME: dict[str, Callable[..., int]] = {
+    "bitsandbytes.gemm_4bit": _packed_product,
+    "bitsandbytes.int8_scaled_mm": _scaled_product,
 }
 
 
@@ -176,6 +189,7 @@ def _followed(
     if quantized.packing_of(model_config):
         packing = quantized.stored_bytes(pretrained.folder_of(run.model))
     model = methods.check(pretrained.on_meta(run, model_config), run)
+    counted = pretrained.count_parameters(model)
     pretrained.checkpoint_activations(model, run.train)
     bare = NextToken(model, run.train.label_smoothing)
     on_training: dict[str, Any] = {}
@@ -224,7 +238,6 @@ def _followed(
             torch.no_grad(),
             memory.measured(model, optimizer, on_evaluation, held),
             Flops() as flops,
-    counted = pretrained.count_parameters(model)
         ):
             prepared(ids, ids)
         evaluate_flops = flops.total / ids.numel()
@@ -342,7 +355,8 @@ class Flops(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         operation = func._overloadpacket
-        if formula := FORMULAS.get(operation) or flop_registry.get(operation):
+        formula = FORMULAS.get(operation) or flop_registry.get(operation)
+        if formula := formula or BY_NAME.get(str(operation)):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
@@ -362,19 +376,23 @@ def library_bytes(device: torch.device) -> int:
 def _as_fake(model: nn.Module, device: torch.device) -> None:
     """Put a model of the meta device on a fake `device`, tied parameters tied, in place."""
     made: dict[int, Any] = {}
+
+    def fake(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            )
+        return made[id(tensor)]
+
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
-                    fake = torch.empty_strided(
-                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                    )
-                    if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = fake
-                store[name] = made[id(tensor)]
+                if isinstance(tensor, nn.Parameter) and id(tensor) not in made:
+                    plain = nn.Parameter(fake(tensor), requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = quantized.as_packed(plain, tensor, fake)
+                store[name] = fake(tensor)
 
 
 def gemm_rate(run: RunConfig, width: int, precision: str, seconds: float = 2.0) -> float:

@@ -15,6 +15,7 @@ from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, LoraMethod, PeftMethod, SvdMethod
 from harness.runs import validate_text
 from harness.runs.validate_optimizer import validate_optimizer
+from harness.runs.validate_quantize import validate_quantize
 from harness.system import gguf_file
 
 TRACKERS = {  # Accelerate's names, and the options of conf/tracker
@@ -40,6 +41,9 @@ CHOICES = {
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
+    "model.quantize": ("none", "int8", "nf4", "fp4"),
+    "model.double_quant": (True, False),
+    "model.compute_dtype": ("auto", "fp32", "bf16"),
     "model.strict": (True, False),
     "method.bias": ("none", "all", "lora_only"),
     "method.which": ("top", "bottom", "random"),
@@ -62,6 +66,7 @@ def validate(run: RunConfig) -> None:
     validate_text.validate_evaluation(run)
     _validate_method(run)
     validate_optimizer(run)
+    validate_quantize(run)
 
 
 def _validate_choices(run: RunConfig) -> None:

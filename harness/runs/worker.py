@@ -46,8 +46,8 @@ from harness.methods import invocation, merging
 from harness.methods.svd import CACHE_ENV
 from harness.models import loss, pretrained, weights
 from harness.results import environment, run_record
-from harness.runs import composition, estimate, saved_check
-from harness.runs.finished_run import Saved
+from harness.runs import composition, estimate, quantisation_cost, saved_check
+from harness.runs.finished_run import ADAPTER, Saved
 from harness.system import contents, lock, machine, network
 from harness.system.signals import Stop
 from harness.training import checkpoint, loop, memory, optimizers, sharding
@@ -463,6 +463,12 @@ def perform(
         if accelerator.is_main_process:
             result["saved"] = checkpoint.export(model, tokenizer, run_dir, merged=merged)
             saved_check.keep(run_dir, text.held_out["validation"], standing.best, held_out.bos)
+    if run.model.quantize != "none":
+        with kept_result(result, "the cost of quantising could not be measured"):
+            adapter = ADAPTER in result.get("saved", ())
+            result["quality"]["quantization"] = quantisation_cost.measure(
+                run, model_config, held_out, accelerator, adapter=adapter
+            )
 
 
 def wants_merged(run: RunConfig, unfused: bool) -> bool:

@@ -76,7 +76,11 @@ class LiveTensors(TorchDispatchMode):
         self._divided = any(isinstance(p, DTensor) for p in parameters)
         known: dict[str, list[torch.Tensor]] = {
             "trainable_weights": [p for p in parameters if p.requires_grad],
-            "frozen_weights": [*(p for p in parameters if not p.requires_grad), *model.buffers()],
+            "frozen_weights": [
+                *(p for p in parameters if not p.requires_grad),
+                *model.buffers(),
+                *quantized.held_by_modules(model),
+            ],
             "gradients": [p.grad for p in parameters if p.grad is not None],
             "optimizer_state": [*_optimizer_tensors(optimizer), *average],
         }
