@@ -57,7 +57,7 @@ test-peft: setup ## PEFT's own common tests over udv and the fused LoRA layer (a
 
 test-quantised: setup ## bases quantised by bitsandbytes and torchao (about 3 minutes with their installation)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[quantised]"
-	$(RUN) -m pytest -m quantised tests/test_packed.py
+	$(RUN) -m pytest -m quantised tests/test_packed.py tests/test_quantize.py
 
 QUICK := tests/test_config.py tests/test_count.py tests/test_data.py tests/test_evaluate.py tests/test_loss.py tests/test_lstm.py tests/test_models.py tests/test_train.py tests/test_roles.py tests/test_dashboard.py tests/test_stats.py tests/methods/test_methods.py tests/methods/test_lora_layer.py tests/methods/test_udv.py tests/methods/test_udv_adapters.py tests/test_api.py
 

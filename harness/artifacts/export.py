@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from harness.artifacts.model_card import Exported, card
 from harness.config.errors import ConfigError
 from harness.methods import UNFIT, joined_lora, merging, weight_tying
-from harness.models import pretrained, quantized, weights
+from harness.models import pretrained, quantize, quantized, weights
 from harness.models.split_qkv import fuse_qkv, is_unfused
 from harness.results import numbers
 from harness.runs import finished_run, saved_check
@@ -218,6 +218,7 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
     gc.collect()
     options = base_options(run)
     plain, _ = weights.load(finished_run.source(run.run), **options)
+    quantized.keep_differentiable(plain)
     again = weights.load_adapter(plain, folder)
     # q, k and v apart are rounded as one where kernels depend on the number of columns.
     share = ROUNDING if joins or run.unfused else 0.0
@@ -245,6 +246,8 @@ def base_options(run: Saved) -> dict[str, Any]:
     for name in pretrained.ACTIVATION_FIELDS:
         if (had := getattr(there, name, None)) != getattr(own, name, None):
             options[name] = had
+    if packed := quantize.options(run.run):
+        options["quantization_config"] = packed
     return options
 
 

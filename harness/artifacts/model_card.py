@@ -160,7 +160,8 @@ def code(run: Saved, exported: Exported) -> str:
             'tokenizer = AutoTokenizer.from_pretrained(".")',
         ])  # fmt: skip
     options = "".join(
-        f", {key}={json.dumps(value)}" for key, value in exported.base_options.items()
+        f", {key}={value if isinstance(value, dict) else json.dumps(value)}"
+        for key, value in exported.base_options.items()
     )
     source = json.dumps(finished_run.source(run.run))
     return "\n".join([
@@ -200,6 +201,11 @@ def notes(run: Saved, exported: Exported) -> list[str]:
         found.append(
             f"The base, `{base_name(run.run)}`, is a folder and on no hub: put its place on your "
             "machine into the code above. `--merge` exports a model that stands by itself."
+        )
+    if model.quantize != "none":
+        found.append(
+            f"The base was quantised (model.quantize={model.quantize}), as the code above does "
+            "with bitsandbytes."
         )
     if exported.whole and not exported.tied:
         found.append("The head has a weight of its own, apart from the embedding's.")

@@ -33,7 +33,7 @@ EXTRAS = {
     "joblib": "hydra/launcher=joblib",
     "ray": "hydra/launcher=ray",
     "submitit": "hydra/launcher=submitit_slurm",
-    "quantised": "model.quantization",
+    "quantised": "model.quantize, optimizer=adamw_8bit",
     "smollm2": "model=smollm2_135m",
 }
 

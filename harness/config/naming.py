@@ -27,14 +27,16 @@ NOT_IDENTITY = (  # what moves no number of a run
 )  # fmt: skip
 # Keys that came later: a run that leaves them alone is the run that it was before.
 _LATER = {
-    "model": ("package", "gguf", "remote_code", "strict"),
+    "model": (
+        "package", "gguf", "remote_code", "strict", "quantize", "double_quant", "compute_dtype",
+    ),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
         "split", "validation_path", "test_path", "encoding", "record_form", "chat_template",
         "loss_on", "too_long", "parts", "held_out_part", "max_rows",
     ),
     "targets": ("roles",),
-    "train": ("max_seconds", "max_flops", "early_stopping", "groups"),
+    "train": ("max_seconds", "max_flops", "early_stopping", "groups", "neftune_alpha", "ema"),
     "evaluate": (
         "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
         "latency",
@@ -82,6 +84,8 @@ def _values(run: RunConfig) -> dict[str, Any]:
         for name in _LATER[section]:
             if found[name] in (defaults[name], []):
                 del found[name]
+    if values["train"].get("ema") == 0:  # none, as null
+        del values["train"]["ema"]
     for key, fields in texts.items():
         del fields["cache_dir"], fields["streaming"]
         _by_content(fields, run.contents.get(key, ""))

@@ -34,6 +34,9 @@ class ModelConfig:
     gelu: str = "fused"  # fused | as_saved; the tanh GELU as one kernel (same function)
     frozen_dtype: str = "fp32"  # fp32 | bf16: what weights that do not train are held in
     unfuse_qkv: Any = "auto"  # auto | true | false: GPT-2's c_attn as three matrices
+    quantize: str = "none"  # none | int8 | nf4 | fp4: what the base's matrices are packed in
+    double_quant: bool = False  # of nf4 and fp4: the scales in 8 bits, too
+    compute_dtype: str = "auto"  # of nf4 and fp4: auto (train.precision) | fp32 | bf16
     shape: dict[str, Any] = field(default_factory=dict)  # dimensions, for counts without files
     package: str | None = None  # an installed package that holds a GGUF file
     gguf: str | None = None  # name of the GGUF file, in the package or in path
@@ -254,6 +257,8 @@ class TrainConfig:
     weight_decay: float = 0.0  # on matrices only; decoupled but for SGD
     groups: list[ParameterGroup] = field(default_factory=list)  # other rates and decays by name
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
+    neftune_alpha: float | None = None  # noise on the embeddings of training; null = none
+    ema: float | None = None  # decay of the weights' average, which is evaluated; null or 0 = none
     clip: float | None = 1.0  # norm of the gradient of the mean nll; null = off
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto
     checkpointing: bool = False  # keep blocks' inputs only, run blocks again in backward

@@ -28,7 +28,7 @@ from harness.config.errors import ConfigError, nearest
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, ModelConfig, TrainConfig
-from harness.models import gguf, weights
+from harness.models import gguf, quantize, weights
 from harness.models import quantized as packed
 from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
 from harness.system import gguf_file, lfs, network
@@ -79,6 +79,11 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
             "conf/README.md shows under Models, and give the folder: model=local model.path=…"
         )
     _check_packed(cfg, config)
+    if cfg.quantize != "none" and (there := packed.packing_of(config)):
+        raise ConfigError(
+            f"model.quantize={cfg.quantize}: the weights of model={cfg.name} are quantised already "
+            f"({there}): set model.quantize=none, or give a folder of weights that are not"
+        )
     for name in dropout_fields(config):
         setattr(config, name, cfg.dropout)
     composed = _gelu_field(config)
@@ -202,7 +207,8 @@ def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     """The model with pretrained weights, or random ones if `architecture` is given.
 
     In fp32, or in `model.frozen_dtype` where the method freezes the base. q, k and v come apart
-    (`harness.models.split_qkv`) where `wants_unfused` says so.
+    (`harness.models.split_qkv`) where `wants_unfused` says so, and then `model.quantize` packs
+    the matrices (`harness.models.quantize`).
 
     Raises:
         ConfigError: the weights cannot be read, or (with `model.strict`) are not the model's.
@@ -227,8 +233,17 @@ def load_with_misfits(
             f"config.json: {misfits}. Put the right files there, or set "
             "model.strict=false: what is missing is then drawn at random, and the result says what"
         )
+    return _prepared(model, run, config), misfits
+
+
+def _prepared(model: PreTrainedModel, run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """`model` with q, k and v apart and its matrices packed, where the run asks for it."""
+    if wants_unfused(run, config):
+        model = _unfused(model)
+    if scheme := quantize.scheme(run):
+        model = quantize.quantize(model, scheme)
     packed.keep_differentiable(model)
-    return (_unfused(model) if wants_unfused(run, config) else model), misfits
+    return model
 
 
 def without_files(run: RunConfig) -> RunConfig:
@@ -248,7 +263,7 @@ def on_meta(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     options = {"dtype": dtype_of(run), "trust_remote_code": bool(run.model.remote_code)}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **options)
-    return _unfused(model) if wants_unfused(run, config) else model
+    return _prepared(model, run, config)
 
 
 def checkpoint_activations(model: nn.Module, cfg: TrainConfig) -> nn.Module:

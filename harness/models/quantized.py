@@ -6,9 +6,10 @@ parameter (bitsandbytes) or as the tensors that a tensor subclass wraps (torchao
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,6 +54,32 @@ def _beside(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
     for name in ("CB", "SCB"):
         if isinstance(value := held.get(name), torch.Tensor):
             yield value
+
+
+def as_packed(plain: nn.Parameter, packed: Any, made: Callable[[torch.Tensor], Any]) -> Any:
+    """Give `plain` what lies beside `packed`, a parameter of bitsandbytes, as `made` makes it.
+
+    Layers ask their parameter for its scales, whatever its class is. Of others nothing changes.
+    """
+    for name, value in vars(packed).items():
+        if name in ("CB", "SCB") and isinstance(value, torch.Tensor):
+            setattr(plain, name, made(value) if name == "SCB" else plain.data)
+        if name == "quant_state" and value is not None:
+            state = copy.copy(value)
+            state.state2 = copy.copy(value.state2)
+            for one in filter(None, (state, state.state2)):
+                for part in ("absmax", "code", "offset"):
+                    if isinstance(tensor := getattr(one, part, None), torch.Tensor):
+                        setattr(one, part, made(tensor))
+            plain.quant_state = state  # type: ignore[attr-defined]  # as on bitsandbytes' own
+    return plain
+
+
+def held_by_modules(model: nn.Module) -> list[torch.Tensor]:
+    """The scales of 8-bit weights, which a layer takes from its parameter at its first product."""
+    states = (getattr(module, "state", None) for module in model.modules())
+    held = (getattr(state, name, None) for state in states for name in ("CB", "SCB"))
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
 def keep_differentiable(model: nn.Module) -> None:

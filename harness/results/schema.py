@@ -164,6 +164,12 @@ KEYS = """
     quality.step0.validation.QUALITY | | | of the adapted model before its first step
     quality.validation.QUALITY | | | of the chosen checkpoint
     quality.test.QUALITY | | | of the same checkpoint
+    quality.quantization.unquantized.QUALITY | | | validation, by the base before model.quantize
+    quality.quantization.quantized.QUALITY | | | by the quantised base, as quality.base
+    quality.quantization.adapted.QUALITY | | | by it with the adapter, as quality.validation
+    quality.quantization.merged_dequantized.QUALITY | | | merged into its weights, unpacked
+    quality.quantization.merged_original.QUALITY | | | merged into the base before model.quantize
+    quality.quantization.not_merged | string | | why the adapter cannot be merged
     quality.also.*.before.QUALITY | | | the base on a further text
     quality.also.*.step0.QUALITY | | | the adapted model before its first step, where it is another
     quality.also.*.after.QUALITY | | | the chosen checkpoint

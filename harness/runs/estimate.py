@@ -41,6 +41,8 @@ from harness.system.atomic import write_atomically
 from harness.system.internals import internal, prepared_models_kept
 from harness.training import loop as train
 from harness.training import memory, optimizers
+from harness.training.averaging import Average
+from harness.training.neftune import Noise
 
 FakeTensorMode: Any = internal("FakeTensorMode")
 TorchDispatchMode: Any = internal("TorchDispatchMode")
@@ -53,6 +55,14 @@ Shape = tuple[int, int]  # of a batch: rows, tokens
 
 def _in_place_product(out: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
     return int(2 * a.shape[0] * a.shape[1] * b.shape[1])
+
+
+def _packed_product(a: Any, b: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return int(2 * (a.numel() // a.shape[-1]) * shape[0] * shape[1])
+
+
+def _scaled_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return int(2 * (a.numel() // a.shape[-1]) * b.shape[0] * b.shape[1])
 
 
 def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -69,6 +79,11 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     aten.addmm_: _in_place_product,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+# Those of bitsandbytes, which is there only where it is used.
+BY_NAME: dict[str, Callable[..., int]] = {
+    "bitsandbytes.gemm_4bit": _packed_product,
+    "bitsandbytes.int8_scaled_mm": _scaled_product,
 }
 
 
@@ -174,6 +189,7 @@ def _followed(
     if quantized.packing_of(model_config):
         packing = quantized.stored_bytes(pretrained.folder_of(run.model))
     model = methods.check(pretrained.on_meta(run, model_config), run)
+    counted = pretrained.count_parameters(model)
     pretrained.checkpoint_activations(model, run.train)
     bare = NextToken(model, run.train.label_smoothing)
     on_training: dict[str, Any] = {}
@@ -185,6 +201,7 @@ def _followed(
         with prepared_models_kept(accelerator):
             prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         optimizer = None
+        held: list[torch.Tensor] = []
         trainable = [p for p in model.parameters() if p.requires_grad]
         if run.train.steps and trainable:
             prepared.train()
@@ -203,9 +220,15 @@ def _followed(
             batches = [block] * min(run.train.batch_tokens // (micro * length), 2)
             num_tokens = len(batches) * micro * length
             penalty = methods.penalty(model, run)
-            with memory.measured(model, optimizer, on_training), Flops() as flops:
+            average = Average(model, run.train.ema) if run.train.ema else None
+            held = average.held() if average else []
+            if run.train.neftune_alpha:
+                Noise(model, run.train.neftune_alpha, run.seed)
+            with memory.measured(model, optimizer, on_training, held), Flops() as flops:
                 train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
                 train.apply(model, optimizer, accelerator, run.train)
+                if average:
+                    average.update()
             train_flops = flops.total / num_tokens
         prepared.eval()  # after a step, if there is one: the optimizer's state is there
         ids = torch.zeros(evaluated, dtype=torch.int64)
@@ -213,7 +236,7 @@ def _followed(
         with (
             optimizers.evaluation(optimizer),
             torch.no_grad(),
-            memory.measured(model, optimizer, on_evaluation),
+            memory.measured(model, optimizer, on_evaluation, held),
             Flops() as flops,
         ):
             prepared(ids, ids)
@@ -224,7 +247,6 @@ def _followed(
         if packing is not None:
             phase["peak_bytes"] += packing - phase["by_category"]["frozen_weights"]
             phase["by_category"]["frozen_weights"] = packing
-    counted = pretrained.count_parameters(model)
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
 
 
@@ -351,7 +373,8 @@ class Flops(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         operation = func._overloadpacket
-        if formula := FORMULAS.get(operation) or flop_registry.get(operation):
+        formula = FORMULAS.get(operation) or flop_registry.get(operation)
+        if formula := formula or BY_NAME.get(str(operation)):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
@@ -371,19 +394,23 @@ def library_bytes(device: torch.device) -> int:
 def _as_fake(model: nn.Module, device: torch.device) -> None:
     """Put a model of the meta device on a fake `device`, tied parameters tied, in place."""
     made: dict[int, Any] = {}
+
+    def fake(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            )
+        return made[id(tensor)]
+
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
-                    fake = torch.empty_strided(
-                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                    )
-                    if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = fake
-                store[name] = made[id(tensor)]
+                if isinstance(tensor, nn.Parameter) and id(tensor) not in made:
+                    plain = nn.Parameter(fake(tensor), requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = quantized.as_packed(plain, tensor, fake)
+                store[name] = fake(tensor)
 
 
 def gemm_rate(run: RunConfig, width: int, precision: str, seconds: float = 2.0) -> float:

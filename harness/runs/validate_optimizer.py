@@ -93,6 +93,11 @@ def _validate_numbers(run: RunConfig) -> None:
         check("lr_power", 0 <= optimizer.lr_power < math.inf, "0 or more")
         beta1 = run.train.beta1
         require(0 < beta1 < 1, "train.beta1", beta1, "a value in (0, 1) for schedule_free")
+        if run.train.ema:
+            raise ConfigError(
+                f"optimizer=schedule_free with train.ema={run.train.ema:g}: it evaluates an "
+                "average of its own; set train.ema=null"
+            )
         if run.train.schedule != "constant":
             raise ConfigError(
                 f"optimizer=schedule_free with train.schedule={run.train.schedule}: its average of "

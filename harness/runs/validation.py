@@ -15,6 +15,7 @@ from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, LoraMethod, PeftMethod, SvdMethod
 from harness.runs import validate_text
 from harness.runs.validate_optimizer import validate_optimizer
+from harness.runs.validate_quantize import validate_quantize
 from harness.system import gguf_file
 
 TRACKERS = {  # Accelerate's names, and the options of conf/tracker
@@ -40,6 +41,9 @@ CHOICES = {
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
+    "model.quantize": ("none", "int8", "nf4", "fp4"),
+    "model.double_quant": (True, False),
+    "model.compute_dtype": ("auto", "fp32", "bf16"),
     "model.strict": (True, False),
     "method.bias": ("none", "all", "lora_only"),
     "method.which": ("top", "bottom", "random"),
@@ -62,6 +66,7 @@ def validate(run: RunConfig) -> None:
     validate_text.validate_evaluation(run)
     _validate_method(run)
     validate_optimizer(run)
+    validate_quantize(run)
 
 
 def _validate_choices(run: RunConfig) -> None:
@@ -155,6 +160,11 @@ def _validate_train(run: RunConfig) -> None:
     require(
         train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null"
     )
+    alpha = train.neftune_alpha
+    fine = alpha is None or 0 < alpha < math.inf
+    require(fine, "train.neftune_alpha", alpha, "a finite number above 0, or null")
+    fine = train.ema is None or 0 <= train.ema < 1
+    require(fine, "train.ema", train.ema, "a decay in [0, 1), or null")
     require(train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more")
     every = train.checkpoint_every
     require(every is None or every > 0, "train.checkpoint_every", every, "1 or more, or null")
@@ -296,6 +306,7 @@ def _validate_sharded(run: RunConfig) -> None:
         )
     whole = "reads weights outside of a forward pass, where a rank has a part of them"
     refused = {
+        "train.ema": (run.train.ema, "is untried on a divided model", "null"),
         "train.compile=true": (run.train.compile, "is untried on a divided model", "false"),
         "evaluate.generate": (
             run.evaluate.generate,

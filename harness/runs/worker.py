@@ -47,12 +47,13 @@ from harness.methods import invocation, merging
 from harness.methods.svd import CACHE_ENV
 from harness.models import loss, pretrained, weights
 from harness.results import environment, run_record
-from harness.runs import composition, estimate, saved_check, saved_costs
-from harness.runs.finished_run import Saved
+from harness.runs import composition, estimate, quantisation_cost, saved_check, saved_costs
+from harness.runs.finished_run import ADAPTER, Saved
 from harness.system import contents, lock, machine, network
 from harness.system.signals import Stop
 from harness.training import checkpoint, loop, memory, optimizers, sharding
 from harness.training.evaluator import Evaluator
+from harness.training.neftune import Noise
 from harness.training.run_state import Elapsed, RunState
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
@@ -341,6 +342,9 @@ def perform(
             first.begins,
             run.data.chat_template,
         )
+    noise = None
+    if counted.trainable and run.train.neftune_alpha:
+        noise = Noise(model, run.train.neftune_alpha, run.seed, accelerator.process_index)
     contents.check(run)  # again, now that all of it was read
     if run.launch.sharded:
         prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
@@ -382,7 +386,9 @@ def perform(
         process.turn("train")
         try:
             penalty = methods.penalty(model, run)
-            training = loop.Training(prepared, text, run, accelerator, optimizer, penalty)
+            training = loop.Training(
+                prepared, text, run, accelerator, optimizer, penalty, standing.average, noise
+            )
             hooks = loop.Hooks(
                 held_out.validate,
                 standing.keep,
@@ -493,6 +499,12 @@ def perform(
             saved_check.keep(run_dir, text.held_out["validation"], standing.best, held_out.bos)
             bytes_to_ship = saved_costs.bytes_to_ship(run_dir, result["saved"])
             result["costs"]["adapter_bytes"] = bytes_to_ship
+    if run.model.quantize != "none":
+        with kept_result(result, "the cost of quantising could not be measured"):
+            adapter = ADAPTER in result.get("saved", ())
+            result["quality"]["quantization"] = quantisation_cost.measure(
+                run, model_config, held_out, accelerator, adapter=adapter
+            )
 
 
 def wants_merged(run: RunConfig, unfused: bool) -> bool:

@@ -87,7 +87,8 @@ class Evaluator:
         now = self.standing
 
         def following() -> AbstractContextManager[None]:
-            return memory.measured(now.model, now.optimizer, now.at_evaluation)
+            held = now.average.held() if now.average else ()
+            return memory.measured(now.model, now.optimizer, now.at_evaluation, held)
 
         first = now.state.validated <= 0
         now.newest = self.nats("validation", following if first else nullcontext)

@@ -24,6 +24,8 @@ from harness.data.token_data import Batch, Data, batch_of
 from harness.system.machine import out_of_memory
 from harness.system.signals import Stop
 from harness.training import memory, optimizers, sharding
+from harness.training.averaging import Average
+from harness.training.neftune import Noise
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +157,8 @@ class Training:
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer | None
     penalty: Callable[[], torch.Tensor] | None = None
+    average: Average | None = None  # of what trains, which is evaluated in its place
+    noise: Noise | None = None  # on the embeddings
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,8 @@ def optimizer_step(
         batch_of(data.blocks, order[first : first + micro_batch])
         for first in range(0, per_rank, micro_batch)
     ]
+    if training.noise:
+        training.noise.begin(step)
     try:
         total = accumulate(
             training.prepared, batches, num_tokens / world, accelerator, training.penalty
@@ -202,7 +208,10 @@ def optimizer_step(
             raise PassOutOfMemoryError(f"{error} (in optimizer step {step + 1})") from error
         raise
     model = accelerator.unwrap_model(training.prepared)
-    return total, apply(model, optimizer, accelerator, run.train), num_tokens
+    norm = apply(model, optimizer, accelerator, run.train)
+    if training.average:
+        training.average.update()
+    return total, norm, num_tokens
 
 
 def train(
@@ -218,7 +227,7 @@ def train(
         KeyboardInterrupt: told to stop; a checkpoint has been written.
     """
     run, accelerator, optimizer = training.run, training.accelerator, training.optimizer
-    cfg, world = run.train, accelerator.num_processes
+    cfg, world, average = run.train, accelerator.num_processes, training.average
     steps = cfg.steps if optimizer is not None else 0
     first = state.step
     model = accelerator.unwrap_model(training.prepared).model
@@ -240,7 +249,8 @@ def train(
             due = state.step % run.evaluate.every == 0 or ended
             if due and state.validated < state.step:
                 try:  # ranks must all do the same: they read validation to its end
-                    with optimizers.evaluation(optimizer):
+                    averaged = average.in_model() if average else nullcontext()
+                    with optimizers.evaluation(optimizer), averaged:
                         with stop.interruptible() if world == 1 else nullcontext():
                             nll = hooks.validate()
                         if state.step == 0 or nll < state.best_nll:
@@ -274,7 +284,9 @@ def train(
             start = time.perf_counter()
             follow = state.step == min(MEMORY_STEP, steps - 1)
             try:
-                with memory.measured(model, optimizer, state.memory) if follow else nullcontext():
+                held = average.held() if average else ()
+                following = memory.measured(model, optimizer, state.memory, held)
+                with following if follow else nullcontext():
                     total, norm, num_tokens = optimizer_step(
                         training, state.step, state.micro_batch
                     )

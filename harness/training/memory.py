@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,12 @@ class LiveTensors(TorchDispatchMode):
     (`harness.training.sharding`) this rank's part counts; what is gathered is a temporary.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        average: Sequence[torch.Tensor] = (),
+    ) -> None:
         super().__init__()
         self._category: dict[int, str] = {}  # id of a live storage object -> category
         self._size: dict[int, int] = {}  # and its bytes
@@ -71,9 +76,13 @@ class LiveTensors(TorchDispatchMode):
         self._divided = any(isinstance(p, DTensor) for p in parameters)
         known: dict[str, list[torch.Tensor]] = {
             "trainable_weights": [p for p in parameters if p.requires_grad],
-            "frozen_weights": [*(p for p in parameters if not p.requires_grad), *model.buffers()],
+            "frozen_weights": [
+                *(p for p in parameters if not p.requires_grad),
+                *model.buffers(),
+                *quantized.held_by_modules(model),
+            ],
             "gradients": [p.grad for p in parameters if p.grad is not None],
-            "optimizer_state": _optimizer_tensors(optimizer),
+            "optimizer_state": [*_optimizer_tensors(optimizer), *average],
         }
         for category, tensors in known.items():
             for tensor in tensors:
@@ -155,18 +164,22 @@ class LiveTensors(TorchDispatchMode):
 
 @contextmanager
 def measured(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, report: dict[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    report: dict[str, Any],
+    average: Sequence[torch.Tensor] = (),
 ) -> Iterator[None]:
     """Measure the peak of the body into `report`: peak_bytes, by_category, measured_by.
 
+    An `average` of what trains (`harness.training.averaging`) counts as the optimizer's state.
     Code under torch.compile cannot be followed: here it runs uncompiled.
     """
     first = next(model.parameters())
     if first.device.type == "cuda" and not isinstance(first, FakeTensor):
-        with _by_allocator(model, optimizer, report, first.device):
+        with _by_allocator(LiveTensors(model, optimizer, average), model, report, first.device):
             yield
         return
-    with torch.compiler.set_stance("force_eager"), LiveTensors(model, optimizer) as live:
+    with torch.compiler.set_stance("force_eager"), LiveTensors(model, optimizer, average) as live:
         yield
     report |= {
         "peak_bytes": live.peak,
@@ -178,8 +191,8 @@ def measured(
 
 @contextmanager
 def _by_allocator(
+    before: LiveTensors,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
     report: dict[str, Any],
     device: torch.device,
 ) -> Iterator[None]:
@@ -188,7 +201,6 @@ def _by_allocator(
     What exists before the body, and gradients in full where it makes some; the rest is activations.
     """
     torch.cuda.reset_peak_memory_stats(device)
-    before = LiveTensors(model, optimizer)
     before.close()
     yield
     peak = torch.cuda.max_memory_allocated(device)

@@ -24,6 +24,7 @@ from harness.evaluation.sliding_window import Nats
 from harness.results import run_record
 from harness.system import energy, lock
 from harness.training import checkpoint, memory
+from harness.training.averaging import Average
 from harness.training.buffers import BufferState
 from harness.training.loop import State
 
@@ -73,6 +74,9 @@ class RunState:
         process: memory.ProcessPeaks,
         so_far: Elapsed,
     ) -> None:
+        self.average = None  # of what trains, with train.ema
+        if optimizer is not None and run.train.ema:
+            self.average = Average(model, run.train.ema)
         self.run_dir = run_dir
         self.model = model
         self.optimizer = optimizer  # None: nothing trains, and there are no checkpoints
@@ -134,6 +138,8 @@ class RunState:
         self.best = (tensors["best/nll"].numpy(), tensors["best/num_tokens"].numpy())
         checkpoint.restore(self.model, optimizer, tensors)
         self.buffers.restore(tensors)
+        if self.average:
+            self.average.restore(tensors)
         checkpoint.restore_generators(found, self.accelerator.process_index)
         if self.accelerator.is_main_process:
             checkpoint.load_best(found, self._best_path)
@@ -160,6 +166,7 @@ class RunState:
         self.process.turn("train")  # so that the peak so far is in by_phase
         tensors = checkpoint.state_tensors(self.model, self.optimizer)
         tensors |= self.buffers.tensors(factors=True)
+        tensors |= self.average.tensors() if self.average else {}
         tensors["best/nll"], tensors["best/num_tokens"] = map(torch.from_numpy, self.best)
         checkpoint.save(self.run_dir, tensors, self._facts(), self._best_path, self.accelerator)
 
