@@ -27,7 +27,7 @@ NOT_IDENTITY = (  # what moves no number of a run
 )  # fmt: skip
 # Keys that came later: a run that leaves them alone is the run that it was before.
 _LATER = {
-    "model": ("package", "gguf", "remote_code", "strict"),
+    "model": ("package", "gguf", "remote_code", "strict", "linear"),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",
         "split", "validation_path", "test_path", "encoding", "record_form", "chat_template",

@@ -34,6 +34,7 @@ class ModelConfig:
     gelu: str = "fused"  # fused | as_saved; the tanh GELU as one kernel (same function)
     frozen_dtype: str = "fp32"  # fp32 | bf16: what weights that do not train are held in
     unfuse_qkv: Any = "auto"  # auto | true | false: GPT-2's c_attn as three matrices
+    linear: Any = "auto"  # auto | true | false: GPT-2's Conv1D as nn.Linear
     shape: dict[str, Any] = field(default_factory=dict)  # dimensions, for counts without files
     package: str | None = None  # an installed package that holds a GGUF file
     gguf: str | None = None  # name of the GGUF file, in the package or in path

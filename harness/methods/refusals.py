@@ -135,7 +135,7 @@ def check_init(init: Any, conv1d: bool, key: str) -> None:
     if init == "olora" and conv1d:
         raise ConfigError(
             f"{key}={init} is wrong on GPT-2: PEFT takes the weight as (out, in) there, and "
-            "Conv1D stores it (in, out); use pissa or orthogonal"
+            "Conv1D stores it (in, out); leave model.linear at auto, or use pissa or orthogonal"
         )
 
 

@@ -28,7 +28,7 @@ from harness.config.errors import ConfigError, nearest
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, ModelConfig, TrainConfig
-from harness.models import gguf, weights
+from harness.models import gguf, linear, weights
 from harness.models import quantized as packed
 from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
 from harness.system import gguf_file, lfs, network
@@ -202,7 +202,8 @@ def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     """The model with pretrained weights, or random ones if `architecture` is given.
 
     In fp32, or in `model.frozen_dtype` where the method freezes the base. q, k and v come apart
-    (`harness.models.split_qkv`) where `wants_unfused` says so.
+    (`harness.models.split_qkv`) where `wants_unfused` says so, and `Conv1D` becomes `nn.Linear`
+    where `harness.models.linear` does.
 
     Raises:
         ConfigError: the weights cannot be read, or (with `model.strict`) are not the model's.
@@ -228,7 +229,7 @@ def load_with_misfits(
             "model.strict=false: what is missing is then drawn at random, and the result says what"
         )
     packed.keep_differentiable(model)
-    return (_unfused(model) if wants_unfused(run, config) else model), misfits
+    return _as_asked(model, run, config), misfits
 
 
 def without_files(run: RunConfig) -> RunConfig:
@@ -248,7 +249,7 @@ def on_meta(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     options = {"dtype": dtype_of(run), "trust_remote_code": bool(run.model.remote_code)}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **options)
-    return _unfused(model) if wants_unfused(run, config) else model
+    return _as_asked(model, run, config)
 
 
 def checkpoint_activations(model: nn.Module, cfg: TrainConfig) -> nn.Module:
@@ -316,11 +317,13 @@ def wants_unfused(run: RunConfig, config: PretrainedConfig) -> bool:
     return any(name in UNFUSED_TARGETS.values() for name in named)
 
 
-def _unfused(model: PreTrainedModel) -> PreTrainedModel:
+def _as_asked(model: PreTrainedModel, run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with q, k and v apart, and with `nn.Linear` for `Conv1D`, where that is wanted."""
     try:
-        return unfuse_qkv(model)
+        model = unfuse_qkv(model) if wants_unfused(run, config) else model
     except ValueError as error:
         raise ConfigError(f"model.unfuse_qkv: {error}") from error
+    return linear.as_asked(model, run)
 
 
 def _from_source(read: Callable[..., Any], cfg: ModelConfig, source: str, **options: Any) -> Any:

@@ -40,6 +40,7 @@ CHOICES = {
     "model.gelu": ("fused", "as_saved"),
     "model.frozen_dtype": ("fp32", "bf16"),
     "model.unfuse_qkv": ("auto", True, False),
+    "model.linear": ("auto", True, False),
     "model.strict": (True, False),
     "method.bias": ("none", "all", "lora_only"),
     "method.which": ("top", "bottom", "random"),
