@@ -287,6 +287,14 @@ def check_run(adapted: PeftModel, run: RunConfig) -> None:
                 "outside of a forward pass, where a rank has a part of them; set "
                 "launch.accelerate=ddp"
             )
+    for module in adapted.modules():
+        made = getattr(module, "boft_R", {})  # PEFT's own, by adapter
+        if ADAPTER in made and len(made[ADAPTER]) != config.boft_n_butterfly_factor:
+            raise ConfigError(
+                f"method.fields.boft_n_butterfly_factor={config.boft_n_butterfly_factor}: PEFT "
+                f"makes {len(made[ADAPTER])} of it here, for its CUDA extension is not built; set "
+                f"it to {len(made[ADAPTER])}"
+            )
     if getattr(config, "monteclora_config", None) is not None and run.train.checkpointing:
         raise ConfigError(
             "train.checkpointing=true with method.fields.monteclora_config: the second pass "
