@@ -191,7 +191,7 @@ def test_peft_fields_read_from_its_source_are_those_of_its_classes():
         names = {field.name for field in dataclasses.fields(configured)}
         assert set(peft_fields.fields(kind)) == names, kind
         method = PeftMethod("peft", peft_type=kind)
-        assert peft_fields.takes_matrices(method) == methods._takes_matrices(method, configured)
+        assert peft_fields.takes_matrices(kind) == methods._takes_matrices(method, configured)
 
 
 @pytest.mark.parametrize(

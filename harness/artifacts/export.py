@@ -5,10 +5,10 @@
 
 Without --merge a run that trained an adapter gives the adapter, for
 `peft.PeftModel.from_pretrained(base, folder)`; a fully fine-tuned model is a whole model in any
-case. With --merge the adapter is merged into the base, q, k and v are fused again, and what comes
-out is a model like any other. The folder is written beside its place, loaded again as its reader
-will load it, compared with the run's own model, and only then renamed to OUT. Exit status 2 for
-what cannot be exported.
+case. With --merge the adapter is merged into the base, matrices are as GPT-2 is published (q, k and
+v in one `Conv1D`), and what comes out is a model like any other. The folder is written beside its
+place, loaded again as its reader will load it, compared with the run's own model, and only then
+renamed to OUT. Exit status 2 for what cannot be exported.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from transformers import PreTrainedModel
 from harness.artifacts.model_card import Exported, card
 from harness.config.errors import ConfigError
 from harness.methods import UNFIT, joined_lora, merging, weight_tying
-from harness.models import pretrained, quantize, quantized, weights
-from harness.models.split_qkv import fuse_qkv, is_unfused
+from harness.models import linear, pretrained, quantize, quantized, weights
 from harness.results import numbers
 from harness.runs import finished_run, saved_check
 from harness.runs.finished_run import ADAPTER, Saved
@@ -170,11 +169,10 @@ def merged(run: Saved) -> tuple[PreTrainedModel, float | None]:
         except UNFIT as error:
             kind = _kind(PeftConfig.from_pretrained(str(run.folder(ADAPTER))))
             raise ConfigError(f"--merge: PEFT cannot merge {kind}: {error}") from error
-        if is_unfused(model):
-            fuse_qkv(model)
+        linear.as_published(model)
         moved = _compare(probe(model), before, "the merged model", share=ROUNDING)
-    elif is_unfused(model):
-        fuse_qkv(model)
+    else:
+        linear.as_published(model)
     assert isinstance(model, PreTrainedModel)
     return model, moved
 
@@ -210,18 +208,20 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     else:
         shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
-    config.save_pretrained(folder)
-
     model: Any = run.model()
+    turned, turns = linear.is_turned(model), linear.needs_turned_base(model)
     logits = probe(model)
     del model
+    if turned and not turns and hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = True  # of the published base's Conv1D
+    config.save_pretrained(folder)
     gc.collect()
     options = base_options(run)
     plain, _ = weights.load(finished_run.source(run.run), **options)
     quantized.keep_differentiable(plain)
-    again = weights.load_adapter(plain, folder)
+    again = weights.load_adapter(linear.turn(plain) if turns else plain, folder)
     # q, k and v apart are rounded as one where kernels depend on the number of columns.
-    share = ROUNDING if joins or run.unfused else 0.0
+    share = ROUNDING if joins or run.unfused or turned else 0.0
     what = "the adapter, loaded onto the published base,"
     moved = _compare(probe(again), logits, what, share)
     measured = saved_check.compare(run, again, what)
@@ -230,6 +230,7 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
         model_type=plain.config.model_type,
         base_options=options,
         joined_rank=next(iter(config.rank_pattern.values())) if joins else None,
+        turned=turns,
         moved=moved,
         measured=measured,
         peft_type=_kind(config),

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from harness.config.run_config import RunConfig
 from harness.evaluation.text_metrics import METRICS
+from harness.models import linear
 from harness.models.pretrained import ACTIVATION_FIELDS
 from harness.results import numbers
 from harness.results.run_record import get
@@ -43,6 +44,7 @@ class Exported:
     base_options: dict[str, Any] = field(default_factory=dict)  # of an adapter's base
     peft_type: str = ""  # of an adapter
     joined_rank: int | None = None  # of an adapter on q, k, v that was written as one on c_attn
+    turned: bool = False  # an adapter on nn.Linear, for a base whose Conv1D are turned first
     tied: bool = False  # a whole model's head is its embedding
 
     @property
@@ -169,6 +171,7 @@ def code(run: Saved, exported: Exported) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"base = AutoModelForCausalLM.from_pretrained({source}{options})",
+        *([linear.CODE] if exported.turned else []),
         'model = PeftModel.from_pretrained(base, ".")',
         'tokenizer = AutoTokenizer.from_pretrained(".")',
     ])  # fmt: skip
@@ -191,6 +194,14 @@ def notes(run: Saved, exported: Exported) -> list[str]:
         )
     if exported.whole and run.unfused:
         found.append("q, k and v were three matrices in the run; they are one `c_attn` again.")
+    if exported.turned:
+        found.append(
+            "The adapter is on `nn.Linear`, and the published base has `Conv1D` in its place, "
+            "which the loop above turns first: the same function bit for bit. `--merge` exports a "
+            "model that needs no such step."
+        )
+    elif exported.whole and run.turned:
+        found.append("`Conv1D` was `nn.Linear` in the run; here it is `Conv1D` again.")
     if exported.peft_type == "UDV" and not getattr(method, "store_factors", False):
         found.append(
             "The factors that did not train are decomposed from the base's weights on loading, "

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from harness.config import matrix_roles
+from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError, nearest
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
@@ -42,6 +42,10 @@ def check(run: RunConfig) -> None:
     there = matrices(described)
     if not there or not isinstance(run.method, LoraMethod | SvdMethod | PeftMethod):
         return
+    ends = ("wte", "wpe", "lm_head")  # of GPT-2 the modules that are no Conv1D
+    why = "" if set(run.targets.modules) <= set(ends) else peft_fields.needs_linear(run.method)
+    if run.model.linear is False and described.get("model_type") == "gpt2" and why:
+        raise ConfigError(f"model.linear=false: {why}; {peft_fields.TURN}")
     if run.method.fields.keys() & {"target_modules", "exclude_modules", "target_parameters"}:
         return  # PEFT's own choice
     sides: dict[str, int] = {}

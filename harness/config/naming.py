@@ -29,6 +29,7 @@ NOT_IDENTITY = (  # what moves no number of a run
 _LATER = {
     "model": (
         "package", "gguf", "remote_code", "strict", "quantize", "double_quant", "compute_dtype",
+        "linear",
     ),
     "data": (
         "packing", "separator", "prompt_field", "completion_field", "prompt_style", "train_share",

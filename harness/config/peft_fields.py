@@ -7,12 +7,27 @@ import importlib.util
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from harness.config.errors import ConfigError, nearest
 from harness.config.schema import LoraMethod, MethodConfig, PeftMethod
 
 # These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
 OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")
+INSTEAD = {  # what those train that take no matrices; the others are prompts
+    "LN_TUNING": "trains the normalisation layers",
+    "TRAINABLE_TOKENS": "trains rows of the token embeddings, which method.fields.token_indices "
+    "lists",
+    "SHADOW": "trains a small model beside the blocks, whose states it corrects",
+    "ADAPTION_PROMPT": "puts prompts into the attention modules of the last "
+    "method.fields.adapter_layers layers",
+}
+# PEFT's layers for these take nn.Linear, and no Conv1D as GPT-2 has them (a test asks PEFT).
+LINEAR_ONLY = (
+    "ADAMSS", "BEFT", "BOFT", "C3A", "DELORA", "GLORA", "HRA", "LILY", "LOHA", "LOKR", "MISS",
+    "OFT", "OSF", "PEANUT", "PSOFT", "ROAD", "SHIRA", "SUPERTUNING",
+)  # fmt: skip
+TURN = "write model.linear=auto, which turns Conv1D into nn.Linear of the same function"
 REGISTERED = re.compile(r"register_peft_method\((.*?)\)", re.DOTALL)
 
 
@@ -58,13 +73,39 @@ def fields(kind: str) -> dict[str, str]:
     return _of_class(classes().get(kind, "")) or {}
 
 
-def takes_matrices(method: PeftMethod) -> bool:
-    """Whether a PEFT method adapts modules that can be named; True where that cannot be told."""
-    kind = method.peft_type.upper()
+def takes_matrices(peft_type: str) -> bool:
+    """Whether a PEFT method adapts matrices that can be named; True where that cannot be told."""
+    kind = peft_type.upper()
     known = fields(kind)
     if kind in OTHER_MODULES:
         return False
     return not known or "list[" in known.get("target_modules", "").lower()
+
+
+def trains_instead(method: PeftMethod) -> str:
+    """What a PEFT method that adapts no matrices trains, as the end of a sentence."""
+    kind = method.peft_type.upper()
+    return INSTEAD.get(kind, "puts virtual tokens before the text (method.fields says how many)")
+
+
+def needs_linear(method: MethodConfig) -> str:
+    """Why a method needs `nn.Linear` in place of `Conv1D`, as a clause; empty where it does not."""
+    if isinstance(method, LoraMethod):
+        return why_linear("LORA", method.init, method.fields.get("kasa_config"))
+    if isinstance(method, PeftMethod):
+        given = method.fields
+        init, kasa = given.get("init_lora_weights"), given.get("kasa_config")
+        return why_linear(method.peft_type.upper(), init, kasa)
+    return ""
+
+
+def why_linear(kind: str, init: Any, kasa: Any) -> str:
+    """The same of PEFT's method `kind`, with its start `init` and its `kasa_config`."""
+    if kind in LINEAR_ONLY:
+        return f"PEFT's {kind} takes nn.Linear and no Conv1D"
+    if kind == "LORA" and init == "olora":
+        return "OLoRA takes a weight as (out, in), and Conv1D stores it (in, out)"
+    return "PEFT's KaSA takes nn.Linear and no Conv1D" if kind == "LORA" and kasa else ""
 
 
 def _of_class(name: str) -> dict[str, str] | None:

@@ -166,7 +166,8 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
     found: dict[str, Any] = {}
     sections = {"model": vars(model), "data": vars(data), "train": train}
     schemas: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
-    left_out = {"model": ("shape", "cache_dir"), "data": ("cache_dir",), "train": NOT_SETTING}
+    same = ("shape", "cache_dir", "linear")  # which move no best rate
+    left_out = {"model": same, "data": ("cache_dir",), "train": NOT_SETTING}
     for section, values in sections.items():
         defaults = schema.defaults(schemas[section])
         for key, value in values.items():

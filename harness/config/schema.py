@@ -37,6 +37,7 @@ class ModelConfig:
     quantize: str = "none"  # none | int8 | nf4 | fp4: what the base's matrices are packed in
     double_quant: bool = False  # of nf4 and fp4: the scales in 8 bits, too
     compute_dtype: str = "auto"  # of nf4 and fp4: auto (train.precision) | fp32 | bf16
+    linear: Any = "auto"  # auto | true | false: GPT-2's Conv1D as nn.Linear
     shape: dict[str, Any] = field(default_factory=dict)  # dimensions, for counts without files
     package: str | None = None  # an installed package that holds a GGUF file
     gguf: str | None = None  # name of the GGUF file, in the package or in path

@@ -19,7 +19,10 @@ from harness.config.run_config import RunConfig
 from harness.config.schema import METHODS, MethodConfig, PeftMethod
 
 # Which method and which optimizer a run has.
-DECIDES = ("method", "experiment", "scale", "method.name", "optimizer", "optimizer.name")
+DECIDES = (
+    "method", "experiment", "scale", "method.name", "method.peft_type", "optimizer",
+    "optimizer.name",
+)  # fmt: skip
 
 
 def key_of(override: str) -> str:
@@ -31,13 +34,17 @@ def of_method(
     overrides: Iterable[str],
     method: type[MethodConfig],
     optimizer: type[OptimizerConfig] | None = None,
+    untargeted: str = "",
 ) -> list[str]:
-    """The overrides whose keys a method does not have, or an optimizer does not have."""
+    """The overrides whose keys a method does not have, or an optimizer does not have.
+
+    `untargeted` names a PEFT method that adapts no matrices, if it is one.
+    """
     fields = {field.name for field in dataclasses.fields(method)}
     found = []
     for override in overrides:
         group, _, rest = key_of(override).partition(".")
-        if group == "targets" and not method.takes_targets:
+        if group == "targets" and (untargeted or not method.takes_targets):
             found.append(override)
         if group == "method" and rest and rest.partition(".")[0] not in fields:
             found.append(override)
@@ -53,10 +60,14 @@ def refuse_targets(overrides: Iterable[str], run: RunConfig) -> None:
     """
     asked = [text for text in overrides if key_of(text).partition(".")[0] == "targets"]
     method, shown = run.method, " ".join(asked)
-    if asked and isinstance(method, PeftMethod) and not peft_fields.takes_matrices(method):
+    if (
+        asked
+        and isinstance(method, PeftMethod)
+        and not peft_fields.takes_matrices(method.peft_type)
+    ):
         raise ConfigError(
-            f"{shown}: {method.peft_type} adapts no matrices of the model, and has no targets: "
-            "leave it out"
+            f"{shown}: {method.peft_type} adapts no matrices of the model, and has no targets: it "
+            f"{peft_fields.trains_instead(method)}; leave it out"
         )
     if method.takes_targets or not asked:
         return
@@ -124,18 +135,20 @@ def left_out(
     return kept, f"left out for methods that have no such key: {'; '.join(keys)}"
 
 
-Chosen = tuple[type[MethodConfig], type[OptimizerConfig]]
+Chosen = tuple[type[MethodConfig], type[OptimizerConfig], str]  # the last as in `of_method`
 
 
 def _name(both: Chosen, key: str) -> str:
-    method, optimizer = both
+    method, optimizer, untargeted = both
+    if untargeted and key.partition(".")[0] == "targets":
+        return untargeted
     if key.startswith("optimizer."):
         return next(name for name, schema in OPTIMIZERS.items() if schema is optimizer)
     return next(name for name, schema in METHODS.items() if schema is method)
 
 
 def chosen_by(deciding: Sequence[str], compose: Callable[[list[str]], DictConfig]) -> Chosen | None:
-    """The method and the optimizer that the overrides of DECIDES choose.
+    """The method and the optimizer that the overrides of DECIDES choose, as `of_method` takes them.
 
     None where they cannot be composed.
     """
@@ -145,4 +158,9 @@ def chosen_by(deciding: Sequence[str], compose: Callable[[list[str]], DictConfig
     except Exception:  # composing the whole job will say what is wrong
         return None
     method, optimizer = METHODS.get(str(names[0])), OPTIMIZERS.get(str(names[1]))
-    return (method, optimizer) if method and optimizer else None
+    if not (method and optimizer):
+        return None
+    kind = str(OmegaConf.select(composed, "method.peft_type", throw_on_missing=False) or "")
+    if method is not PeftMethod or not kind or peft_fields.takes_matrices(kind):
+        return method, optimizer, ""
+    return method, optimizer, kind.lower()

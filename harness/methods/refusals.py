@@ -135,7 +135,7 @@ def check_init(init: Any, conv1d: bool, key: str) -> None:
     if init == "olora" and conv1d:
         raise ConfigError(
             f"{key}={init} is wrong on GPT-2: PEFT takes the weight as (out, in) there, and "
-            "Conv1D stores it (in, out); use pissa or orthogonal"
+            "Conv1D stores it (in, out); leave model.linear at auto, or use pissa or orthogonal"
         )
 
 
@@ -286,6 +286,14 @@ def check_run(adapted: PeftModel, run: RunConfig) -> None:
                 f"launch.accelerate=fsdp with method.fields.{field}: its loss reads weights "
                 "outside of a forward pass, where a rank has a part of them; set "
                 "launch.accelerate=ddp"
+            )
+    for module in adapted.modules():
+        made = getattr(module, "boft_R", {})  # PEFT's own, by adapter
+        if ADAPTER in made and len(made[ADAPTER]) != config.boft_n_butterfly_factor:
+            raise ConfigError(
+                f"method.fields.boft_n_butterfly_factor={config.boft_n_butterfly_factor}: PEFT "
+                f"makes {len(made[ADAPTER])} of it here, for its CUDA extension is not built; set "
+                f"it to {len(made[ADAPTER])}"
             )
     if getattr(config, "monteclora_config", None) is not None and run.train.checkpointing:
         raise ConfigError(

@@ -28,7 +28,7 @@ from harness.config.errors import ConfigError, nearest
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
 from harness.config.schema import FullMethod, ModelConfig, TrainConfig
-from harness.models import gguf, quantize, weights
+from harness.models import gguf, linear, quantize, weights
 from harness.models import quantized as packed
 from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
 from harness.system import gguf_file, lfs, network
@@ -207,8 +207,9 @@ def load_model(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     """The model with pretrained weights, or random ones if `architecture` is given.
 
     In fp32, or in `model.frozen_dtype` where the method freezes the base. q, k and v come apart
-    (`harness.models.split_qkv`) where `wants_unfused` says so, and then `model.quantize` packs
-    the matrices (`harness.models.quantize`).
+    (`harness.models.split_qkv`) where `wants_unfused` says so, `Conv1D` becomes `nn.Linear` where
+    `harness.models.linear` does, and then `model.quantize` packs the matrices
+    (`harness.models.quantize`).
 
     Raises:
         ConfigError: the weights cannot be read, or (with `model.strict`) are not the model's.
@@ -237,9 +238,8 @@ def load_with_misfits(
 
 
 def _prepared(model: PreTrainedModel, run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
-    """`model` with q, k and v apart and its matrices packed, where the run asks for it."""
-    if wants_unfused(run, config):
-        model = _unfused(model)
+    """`model` with q, k and v apart, `Conv1D` turned and matrices packed, where the run asks."""
+    model = _as_asked(model, run, config)
     if scheme := quantize.scheme(run):
         model = quantize.quantize(model, scheme)
     packed.keep_differentiable(model)
@@ -331,11 +331,13 @@ def wants_unfused(run: RunConfig, config: PretrainedConfig) -> bool:
     return any(name in UNFUSED_TARGETS.values() for name in named)
 
 
-def _unfused(model: PreTrainedModel) -> PreTrainedModel:
+def _as_asked(model: PreTrainedModel, run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
+    """The model with q, k and v apart, and with `nn.Linear` for `Conv1D`, where that is wanted."""
     try:
-        return unfuse_qkv(model)
+        model = unfuse_qkv(model) if wants_unfused(run, config) else model
     except ValueError as error:
         raise ConfigError(f"model.unfuse_qkv: {error}") from error
+    return linear.as_asked(model, run)
 
 
 def _from_source(read: Callable[..., Any], cfg: ModelConfig, source: str, **options: Any) -> Any:

@@ -94,7 +94,7 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedMo
             new.weight = _shapes_alone(new, matrix.weight)
         else:
             held = {key: value for key, value in vars(new.weight).items() if key != "data"}
-            plain = matrix.weight.detach()
+            plain = matrix.weight.detach().contiguous()  # a view, where `linear` has turned it
             new.weight = type(new.weight)(plain, **(held | {"requires_grad": False})).to(_device())
         new.bias = matrix.bias
         model.set_submodule(name, new.train(matrix.training))

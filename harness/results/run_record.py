@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harness.config import labels, naming, run_config
+from harness.config import labels, naming, peft_fields, run_config
 from harness.config.run_config import RunConfig
 from harness.system.atomic import write_atomically
 
@@ -80,11 +80,17 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
         "label": naming.label(method),
         "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
         "alpha": getattr(method, "lora_alpha", None),
-        "targets": labels.of_targets(run) if method.takes_targets else None,
+        "targets": labels.of_targets(run) if _adapts_targets(run) else None,
         "lr": run.train.lr if method.trains else None,
         "lr_from": run.train.lr_from,
         "deterministic": naming.is_deterministic(run),
     }
+
+
+def _adapts_targets(run: RunConfig) -> bool:
+    """Whether `targets` says what the method adapts: prompts and the like adapt no matrices."""
+    kind = getattr(run.method, "peft_type", None)
+    return run.method.takes_targets and (kind is None or peft_fields.takes_matrices(kind))
 
 
 def finite(value: Any) -> Any:

@@ -89,6 +89,7 @@ KEYS = """
     model.activation | string? | |
     model.tied_embeddings | boolean? | |
     model.causal | boolean? | | whether no prediction depends on later tokens; null: not told
+    model.linear | boolean | | there (and true) where GPT-2's Conv1D were turned into nn.Linear
     model.weights.random | array | | with model.strict=false: weights that no file has
     model.weights.left_out | array | | and tensors of the files that the model does not have
     model.* | any | | further facts of the architecture

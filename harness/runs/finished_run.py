@@ -20,7 +20,7 @@ from harness.config.errors import ConfigError, nearest
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
 from harness.methods.svd import CACHE_ENV
-from harness.models import pretrained, weights
+from harness.models import linear, pretrained, weights
 from harness.results import run_record
 from harness.runs import composition
 from harness.system import contents, network
@@ -55,6 +55,12 @@ class Saved:
     def unfused(self) -> bool:
         """Whether q, k and v were three matrices in the run."""
         return pretrained.wants_unfused(self.run, pretrained.load_config(self.run.model))
+
+    @property
+    def turned(self) -> bool:
+        """Whether GPT-2's `Conv1D` were `nn.Linear` in the run."""
+        config = pretrained.load_config(self.run.model)
+        return linear.is_turned(pretrained.on_meta(self.run, config))
 
     def folder(self, name: str) -> Path:
         """The folder `adapter/` or `model/` of the run.

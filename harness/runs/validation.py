@@ -44,6 +44,7 @@ CHOICES = {
     "model.quantize": ("none", "int8", "nf4", "fp4"),
     "model.double_quant": (True, False),
     "model.compute_dtype": ("auto", "fp32", "bf16"),
+    "model.linear": ("auto", True, False),
     "model.strict": (True, False),
     "method.bias": ("none", "all", "lora_only"),
     "method.which": ("top", "bottom", "random"),

@@ -45,7 +45,7 @@ from harness.evaluation import (
 )
 from harness.methods import invocation, merging
 from harness.methods.svd import CACHE_ENV
-from harness.models import loss, pretrained, weights
+from harness.models import linear, loss, pretrained, weights
 from harness.results import environment, run_record
 from harness.runs import composition, estimate, quantisation_cost, saved_check, saved_costs
 from harness.runs.finished_run import ADAPTER, Saved
@@ -286,7 +286,10 @@ def perform(
         changes = run.method.name not in ("none", "full")
         at_base = base_model.Base(base, run, room) if changes else None
     model = methods.adapt(base, run)
-    merged = wants_merged(run, pretrained.wants_unfused(run, model_config))
+    if linear.is_turned(model):
+        result["model"]["linear"] = True
+    another = linear.needs_turned_base(model) or pretrained.wants_unfused(run, model_config)
+    merged = wants_merged(run, another)
     if merged and (reason := merging.reason_unsupported(model)):
         if run.save_merged == "always":
             raise ConfigError(f"save_merged=always: {reason}; set save_merged=never")
@@ -507,10 +510,10 @@ def perform(
             )
 
 
-def wants_merged(run: RunConfig, unfused: bool) -> bool:
+def wants_merged(run: RunConfig, another: bool) -> bool:
     """Whether the adapted model is to be saved as a whole, beside or in place of an adapter."""
     if run.save_merged == "auto":  # where an adapter alone would lack its base
-        return unfused or bool(run.model.architecture) or run.method.name == "truncate"
+        return another or bool(run.model.architecture) or run.method.name == "truncate"
     return run.save_merged == "always"
 
 

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.config.errors import ConfigError
 from harness.methods import weight_tying
-from harness.models.split_qkv import fuse_qkv, is_unfused
+from harness.models import linear
+from harness.models.split_qkv import is_unfused
 from harness.results.run_record import BEST, CHECKPOINTS, INITIAL
 from harness.system.atomic import write_atomically
 from harness.training import optimizer_state, sharding
@@ -263,8 +264,8 @@ def export(
     """Save what was made, as PEFT or `transformers` loads it; returns the folders' names.
 
     `adapter/` holds what an adapter trained. `model/` holds a whole model with its tokenizer: a
-    fully fine-tuned one, or with `merged` the adapted one, merged and with q, k and v fused again.
-    An untouched base leaves nothing.
+    fully fine-tuned one, or with `merged` the adapted one, merged; q, k and v are in one `Conv1D`
+    again, as GPT-2 is published. An untouched base leaves nothing.
     """
     saved = []
     trained = bool(trained_state(model))
@@ -277,6 +278,9 @@ def export(
                 path_initial_model_for_weight_conversion=str(initial) if initial.is_dir() else None,
             )
             shutil.rmtree(initial, ignore_errors=True)
+            if linear.needs_turned_base(model) and not is_unfused(model):
+                with (run_dir / "adapter" / "README.md").open("a", encoding="utf-8") as card:
+                    card.write(linear.SECTION)
             saved.append("adapter")
         if not merged or not hasattr(model, "merge_and_unload"):  # prompts have nothing to merge
             return saved
@@ -284,8 +288,7 @@ def export(
     elif not trained:
         return saved
     assert isinstance(model, PreTrainedModel)
-    if is_unfused(model):
-        fuse_qkv(model)  # a plain GPT-2 again, which `transformers` loads
+    linear.as_published(model)  # a plain GPT-2 again, which `transformers` loads
     model.save_pretrained(run_dir / "model")
     tokenizer.save_pretrained(run_dir / "model")  # so that the folder is a base model by itself
     return [*saved, "model"]

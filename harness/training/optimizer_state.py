@@ -73,6 +73,8 @@ def restore(
             parameter = parameters[owner]
             is_number = kind == NUMBER
             kept = value.item() if is_number else sharding.distribute_like(value, parameter)
+            if isinstance(kept, torch.Tensor):
+                kept = _laid_out_like(parameter, kept)
             kept = tables.setdefault((field, kept.device), kept) if field in TABLES else kept
             owner_of[parameter].state[parameter][field] = kept
     if by_names:
@@ -84,6 +86,13 @@ def restore(
                 field: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
                 for field, value in values.items()
             }
+
+
+def _laid_out_like(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """`value` with the strides of a parameter of its shape: fused kernels pair them by address."""
+    if value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _counts_in_groups(part: torch.optim.Optimizer) -> bool:

@@ -160,7 +160,7 @@ def _base(run: Saved) -> str:
     model = {
         key: value
         for key, value in run.record["config"]["model"].items()
-        if key not in ("unfuse_qkv", "frozen_dtype", "dropout", "gelu", "cache_dir")
+        if key not in ("unfuse_qkv", "linear", "frozen_dtype", "dropout", "gelu", "cache_dir")
     }
     seed = run.run.seed if run.run.model.architecture else None  # whose base is drawn
     return repr((model, run.run.contents.get("model"), seed))

@@ -23,8 +23,7 @@ from harness.artifacts import export
 from harness.artifacts.anatomy import spectra
 from harness.config import matrix_roles
 from harness.config.errors import ConfigError
-from harness.models import quantized
-from harness.models.split_qkv import fuse_qkv, is_unfused
+from harness.models import linear, quantized
 from harness.runs import saved_check
 from harness.runs.finished_run import ADAPTER, Saved
 
@@ -103,9 +102,7 @@ def load(run: Saved) -> Pair:
         said = str(error).removeprefix("--merge: ").removesuffix("; leave out --merge")
         raise ConfigError(f"{run.name} has no change of weights to look at: {said}") from error
     saved_check.compare(run, adapted, f"what {run.run_dir} holds")
-    base: Any = run.base()
-    if is_unfused(base):
-        fuse_qkv(base)
+    base: Any = linear.as_published(run.base())
     dtypes = {name: p.dtype for name, p in base.named_parameters(remove_duplicate=False)}
     return Pair(base.float(), adapted, dtypes)
 
