@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from harness.config.errors import ConfigError, nearest
-from harness.config.schema import LoraMethod, MethodConfig, PeftMethod
+from harness.config.schema import AdaloraMethod, LoraMethod, MethodConfig, PeftMethod
 
 # These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
 OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")
@@ -24,6 +24,8 @@ def check(method: MethodConfig) -> None:
     """
     if isinstance(method, LoraMethod) and method.fields:
         kind = "LORA"
+    elif isinstance(method, AdaloraMethod) and method.fields:
+        kind = "ADALORA"
     elif isinstance(method, PeftMethod):
         kind = method.peft_type.upper()
         if classes() and kind not in classes():

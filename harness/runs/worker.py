@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from harness.evaluation import (
     ranks,
     sliding_window,
 )
-from harness.methods import invocation, merging
+from harness.methods import adalora, invocation, merging, starts
 from harness.methods.svd import CACHE_ENV
 from harness.models import loss, pretrained, weights
 from harness.results import environment, run_record
@@ -53,6 +53,7 @@ from harness.system.signals import Stop
 from harness.training import checkpoint, loop, memory, optimizers, sharding
 from harness.training.evaluator import Evaluator
 from harness.training.run_state import Elapsed, RunState
+from harness.training.start_text import start_text_of
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
 log = logging.getLogger("harness")
@@ -259,7 +260,11 @@ def perform(
     with accelerator.autocast():
         changes = run.method.name not in ("none", "full")
         at_base = base_model.Base(base, run, room) if changes else None
-    model = methods.adapt(base, run)
+    start_text = start_text_of(run, run_dir, text, accelerator)
+    if start_text and not run.launch.sharded:  # or else the device need not hold all of it
+        base = base.to(accelerator.device)
+    with accelerator.main_process_first() if start_text else nullcontext():
+        model = methods.adapt(base, run, start_text)
     merged = wants_merged(run, pretrained.wants_unfused(run, model_config))
     if merged and (reason := merging.reason_unsupported(model)):
         if run.save_merged == "always":
@@ -322,9 +327,11 @@ def perform(
     with accelerator.autocast():
         unadapted = at_base and at_base.apart(bare, prepared, model_config, accelerator)
     asked_steps = run.train.steps
+    start = starts.facts_of(start_text)
     if run.train.max_flops:
         known = estimate.recorded(run, model_config, accelerator) or {}
-        run = ending.within_flops(run, known.get("train_flops_per_token"))
+        spent = starts.flops_of(start, known.get("evaluate_flops_per_token"))
+        run = ending.within_flops(run, known.get("train_flops_per_token"), spent)
     optimizer = None
     if counted.trainable:
         optimizer = accelerator.prepare_optimizer(
@@ -334,6 +341,7 @@ def perform(
     # ----------------------------------------------------------------------- train
     standing = RunState(run, run_dir, model, optimizer, accelerator, process, so_far)
     state = standing.state
+    state.start_seconds = start.seconds if start else 0.0
     result["quality"] = standing.quality
     held_out = Evaluator(
         text.held_out | further,
@@ -354,7 +362,10 @@ def perform(
         process.turn("train")
         try:
             penalty = methods.penalty(model, run)
-            training = loop.Training(prepared, text, run, accelerator, optimizer, penalty)
+            after_step, final = adalora.after_step(model, run), adalora.last_cut(run)
+            training = loop.Training(
+                prepared, text, run, accelerator, optimizer, penalty, after_step, final
+            )
             hooks = loop.Hooks(
                 held_out.validate, standing.keep, standing.save, standing.metrics.log
             )
@@ -363,6 +374,7 @@ def perform(
             result["run"] |= {"paused_at": state.step, "resumed_at": state.resumed_at}
             raise
         standing.load_best()  # from here on with the weights that validation chose
+        result["method"] |= methods.rank_facts(model)
         held_out.evaluate_adapted()
     result["run"]["resumed_at"] = state.resumed_at
     capped = "max_flops" if run.train.steps < asked_steps else "steps"
@@ -430,6 +442,9 @@ def perform(
         "steps": state.step,
         "tokens": state.tokens,
     }
+    if start:
+        result["speed"] |= {"start_tokens": start.tokens, "start_seconds": start.seconds}
+        result["method"]["start_passes"] = start.passes
     process.turn("export")
     result["memory"] = (state.memory or standing.at_evaluation) | {
         "phase": "train" if state.memory else "evaluate",
@@ -446,6 +461,9 @@ def perform(
     with kept_result(result, "memory and FLOPs could not be predicted"):
         predicted = estimate.recorded(done, model_config, accelerator, followed)
     result["predicted"] = predicted
+    if start and predicted:
+        flops = starts.flops_of(start, predicted["evaluate_flops_per_token"])
+        result["speed"]["start_flops"] = flops
     # Of pairs tokens are those of completions, and FLOPs those of every position.
     if predicted and state.tokens_per_second and run.data.source != "pairs":
         flops = predicted["train_flops_per_token"] * state.tokens_per_second

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from harness.methods import adalora
 from harness.models import quantized
 from harness.system.internals import internal
 from harness.training import sharding
@@ -73,7 +74,10 @@ class LiveTensors(TorchDispatchMode):
             "trainable_weights": [p for p in parameters if p.requires_grad],
             "frozen_weights": [*(p for p in parameters if not p.requires_grad), *model.buffers()],
             "gradients": [p.grad for p in parameters if p.grad is not None],
-            "optimizer_state": _optimizer_tensors(optimizer),
+            "optimizer_state": [
+                *_optimizer_tensors(optimizer),
+                *adalora.state(model, means=True).values(),
+            ],
         }
         for category, tensors in known.items():
             for tensor in tensors:

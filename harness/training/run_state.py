@@ -130,7 +130,7 @@ class RunState:
         self.process.go_on(facts["process"])
         self.best = (tensors["best/nll"].numpy(), tensors["best/num_tokens"].numpy())
         checkpoint.restore(self.model, optimizer, tensors)
-        self.buffers.restore(tensors)
+        self.buffers.restore(tensors, factors=True)
         checkpoint.restore_generators(found, self.accelerator.process_index)
         if self.accelerator.is_main_process:
             checkpoint.load_best(found, self._best_path)
