@@ -35,6 +35,7 @@ COST_PATHS = {
     MEMORY: "memory.peak_bytes",
     TIME: "speed.train_seconds",
 }
+START_SECONDS = "speed.start_seconds"  # which are training's, too: text was read
 FLOPS = "training FLOPs"  # of budgets alone: counted for a token, times the tokens trained on
 BUDGETS = (*COST_PATHS, FLOPS)
 
@@ -331,7 +332,7 @@ def run_seconds(rows: Iterable[Row]) -> dict[str, list[float]]:
     """
     found = {}
     for row in rows:
-        values = [run_record.get(record, COST_PATHS[TIME]) for record in row.records]
+        values = [_seconds(record) for record in row.records]
         alone = not row.values[SHARED] and row.trained
         if alone and len(values) > 1 and all(values):
             found[row.name] = [float(value) for value in values]
@@ -384,6 +385,8 @@ def _cost(row: Row, title: str) -> float | None:
         return 0.0
     if title != FLOPS:
         value = row.values[COST_PATHS[title]]
+        if title == TIME and value is not None:
+            value = sum(_seconds(record) or 0.0 for record in row.records) / len(row.records)
         return None if value is None else float(value)
     counted = []
     for record in row.records:
@@ -391,8 +394,19 @@ def _cost(row: Row, title: str) -> float | None:
         tokens = run_record.get(record, "speed.tokens")
         if not per_token or not tokens:
             return None
-        counted.append(float(per_token) * float(tokens))
+        before = 0.0
+        if run_record.get(record, START_SECONDS) is not None:  # what was read before step 0
+            before = run_record.get(record, "speed.start_flops")
+            if before is None:
+                return None
+        counted.append(float(per_token) * float(tokens) + float(before))
     return sum(counted) / len(counted)
+
+
+def _seconds(record: dict[str, Any]) -> float | None:
+    """Seconds of a run's training, with those of what it read before step 0."""
+    seconds = run_record.get(record, COST_PATHS[TIME])
+    return seconds and float(seconds) + float(run_record.get(record, START_SECONDS) or 0.0)
 
 
 def detectable(evidence: Evidence, comparison: stats.Comparison) -> float:
