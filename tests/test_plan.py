@@ -1,6 +1,7 @@
 """What is predicted from fake tensors against what a real step of the same run takes."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from harness.commands import plan
 from harness.config.errors import ConfigError
 from harness.config.optimizers import OPTIMIZERS
 from harness.data import documents, token_data
+from harness.methods import adalora
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.results import run_record
@@ -59,6 +61,8 @@ CONFIGURATIONS = [
     [*TINY, "method=peft", "method.peft_type=IA3"],
     [*TINY, "method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4"],
     [*TINY, "method=mica", "method.r=4"],
+    [*TINY, "method=adalora", "method.target_r=4", "train.steps=20"],
+    [*TINY, "method=lora", "method.r=4", "method.rank_pattern={h.0.attn.c_attn: 8}"],
     [*TINY, "method=truncate", "method.rank=8"],
     *(
         [*TINY, "method=lora", f"optimizer={name}", "train.lr=0.01"]
@@ -118,7 +122,7 @@ def measured(run, config, accelerate, evaluated=None):
     optimizers.start(optimizer)
     shape = (run.train.micro_batch, run.data.context)
     number = run.train.batch_tokens // (shape[0] * shape[1])
-    for _ in range(min(run.train.steps, 2)):
+    for step in range(min(run.train.steps, 2)):
         report.clear()
         with memory.measured(model, optimizer, report):
             ids = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
@@ -127,7 +131,9 @@ def measured(run, config, accelerate, evaluated=None):
             batches = [token_data.Batch(block, block, positions) for block in ids]
             penalty = methods.penalty(model, run)
             loop.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
-            loop.apply(model, optimizer, accelerate, run.train)
+            after_step = adalora.after_step(model, run)
+            stepped = after_step and functools.partial(after_step, step)
+            loop.apply(model, optimizer, accelerate, run.train, stepped)
     evaluate(optimizer)
     return report, on_evaluation
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod, NoMethod, SvdMethod
+from harness.config.schema import AdaloraMethod, LoraMethod, NoMethod, SvdMethod
 from harness.results import numbers
 from harness.runs.overrides import compose, without_flag
 from harness.system.console import quiet_command
@@ -97,10 +97,12 @@ def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
             base = _built(replace(run, method=NoMethod("none")))
             bases[key] = f"{pretrained.count_parameters(base).total:,}"
         rank = method.kept if isinstance(method, SvdMethod) else "-"
+        if isinstance(method, AdaloraMethod):
+            rank = f"{method.first_rank} to {method.r}"
         row: tuple[str, ...] = (
             run.model.name, naming.label(method),
             run.targets.name if method.takes_targets else "-",
-            str(method.r) if isinstance(method, LoraMethod) else rank,
+            naming.with_pattern(method) if isinstance(method, LoraMethod) else rank,
             f"{counted.total:,}", bases[key], f"{counted.trainable:,}",
             numbers.percent(counted.trainable_percent),
         )  # fmt: skip

@@ -28,6 +28,7 @@ from harness.config.matrix_roles import shape_of
 from harness.config.optimizers import LoraPlusOptimizer, MuonOptimizer, OptimizerConfig
 from harness.config.paths import ASSETS_DIR
 from harness.config.schema import (
+    AdaloraMethod,
     FullMethod,
     LoraMethod,
     MethodConfig,
@@ -64,9 +65,9 @@ def default_rate(method: MethodConfig, model: ModelConfig) -> tuple[float, str]:
     wide = f"width {width}" if width else f"width not known, taken as {UNKNOWN_WIDTH}"
     width = width or UNKNOWN_WIDTH
     full = FULL * (2000 / width) ** EXPONENT
-    if isinstance(method, LoraMethod):
+    if isinstance(method, LoraMethod | AdaloraMethod):
         alpha = float(method.lora_alpha)
-        if method.use_rslora:  # which scales by alpha / sqrt(r)
+        if isinstance(method, LoraMethod) and method.use_rslora:  # which scales by alpha / sqrt(r)
             alpha *= math.sqrt(method.r)
         rate = LORA_OVER_FULL * full * math.sqrt(32 / alpha)
         return _rounded(rate), f"default: {wide}, alpha {alpha:g}"

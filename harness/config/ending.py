@@ -58,8 +58,10 @@ def asked_steps(train: dict[str, Any], *, planned: bool) -> Any:
     return steps  # of whatever type was given, which is checked with the other keys
 
 
-def within_flops(run: RunConfig, flops_per_token: float | None) -> RunConfig:
-    """The run with as many of its steps as `train.max_flops` allows.
+def within_flops(
+    run: RunConfig, flops_per_token: float | None, spent: float | None = 0.0
+) -> RunConfig:
+    """The run with as many of its steps as `train.max_flops` allows, of which some are `spent`.
 
     Raises:
         ConfigError: the FLOPs of a step are not known before it, or are more than the cap.
@@ -67,15 +69,19 @@ def within_flops(run: RunConfig, flops_per_token: float | None) -> RunConfig:
     most = run.train.max_flops
     if most is None or not run.method.trains or not run.train.steps:
         return run
-    if not flops_per_token:
+    if not flops_per_token or spent is None:
         raise ConfigError(
             f"train.max_flops={most:g}: what a step of method={run.method.name} takes is not known "
             "before it runs; set train.steps, or train.max_seconds"
         )
     step = flops_per_token * run.train.batch_tokens
-    if most < step:
-        raise ConfigError(f"train.max_flops={most:g} is less than one optimizer step, {step:.3g}")
-    steps = min(run.train.steps, int(most // step))
+    if most - spent < step:
+        before = f" after the {spent:.3g} of method.init={getattr(run.method, 'init', '')}"
+        raise ConfigError(
+            f"train.max_flops={most:g} is less than one optimizer step, {step:.3g}"
+            f"{before if spent else ''}"
+        )
+    steps = min(run.train.steps, int((most - spent) // step))
     return replace(run, train=replace(run.train, steps=steps))
 
 

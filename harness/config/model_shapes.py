@@ -14,7 +14,7 @@ from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError, nearest
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod, ModelConfig, PeftMethod, SvdMethod
+from harness.config.schema import AdaloraMethod, LoraMethod, ModelConfig, PeftMethod, SvdMethod
 
 LLAMAS = ("llama", "mistral", "qwen2")
 
@@ -40,7 +40,7 @@ def check(run: RunConfig) -> None:
     check_context(run)
     described = _configuration(run.model)
     there = matrices(described)
-    if not there or not isinstance(run.method, LoraMethod | SvdMethod | PeftMethod):
+    if not there or not isinstance(run.method, LoraMethod | AdaloraMethod | SvdMethod | PeftMethod):
         return
     ends = ("wte", "wpe", "lm_head")  # of GPT-2 the modules that are no Conv1D
     why = "" if set(run.targets.modules) <= set(ends) else peft_fields.needs_linear(run.method)
@@ -62,9 +62,14 @@ def check(run: RunConfig) -> None:
         _check_rank(run.method, sides)
 
 
-def _check_rank(method: LoraMethod | SvdMethod, sides: dict[str, int]) -> None:
+def _check_rank(method: LoraMethod | AdaloraMethod | SvdMethod, sides: dict[str, int]) -> None:
     name = min(sides, key=lambda kind: sides[kind])
-    key, rank = ("r", method.r) if isinstance(method, LoraMethod) else ("rank", method.rank)
+    if isinstance(method, SvdMethod):
+        key, rank = "rank", method.rank
+    elif isinstance(method, AdaloraMethod):
+        key, rank = "init_r", method.first_rank
+    else:
+        key, rank = "r", method.r
     if getattr(method, "rank_pattern", None):  # other ranks for some of them
         return
     if isinstance(rank, int) and not isinstance(rank, bool) and rank > sides[name]:

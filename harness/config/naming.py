@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.config import schema
 from harness.config.schema import (
     SECTIONS,
+    AdaloraMethod,
     FullMethod,
     LoraMethod,
     MethodConfig,
@@ -43,6 +44,7 @@ _LATER = {
         "latency",
     ),
 }  # fmt: skip
+LATER_OF_LORA = ("start_sequences", "rank_pattern", "alpha_pattern")
 PATHS = ("path", "id", "validation_path", "test_path")  # which contents stand for
 NOT_IDENTITY_OF_TRAINING = (  # epochs are in the steps
     "on_oom", "checkpoint_every", "rates", "lr_from", "epochs",
@@ -105,6 +107,12 @@ def _values(run: RunConfig) -> dict[str, Any]:
             values["method"]["fields"][key.removeprefix("method.fields.")] = content
     if isinstance(run.method, LoraMethod):
         values["method"]["alpha"] = float(run.method.lora_alpha)  # 2r and its number are one
+        usual = schema.defaults(LoraMethod)
+        for key in LATER_OF_LORA:
+            if values["method"][key] == usual[key]:
+                del values["method"][key]
+    if isinstance(run.method, AdaloraMethod):
+        values["method"] |= {"alpha": float(run.method.lora_alpha), "init_r": run.method.first_rank}
     if isinstance(run.method, FullMethod):  # a set; and without it the run that it was before
         only = sorted(set(values["method"].pop("train_only")))
         values["method"] |= {"train_only": only} if only else {}
@@ -148,6 +156,12 @@ def label(method: MethodConfig) -> str:
     return method.name
 
 
+def with_pattern(method: LoraMethod) -> str:
+    """Return r of LoRA with the other ranks of method.rank_pattern, as in 8+attn.c_attn=16."""
+    parts = [str(method.r), *(f"{key}={rank}" for key, rank in method.rank_pattern.items())]
+    return "+".join(parts if len(parts) < 4 else [*parts[:3], f"{len(parts) - 3}more"])
+
+
 def run_name(run: RunConfig) -> str:
     """`run_name` as given, or what most sweeps vary, readable, then six digits of the identity.
 
@@ -160,7 +174,9 @@ def run_name(run: RunConfig) -> str:
     if method.takes_targets:
         parts.append(run.targets.name)
     if isinstance(method, LoraMethod):
-        parts += [f"r{method.r}", f"a{method.lora_alpha:g}"]
+        parts += [f"r{with_pattern(method)}", f"a{method.lora_alpha:g}"]
+    if isinstance(method, AdaloraMethod):
+        parts += [f"r{method.first_rank}to{method.r}", f"a{method.lora_alpha:g}"]
     if isinstance(method, SvdMethod):
         parts.append(f"k{method.kept}")
     if method.trains:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.errors import ConfigError, nearest
-from harness.config.schema import LoraMethod, MethodConfig, PeftMethod
+from harness.config.schema import AdaloraMethod, LoraMethod, MethodConfig, PeftMethod
 
 # These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
 OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")
@@ -39,6 +39,8 @@ def check(method: MethodConfig) -> None:
     """
     if isinstance(method, LoraMethod) and method.fields:
         kind = "LORA"
+    elif isinstance(method, AdaloraMethod) and method.fields:
+        kind = "ADALORA"
     elif isinstance(method, PeftMethod):
         kind = method.peft_type.upper()
         if classes() and kind not in classes():

@@ -24,6 +24,7 @@ from harness.config.optimizers import ADAMW, OPTIMIZERS, OptimizerConfig
 from harness.config.paths import CONF_DIR, INSTALLED
 from harness.config.schema import (
     METHODS,
+    AdaloraMethod,
     DataConfig,
     LoraMethod,
     MethodConfig,
@@ -196,8 +197,12 @@ def tuned_of(
     }
     for key in ("train", *([] if method.label else ["train_only"])):
         variant.pop(key, None)  # which the label says
-    scale = method.lora_alpha / method.r if isinstance(method, LoraMethod) else None
-    rank = str(method.r) if isinstance(method, LoraMethod) else getattr(method, "kept", None)
+    scale = rank = None
+    if isinstance(method, LoraMethod | AdaloraMethod):
+        first = method.r if isinstance(method, LoraMethod) else method.first_rank
+        scale, rank = method.lora_alpha / first, str(method.r)
+        variant.pop("target_r", None)
+    rank = getattr(method, "kept", rank)
     targeted = targets if method.takes_targets else None
     found_with: dict[str, Any] = {}
     if optimizer.name != ADAMW.name:

@@ -130,24 +130,64 @@ class LoraMethod(MethodConfig):
     use_dora: bool = False
     bias: str = "none"  # none | all | lora_only
     init: Any = True  # PEFT's init_lora_weights
+    start_sequences: int = 64  # of training text, which init=eva | corda | lora_ga reads
+    rank_pattern: dict[str, Any] = field(default_factory=dict)  # other r by module-name suffix
+    alpha_pattern: dict[str, Any] = field(default_factory=dict)  # other alpha, likewise
     fields: dict[str, Any] = field(default_factory=dict)  # any other LoraConfig field
 
     @property
     def lora_alpha(self) -> float:
         """alpha as a number; the effective scale is alpha / r (alpha / sqrt(r) with rsLoRA)."""
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float | str):
-            raise ConfigError(
-                f"method.alpha={self.alpha!r}: expected a number or a multiple like 2r"
-            )
-        if isinstance(self.alpha, int | float):
-            return self.alpha
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)?\s*(r?)\s*", self.alpha)
-        if match is None or not (match[1] or match[2]):
-            raise ConfigError(
-                f"method.alpha={self.alpha!r}: expected a number (16) or a multiple of r (2r, 0.5r)"
-            )
-        value = float(match[1] or 1) * (self.r if match[2] else 1)
-        return int(value) if value == int(value) else value
+        return alpha_of(self.alpha, self.r)
+
+
+def alpha_of(alpha: Any, r: int) -> float:
+    """Return `method.alpha` as a number: as given, or a multiple of a rank such as 2r."""
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float | str):
+        raise ConfigError(f"method.alpha={alpha!r}: expected a number or a multiple like 2r")
+    if isinstance(alpha, int | float):
+        return alpha
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)?\s*(r?)\s*", alpha)
+    if match is None or not (match[1] or match[2]):
+        raise ConfigError(
+            f"method.alpha={alpha!r}: expected a number (16) or a multiple of r (2r, 0.5r)"
+        )
+    value = float(match[1] or 1) * (r if match[2] else 1)
+    return int(value) if value == int(value) else value
+
+
+@dataclass(frozen=True)
+class AdaloraMethod(MethodConfig):
+    """AdaLoRA: LoRA whose ranks are cut while it trains; the names are PEFT's."""
+
+    takes_targets = leaves_adapter = True
+
+    target_r: int = 8  # mean rank of a matrix in the end
+    init_r: int | None = None  # rank of every matrix at first; null = 1.5 target_r
+    alpha: Any = "2r"  # number, or a multiple of the first rank, by which PEFT divides it
+    tinit: Any = 0.1  # steps before the first cut; below 1 a share of train.steps
+    tfinal: Any = 0.3  # steps after the last cut, or a share
+    deltaT: Any = 0.01  # noqa: N815 - PEFT's name; steps between two cuts, or a share
+    beta1: float = 0.85  # of the running mean of importance
+    beta2: float = 0.85  # of the running mean of its uncertainty
+    orth_reg_weight: float = 0.5  # of the penalty that keeps A and B orthogonal
+    dropout: float = 0.0  # probability, on the adapter's input
+    fields: dict[str, Any] = field(default_factory=dict)  # any other AdaLoraConfig field
+
+    @property
+    def r(self) -> int:
+        """Return the rank that tables and names show: the mean one in the end."""
+        return self.target_r
+
+    @property
+    def first_rank(self) -> int:
+        """Return the rank of every matrix at first."""
+        return -(-3 * self.target_r // 2) if self.init_r is None else self.init_r
+
+    @property
+    def lora_alpha(self) -> float:
+        """alpha as a number; the effective scale is alpha over the first rank."""
+        return alpha_of(self.alpha, self.first_rank)
 
 
 @dataclass(frozen=True)
@@ -195,6 +235,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "none": NoMethod,
     "full": FullMethod,
     "lora": LoraMethod,
+    "adalora": AdaloraMethod,
     "udv": UdvMethod,
     "truncate": SvdMethod,
     "peft": PeftMethod,

@@ -7,7 +7,7 @@ import dataclasses
 import dis
 import re
 from collections.abc import Callable
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import peft
 import torch
@@ -18,25 +18,39 @@ from transformers import PreTrainedModel
 from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError, nearest
 from harness.config.run_config import RunConfig
-from harness.config.schema import FullMethod, LoraMethod, PeftMethod, SvdMethod, UdvMethod
+from harness.config.schema import (
+    AdaloraMethod,
+    FullMethod,
+    LoraMethod,
+    PeftMethod,
+    SvdMethod,
+    UdvMethod,
+)
 from harness.methods import (
+    adalora,
     fields,
     for_optimizer,
     lora_layer,
     refusals,
-    svd,
+    starts,
     targets,
     train_only,
     udv,
     weight_tying,
 )
+from harness.methods.model_facts import factored_total, rank_facts, svd_facts
 from harness.methods.values import typed
 
+__all__ = ["factored_total", "rank_facts", "svd_facts"]
 
-def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
+
+def adapt(
+    model: PreTrainedModel, run: RunConfig, text: starts.TrainingText | None = None
+) -> nn.Module:
     """Turn the base model into the model that is trained: what trains has `requires_grad`.
 
     The adapter's own random draws come from torch's global generator, which the worker seeds.
+    `text` is what a start of LoRA may read of the training split (`reads_text`).
 
     Raises:
         ConfigError: a target, rank or field that does not fit this model.
@@ -46,7 +60,8 @@ def adapt(model: PreTrainedModel, run: RunConfig) -> nn.Module:
             f"method={run.method.name}: {run.model.name} is quantised, and {DENSE[run.method.name]}"
             "; use method=lora or method=peft, or a base that is not quantised"
         )
-    adapted = ADAPTERS[run.method.name](model, run)
+    with_text = reads_text(run)
+    adapted = _lora(model, run, text) if with_text else ADAPTERS[run.method.name](model, run)
     if isinstance(adapted, peft.PeftModel):
         refusals.check_run(adapted, run)
     for_optimizer.fit(adapted, run)
@@ -73,12 +88,20 @@ def _full(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     return model
 
 
-def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
+def _lora(
+    model: PreTrainedModel, run: RunConfig, text: starts.TrainingText | None = None
+) -> nn.Module:
     method = run.method
     assert isinstance(method, LoraMethod)
     matched = _targets(model, run, method.fields)
     _check_ranks({"r": method.r}, matched)
     refusals.check_init(method.init, matched.conv1d, "method.init")
+    starts.check(method.init, model, matched, method.fields)
+    patterns = {
+        name: dict(getattr(method, name))
+        for name in ("rank_pattern", "alpha_pattern")
+        if getattr(method, name)
+    }
     named = {
         "r": method.r,
         "lora_alpha": method.lora_alpha,
@@ -89,9 +112,62 @@ def _lora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
         "init_lora_weights": method.init,
         "target_modules": matched.suffixes,
         "fan_in_fan_out": matched.conv1d,
+        **patterns,
     }
-    config = _peft_config(peft.LoraConfig, named, method.fields)
-    return _wrap(model, lora_layer.fuse(config), method.fields)
+    if method.init == "lora_ga" and "lora_ga_config" not in method.fields:
+        named["lora_ga_config"] = peft.LoraGAConfig()
+    config = lora_layer.fuse(_peft_config(peft.LoraConfig, named, method.fields))
+    fields.check_names(config, model, patterns, "method")
+    expected = fields.pattern_values(config, model, patterns)
+    if not starts.reads_text(method.init):
+        adapted = _wrap(model, config, method.fields)
+    else:
+        others = {k: v for k, v in method.fields.items() if k not in starts.CONFIGS}
+        adapted = starts.started(config, model, text, lambda: _wrap(model, config, others))
+    if method.init != "eva":  # which moves ranks
+        refusals.check_patterns_used(config, cast(Any, adapted), expected, "method")
+    return adapted
+
+
+def reads_text(run: RunConfig) -> bool:
+    """Whether the method starts from training text that is read before step 0."""
+    return isinstance(run.method, LoraMethod) and starts.reads_text(run.method.init)
+
+
+def moves_ranks(run: RunConfig) -> bool:
+    """Whether the text says what ranks matrices get, as EVA's does where its rho is not 1."""
+    method = run.method
+    if not isinstance(method, LoraMethod) or method.init != "eva":
+        return False
+    given: dict[str, Any] = method.fields.get("eva_config") or {}
+    return float(given.get("rho", peft.EvaConfig().rho)) != 1
+
+
+def _adalora(model: PreTrainedModel, run: RunConfig) -> nn.Module:
+    method = run.method
+    assert isinstance(method, AdaloraMethod)
+    matched = _targets(model, run, method.fields)
+    name, limit = matched.smallest()
+    if method.first_rank > limit:
+        raise ConfigError(
+            f"method.init_r={method.first_rank}: {name} allows a rank of {limit} at most"
+        )
+    start = method.fields.get("init_lora_weights", True)
+    if not isinstance(start, bool):
+        raise ConfigError(
+            f"method.fields.init_lora_weights={start}: AdaLoRA has one start of its own, and PEFT "
+            "takes any name for it; leave it out"
+        )
+    named = adalora.config_fields(method, run.train.steps) | {
+        "target_modules": matched.suffixes,
+        "fan_in_fan_out": matched.conv1d,
+    }
+    config = _peft_config(peft.AdaLoraConfig, named, method.fields)
+    adapted = _wrap(model, config, method.fields)
+    for name, parameter in adapted.named_parameters():
+        if ".ranknum." in name:  # the first rank, which PEFT lets train where it moves or casts it
+            parameter.requires_grad_(False)
+    return adapted
 
 
 def _truncate(model: PreTrainedModel, run: RunConfig) -> nn.Module:
@@ -181,6 +257,7 @@ ADAPTERS = {
     "none": _none,
     "full": _full,
     "lora": _lora,
+    "adalora": _adalora,
     "udv": _udv,
     "truncate": _truncate,
     "peft": _peft,
@@ -204,9 +281,13 @@ def check(model: PreTrainedModel, run: RunConfig) -> nn.Module:
     if isinstance(method, SvdMethod) and method.energy is not None:
         method = dataclasses.replace(method, energy=None, rank="full")
     if isinstance(method, LoraMethod) and _reads_weights(method.init):
-        method = dataclasses.replace(method, init=True)
+        matched = _targets(model, run, method.fields)
+        starts.check(method.init, model, matched, method.fields)
+        others = {k: v for k, v in method.fields.items() if k not in starts.CONFIGS}
+        method = dataclasses.replace(method, init=True, fields=others)
     init = "init_lora_weights"
-    if isinstance(method, PeftMethod) and _reads_weights(method.fields.get(init)):
+    given = method.fields.get(init) if isinstance(method, PeftMethod) else None
+    if isinstance(method, PeftMethod) and _reads_weights(given) and not starts.reads_text(given):
         method = dataclasses.replace(method, fields={**method.fields, init: True})
     return adapt(model, dataclasses.replace(run, method=method))
 
@@ -216,7 +297,7 @@ FROM_WEIGHTS = ("pissa", "corda", "loftq", "mica", "eva", "lora_ga")  # inits th
 
 def _reads_weights(init: Any) -> bool:
     """Whether `check` leaves a start out: not what is refused, nor MiCA, which trains A alone."""
-    return str(init).startswith(FROM_WEIGHTS) and init != "mica" and init not in refusals.INITS
+    return str(init).startswith(FROM_WEIGHTS) and init not in ("mica", "loftq")
 
 
 def num_virtual_tokens(run: RunConfig) -> int:
@@ -264,40 +345,12 @@ def trained_alone(model: nn.Module, run: RunConfig) -> dict[str, Any]:
     return {"trained": list(kinds), "tied": train_only.tied(model)}
 
 
-def svd_facts(model: nn.Module) -> dict[str, Any]:
-    """What the SVD came to: seconds, decompositions computed and read, and k by kind of matrix."""
-    ranks: dict[str, set[int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, udv.UDVLayer):
-            kind = re.sub(r"^.*\.\d+\.", "", name.removeprefix("base_model.model."))
-            ranks.setdefault(kind, set()).update(s.rank for s in module.udv_specs.values())
-    if not ranks:
-        return {}
-    return {
-        "svd_seconds": svd.svd_seconds(),
-        "svd_decompositions": svd.svd_counts(),
-        "ranks": {kind: sorted(found) for kind, found in ranks.items()},
-    }
-
-
-def factored_total(model: nn.Module) -> int | None:
-    """Elements of a truncated model if W were dropped for its factors; None for other models."""
-    layers = [m for m in model.modules() if isinstance(m, udv.UDVLayer)]
-    dropped = [m for m in layers if not any(spec.keep for spec in m.udv_specs.values())]
-    if not layers or len(dropped) < len(layers):
-        return None
-    base = sum(p.numel() for n, p in model.named_parameters() if ".udv_" not in n)
-    for layer in dropped:
-        (spec,) = layer.udv_specs.values()
-        m, n = layer.out_features, layer.in_features
-        base += spec.rank * (m + n + 1) - m * n
-    return base
-
-
 def penalty(model: nn.Module, run: RunConfig) -> Callable[[], torch.Tensor] | None:
-    """What the method adds to the loss, or None: the orthogonality of U and V."""
+    """What the method adds to the loss, or None: the orthogonality of U and V, or of A and B."""
     if isinstance(run.method, UdvMethod) and run.method.orthogonality:
         return lambda: udv.orthogonality_penalty(model)
+    if isinstance(run.method, AdaloraMethod) and run.method.orth_reg_weight:
+        return lambda: adalora.orthogonal_penalty(model)
     return None
 
 
@@ -359,7 +412,8 @@ def _wrap(model: PreTrainedModel, config: Any, given: dict[str, Any]) -> nn.Modu
         with refusals.reading(config) as by_loss:
             added = refusals.try_out(adapted, labels=True)
         refusals.check_read(config, given, seen, by_loss, where)
-        refusals.check_added(config, added or 0.0)
+        if kind != "ADALORA":  # whose penalty training adds (`penalty`)
+            refusals.check_added(config, added or 0.0)
     refusals.check_biases(config, adapted, given, where)
     refusals.check_patterns_used(config, adapted, patterns, where)
     if getattr(config, "train", "") != "none" and not any(

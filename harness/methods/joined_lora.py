@@ -35,7 +35,7 @@ def is_split(config: peft.PeftConfig) -> bool:
 
 def reason_unsupported(config: peft.PeftConfig) -> str | None:
     """Why `join` cannot write this adapter, or None where it can."""
-    if not isinstance(config, peft.LoraConfig):
+    if not isinstance(config, peft.LoraConfig) or isinstance(config, peft.AdaLoraConfig):
         return f"{getattr(config.peft_type, 'value', config.peft_type)} is not LoRA"
     if config.use_dora:
         return "use_dora=true"

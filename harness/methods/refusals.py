@@ -25,20 +25,19 @@ from transformers.utils import logging as transformers_logging
 
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
+from harness.methods import starts
 from harness.models.loss import own_losses
 
 ADAPTER = "default"
 
-INITS = {  # each needs what no run here has
-    "eva": "EVA reads activations of the training data first, which this harness does not do",
-    "corda": "CorDA reads activations of the training data first, which this harness does not do",
-    "lora_ga": "LoRA-GA reads gradients of the training data first, which this harness does not do",
-    "loftq": "LoftQ replaces the base's weights by quantised ones, so that the adapter would not "
-    "fit the base that it names",
-}
-INIT_OF = {"eva_config": "eva", "corda_config": "corda", "lora_ga_config": "lora_ga",
-           "loftq_config": "loftq"}  # fmt: skip
+LOFTQ = (
+    "PEFT's LoftQ runs on CUDA alone, and puts quantised weights in the place of the base's, so "
+    "that the adapter would not fit the base that it names"
+)
+FROM_TEXT = "it reads training text before step 0, which method=lora does: method=lora method.init="
 TYPES = {
+    "ADALORA": "it has a method of its own here, which cuts its ranks after every step: use "
+    "method=adalora",
     "XLORA": "X-LoRA mixes adapters that were trained before, and a run trains one",
 }
 FIELDS = {
@@ -117,8 +116,8 @@ def check_given(config_class: type, fields: dict[str, Any], where: str) -> None:
             raise ConfigError(f"{key}: the harness sets it for every method; leave it out")
         if name in FIELDS and value is not None:
             raise ConfigError(f"{key}: {FIELDS[name]}")
-        if name in INIT_OF and value:
-            raise ConfigError(f"{key}: {INITS[INIT_OF[name]]}")
+        if name == "loftq_config" and value:
+            raise ConfigError(f"{key}: {LOFTQ}; use pissa")
     switch = _switch(config_class)
     if switch and fields.get(switch):
         raise ConfigError(f"{where}.{switch}: {_MOVES}; set it to false")
@@ -130,8 +129,10 @@ def check_init(init: Any, conv1d: bool, key: str) -> None:
     Raises:
         ConfigError: a start that reads the data, or is wrong on this model.
     """
-    if init in INITS:
-        raise ConfigError(f"{key}={init}: {INITS[init]}")
+    if init == "loftq":
+        raise ConfigError(f"{key}={init}: {LOFTQ}; use pissa")
+    if starts.reads_text(init) and key != "method.init":
+        raise ConfigError(f"{key}={init}: {FROM_TEXT}{init}")
     if init == "olora" and conv1d:
         raise ConfigError(
             f"{key}={init} is wrong on GPT-2: PEFT takes the weight as (out, in) there, and "

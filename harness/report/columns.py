@@ -24,6 +24,7 @@ from harness.report.table import (
     MEASURED,
     OF_COMPLETIONS,
     OF_LABELS,
+    OF_STARTS,
     RANK,
     SHARED,
     TRAINABLE,
@@ -85,6 +86,13 @@ def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) 
         if len(test.ranks) > 1:
             why = "the places that a row may have, by paired tests"
             add(PLACES, Number("rank", str, 30, why), [_places(test, row) for row in rows])
+    for key, label in OF_STARTS.items():
+        if any(row.values[key] is not None for row in rows):
+            why = "of training text that was read before step 0, which training's cost includes"
+            number = Number(
+                label, numbers.count if key.endswith("tokens") else "{:.3g}".format, 85, why
+            )
+            add(key, number, [_cell(row, key, number.form) for row in rows])
     for key, label in OF_LABELS.items():
         if any(row.values[key] is not None for row in rows):
             number = Number(

@@ -97,7 +97,8 @@ def _compressed(rows: Sequence[Row]) -> Figure | None:
     trained: dict[str, list[tuple[int, float, str]]] = {}
     for row in rows:
         value = row.values.get(f"quality.{text}.perplexity")
-        if row.values["method.name"] == "lora" and row.trained and value is not None:
+        one_rank = row.values["method.name"] == "lora" and row.values["method.rank"].isdigit()
+        if one_rank and row.trained and value is not None:
             fields = "".join(
                 f" {key.rpartition('.')[2]}={setting_text(value)}"
                 for key, value in row.settings.items()

@@ -99,8 +99,18 @@ def _cost(row: Row, title: str) -> float | None:
 def _of_run(record: dict[str, Any], title: str) -> float | None:
     value = run_record.get(record, of(title).path)
     if value is None and title == FLOPS:  # of records from before it was written down
-        return train_flops(record, None)
-    return None if value is None else float(value)
+        value = train_flops(record, None)
+    before = _before(record, title)
+    return None if value is None or before is None else float(value) + before
+
+
+def _before(record: dict[str, Any], title: str) -> float | None:
+    """What reading training text before step 0 has cost, which is training's; None: not known."""
+    key = {TIME: "start_seconds", FLOPS: "start_flops"}.get(title)
+    if key is None or run_record.get(record, "speed.start_seconds") is None:
+        return 0.0
+    spent = run_record.get(record, f"speed.{key}")
+    return None if spent is None else float(spent)
 
 
 def train_flops(record: dict[str, Any], steps: int | None) -> float | None:

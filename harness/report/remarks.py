@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,8 +40,24 @@ def _remarks_of(record: dict[str, Any]) -> Iterator[str]:
     if drawn := run_record.get(record, "model.weights.random"):
         names = ", ".join(drawn[:3]) + ", …" * (len(drawn) > 3)
         yield f"model.strict=false: weights that its files lack were drawn at random ({names})"
+    if budget := run_record.get(record, "method.budget"):
+        yield _of_budget(budget, record["method"]["ranks"])
     if run_record.get(record, "model.causal") is False:
         yield "whether the model sees what it is to predict could not be told"
+
+
+def _of_budget(budget: dict[str, int], ranks: dict[str, int]) -> str:
+    """What AdaLoRA has left: of all matrices, and of those with the most and the fewest."""
+    kinds: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        kinds.setdefault(re.sub(r"^.*\.\d+\.", "", name), []).append(rank)
+    means = sorted(((sum(r) / len(r), kind) for kind, r in kinds.items()), reverse=True)
+    by_kind = ", ".join(f"{kind} {mean:.3g}" for mean, kind in means)
+    return (
+        f"{budget['reached']} of {budget['initial']} triplets are left (target "
+        f"{budget['target']}), {budget['parameters']:,} parameters; {min(ranks.values())} to "
+        f"{max(ranks.values())} a matrix, on average: {by_kind}"
+    )
 
 
 def of_labels(shown: Sequence[Row]) -> str:

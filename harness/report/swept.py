@@ -89,7 +89,8 @@ def _labels(joined: list[list[Row]], key: str) -> list[str]:
         row = members[0]
         parts = [row.values["method.label"], row.values["method.targets"]]
         if (rank := row.values["method.rank"]) is not None:
-            parts.append(f"r={rank}" if row.values["method.name"] == "lora" else f"k={rank}")
+            has_r = row.values["method.name"] in ("lora", "adalora")
+            parts.append(f"r={rank}" if has_r else f"k={rank}")
         parts += [
             f"{name}={setting_text(row.settings.get(other))}"
             for other, name in headings([m for line in joined for m in line]).items()

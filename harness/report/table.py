@@ -28,7 +28,18 @@ from harness.results import numbers, run_record
 
 SHOWN = {"train.lr"} | {  # of the configuration, what has a column
     f"method.{key}"
-    for key in ("name", "label", "r", "alpha", "rank", "energy", "train", "residual", "train_only")
+    for key in (
+        "name",
+        "label",
+        "r",
+        "target_r",
+        "alpha",
+        "rank",
+        "energy",
+        "train",
+        "residual",
+        "train_only",
+    )
 }
 TRAINABLE = "parameters.trainable"
 SHARED = "environment.runs_beside"
@@ -45,6 +56,9 @@ CLASSIFIED_CSV = tuple(  # in the CSV alone
     f"{CLASSIFIED}.{name}"
     for name in ("accuracy_low", "accuracy_high", "macro_f1", "log_loss", "num_examples")
 )
+OF_STARTS = {  # of starts that read training text before step 0 (`harness.methods.starts`)
+    "speed.start_tokens": "start tokens", "speed.start_seconds": "start s",
+}  # fmt: skip
 WRITTEN = "quality.generation.tokens_per_second"  # of generating, in the CSV alone
 RANK, ALPHA, LR = "method.rank", "method.alpha", "method.lr"
 TEST = "quality.test.perplexity"
@@ -175,7 +189,7 @@ def _took_no_step(record: dict[str, Any]) -> bool:
 
 def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
-    for path in [*COLUMNS, *SCORES, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
+    for path in [*COLUMNS, *OF_STARTS, *SCORES, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
         values[path] = over_seeds(records, path)
     return values
 
@@ -209,7 +223,7 @@ def _named(table: list[Row]) -> list[Row]:
     """The rows with names: method, targets and rank, and of the rest what tells them apart."""
 
     def base(row: Row) -> str:
-        letter = "r=" if row.values["method.name"] == "lora" else "k="
+        letter = "r=" if row.values["method.name"] in ("lora", "adalora") else "k="
         rank = row.values[RANK]
         parts = [row.values["method.label"], row.values["method.targets"], rank and letter + rank]
         return " ".join([*filter(None, parts), *([UNTRAINED] if row.took_no_step else [])])
@@ -315,7 +329,7 @@ def csv_lines(
     """Columns by their path in result.json, and one line per configuration, with its runs."""
     written = [
         path
-        for path in [*SCORES, WRITTEN, *CLASSIFIED_CSV]
+        for path in [*OF_STARTS, *SCORES, WRITTEN, *CLASSIFIED_CSV]
         if any(r.values[path] is not None for r in table)
     ]
     names = [*COLUMNS, *written, *CSV_ONLY, "seeds", "also"]

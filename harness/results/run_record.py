@@ -21,6 +21,7 @@ from typing import Any
 
 from harness.config import labels, naming, peft_fields, run_config
 from harness.config.run_config import RunConfig
+from harness.config.schema import LoraMethod
 from harness.system.atomic import write_atomically
 
 SCHEMA_VERSION = 1
@@ -29,6 +30,7 @@ FILE_NAME = "result.json"
 # the result on a disk that fills, and a folder with the adapter as it started.
 CHECKPOINTS, BEST, RESERVE = "checkpoints", "best.safetensors", ".reserve"
 INITIAL = "initial_adapter"
+START = "start.safetensors"  # what a start of LoRA has read off training text
 RANK_FAILURE = "failure-rank-"  # what a rank but the first has to say
 RANK_LOG = "log-rank-"  # and its log
 INTERRUPTED = {"class": "interrupted", "message": "interrupted"}
@@ -75,6 +77,8 @@ def describe_method(run: RunConfig) -> dict[str, Any]:
     method = run.method
     found = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
     rank = getattr(method, "kept", found["r"])
+    if isinstance(method, LoraMethod):
+        rank = naming.with_pattern(method)
     return found | {
         "name": method.name,
         "label": naming.label(method),
@@ -159,7 +163,7 @@ def can_resume(run_dir: Path) -> bool:
 def clear(run_dir: Path) -> None:
     """Delete the files that only an unfinished run needs, once it is finished."""
     free_reserve(run_dir)
-    for name in (BEST, CHECKPOINTS, INITIAL):
+    for name in (BEST, CHECKPOINTS, INITIAL, START):
         path = run_dir / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

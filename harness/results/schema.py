@@ -116,9 +116,15 @@ KEYS = """
     method.train | string? | | factors of U D V^T that train
     method.residual | string? | | drop or keep
     method.deterministic | boolean | | whether the seed moves nothing
+    method.ranks | object | | rank of every matrix in the end, where they differ
+    method.budget.initial | integer | triplets | of AdaLoRA: of all matrices at first
+    method.budget.target | integer | triplets | that were to be left
+    method.budget.reached | integer | triplets | that the chosen checkpoint has
+    method.budget.parameters | integer | elements | of these, beside parameters.trainable
+    method.start_passes | integer | | forward passes over training text before step 0
     method.trained | array | | weights outside of adapters that train
     method.tied | array | | sentences on tied weights
-    method.* | any | | facts of the method: ranks by matrix, energy kept
+    method.* | any | | facts of the method: energy kept, seconds of an SVD
     parameters.base | integer | elements | of the base
     parameters.total | integer | elements | with adapters
     parameters.trainable | integer | elements |
@@ -142,6 +148,9 @@ KEYS = """
     speed.setup_seconds | number | seconds | before the first step
     speed.steps | integer | steps | that were taken
     speed.tokens | integer | tokens | that were trained on
+    speed.start_tokens | integer | tokens | of training text, read before step 0
+    speed.start_seconds | number | seconds | that it took
+    speed.start_flops | number? | FLOPs | and these; null where they are not known
     speed.gflops_per_second | number | GFLOP/s |
     costs.adapter_bytes | integer | bytes | of adapter/, or else model/'s own files
     costs.train_flops | number | FLOPs | of all optimizer steps, as predicted counts a token

@@ -25,6 +25,7 @@ from harness.config.run_config import RunConfig
 from harness.config.schema import (
     METHODS,
     SECTIONS,
+    AdaloraMethod,
     DataConfig,
     EarlyStopping,
     GenerateConfig,
@@ -228,7 +229,8 @@ def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     """lr and lr_from of train.lr=auto and train.lr=tuned."""
     model, method, name = sections["model"], sections["method"], sections["targets"].name
     optimizer = sections["optimizer"]
-    if isinstance(method, LoraMethod) and not (method.r > 0 and 0 < method.lora_alpha < math.inf):
+    lora = isinstance(method, LoraMethod | AdaloraMethod)
+    if lora and not (method.r > 0 and 0 < method.lora_alpha < math.inf):
         return {"lr": TrainConfig.lr}  # a method that validation refuses
     setting = rates.setting_of(model, sections["data"], train)
     if train["lr"] == "auto":

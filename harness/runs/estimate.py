@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from harness.config.paths import PACKAGE
 from harness.config.run_config import RunConfig
 from harness.data import token_data
 from harness.evaluation import sliding_window as evaluate
+from harness.methods import adalora
 from harness.models import pretrained, quantized
 from harness.models.loss import NextToken
 from harness.results import environment, numbers
@@ -159,12 +161,14 @@ def predict(
     optimizer state beside it. `evaluated` is the shape of the evaluation batch; None stands for a
     full one, as a long text makes. `accelerator` gives the device and the precision. An LSTM's
     kernel has a workspace that its fake counterpart does not show: its peak is predicted up to a
-    sixth too low. None for what only a run can tell: a rank by energy, methods that read the
-    weights to be built, or look at values, which fake tensors have not; and where ranks divide the
-    model among them, which no fake tensor does; and for optimizer=adamw_8bit, whose
-    kernels look at values.
+    sixth too low. None for what only a run can tell: a rank by energy, ranks that EVA moves,
+    methods that read the weights to be built, or look at values, which fake tensors have not; and
+    where ranks divide the model among them, which no fake tensor does; and for
+    optimizer=adamw_8bit, whose kernels look at values.
     """
     if getattr(run.method, "energy", None) is not None or run.launch.sharded:
+        return None
+    if methods.moves_ranks(run):  # EVA, by what the text is like
         return None
     try:
         return _followed(run, model_config, accelerator, evaluated or full_batch(run, model_config))
@@ -207,10 +211,13 @@ def _followed(
             prepared.train()
             optimizer = optimizers.make_optimizer(model, run.train, run.optimizer)
             optimizers.start(optimizer)
+            stepped = adalora.after_step(model, run, cuts=False)
             if run.train.steps > 1:  # a step that makes the optimizer's state
                 for parameter in trainable:
                     parameter.grad = torch.zeros_like(parameter)
                 optimizer.step()
+                if stepped:
+                    stepped(0)
                 optimizer.zero_grad()
             micro, length = run.train.micro_batch, run.data.context
             ids = torch.zeros(micro, length, dtype=torch.int64)
@@ -226,7 +233,9 @@ def _followed(
                 Noise(model, run.train.neftune_alpha, run.seed)
             with memory.measured(model, optimizer, on_training, held), Flops() as flops:
                 train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
-                train.apply(model, optimizer, accelerator, run.train)
+                train.apply(
+                    model, optimizer, accelerator, run.train, stepped and partial(stepped, 1)
+                )
                 if average:
                     average.update()
             train_flops = flops.total / num_tokens

@@ -11,6 +11,7 @@ from harness.config.schema import LoraMethod, PeftMethod
 PACKAGE, EXTRA = "bitsandbytes", "quantised"
 NEED_FLOATS = {  # methods, and why
     "full": "trains every weight, and packed weights cannot be trained",
+    "adalora": "is untried on packed weights",
     "udv": "decomposes weights, and packed weights cannot be decomposed",
     "truncate": "decomposes weights, and packed weights cannot be decomposed",
 }

@@ -12,8 +12,8 @@ from harness.config import labels, model_shapes
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.paths import ASSETS_DIR, options
 from harness.config.run_config import RunConfig
-from harness.config.schema import FullMethod, LoraMethod, PeftMethod, SvdMethod
 from harness.runs import validate_text
+from harness.runs.validate_method import validate_method
 from harness.runs.validate_optimizer import validate_optimizer
 from harness.runs.validate_quantize import validate_quantize
 from harness.system import gguf_file
@@ -65,7 +65,7 @@ def validate(run: RunConfig) -> None:
     _validate_tracker(run)
     _validate_batch(run)
     validate_text.validate_evaluation(run)
-    _validate_method(run)
+    validate_method(run)
     validate_optimizer(run)
     validate_quantize(run)
 
@@ -188,37 +188,6 @@ def _validate_batch(run: RunConfig) -> None:
             f"data.context = {train.micro_batch} x {data.context} = {chunk}: "
             f"try {' or '.join(map(str, options))}"
         )
-
-
-def _validate_method(run: RunConfig) -> None:
-    """The method's own numbers, and what it asks of the model and the precision."""
-    if run.model.frozen_dtype == "bf16" and run.train.precision == "fp32":
-        raise ConfigError(
-            "model.frozen_dtype=bf16 with train.precision=fp32: fp32 products need fp32 weights; "
-            "set train.precision=bf16"
-        )
-    if isinstance(run.method, FullMethod) and run.method.train_only:
-        empty = [entry for entry in run.method.train_only if not entry.strip()]
-        require(not empty, "method.train_only", run.method.train_only, "names that are not empty")
-        if run.model.frozen_dtype == "bf16":
-            raise ConfigError(
-                "model.frozen_dtype=bf16 with method.train_only: the base is loaded in one dtype, "
-                "and what trains of it must be fp32; set model.frozen_dtype=fp32"
-            )
-    if isinstance(run.method, LoraMethod):
-        require(run.method.r >= 1, "method.r", run.method.r, "a rank of 1 or more")
-        require(0 <= run.method.dropout < 1, "method.dropout", run.method.dropout, "in [0, 1)")
-        alpha = run.method.lora_alpha
-        require(0 < alpha < float("inf"), "method.alpha", run.method.alpha, "a number above 0")
-    if isinstance(run.method, SvdMethod) and run.method.energy is not None:
-        require(0 < run.method.energy <= 1, "method.energy", run.method.energy, "a share in (0, 1]")
-        if run.method.rank is not None:
-            raise ConfigError(
-                f"method.rank={run.method.rank} and method.energy={run.method.energy} are "
-                "alternatives: set one of them to null"
-            )
-    if isinstance(run.method, PeftMethod) and run.method.peft_type in ("???", ""):
-        raise ConfigError("method=peft needs method.peft_type, e.g. method.peft_type=IA3")
 
 
 def _validate_steps(run: RunConfig) -> None:

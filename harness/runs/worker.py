@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from harness.evaluation import (
     ranks,
     sliding_window,
 )
-from harness.methods import invocation, merging
+from harness.methods import adalora, invocation, merging, starts
 from harness.methods.svd import CACHE_ENV
 from harness.models import linear, loss, pretrained, weights
 from harness.results import environment, run_record
@@ -55,6 +55,7 @@ from harness.training import checkpoint, loop, memory, optimizers, sharding
 from harness.training.evaluator import Evaluator
 from harness.training.neftune import Noise
 from harness.training.run_state import Elapsed, RunState
+from harness.training.start_text import start_text_of
 
 RESUME_ME = 75  # exit status: EX_TEMPFAIL of sysexits.h
 log = logging.getLogger("harness")
@@ -285,7 +286,11 @@ def perform(
     with accelerator.autocast():
         changes = run.method.name not in ("none", "full")
         at_base = base_model.Base(base, run, room) if changes else None
-    model = methods.adapt(base, run)
+    start_text = start_text_of(run, run_dir, text, accelerator)
+    if start_text and not run.launch.sharded:  # or else the device need not hold all of it
+        base = base.to(accelerator.device)
+    with accelerator.main_process_first() if start_text else nullcontext():
+        model = methods.adapt(base, run, start_text)
     if linear.is_turned(model):
         result["model"]["linear"] = True
     another = linear.needs_turned_base(model) or pretrained.wants_unfused(run, model_config)
@@ -357,9 +362,11 @@ def perform(
     with accelerator.autocast():
         unadapted = at_base and at_base.apart(bare, prepared, model_config, accelerator)
     asked_steps = run.train.steps
+    start = starts.facts_of(start_text)
     if run.train.max_flops:
         known = estimate.recorded(run, model_config, accelerator) or {}
-        run = ending.within_flops(run, known.get("train_flops_per_token"))
+        spent = starts.flops_of(start, known.get("evaluate_flops_per_token"))
+        run = ending.within_flops(run, known.get("train_flops_per_token"), spent)
     optimizer = None
     if counted.trainable:
         optimizer = accelerator.prepare_optimizer(
@@ -369,6 +376,7 @@ def perform(
     # ----------------------------------------------------------------------- train
     standing = RunState(run, run_dir, model, optimizer, accelerator, process, so_far)
     state = standing.state
+    state.start_seconds = start.seconds if start else 0.0
     result["quality"] = standing.quality
     held_out = Evaluator(
         text.held_out | further,
@@ -389,8 +397,18 @@ def perform(
         process.turn("train")
         try:
             penalty = methods.penalty(model, run)
+            after_step, final = adalora.after_step(model, run), adalora.last_cut(run)
             training = loop.Training(
-                prepared, text, run, accelerator, optimizer, penalty, standing.average, noise
+                prepared,
+                text,
+                run,
+                accelerator,
+                optimizer,
+                penalty,
+                standing.average,
+                noise,
+                after_step,
+                final,
             )
             hooks = loop.Hooks(
                 held_out.validate,
@@ -404,6 +422,7 @@ def perform(
             result["run"] |= {"paused_at": state.step, "resumed_at": state.resumed_at}
             raise
         standing.load_best()  # from here on with the weights that validation chose
+        result["method"] |= methods.rank_facts(model)
         held_out.evaluate_adapted()
     result["run"]["resumed_at"] = state.resumed_at
     capped = "max_flops" if run.train.steps < asked_steps else "steps"
@@ -471,6 +490,9 @@ def perform(
         "steps": state.step,
         "tokens": state.tokens,
     }
+    if start:
+        result["speed"] |= {"start_tokens": start.tokens, "start_seconds": start.seconds}
+        result["method"]["start_passes"] = start.passes
     process.turn("export")
     result["memory"] = (state.memory or standing.at_evaluation) | {
         "phase": "train" if state.memory else "evaluate",
@@ -487,6 +509,9 @@ def perform(
     with kept_result(result, "memory and FLOPs could not be predicted"):
         predicted = estimate.recorded(done, model_config, accelerator, followed)
     result["predicted"] = predicted
+    if start and predicted:
+        flops = starts.flops_of(start, predicted["evaluate_flops_per_token"])
+        result["speed"]["start_flops"] = flops
     result["costs"] = estimate.spent_flops(run, state, predicted)
     result["costs"]["energy"] = standing.energy()
     # Of pairs tokens are those of completions, and FLOPs those of every position.

@@ -3,7 +3,8 @@
 A model's weights and its optimizer are not all of a run's state. Some layers change their buffers
 in the forward pass (running statistics; MonteCLoRA's expert weights), and some draw random numbers
 ahead of time, or from a generator of their own (PVERA). Some note in Python what they have done
-(VeLoRA: whether its projection is made). A checkpoint without these resumes to other numbers.
+(VeLoRA: whether its projection is made), or keep running means there (AdaLoRA). A checkpoint
+without these resumes to other numbers.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from harness.methods import adalora
 from harness.system.internals import internal
 from harness.training import sharding
 
 BufferDict: Any = internal("BufferDict")
 
 # Prefixes of names in `BufferState.tensors`.
-BUFFER, SAMPLER, GENERATOR, NUMBER = PREFIXES = ("buffer/", "sampler/", "generator/", "number/")
+BUFFER, SAMPLER, GENERATOR, NUMBER, ALLOCATOR = PREFIXES = (
+    "buffer/", "sampler/", "generator/", "number/", "allocator/",
+)  # fmt: skip
 
 
 class BufferState:
@@ -39,6 +43,7 @@ class BufferState:
 
         Frozen factors and projections, which PEFT keeps in a `BufferDict`, count with `factors`,
         and then only those that the adapter's file would hold too: the others are computed again.
+        So do the running means by which AdaLoRA cuts its ranks; which it has cut always counts.
         """
         own = _owned(self.model)
         kept = own["state"] | (own["dict"] & self.model.state_dict().keys() if factors else set())
@@ -57,10 +62,17 @@ class BufferState:
         for name, held, key in _numbers(self.model):
             if self._numbers.get(name) != held[key]:
                 found[NUMBER + name] = torch.tensor(held[key])
-        return found
+        allocated = adalora.state(self.model, means=factors)
+        return found | {ALLOCATOR + name: tensor for name, tensor in allocated.items()}
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put back what `tensors` returned; other names are left alone."""
+    def restore(self, tensors: dict[str, torch.Tensor], *, factors: bool) -> None:
+        """Put back what `tensors` returned with the same `factors`; other names are left alone."""
+        allocated = {
+            name.removeprefix(ALLOCATOR): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(ALLOCATOR)
+        }
+        adalora.restore(self.model, allocated, means=factors)
         buffers = dict(self.model.named_buffers())
         for name, tensor in tensors.items():
             if name.startswith(BUFFER):

@@ -78,7 +78,7 @@ def load_trained(model: nn.Module, path: Path, *, buffers: BufferState | None = 
     for name, tensor in saved.items():
         present[name].copy_(sharding.distribute_like(tensor, present[name]))
     if buffers:
-        buffers.restore(moving)
+        buffers.restore(moving, factors=False)
 
 
 # ------------------------------------------------------------------------------ to go on from
@@ -238,9 +238,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def keep_initial(model: nn.Module, run_dir: Path) -> None:
     """Write an adapter as it starts to RUN_DIR, where `export` will need it.
 
-    That is an adapter whose start is drawn at random and taken off the base's weights
-    (init=pissa_niter_N): from the trained adapter alone, PEFT would draw another start and take
-    that off. With the start beside it, PEFT saves the difference, a LoRA on the unchanged base.
+    That is an adapter whose start is taken off the base's weights and is drawn at random
+    (init=pissa_niter_N) or made of training text (corda, lora_ga): from the trained adapter alone,
+    PEFT would draw another start and take that off, or could not make one. With the start beside
+    it, PEFT saves the difference, a LoRA on the unchanged base.
 
     Raises:
         ConfigError: PEFT cannot convert ranks by pattern together with rsLoRA's scale.
@@ -248,7 +249,7 @@ def keep_initial(model: nn.Module, run_dir: Path) -> None:
     if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, LoraConfig):
         return
     config = model.active_peft_config
-    if not str(config.init_lora_weights).startswith("pissa_niter"):
+    if not str(config.init_lora_weights).startswith(("pissa_niter", "corda", "lora_ga")):
         return
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ConfigError(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class State:
     train_joules: float = 0.0  # of the optimizer steps that were metered
     evaluate_joules: float = 0.0
     metered_steps: int = 0  # all of them, or the joules are not those of the run
+    start_seconds: float = 0.0  # of reading training text before step 0 (`methods.starts`)
     timed_tokens: int = 0  # of the steps that count for the speed
     timed_seconds: float = 0.0
     best_step: int = 0
@@ -131,14 +133,20 @@ def accumulate(
 
 
 def apply(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, cfg: TrainConfig
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    cfg: TrainConfig,
+    stepped: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Clip the gradients, step, free them; returns the norm before clipping."""
+    """Clip the gradients, step, call `stepped`, free them; returns the norm before clipping."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trainable, cfg.clip or math.inf)
     assert norm is not None
     norm = sharding.full_tensor(norm)
     optimizer.step()
+    if stepped is not None:
+        stepped()
     optimizer.zero_grad()
     return norm
 
@@ -148,7 +156,9 @@ class Training:
     """Holds what a run trains, by what, and on which text; nothing of it is replaced meanwhile.
 
     Without an `optimizer` nothing trains. `penalty` is added to the mean nll in the gradient, and
-    not in the loss that is logged.
+    not in the loss that is logged. `after_step` gets the number of each step (from 0) once it is
+    taken, while its gradients are there; `final_from` is how many steps are taken when what it
+    changes is final, before which no validation chooses a checkpoint.
     """
 
     prepared: nn.Module  # a `NextToken`, as Accelerate prepared it
@@ -159,6 +169,14 @@ class Training:
     penalty: Callable[[], torch.Tensor] | None = None
     average: Average | None = None  # of what trains, which is evaluated in its place
     noise: Noise | None = None  # on the embeddings
+    after_step: Callable[[int], None] | None = None
+    final_from: int | None = None
+
+    def takes_newest(self, state: State) -> bool:
+        """Whether the newest weights count as the best: what the method changes is not final."""
+        if self.final_from is None:
+            return False
+        return state.step < self.final_from or math.isinf(state.best_nll)
 
 
 @dataclass(frozen=True)
@@ -208,7 +226,8 @@ def optimizer_step(
             raise PassOutOfMemoryError(f"{error} (in optimizer step {step + 1})") from error
         raise
     model = accelerator.unwrap_model(training.prepared)
-    norm = apply(model, optimizer, accelerator, run.train)
+    stepped = training.after_step and partial(training.after_step, step)
+    norm = apply(model, optimizer, accelerator, run.train, stepped)
     if training.average:
         training.average.update()
     return total, norm, num_tokens
@@ -253,7 +272,8 @@ def train(
                     with optimizers.evaluation(optimizer), averaged:
                         with stop.interruptible() if world == 1 else nullcontext():
                             nll = hooks.validate()
-                        if state.step == 0 or nll < state.best_nll:
+                        newest = state.step == 0 or training.takes_newest(state)
+                        if newest or nll < state.best_nll:
                             state.best_step = state.step
                             state.best_nll = nll if math.isfinite(nll) else math.inf
                             hooks.keep()
@@ -303,7 +323,8 @@ def train(
                 continue
             # The one place where the host waits for what the device has computed.
             asked = torch.full_like(total, float(stop.requested))
-            spent = torch.full_like(total, state.train_seconds + time.perf_counter() - start)
+            seconds = state.start_seconds + state.train_seconds + time.perf_counter() - start
+            spent = torch.full_like(total, seconds)
             summed = accelerator.reduce(torch.stack([total, asked, spent]), "sum")
             nats, asked_to_stop, spent_by_all, grad_norm = torch.cat(
                 [summed, norm.reshape(1)]
@@ -325,6 +346,8 @@ def train(
             state.step += 1
             state.tokens += num_tokens
             state.train_seconds += seconds
+            if state.step == training.final_from:  # what was best until now was another model
+                state.best_nll = math.inf
             hooks.log(
                 {
                     "step": state.step,

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from harness.methods import adalora
 from harness.models import quantized
 from harness.system.internals import internal
 from harness.training import sharding
@@ -82,7 +83,11 @@ class LiveTensors(TorchDispatchMode):
                 *quantized.held_by_modules(model),
             ],
             "gradients": [p.grad for p in parameters if p.grad is not None],
-            "optimizer_state": [*_optimizer_tensors(optimizer), *average],
+            "optimizer_state": [
+                *_optimizer_tensors(optimizer),
+                *adalora.state(model, means=True).values(),
+                *average,
+            ],
         }
         for category, tensors in known.items():
             for tensor in tensors:

@@ -137,7 +137,7 @@ class RunState:
         self.process.go_on(facts["process"])
         self.best = (tensors["best/nll"].numpy(), tensors["best/num_tokens"].numpy())
         checkpoint.restore(self.model, optimizer, tensors)
-        self.buffers.restore(tensors)
+        self.buffers.restore(tensors, factors=True)
         if self.average:
             self.average.restore(tensors)
         checkpoint.restore_generators(found, self.accelerator.process_index)

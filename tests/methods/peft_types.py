@@ -20,6 +20,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from harness import compose, methods
 from harness.config.errors import ConfigError
+from harness.config.schema import AdaloraMethod
 from harness.data.token_data import Batch
 from harness.methods import merging, weight_tying
 from harness.models import pretrained
@@ -37,7 +38,6 @@ MODELS = {
 BY_TOKENS = ("CARTRIDGE", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 FIELDS = {name: {"num_virtual_tokens": 4} for name in BY_TOKENS} | {
     # what a method must be told, or what fits a width of 32
-    "ADALORA": {"total_step": 10},
     "ADAMSS": {"r": 8},
     "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
     "C3A": {"block_size": 8},
@@ -80,6 +80,8 @@ def shortened(message: str) -> str:
 
 def setting(name, model):
     run, config = _base(model, "attn" if name in ATTENTION else "all")
+    if name == "ADALORA":  # which has a method of its own
+        return replace(run, method=AdaloraMethod("adalora")), config
     method = replace(run.method, peft_type=name, fields=copy.deepcopy(FIELDS.get(name, {})))
     return replace(run, method=method), config
 
@@ -152,6 +154,7 @@ def table() -> str:
         "same logits bit for bit. Merges:",
         "to 1e-3. Predicted: `harness.plan` gives memory and FLOPs. Made by "
         "`python tests/methods/peft_types.py`, and a test keeps it true.",
+        "ADALORA is `method=adalora`.",
         "",
         f"| {' | '.join(HEAD)} |",
         "|" + " --- |" * len(HEAD),
