@@ -320,7 +320,10 @@ def _ties_best(row: Row, test: Evidence | None) -> bool:
 
 
 def _values(
-    rows: Sequence[Row], table: Sheet, test: Evidence | None, titles: Sequence[str]
+    rows: Sequence[Row],
+    table: Sheet,
+    test: Evidence | None,
+    titles: Sequence[str] = ev.BUDGETS,
 ) -> list[dict[str, Any]]:
     """Every row for the page's code: its values by column, interval, and costs to be compared."""
     sure = {title: ev.sure_costs(rows, title) for title in titles}
