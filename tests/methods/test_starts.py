@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
@@ -154,7 +155,7 @@ def test_corda_is_pefts_own_preprocessing_of_the_same_sequences(tiny, make_run, 
     model = adapted(tiny, make_run("method=corda", *ASKED), text)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=8, init_lora_weights="corda",
-        corda_config=peft.tuners.CordaConfig(), fan_in_fan_out=True,
+        corda_config=CordaConfig(), fan_in_fan_out=True,
         target_modules=["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
     )  # fmt: skip
 
