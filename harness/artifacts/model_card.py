@@ -197,8 +197,8 @@ def notes(run: Saved, exported: Exported) -> list[str]:
     if exported.turned:
         found.append(
             "The adapter is on `nn.Linear`, and the published base has `Conv1D` in its place, "
-            "which the loop above turns first: the same function bit for bit. `--merge` exports a "
-            "model that needs no such step."
+            "which the loop above turns first: the same function. `--merge` exports a model that "
+            "needs no such step."
         )
     elif exported.whole and run.turned:
         found.append("`Conv1D` was `nn.Linear` in the run; here it is `Conv1D` again.")

@@ -4,10 +4,9 @@
 
     y = x W^T + b,      Conv1D: addmm(b, x, weight),      nn.Linear: addmm(b, x, weight.T)
 
-The new weight is a transposed view of the old one, so that both call one kernel with the same
-numbers at the same addresses: logits and gradients keep their bits, no memory is taken, and turning
-back is exact. FSDP takes contiguous weights only, and optimizers know them best; there, and where
-the base's weights train, the weight is a copy, and logits agree to rounding.
+The new weight is a transposed copy, contiguous as PEFT, FSDP and fused optimizers take weights to
+be: PEFT's SUPERTUNING would merge into a copy of a view, and leave the weight as it was. Turning
+back is exact; logits are the same to the rounding of the library's kernels for W and W^T.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ from transformers.pytorch_utils import Conv1D
 from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.config.schema import FullMethod
 from harness.models.split_qkv import UNFUSED_TARGETS, fuse_qkv, is_unfused
 
 M = TypeVar("M", bound=nn.Module)
 MARK = "was_conv1d"  # an attribute of a turned layer; lm_head and other layers lack it
 
 
-def turn(model: M, *, contiguous: bool = False) -> M:
+def turn(model: M) -> M:
     """Replace every `Conv1D` by an `nn.Linear` of the same function, in place; returns `model`.
 
     Weights become (out, in); parameters are counted as before, and no random number is drawn.
@@ -41,8 +39,7 @@ def turn(model: M, *, contiguous: bool = False) -> M:
     `save_pretrained`.
     """
     for name, conv in list(_of_type(model, Conv1D)):
-        weight = conv.weight.detach().t()
-        linear = _linear(weight.contiguous() if contiguous else weight, conv)
+        linear = _linear(conv.weight.detach().t().contiguous(), conv)
         model.set_submodule(name, linear.train(conv.training))
     return model
 
@@ -92,8 +89,7 @@ def as_asked(model: M, run: RunConfig) -> M:
     if asked is False and needed:
         raise ConfigError(f"model.linear=false: {why}; {peft_fields.TURN}")
     wanted = asked is True or (asked == "auto" and needed)
-    copied = run.launch.sharded or isinstance(run.method, FullMethod)
-    return turn(model, contiguous=copied) if wanted else model
+    return turn(model) if wanted else model
 
 
 def needs_turned_base(model: nn.Module) -> bool:
@@ -155,17 +151,18 @@ def _linear(weight: torch.Tensor, conv: Conv1D) -> nn.Linear:
 CODE = """\
 import torch
 from transformers.pytorch_utils import Conv1D
-for name, conv in list(base.named_modules()):  # the adapter is on nn.Linear: W = (W^T)^T
+for name, conv in list(base.named_modules()):  # the adapter is on nn.Linear, which holds W
     if isinstance(conv, Conv1D):
         linear = torch.nn.Linear(conv.nx, conv.nf)
-        linear.weight, linear.bias = torch.nn.Parameter(conv.weight.detach().T), conv.bias
+        linear.weight = torch.nn.Parameter(conv.weight.detach().T.contiguous())
+        linear.bias = conv.bias
         base.set_submodule(name, linear)"""
 SECTION = f"""
 
 ## Loading it
 
 The adapter is on `nn.Linear`, and GPT-2 as it is published has `Conv1D` in its place. Turn them
-first, which keeps the function bit for bit; `base` is the model that `base_model` names:
+first, which keeps the function; `base` is the model that `base_model` names:
 
 ```python
 import peft

@@ -10,15 +10,24 @@ from peft_types import MODELS, names, refusal, setting, table
 
 from harness import methods
 from harness.config.paths import CONF_DIR, REPOSITORY
-from harness.models import pretrained
+from harness.models import linear, pretrained
 
 PAGE = (CONF_DIR / "PEFT.md").read_text("utf-8")
 ROWS = {
-    cells[0]: dict(zip(MODELS, (cells[1], cells[3]), strict=True))
-    for line in PAGE.splitlines()
-    if line.startswith("| ") and "---" not in line
-    for cells in [[cell.strip() for cell in line[2:-1].split(" | ")]]
-    if cells[0] != "type"
+    name: {model: cells[model][name] for model in MODELS}
+    for cells in [
+        {
+            model: {
+                row[0]: row[1:]
+                for line in PAGE.partition(f"## {model}\n")[2].partition("\n## ")[0].splitlines()
+                if line.startswith("| ") and "---" not in line
+                for row in [[cell.strip() for cell in line[2:-1].split(" | ")]]
+            }
+            for model in MODELS
+        }
+    ]
+    for name in cells["GPT-2"]
+    if name != "type"
 }
 of_this_peft = pytest.mark.skipif(
     f"PEFT {peft.__version__}," not in PAGE, reason="conf/PEFT.md is of another PEFT"
@@ -40,16 +49,17 @@ def test_the_table_has_every_method():
 @pytest.mark.parametrize("name", ROWS)
 def test_what_the_table_says_of_building_is_so(name):
     """The refusal, or the number of trainable parameters; `table` trains them, too, and is slow."""
-    for model, cell in ROWS[name].items():
-        found = f"refused: {refusal(name, model)}"
-        if not cell.startswith("refused: "):
-            run, config = setting(name, model)
-            adapted = methods.adapt(pretrained.load_model(run, config), run)
-            found = f"{pretrained.count_parameters(adapted).trainable:,}"
-        assert found == cell, model
+    for model, (on, number, *_) in ROWS[name].items():
+        if on.startswith("refused: "):
+            assert on == f"refused: {refusal(name, model)}"
+            continue
+        run, config = setting(name, model)
+        adapted = methods.adapt(pretrained.load_model(run, config), run)
+        assert number == f"{pretrained.count_parameters(adapted).trainable:,}", model
+        assert (on == "nn.Linear") == linear.is_turned(adapted)
 
 
-@pytest.mark.slow  # two steps of 45 methods on two models
+@pytest.mark.slow  # steps, exports and merges of 45 methods on two models
 @of_this_peft
 def test_the_table_is_true():
     assert table() == PAGE
