@@ -34,7 +34,7 @@ _LATER = {
         "loss_on", "too_long", "parts", "held_out_part", "max_rows",
     ),
     "targets": ("roles",),
-    "train": ("max_seconds", "max_flops", "early_stopping", "groups"),
+    "train": ("max_seconds", "max_flops", "early_stopping", "groups", "cooldown"),
     "evaluate": (
         "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
     ),

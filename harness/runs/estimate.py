@@ -279,7 +279,7 @@ def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
 _NO_MATTER = {
     "train": ("lr", "lr_from", "rates", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps",
               "weight_decay", "steps", "threads", "on_oom", "checkpoint_every", "epochs",
-              "max_seconds", "max_flops", "early_stopping", "groups"),
+              "max_seconds", "max_flops", "early_stopping", "groups", "cooldown"),
     "evaluate": ("stride", "every"),
     "method": ("label",),
 }  # fmt: skip
