@@ -1,5 +1,6 @@
 """Sweeps by other launchers give the basic one's numbers, bit for bit (make test-launchers)."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -54,6 +55,33 @@ def test_a_launcher_changes_where_runs_run_and_nothing_else(harness, tmp_path, l
     assert max(beside) >= 1 and "measured while other runs used the machine" in done.stdout
     again = harness(*SWEEP, *chosen, f"experiment_name={launcher}")
     assert again.returncode == 0 and again.stdout.count("already finished") == 4
+
+
+SEARCH = [
+    "search", "search=halving", "search=grid", "method=lora", "method.r=1,2",
+    "train.lr=1e-3,1e-2,3e-2", "train.steps=9", "evaluate.every=3", *SWEEP[6:],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "ray"])
+def test_a_search_of_two_workers_is_the_search_of_one(harness, tmp_path, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
+    assert harness(*SEARCH, "experiment_name=basic").returncode == 0
+    chosen = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher]]
+    done = harness(*SEARCH, *chosen, f"experiment_name={launcher}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {}
+    for name in ("basic", launcher):
+        with (tmp_path / "outputs" / name / "search/trials.csv").open() as stream:
+            rows[name] = [row | {"study": ""} for row in csv.DictReader(stream)]
+    assert rows[launcher] == rows["basic"] and len(rows["basic"]) == 6
+    assert sorted(int(row["steps"]) for row in rows["basic"]) == [3] * 4 + [9] * 2
+    assert outcomes(tmp_path / "outputs" / launcher) == outcomes(tmp_path / "outputs" / "basic")
+    beside = [
+        result["environment"]["runs_beside"]
+        for _, result in run_record.collect(tmp_path / "outputs" / launcher)
+    ]
+    assert max(beside) >= 1
 
 
 def test_a_failure_under_joblib_is_local(harness, tmp_path):

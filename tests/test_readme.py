@@ -155,8 +155,8 @@ def test_every_search_that_the_pages_show_is_valid(arguments):
         cfg = compose("config", ["hydra/sweeper=search", *own], return_hydra_config=True)
         sweeper = instantiate(cfg.hydra.sweeper)
         space = search_space.read({"evaluate.test": "false"}, sweeper.space, given)
-        first = search._check(space, lambda texts: compose("config", texts), sweeper.settings)
-    assert space.dimensions and not first.evaluate.test
+        ends = search.check_space(space, lambda texts: compose("config", texts), sweeper.settings)
+    assert space.dimensions and not any(run.evaluate.test for run in ends)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def start(folder, *arguments, seconds=0.0):
 
 
 def finish(process, status=0):
-    said, errors = process.communicate(timeout=240)
+    said, errors = process.communicate(timeout=600)
     assert process.returncode == status, said + errors
     return said + errors
 
@@ -264,6 +264,9 @@ BAD = [
     (["method.r=1,8", "search.rungs=[4]",
       "search.objectives=[validation.nll,parameters.trainable]"], "with several objectives"),
     (["method.r=1,8", "search.samplr=tpe"], "samplr"),
+    (["method.r=1,8", "search.seeds=[3,0]"], "seed=0 is the search's own"),
+    (["method.r=1,8", "search=halfing"], "did you mean 'halving'"),
+    (["method.r=1,8", "search.points=5", "search.params={train.lr: 1}"], "set grids"),
     (["method.r=1,8", "search.sampler=cmaes"], "pip install cmaes"),
 ]  # fmt: skip
 
@@ -309,6 +312,12 @@ def test_a_search_of_real_runs(harness, tmp_path):
             assert record["status"] == "paused" and record["run"]["paused_at"] == 2
     at_rung = sorted(rows, key=lambda row: float(row["nll_at_2"]))
     assert {row["state"] for row in at_rung[:2]} == {"finished"}
+    report = harness("report", "outputs/x")  # a table of what has finished, and of nothing else
+    assert report.returncode == 0, report.stdout + report.stderr
+    with (tmp_path / "outputs/x/results.csv").open() as stream:
+        shown = {name for row in csv.DictReader(stream) for name in row.values()}
+    for row in rows:
+        assert (row["run"] in shown) == (row["state"] == "finished")
     again = time.monotonic()
     assert harness(*command).returncode == 0 and time.monotonic() - again < 60
     assert trials(tmp_path) == rows

@@ -13,8 +13,8 @@ from harness.config.optimizers import OPTIMIZERS
 from harness.config.schema import METHODS
 from harness.config.search_space import Dimension
 from harness.runs import halving, search_limits, study
-from harness.runs.search_results import edge, pareto
-from harness.runs.search_state import lowest
+from harness.runs.search_results import pareto
+from harness.runs.search_state import end_of, lowest
 
 
 def method_of(overrides):
@@ -366,7 +366,7 @@ def test_importance_is_of_the_key_that_matters():
     ],
 )
 def test_a_best_at_an_end_is_seen(dimension, value, end):
-    assert edge(dimension, value) == end
+    assert end_of(dimension, value) == end
 
 
 def test_the_pareto_front_is_what_nothing_beats():

@@ -10,7 +10,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoHaConfig, LoKrConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    get_wsd_schedule,
+)
 
 from harness.config.errors import ConfigError
 from harness.config.schema import TrainConfig
@@ -73,6 +79,27 @@ def test_the_schedule_warms_up_and_ends_where_it_says(schedule):
     assert rates[10:] == sorted(rates[10:], reverse=True)
     middle = 2.0 if schedule == "constant" else 1.25
     assert (rates[54] + rates[55]) / 2 == pytest.approx(middle, rel=1e-2)
+
+
+@pytest.mark.parametrize(("cooldown", "steps"), [(0.2, 100), (0.9, 10), (0.0, 30), (0.5, 7)])
+def test_wsd_is_the_schedule_of_transformers_a_step_later(cooldown, steps):
+    cfg = TrainConfig(
+        steps=steps, lr=2.0, warmup=0.1, final_lr=0.25, schedule="wsd", cooldown=cooldown
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    warmup, falling = round(0.1 * steps), round(cooldown * steps)
+    scheduler = get_wsd_schedule(
+        optimizer, num_warmup_steps=warmup, num_decay_steps=falling,
+        num_training_steps=steps, decay_type="linear", min_lr_ratio=0.25,
+    )  # fmt: skip
+    for step in range(steps):
+        optimizer.step()
+        scheduler.step()  # theirs begins at 0
+        expected = scheduler.get_last_lr()[0] if falling or step < steps - 1 else 2.0
+        if step < warmup:  # theirs rises from the last rate, and not from 0
+            assert training.learning_rate(step, cfg) == pytest.approx(2.0 * (step + 1) / warmup)
+        else:
+            assert training.learning_rate(step, cfg) == pytest.approx(expected)
 
 
 def test_one_step_and_no_warmup_are_schedules_too():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from harness.config.errors import nearest
+from harness.config.errors import ConfigError, nearest
 
 # Command -> module with main(arguments) -> exit status, and what it does.
 COMMANDS = {
@@ -83,14 +83,15 @@ def main(arguments: list[str], *, listens: bool = True) -> int:
 
         print(own.search_help())
         return 0
-    if first == "search":
-        typed = [
-            f"hydra.sweeper.{text.removeprefix('search.')}" if text.startswith("search.") else text
-            for text in overrides
-        ]
-        overrides = ["hydra/sweeper=search", *typed]
-    if first in ("sweep", "search") and not asks_help and not {"-m", "--multirun"} & set(overrides):
-        overrides = ["-m", *overrides]
+    from harness.runs.search_settings import short_forms
+
+    try:
+        overrides, searches = short_forms(overrides, always=first == "search")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if (first == "sweep" or searches) and not asks_help:  # in front, where the parser takes it
+        overrides = ["-m", *(text for text in overrides if text not in ("-m", "--multirun"))]
     return run.main(overrides, typed=arguments, listens=listens)
 
 

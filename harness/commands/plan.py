@@ -3,6 +3,7 @@
     harness plan experiment=main
     harness plan model=gpt2_medium method=lora method.r=4,8,16 targets=attn,all
     harness plan experiment=main plan.limit=8GiB      # marks what will not fit
+    harness plan search=halving method.r=1,8,64 train.lr=1e-3,1e-2      # a search, with its budget
 
 `harness.runs.estimate` predicts; neither weights nor a network are needed, and held-out text that
 is on this machine is read for the size of its batches. Time is an estimate: the FLOPs of training
@@ -19,7 +20,9 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.sizes import parse_bytes
 from harness.results import numbers
+from harness.runs import search_plan
 from harness.runs.overrides import compose, without_flag
+from harness.runs.search_settings import short_forms
 from harness.system.console import quiet_command
 
 if TYPE_CHECKING:
@@ -85,12 +88,16 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     own = [text for text in arguments if text.startswith("plan.")]
-    rows, rates, batches, fits, unknown_peaks = [], {}, {}, True, 0
+    rows, rates, batches, fits, step_seconds, unknown_peaks = [], {}, {}, True, 0.0, 0
     unknown = [text for text in own if not text.startswith("plan.limit=")]
     if unknown:
         raise ConfigError(f"{unknown[0]}: did you mean 'plan.limit' (plan.limit=SIZE, e.g. 8GiB)?")
     limit = _limit(own[-1].partition("=")[2]) if own else None
-    runs = compose(*without_flag(text for text in arguments if text not in own))
+    given = [text for text in arguments if text not in own]
+    searches = any(text.startswith("search.") for text in given)
+    asked_for, _ = short_forms(given, always=searches)
+    search = search_plan.plan(without_flag(asked_for))
+    runs = search.runs if search else compose(*without_flag(asked_for))
     # torch, after the mistakes that are found without it
     from harness.report.table import show as show_table
     from harness.results import environment
@@ -108,6 +115,9 @@ def main(arguments: list[str]) -> int:
             rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
         unknown_peaks += found is None
         fits &= found is None or limit is None or found.needed_bytes <= limit
+        if found is not None:
+            of_step = found.train_flops_per_token * run.train.batch_tokens / rates[shape]
+            step_seconds = max(step_seconds, of_step)
         rows.append(_row(naming.run_name(asked), run, found, rates[shape], limit))
     show_table(_table(rows))
     if limit is not None:
@@ -123,4 +133,11 @@ def main(arguments: list[str]) -> int:
     )
     for (tokens, width, precision), rate in rates.items():
         print(f"{rate / 1e9:,.0f} GFLOP/s of {precision} products, {tokens} x {width}.")
+    if search:
+        print(f"the search: {search}")
+        print(
+            f"Training would take {numbers.seconds(search.steps * step_seconds)} s at most by the "
+            "estimate, if every candidate\nwere the dearest of these, which are the ends of its "
+            "space. Evaluation is not in it."
+        )
     return 0 if fits else 1

@@ -38,7 +38,9 @@ _LATER = {
         "loss_on", "too_long", "parts", "held_out_part", "max_rows",
     ),
     "targets": ("roles",),
-    "train": ("max_seconds", "max_flops", "early_stopping", "groups", "neftune_alpha", "ema"),
+    "train": (
+        "max_seconds", "max_flops", "early_stopping", "groups", "neftune_alpha", "ema", "cooldown",
+    ),
     "evaluate": (
         "generate", "protocol", "prefix", "classify", "validation_tokens", "test_tokens",
         "latency",

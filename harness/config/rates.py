@@ -1,6 +1,6 @@
 """Learning rates by search: a grid for each configuration, grown until every best is inside.
 
-    make tune        (harness run experiment=tune; the sweeper is hydra_plugins' RateSweeper)
+    make tune        (harness run experiment=tune, a search with points of each configuration)
 
 What it finds is a file of conf/rates with its evidence; `rate_lookup` says which rate of them a run
 gets. Workers of a search get no test set (`evaluate.test=false`): it is dropped before anything is

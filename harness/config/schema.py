@@ -290,7 +290,8 @@ class TrainConfig:
     )
     rates: str | None = None  # file of conf/rates that lr=tuned reads
     lr_from: str = "set"  # how lr was found; written by the harness
-    schedule: str = "cosine"  # cosine | linear | constant
+    schedule: str = "cosine"  # cosine | linear | constant | wsd
+    cooldown: float = 0.2  # share of the steps in which the rate of wsd falls
     warmup: float = 0.1  # share of the steps
     final_lr: float = 0.1  # share of the peak that the schedule ends at
     beta1: float = 0.9

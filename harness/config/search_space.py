@@ -3,6 +3,7 @@
     train.lr: tag(log, interval(1e-4, 1e-1))     or   {low: 1e-4, high: 1e-1, log: true}
     method.r: tag(log, int(interval(1, 64)))     or   {low: 1, high: 64, log: true, integer: true}
     method.r: range(8, 65, 8)                    or   {low: 8, high: 64, step: 8, integer: true}
+    train.lr:                                         {low: 1e-3, high: 1.6e-2, factor: 2}
     targets: attn,mlp                            or   {choices: [attn, mlp]}
 
 A key with one value is fixed. A key that only some methods have is searched only with these: keys
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +25,7 @@ from omegaconf import OmegaConf
 from harness.config import unused_keys
 from harness.config.errors import ConfigError, nearest
 
-FIELDS = ("choices", "low", "high", "log", "step", "integer")  # of a mapping
+FIELDS = ("choices", "low", "high", "log", "step", "integer", "factor")  # of a mapping
 NOT_SEARCHED = {
     "seed": "the luckiest would win; search under one seed, and run the best under several",
     "experiment_name": "all runs of a search are in one folder",
@@ -46,6 +47,8 @@ class Dimension:
     log: bool = False
     step: float | None = None  # between values of an interval
     integer: bool = False
+    factor: float | None = None  # between values of an interval, in place of a step
+    listed: tuple[float, ...] = ()  # the values of an interval with a factor, lowest first
 
     @property
     def name(self) -> str:
@@ -64,8 +67,8 @@ class Dimension:
 
     def values(self) -> list[Value] | None:
         """All values there are, lowest first; None of an interval without a step."""
-        if self.choices:
-            return list(self.choices)
+        if self.choices or self.listed:
+            return list(self.choices or self.listed)
         if self.step is None:
             return None
         number = math.floor((self.high - self.low) / self.step * (1 + 1e-12)) + 1
@@ -81,9 +84,51 @@ class Dimension:
         """Return the values in words, as a study records them and compares spaces."""
         if self.choices:
             return ",".join(self.choices)
+        if self.factor:
+            return f"{self.low:g} to {self.high:g} by factors of {self.factor:g}"
         kind = "whole numbers " if self.integer else ""
         step = f", step {self.step:g}" if self.step else ""
         return f"{kind}{self.low:g} to {self.high:g}{step}{' (log)' if self.log else ''}"
+
+    def beyond(self, end: str) -> Dimension | None:
+        """What lies beyond the "lower" or the "upper" end; None where there is nothing.
+
+        One more value of what has a step or a factor; of any other interval half as much again, on
+        its own scale.
+        """
+        if self.choices:
+            return None
+        low, high, up = self.low, self.high, end == "upper"
+        if self.factor:
+            value = rounded(high * self.factor if up else low / self.factor)
+            return replace(self, low=value, high=value, listed=(value,))
+        if self.step:
+            value = high + self.step if up else low - self.step
+            value = float(f"{value:.12g}")
+            return replace(self, low=value, high=value)
+        if self.log:
+            root = math.sqrt(high / low)
+            first, last = (high, high * root) if up else (low / root, low)
+        else:
+            half = (high - low) / 2
+            first, last = (high, high + half) if up else (low - half, low)
+        if self.integer:
+            ends = (high + 1, math.ceil(last)) if up else (math.floor(first), low - 1)
+            first, last = ends
+        else:
+            first, last = (first, rounded(last)) if up else (rounded(first), last)
+        positive = not self.log or first > 0
+        return replace(self, low=first, high=last) if positive and first <= last else None
+
+    def with_part(self, part: Dimension) -> Dimension:
+        """The interval together with a part that is beyond one of its ends."""
+        low, high = min(self.low, part.low), max(self.high, part.high)
+        return replace(self, low=low, high=high, listed=tuple(sorted(self.listed + part.listed)))
+
+
+def rounded(number: float) -> float:
+    """A number in the six digits that a run has of it."""
+    return float(f"{number:.6g}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +137,11 @@ class Space:
 
     fixed: tuple[str, ...]  # overrides
     dimensions: tuple[Dimension, ...]
+
+    def with_dimension(self, other: Dimension) -> Space:
+        """The space with another dimension in place of that of the same key."""
+        found = tuple(other if d.name == other.name else d for d in self.dimensions)
+        return replace(self, dimensions=found)
 
     def assemble(self, choose: Callable[[Dimension], Value], method_of: MethodOf) -> list[str]:
         """The overrides of a candidate; `choose` is asked for the keys that its method has.
@@ -233,10 +283,12 @@ def _of_mapping(key: str, value: Mapping[str, Any]) -> str | Dimension:
         return _choices(key, [_text(choice) for choice in listed])
     if not {"low", "high"} <= value.keys():
         raise ConfigError(f"{key}: an interval has low and high, as in {{low: 1, high: 8}}")
-    for name in ("low", "high", "step"):
+    for name in ("low", "high", "step", "factor"):
         number = value.get(name)
         if isinstance(number, bool) or not isinstance(number, int | float | None):
             raise ConfigError(f"{key}: {name}={number}: expected a number")
+    if "factor" in value:
+        return _by_factors(key, value)
     return _interval(
         key,
         value["low"],
@@ -245,6 +297,23 @@ def _of_mapping(key: str, value: Mapping[str, Any]) -> str | Dimension:
         step=value.get("step"),
         integer=bool(value.get("integer")),
     )
+
+
+def _by_factors(key: str, value: Mapping[str, Any]) -> Dimension:
+    low, high, factor = float(value["low"]), float(value["high"]), value["factor"]
+    shown = f"{key}: interval {low:g} to {high:g} by factors of {factor}"
+    if other := {"step", "integer"} & value.keys():
+        raise ConfigError(f"{shown}: a factor has no {min(other)} beside it")
+    if not (0 < low < high < math.inf and factor is not None and 1 < factor <= high / low * 1.01):
+        raise ConfigError(f"{shown}: expected 0 < low < high, and a factor above 1 between them")
+    number = math.floor(math.log(high / low) / math.log(factor) + 1e-6) + 1
+    return by_factors(key, [rounded(low * factor**index) for index in range(number)], factor)
+
+
+def by_factors(key: str, values: Sequence[float], factor: float) -> Dimension:
+    """Numbers that are `factor` apart, lowest first, to which a search may add more."""
+    low, high = values[0], values[-1]
+    return Dimension(key, (), low, high, log=True, factor=factor, listed=tuple(values))
 
 
 def _of_override(key: str, override: Override) -> str | Dimension:

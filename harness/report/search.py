@@ -20,8 +20,13 @@ from harness.report.sheet import Cell, Column, Sheet
 from harness.results import numbers
 
 FOLDER, TRIALS, IMPORTANCE = "search", "trials.csv", "importance.csv"
-OBJECTIVES = ("parameters.", "memory.", "speed.")  # beginnings of columns of further objectives
-OWN = ("study", "candidate", "bracket", "state", "steps", "pareto", "run")
+OBJECTIVES = (
+    "parameters.",
+    "memory.",
+    "speed.",
+    "saved.",
+)  # beginnings of columns of further objectives
+OWN = ("study", "candidate", "bracket", "state", "steps", "spread", "pareto", "run")
 FINISHED, STOPPED = "#0072B2", ("#808080", "#E69F00", "#56B4E9", "#CC79A7")
 BEST = "#D55E00"
 NLL = "validation nats per token"

@@ -1,7 +1,7 @@
 """From what was typed to finished runs: composed, checked, launched, tracked and resumed.
 
 `overrides` and `composition` make a configuration of arguments, `validation` and `early_checks`
-refuse what cannot be, `grids` and `lr_search` are the sweeps, `decision` says what becomes of a
+refuse what cannot be, `grids` and `search` are the sweeps, `decision` says what becomes of a
 run's directory and `launcher` does it, `worker` is one run from start to end, `finished_run` reads
 it back. `estimate` predicts what a run will need.
 

@@ -328,7 +328,7 @@ def spent_flops(
 _NO_MATTER = {
     "train": ("lr", "lr_from", "rates", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps",
               "weight_decay", "steps", "threads", "on_oom", "checkpoint_every", "epochs",
-              "max_seconds", "max_flops", "early_stopping", "groups"),
+              "max_seconds", "max_flops", "early_stopping", "groups", "cooldown"),
     "evaluate": ("stride", "every"),
     "method": ("label",),
 }  # fmt: skip

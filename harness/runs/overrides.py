@@ -49,13 +49,13 @@ def compose(*overrides: str) -> list[RunConfig]:
 
 
 def _compose(overrides: list[str]) -> list[RunConfig]:
-    with _hydra() as loader:
+    with hydra_loader() as loader:
 
         def load(own: list[str]) -> DictConfig:
             return loader.load_configuration("config", own, RunMode.RUN, from_shell=False)
 
         # An experiment's grids are Hydra's own settings, which the composition keeps to itself.
-        master = load([text for text in overrides if not _is_sweep(text)])
+        master = load([text for text in overrides if not is_sweep(text)])
         grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
         seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
         params = [f"{key}={value}" for key, value in seeds.items()]
@@ -67,7 +67,7 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
 
 
 @contextmanager
-def _hydra() -> Iterator[Any]:
+def hydra_loader() -> Iterator[Any]:
     """A loader of conf/ of our own: the caller's program may use Hydra itself, or threads."""
     with _composing:
         process = version.VersionBase.instance()
@@ -86,6 +86,6 @@ def without_flag(arguments: Iterable[str]) -> list[str]:
     return [text for text in arguments if text not in ("-m", "--multirun")]
 
 
-def _is_sweep(text: str) -> bool:
+def is_sweep(text: str) -> bool:
     """Whether an override has several values, as the override grammar sees it."""
     return bool(OverridesParser.create().parse_override(text).is_sweep_override())

@@ -11,83 +11,25 @@ several controllers that share the experiment's folder divide the runs.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from harness.config import naming, search_space, unused_keys
-from harness.config.errors import ConfigError, nearest, require
+from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.search_space import Space
-from harness.runs import composition, halving, launcher, search_limits
+from harness.runs import composition, launcher, rate_grids, search_limits
 from harness.runs.grids import GridSweeper, check, refuse_ranks
-from harness.runs.search_limits import OBJECTIVES
+from harness.runs.search_settings import AUTO, KEY, Settings, brackets_of, budget, rungs_of
 from harness.system import lock
 
 if TYPE_CHECKING:  # optuna is an extra
     from harness.runs.search_state import Search
 
-SAMPLERS = ("grid", "random", "quasi_random", "tpe", "gp", "cmaes", "nsga2")
-ADAPTIVE = ("tpe", "gp", "cmaes", "nsga2")  # whose proposals depend on what was found
-TRIALS = 20  # candidates, where neither `trials` nor a grid says how many
 FOLDER = "search"  # in the experiment's folder
-MOST = 100_000
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `hydra.sweeper` says of a search; conf/hydra/sweeper/search.yaml explains each."""
-
-    sampler: str
-    trials: int | None
-    batch: int | None
-    rungs: tuple[int, ...]
-    eta: int
-    objectives: tuple[str, ...]
-    constraints: tuple[search_limits.Limit, ...]
-    storage: str | None
-    seed: int
-    file: str | None
-
-    def __post_init__(self) -> None:
-        key = "hydra.sweeper"
-        if self.sampler not in SAMPLERS:
-            raise ConfigError(f"{key}.sampler={self.sampler}: {nearest(self.sampler, SAMPLERS)}")
-        if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
-            raise ConfigError(f"{key}.sampler=cmaes needs the package cmaes: pip install cmaes")
-        for name in ("trials", "batch"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            fine = value is None or (whole and 0 < value <= MOST)
-            require(fine, f"{key}.{name}", value, f"1 to {MOST} candidates, or null")
-        require(isinstance(self.eta, int) and self.eta >= 2, f"{key}.eta", self.eta, "2 or more")
-        seed = self.seed
-        require(isinstance(seed, int) and seed >= 0, f"{key}.seed", seed, "a whole number from 0")
-        rungs, shown = self.rungs, list(self.rungs)
-        whole = all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in rungs)
-        fine = whole and all(a < b for a, b in itertools.pairwise(rungs))
-        require(fine, f"{key}.rungs", shown, "optimizer steps, each above the one before")
-        for objective in self.objectives:
-            if objective not in OBJECTIVES:
-                raise ConfigError(
-                    f"{key}.objectives: {objective}: {nearest(objective, OBJECTIVES)}"
-                )
-        names = list(self.objectives)
-        fine = names[:1] == ["validation.nll"] and len(set(names)) == len(names)
-        require(fine, f"{key}.objectives", names, "validation.nll first, and each once")
-        if len(names) > 1 and rungs:
-            raise ConfigError(
-                f"{key}.rungs={shown} with several objectives: halving compares by one number; "
-                "leave the rungs or the further objectives out"
-            )
-        if len(names) > 1 and self.sampler == "cmaes":
-            raise ConfigError(
-                f"{key}.sampler=cmaes takes one objective; tpe and nsga2 take several"
-            )
 
 
 class SearchSweeper(GridSweeper):
@@ -105,8 +47,14 @@ class SearchSweeper(GridSweeper):
         sampler: str = "random",
         trials: int | None = None,
         batch: int | None = None,
-        rungs: Sequence[int] | None = None,
+        rungs: Sequence[int] | str | None = None,
         eta: int = 3,
+        hyperband: bool = False,
+        seeds: Sequence[int] | None = None,
+        grow: int = 0,
+        points: int | None = None,
+        factor: float = 2.0,
+        most: int = 12,
         objectives: Sequence[str] = ("validation.nll",),
         constraints: Sequence[str] | None = None,
         storage: str | None = None,
@@ -115,11 +63,23 @@ class SearchSweeper(GridSweeper):
     ) -> None:
         super().__init__(max_batch_size, None, grids)
         self.space = dict(params or {})
+        self.rates = None if points is None else rate_grids.Rates(points, factor, most)
         limits = tuple(search_limits.read(str(text)) for text in constraints or ())
         self.settings = Settings(
-            sampler, trials, batch, tuple(rungs or ()), eta, tuple(objectives or ()), limits,
-            storage, seed, composition.expanded(file, "hydra.sweeper.file"),
-        )  # fmt: skip
+            sampler="grid" if self.rates else sampler,
+            trials=trials,
+            batch=batch,
+            rungs=rungs if isinstance(rungs, str) else tuple(rungs or ()),
+            eta=eta,
+            hyperband=hyperband,
+            seeds=tuple(seeds or ()),
+            grow=self.rates.grow if self.rates else grow,
+            objectives=tuple(objectives or ()),
+            constraints=limits,
+            storage=storage,
+            seed=seed,
+            file=composition.expanded(AUTO if self.rates and not file else file, f"{KEY}.file"),
+        )
 
     def sweep(self, arguments: list[str]) -> Any:
         """Search; raises ConfigError before the first run if a space or a key is not valid."""
@@ -129,12 +89,8 @@ class SearchSweeper(GridSweeper):
             raise ConfigError("a search needs Optuna, which is not installed: pip install optuna")
         loader = self.hydra_context.config_loader
         compose = partial(loader.load_sweep_config, self.config)
-        without_test = {"evaluate.test": "false"}
-        spaces = [
-            search_space.read(without_test, self.space, grid, arguments, loader=loader)
-            for grid in self.grids or [{}]
-        ]
-        first = [_check(space, compose, self.settings) for space in spaces]
+        spaces = self.spaces(arguments, compose, loader)
+        first = [check_space(space, compose, self.settings)[0] for space in spaces]
         folders = list(dict.fromkeys(run.run_dir.parent for run in first))
         if len(folders) > 1:
             raise ConfigError(
@@ -153,15 +109,28 @@ class SearchSweeper(GridSweeper):
             ]
         return self._recorded(lambda: self._search(searches, results))
 
+    def spaces(
+        self, arguments: Sequence[str], compose: Callable[[list[str]], DictConfig], loader: Any
+    ) -> list[Space]:
+        """The spaces that are searched, each by itself."""
+        without_test = {"evaluate.test": "false"}
+        if self.rates is None:
+            return [
+                search_space.read(without_test, self.space, grid, arguments, loader=loader)
+                for grid in self.grids or [{}]
+            ]
+        if self.space:
+            raise ConfigError(
+                f"{KEY}.params with {KEY}.points, which searches train.lr alone: set grids"
+            )
+        return rate_grids.spaces(self.grids, arguments, compose, loader, self.rates)
+
     def _open(self, storage: Any, space: Space, run: RunConfig, compose: Any, name: str) -> Search:
         from harness.runs import search_state, study
 
         settings = self.settings
-        rungs = (*settings.rungs, run.train.steps)
-        grown = settings.eta ** (len(rungs) - 1)  # candidates of which one comes to the end
-        adaptive = {"nsga2": TRIALS}.get(settings.sampler, grown)
-        whole = settings.trials or TRIALS
-        batch = settings.batch or (adaptive if settings.sampler in ADAPTIVE else whole)
+        brackets = brackets_of(settings, run, grid_size(space, compose, settings))
+        later = {"hyperband": settings.hyperband, "seeds": list(settings.seeds)}
         found = study.Study(
             storage,
             name,
@@ -170,31 +139,29 @@ class SearchSweeper(GridSweeper):
             sampler=settings.sampler,
             seed=settings.seed,
             objectives=len(settings.objectives),
-            batch=batch,
+            batch=brackets.batch,
             rules=study.rules_of(
                 **{d.name: d.text() for d in space.dimensions},
                 fixed=" ".join(sorted(space.fixed)),
                 sampler=settings.sampler,
                 seed=settings.seed,
-                rungs=list(rungs),
+                rungs=list(brackets.rungs),
                 eta=settings.eta,
                 objectives=list(settings.objectives),
                 constraints=[str(limit) for limit in settings.constraints],
                 identity=naming.identity(run),  # of the first corner: whatever else is configured
+                **{key: value for key, value in later.items() if value},
             ),
         )
-        trials = settings.trials or found.grid_size or TRIALS
-        if settings.sampler == "grid":
-            trials = min(trials, found.grid_size)
-            batch = settings.batch or trials
         return search_state.Search(
-            found, compose, run.run_dir.parent, rungs, settings.eta, settings.objectives,
-            trials, batch, partial(search_limits.why_not, limits=settings.constraints),
+            found, compose, run.run_dir.parent, brackets, settings.objectives,
+            partial(search_limits.why_not, limits=settings.constraints),
+            settings.seeds, settings.grow,
         )  # fmt: skip
 
     def _search(self, searches: list[Search], results: Any) -> list[launcher.Outcome]:
         """Rounds of runs until nothing is left to do; what came out is written after each."""
-        print(budget(searches), flush=True)
+        print(budget(self.settings, [search.brackets for search in searches]), flush=True)
         door = searches[0].folder / FOLDER / ".lock"
         done: list[launcher.Outcome] = []
         while True:
@@ -224,6 +191,7 @@ class SearchSweeper(GridSweeper):
         return done
 
 
+@lru_cache(maxsize=8)
 def methods_by(compose: Callable[[list[str]], DictConfig]) -> search_space.MethodOf:
     """What the overrides of `unused_keys.DECIDES` choose; each is composed once."""
 
@@ -242,19 +210,34 @@ def _answers(outcome: launcher.Outcome) -> bool:
     return fine or outcome.failure_class in search_state.ANSWERS
 
 
-def _check(
+def grid_size(space: Space, compose: Callable[[list[str]], DictConfig], settings: Settings) -> int:
+    """Points of a grid; 0 of another sampler."""
+    return sum(1 for _ in space.points(methods_by(compose))) if settings.sampler == "grid" else 0
+
+
+def check_space(
     space: Space, compose: Callable[[list[str]], DictConfig], settings: Settings
-) -> RunConfig:
-    """Compose and validate every method and every end of the space; returns the first of them."""
+) -> list[RunConfig]:
+    """Compose and validate every method and every end of the space; returns these runs.
+
+    Raises:
+        ConfigError: a value, a key or a rung that cannot be.
+    """
     method_of = methods_by(compose)
     _, runs, _ = check(list(space.corners(method_of)), compose)
     if settings.sampler == "grid":
         next(iter(space.points(method_of)))  # or else an interval has no step
+    for dimension in space.dimensions:
+        if dimension.factor and settings.sampler != "grid":
+            raise ConfigError(
+                f"{dimension.name}: values by factors of {dimension.factor:g} are a grid's: set "
+                f"{KEY}.sampler=grid, or log=true in place of the factor"
+            )
     for run in runs:
         if run.evaluate.test:
             raise ConfigError(
-                "evaluate.test=true: candidates are compared on validation, and no run of a search "
-                "reads the test text; leave it out"
+                "evaluate.test=true: candidates are compared on validation, no run of a search "
+                "reads the test text, and workers get no test set; leave it out"
             )
         if run.rerun:
             raise ConfigError(
@@ -264,31 +247,21 @@ def _check(
         if run.launch.pause_at is not None:
             raise ConfigError(
                 f"launch.pause_at={run.launch.pause_at} in a search, which pauses runs itself: set "
-                "hydra.sweeper.rungs"
+                f"{KEY}.rungs"
             )
-        _check_rungs(run, settings.rungs)
+        if run.seed in settings.seeds:
+            raise ConfigError(
+                f"{KEY}.seeds={list(settings.seeds)}: seed={run.seed} is the search's own; give "
+                "further ones"
+            )
+        rungs_of(settings, run)
     if settings.rungs and len({run.train.steps for run in runs}) > 1:
+        shown = settings.rungs if isinstance(settings.rungs, str) else list(settings.rungs)
         raise ConfigError(
-            f"hydra.sweeper.rungs={list(settings.rungs)}: rungs are steps of one and the same "
-            "schedule, and train.steps is searched: leave one of them out"
+            f"{KEY}.rungs={shown}: rungs are steps of one and the same schedule, and train.steps "
+            "is searched: leave one of them out"
         )
-    return runs[0]
-
-
-def _check_rungs(run: RunConfig, rungs: Sequence[int]) -> None:
-    every = run.evaluate.every
-    for rung in rungs:
-        if rung >= run.train.steps:
-            raise ConfigError(
-                f"hydra.sweeper.rungs={list(rungs)}: expected steps below train.steps="
-                f"{run.train.steps}, which is the last rung"
-            )
-        if rung % every:
-            raise ConfigError(
-                f"hydra.sweeper.rungs={list(rungs)}: validation is read every evaluate.every="
-                f"{every} steps, and not after step {rung}: make it a multiple, or set "
-                "evaluate.every"
-            )
+    return runs
 
 
 def _names(spaces: Sequence[Space], first: Sequence[RunConfig]) -> list[str]:
@@ -304,18 +277,3 @@ def _names(spaces: Sequence[Space], first: Sequence[RunConfig]) -> list[str]:
             "key in each"
         )
     return names
-
-
-def budget(searches: Sequence[Search]) -> str:
-    """How many candidates and optimizer steps a search takes at most, in a line."""
-    steps = whole = number = 0
-    for search in searches:
-        full, rest = divmod(search.trials, search.batch)
-        for size in [*[search.batch] * full, *([rest] if rest else [])]:
-            steps += halving.most_steps(size, search.rungs, search.eta)
-        whole += search.trials * search.rungs[-1]
-        number += search.trials
-    rungs = ", ".join(map(str, searches[0].rungs))
-    spaces = f" in {len(searches)} spaces" if len(searches) > 1 else ""
-    share = f", {steps / whole:.2f} of all of them in full" if whole else ""
-    return f"{number} candidates{spaces}, rungs {rungs}: {steps:,} optimizer steps{share}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from harness.config.errors import ConfigError, nearest
 from harness.config.run_config import RunConfig
 from harness.config.sizes import parse_bytes
+from harness.results import run_record
 
 # Objective -> the number of result.json; the first is measured at every rung.
 OBJECTIVES = {
@@ -16,6 +18,7 @@ OBJECTIVES = {
     "parameters.trainable": "parameters.trainable",
     "memory.peak_bytes": "memory.peak_bytes",
     "speed.train_seconds": "speed.train_seconds",
+    "saved.bytes": "",  # of the adapter's files, or of the model's where it leaves no adapter
 }
 KEYS = ("memory.peak_bytes", "parameters.trainable", "parameters.total")
 
@@ -47,6 +50,16 @@ def read(text: str) -> Limit:
     if key not in KEYS:
         raise ConfigError(f"hydra.sweeper.constraints: {key}: {nearest(key, KEYS)}")
     return Limit(key, parse_bytes(value, f"hydra.sweeper.constraints: {key}"))
+
+
+def measured(run_dir: Path, objective: str) -> float | None:
+    """What a finished run has of an objective beside validation; None where it has not."""
+    if objective == "saved.bytes":
+        folders = [run_dir / name for name in ("adapter", "model") if (run_dir / name).is_dir()]
+        files = [path for path in folders[0].rglob("*") if path.is_file()] if folders else []
+        return float(sum(path.stat().st_size for path in files)) if files else None
+    value = run_record.get(run_record.read(run_dir) or {}, OBJECTIVES[objective])
+    return None if value is None else float(value)
 
 
 def why_not(run: RunConfig, limits: Sequence[Limit]) -> str | None:

@@ -12,25 +12,22 @@ import io
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
-from harness.config import rates, run_config
+from harness.config import run_config
 from harness.config.run_config import RunConfig
-from harness.config.search_space import Dimension
-from harness.report import lr_table, table
+from harness.report import table
 from harness.results import run_record
-from harness.runs import lr_search, study
-from harness.runs.search_state import Search
+from harness.runs import search_rates, study
+from harness.runs.search_state import Search, end_of, outermost
 from harness.runs.study import Candidate
 from harness.system import atomic
 
-EDGE = 0.05  # of an interval, on its own scale: a best so near to an end is at it
-FEWEST_RATES = 3  # of a configuration, for a file of rates
 SHOWN = 10  # candidates on the terminal
 GROUPS = ("model", "data", "targets", "method", "train", "evaluate")
 
@@ -47,7 +44,7 @@ class Results:
         self.folder, self.settings = folder, settings
         self._shares: list[dict[str, tuple[float, float]]] = []  # of each search
         if settings.file is not None:
-            lr_search.target(settings.file, _setting(first[0]))
+            search_rates.check_file(settings.file, first)
 
     def write(self, searches: Sequence[Search], *, over: bool) -> None:
         """Write down where the candidates are; when all is over also what was found."""
@@ -61,7 +58,7 @@ class Results:
         if not over:
             return
         for name, search in zip(self._names(searches), searches, strict=True):
-            if (found := best(search)) is not None:
+            if (found := search.best()) is not None:
                 path = self.folder / "experiment" / f"{name}.yaml"
                 path.parent.mkdir(exist_ok=True)
                 atomic.write_atomically(path, best_file(search, found, self.folder, name))
@@ -84,17 +81,20 @@ class Results:
     def show(self, searches: Sequence[Search]) -> None:
         """Print the best candidates, what is to be said of them, and where the files are."""
         for name, search in zip(self._names(searches), searches, strict=True):
-            found = best(search)
+            found = search.best()
             rows = table_rows(search)
             if len(searches) == 1:
                 _print_rows(rows, search)
             if found is None:
                 print(f"{search.study.name}: no candidate came to the end")
                 continue
+            over = f", mean over {len(search.seeds) + 1} seeds" if search.seeds else ""
             print(
                 f"best of {search.study.name}: {_params(found)}, validation nll "
-                f"{found.values[0]:.4f} after {search.rungs[-1]} steps"
+                f"{found.values[0]:.4f} after {search.rungs[-1]} steps{over}"
             )
+            for growth in search.study.growths():
+                print(f"{growth.key} has grown: {_short(growth.low)} to {_short(growth.high)}")
             for said in edges(search, found):
                 print(f"warning: {said}")
             command = f"harness run --config-dir {shlex.quote(str(self.folder))} experiment={name}"
@@ -103,37 +103,11 @@ class Results:
                 _print_importance(search, self._shares[0])
             if rejected := search.study.rejected():
                 print(f"{len(rejected)} proposals were no candidates: {rejected[0]}, …")
-        self._write_rates(searches)
+        search_rates.write(searches, self.folder, self.settings.file)
         spent = sum(row["steps"] for search in searches for row in table_rows(search))
         full = sum(len(search.study.candidates()) * search.rungs[-1] for search in searches)
         share = f", {spent / full:.2f} of all candidates in full" if full else ""
         print(f"{spent:,} optimizer steps{share}; every candidate: {self.folder / 'trials.csv'}")
-
-    def _write_rates(self, searches: Sequence[Search]) -> None:
-        """Rates by configuration, where train.lr was searched, as a search of rates writes them."""
-        if not any(d.name == "train.lr" for s in searches for d in s.study.space.dimensions):
-            return
-        tuned, settings, records = tuned_rates(searches)
-        if not tuned:
-            print(f"no rates were written: no configuration has {FEWEST_RATES} rates and a best")
-            return
-        if any(setting != settings[0] for setting in settings):
-            print(
-                "no rates were written: a file of rates is for one setting, and these are several"
-            )
-            return
-        made = lr_search.made_by(records)
-        tuned = [replace(one, made=made) for one in tuned]
-        kept: tuple[rates.Tuned, ...] = ()
-        path = self.folder / "rates.yaml"
-        if self.settings.file is not None:
-            path, kept = lr_search.target(self.settings.file, settings[0])
-        new = {one.key for one in tuned}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = rates.text(settings[0], [t for t in kept if t.key not in new] + tuned)
-        atomic.write_atomically(path, text)
-        lr_table.show(tuned)
-        print(f"saved: {path}; train.lr=tuned train.rates={self.settings.file or path} reads it")
 
 
 # ------------------------------------------------------------------------------- the candidates
@@ -146,24 +120,30 @@ def table_rows(search: Search) -> list[dict[str, Any]]:
     front = pareto([c.values for c in candidates if c.values])
     for place, candidate in enumerate(candidates):
         found = search.found(candidate)
-        run_dir = search.folder / candidate.name
         row: dict[str, Any] = {
             "study": search.study.name,
             "candidate": place,
             "bracket": candidate.bracket,
             "state": _state(candidate, found),
-            "steps": _steps(run_dir),
+            "steps": sum(map(_steps, search.run_dirs(candidate, so_far=True))),
         }
         for rung in search.rungs:
             nll = found.get(rung)
             row[f"nll_at_{rung}"] = "" if nll is None or math.isinf(nll) else f"{nll:.6f}"
+        if search.seeds:
+            finite = bool(candidate.values) and math.isfinite(candidate.values[0])
+            own_nll = (
+                [nll for nll in search.by_seed(candidate) if nll is not None] if finite else []
+            )
+            row["spread"] = f"{stdev(own_nll):.6f}" if finite else ""
         for key, value in zip(search.objectives[1:], candidate.values[1:], strict=False):
             row[key] = value
         if len(search.objectives) > 1:
             row["pareto"] = "yes" if candidate.values in front else ""
         for dimension in search.study.space.dimensions:
             own = candidate.params.get(dimension.name)
-            row[dimension.name] = "" if own is None else dimension.rounded(own)
+            grown = search.study.grown(dimension)
+            row[dimension.name] = "" if own is None else grown.rounded(own)
         rows.append(row | {"run": candidate.name})
     return rows
 
@@ -177,15 +157,9 @@ def _state(candidate: Candidate, found: dict[int, float]) -> str:
 
 
 def _steps(run_dir: Path) -> int:
-    """Optimizer steps that a candidate has taken."""
+    """Optimizer steps that a run has taken."""
     rows = run_record.read_metrics(run_dir)
     return max((int(row["step"]) for row in rows if "train/nll" in row), default=0)
-
-
-def best(search: Search) -> Candidate | None:
-    """The finished candidate with the lowest validation nll, the earlier one of two."""
-    done = [candidate for candidate in search.study.candidates() if candidate.values]
-    return min(done, key=lambda candidate: candidate.values[0], default=None)
 
 
 def pareto(values: Sequence[tuple[float, ...]]) -> set[tuple[float, ...]]:
@@ -204,43 +178,18 @@ def edges(search: Search, found: Candidate) -> list[str]:
     """Keys whose best value is at an end of what was searched or tried, in words."""
     said = []
     candidates = search.study.candidates()
-    for dimension in search.study.space.dimensions:
-        if (value := found.params.get(dimension.name)) is None:
+    for own in search.study.space.dimensions:
+        if (value := found.params.get(own.name)) is None:
             continue
+        dimension = search.study.grown(own)
         tried = {c.params[dimension.name] for c in candidates if dimension.name in c.params}
         shown = f"the best {dimension.name}={_short(value)}"
-        if end := edge(dimension, value):
+        if end := end_of(dimension, value):
             said.append(f"{shown} is at the {end} end of {dimension.text()}")
-        elif (
-            not dimension.choices
-            and len(tried) > 2
-            and value in (ends := (min(tried, key=float), max(tried, key=float)))
-        ):
-            end = "lowest" if value == ends[0] else "highest"
+        elif end := outermost(dimension, value, candidates):
+            end = {"lower": "lowest", "upper": "highest"}[end]
             said.append(f"{shown} is the {end} of the {len(tried)} tried in {dimension.text()}")
     return [f"{text}: a better one may lie beyond it" for text in said]
-
-
-def edge(dimension: Dimension, value: Any) -> str | None:
-    """Whether a value is at the "lower" or the "upper" end of its key's; None if inside.
-
-    Of an interval that is the last EDGE of it, on a log scale where it is one. Choices have ends
-    where they are three numbers or more.
-    """
-    if dimension.choices:
-        try:
-            numbers = sorted(float(choice) for choice in dimension.choices)
-            at = float(value)
-        except ValueError:
-            return None
-        if len(numbers) < 3:
-            return None
-        return "lower" if at == numbers[0] else "upper" if at == numbers[-1] else None
-    low, high, at = dimension.low, dimension.high, float(value)
-    if dimension.log:
-        low, high, at = math.log(low), math.log(high), math.log(at)
-    place = (at - low) / (high - low)
-    return "lower" if place < EDGE else "upper" if place > 1 - EDGE else None
 
 
 def importance(search: Search) -> dict[str, tuple[float, float]]:
@@ -254,7 +203,10 @@ def importance(search: Search) -> dict[str, tuple[float, float]]:
     if not finite:
         return {}
     values = [min(at[c.number], max(finite)) for c in candidates]
-    return study.importance(search.study.space, [c.params for c in candidates], values)
+    space = search.study.space
+    for dimension in space.dimensions:
+        space = space.with_dimension(search.study.grown(dimension))
+    return study.importance(space, [c.params for c in candidates], values)
 
 
 def _params(candidate: Candidate) -> str:
@@ -323,36 +275,3 @@ def best_file(search: Search, found: Candidate, folder: Path, name: str) -> str:
     ]
     dumped = yaml.safe_dump(body, sort_keys=False, allow_unicode=True, width=120)
     return "\n".join([*lines, dumped])
-
-
-def tuned_rates(
-    searches: Sequence[Search],
-) -> tuple[list[rates.Tuned], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rates of every configuration that has enough of them and a best; their settings, records."""
-    grids: dict[tuple[Any, ...], tuple[RunConfig, dict[float, float | None]]] = {}
-    stopped: dict[tuple[Any, ...], dict[float, dict[int, float]]] = {}
-    settings, records = [], []
-    for search in searches:
-        for candidate in search.study.candidates():
-            _, run = search.run_of(candidate)
-            if not run.method.trains:
-                continue
-            key = rates.tuned_of(run.method, run.targets.name, {}, "", run.optimizer).key
-            _, grid = grids.setdefault(key, (run, {}))
-            record = run_record.read(search.folder / candidate.name) or {}
-            records.append(record)
-            settings.append(_setting(run))
-            found = search.found(candidate)
-            grid[run.train.lr] = rates.found_by(record) if candidate.values else None
-            if not candidate.values and all(math.isfinite(nll) for nll in found.values()):
-                stopped.setdefault(key, {})[run.train.lr] = found
-    tuned = []
-    for key, (run, grid) in grids.items():
-        if len(grid) >= FEWEST_RATES and any(nll is not None for nll in grid.values()):
-            one = rates.tuned_of(run.method, run.targets.name, grid, "", run.optimizer)
-            tuned.append(replace(one, stopped=stopped.get(key, {})))
-    return tuned, settings, records
-
-
-def _setting(run: RunConfig) -> dict[str, Any]:
-    return rates.setting_of(run.model, run.data, vars(run.train)) | {"seed": run.seed}

@@ -10,18 +10,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from omegaconf import DictConfig
 
+from harness.config import unused_keys
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
+from harness.config.search_space import Dimension
 from harness.results import run_record
-from harness.runs import halving, launcher
+from harness.runs import halving, launcher, search_limits
 from harness.runs.grids import check
-from harness.runs.search_limits import OBJECTIVES
-from harness.runs.study import Candidate, Study
+from harness.runs.search_settings import Brackets
+from harness.runs.study import Candidate, Growth, Study
 
+EDGE = 0.05  # of an interval, on its own scale: a best so near to an end is at it
 ANSWERS = ("nan", "oom")  # failures that say something of a candidate: it is worse than any other
 
 
@@ -40,14 +44,24 @@ class Search:
     study: Study
     compose: Callable[[list[str]], DictConfig]
     folder: Path  # of the runs' directories
-    rungs: tuple[int, ...]  # optimizer steps, the last one is the end
-    eta: int
+    brackets: Brackets
     objectives: tuple[str, ...]
-    trials: int
-    batch: int
     against: Callable[[RunConfig], str | None]  # why a run is no candidate, by its plan
+    seeds: tuple[int, ...] = ()  # further ones, under which those at the last rung also run
+    grow: int = 0  # how often an interval may grow
     exhausted: bool = False
+    _closed: set[int] = field(default_factory=set)  # brackets of grown intervals without more
     _runs: dict[str, tuple[list[str], RunConfig]] = field(default_factory=dict)
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Return the optimizer steps of all rungs, of which the last is the end."""
+        return self.brackets.rungs
+
+    @property
+    def eta(self) -> int:
+        """Return of how many candidates one goes on from a rung."""
+        return self.brackets.eta
 
     def tasks(self) -> list[Task]:
         """What is to train now; none when the search is over.
@@ -60,25 +74,47 @@ class Search:
         """
         self.study.drop_unfinished()
         while True:
-            candidates = self.study.candidates()
-            bracket = [c for c in candidates if candidates and c.bracket == candidates[-1].bracket]
+            candidates, growths = self.study.candidates(), self.study.growths()
+            parts = {growth.bracket: growth for growth in growths}
+            number = max([*parts, *(c.bracket for c in candidates)], default=-1)
+            bracket = [c for c in candidates if c.bracket == number]
+            growth = parts.get(number)
+            size = growth.size if growth else bracket[0].size if bracket else 0
+            full = number in self._closed if growth else self.exhausted
             undecided = any(c.state == "running" for c in bracket)
-            if undecided and len(bracket) < bracket[0].size and not self.exhausted:
-                self._ask(candidates, bracket[0].bracket, bracket[0].size)
+            begun = growth is not None and not bracket  # a part of which nothing is proposed yet
+            if len(bracket) < size and not full and (undecided or begun):
+                self._ask(candidates, number, size, growth)
             elif undecided:
-                if going := self._decide(bracket):
-                    return [self._task(candidate, step) for candidate, step in going]
-            elif len(candidates) < self.trials and not self.exhausted:
-                number = bracket[0].bracket + 1 if bracket else 0
-                self._ask(candidates, number, min(self.batch, self.trials - len(candidates)))
+                if going := self._decide(bracket, number, growths):
+                    return [task for candidate, step in going
+                            for task in self._tasks(candidate, step)]  # fmt: skip
+            elif self._left(candidates, growths) > 0 and not self.exhausted:
+                place = number + 1 - len(growths)
+                size = min(self.brackets.of(place)[0], self._left(candidates, growths))
+                self._ask(candidates, number + 1, size, None)
+            elif further := self._growth(candidates, growths, number + 1):
+                self.study.add_growth(further)
             else:
                 return []
 
-    def _ask(self, candidates: Sequence[Candidate], bracket: int, size: int) -> None:
+    def _left(self, candidates: Sequence[Candidate], growths: Sequence[Growth]) -> int:
+        """How many candidates are still to be proposed, beside those of grown intervals."""
+        grown = {growth.bracket for growth in growths}
+        return self.brackets.trials - sum(c.bracket not in grown for c in candidates)
+
+    def _ask(
+        self, candidates: Sequence[Candidate], bracket: int, size: int, growth: Growth | None
+    ) -> None:
         names = {candidate.name: place for place, candidate in enumerate(candidates)}
 
         def judge(overrides: list[str]) -> tuple[str, str | None]:
-            _, (run,), _ = check([overrides], self.compose)
+            try:
+                _, (run,), _ = check([overrides], self.compose)
+            except ConfigError as error:
+                if growth is None:  # every end of the space as it was given has been checked
+                    raise
+                return "", str(error)
             name = run.run_dir.name
             if name in names:
                 return name, f"the same run as candidate {names[name]}"
@@ -87,9 +123,21 @@ class Search:
             self._runs[name] = (overrides, run)
             return name, None
 
-        self.exhausted = not self.study.ask(judge, bracket=bracket, size=size)
+        part = given = None
+        if growth is not None:
+            part = self.study.part(growth)
+            if part.low == part.high:  # one more value, of the best or of whatever there is
+                value = int(part.low) if part.integer else part.low
+                given = dict((self.best() or candidates[0]).params) | {part.name: value}
+        more = self.study.ask(judge, bracket=bracket, size=size, part=part, given=given)
+        if growth is not None and not more:
+            self._closed.add(bracket)
+        elif not more:
+            self.exhausted = True
 
-    def _decide(self, bracket: list[Candidate]) -> list[tuple[Candidate, int]]:
+    def _decide(
+        self, bracket: list[Candidate], number: int, growths: Sequence[Growth]
+    ) -> list[tuple[Candidate, int]]:
         """Who of a bracket trains now, and to which step; if nobody does, all are told."""
         found = {}
         for candidate in bracket:
@@ -97,7 +145,10 @@ class Search:
             for step, nll in found[candidate.number].items():
                 if math.isfinite(nll) and candidate.state == "running":
                     self.study.report(candidate, step, nll)
-        going = halving.todo(found, self.rungs, self.eta)
+        grown = {growth.bracket for growth in growths}
+        place = number - sum(other < number for other in grown)
+        rungs = self.rungs if number in grown else self.brackets.of(place)[1]
+        going = halving.todo(found, rungs, self.eta)
         if going:
             return [(c, going[c.number]) for c in bracket if c.number in going]
         for candidate in bracket:
@@ -108,20 +159,108 @@ class Search:
         return []
 
     def found(self, candidate: Candidate) -> dict[int, float]:
-        """Validation nll at the rungs that a candidate has come to; infinite where it diverged."""
+        """Validation nll at the rungs that a candidate has come to; infinite where it diverged.
+
+        At the last rung, with further seeds, it is the mean over all of them, once all are there.
+        """
         found = reached(self.folder / candidate.name, self.rungs)
-        return found | {step: nll for step, nll in candidate.at.items() if step in self.rungs}
+        found |= {step: nll for step, nll in candidate.at.items() if step in self.rungs}
+        last = self.rungs[-1]
+        if self.seeds and last in found and last not in candidate.at and found[last] < math.inf:
+            own = self.by_seed(candidate)
+            if any(nll is None for nll in own):
+                del found[last]
+            else:
+                found[last] = mean([nll for nll in own if nll is not None])
+        return found
+
+    def run_dirs(self, candidate: Candidate, *, so_far: bool = False) -> list[Path]:
+        """The directories of a candidate's runs, that of the search's own seed first.
+
+        `so_far`: without the further seeds of one that has not come to the last rung.
+        """
+        own, last = self.folder / candidate.name, self.rungs[-1]
+        if not self.seeds or (
+            so_far and not math.isfinite(reached(own, [last]).get(last, math.inf))
+        ):
+            return [own]
+        return [own, *(run.run_dir for _, run in self._further_runs(candidate))]
+
+    def by_seed(self, candidate: Candidate) -> list[float | None]:
+        """Validation nll at the last rung under the search's own seed and each further one."""
+        last = self.rungs[-1:]
+        return [reached(run_dir, last).get(last[0]) for run_dir in self.run_dirs(candidate)]
+
+    def _further_runs(self, candidate: Candidate) -> list[tuple[list[str], RunConfig]]:
+        """The runs of a candidate under the further seeds."""
+        found = []
+        for seed in self.seeds:
+            name = f"{candidate.name} {seed}"
+            if name not in self._runs:
+                overrides, _ = self.run_of(candidate)
+                kept = [text for text in overrides if unused_keys.key_of(text) != "seed"]
+                (texts,), (run,), _ = check([[*kept, f"seed={seed}"]], self.compose)
+                self._runs[name] = (texts, run)
+            found.append(self._runs[name])
+        return found
+
+    # ---------------------------------------------------------------------- the best so far
+
+    def score(self, candidate: Candidate) -> float:
+        """What candidates are compared by: validation nll, infinite of one not below its start."""
+        record = run_record.read(self.folder / candidate.name) or {}
+        if not candidate.values or run_record.get(record, "quality.best_step") == 0:
+            return math.inf
+        return candidate.values[0]
+
+    def best(self) -> Candidate | None:
+        """The candidate with the lowest validation nll at the end, the earlier one of two."""
+        done = [candidate for candidate in self.study.candidates() if candidate.values]
+        return min(done, key=lambda candidate: candidate.values[0], default=None)
+
+    def _growth(
+        self, candidates: Sequence[Candidate], growths: Sequence[Growth], number: int
+    ) -> Growth | None:
+        """The next part of an interval at whose end the best is, as far as it may grow."""
+        if not self.grow or not candidates:
+            return None
+        found = self.best()
+        for dimension in self.study.space.dimensions:
+            own = [growth for growth in growths if growth.key == dimension.name]
+            if len(own) >= self.grow or dimension.choices:
+                continue
+            if own and not any(c.bracket == own[-1].bracket for c in candidates):
+                continue  # nothing could be tried there
+            end = self._end_of(dimension, found, candidates)
+            part = self.study.grown(dimension).beyond(end) if end else None
+            if end is None or part is None:
+                continue
+            one = part.low == part.high
+            size = 1 if one else -(-self.brackets.trials // 2)
+            return Growth(number, size, dimension.name, end, part.low, part.high)
+        return None
+
+    def _end_of(
+        self, dimension: Dimension, found: Candidate | None, candidates: Sequence[Candidate]
+    ) -> str | None:
+        """At which end of an interval the best is; where every rate was too high, the lower."""
+        if dimension.name == "train.lr" and all(math.isinf(self.score(c)) for c in candidates):
+            return "lower"
+        if found is None or dimension.name not in found.params:
+            return None
+        grown, value = self.study.grown(dimension), found.params[dimension.name]
+        return end_of(grown, value) or outermost(grown, value, candidates)
 
     def _values(self, candidate: Candidate, nll: float) -> list[float]:
-        record = run_record.read(self.folder / candidate.name) or {}
+        run_dir = self.folder / candidate.name
         values = [nll]
         for objective in self.objectives[1:]:
-            value = run_record.get(record, OBJECTIVES[objective])
+            value = search_limits.measured(run_dir, objective)
             if value is None:
                 raise ConfigError(
                     f"hydra.sweeper.objectives: {candidate.name} has measured no {objective}"
                 )
-            values.append(float(value))
+            values.append(value)
         return values
 
     def run_of(self, candidate: Candidate) -> tuple[list[str], RunConfig]:
@@ -142,12 +281,15 @@ class Search:
             self._runs[candidate.name] = (overrides, run)
         return self._runs[candidate.name]
 
-    def _task(self, candidate: Candidate, step: int) -> Task:
+    def _tasks(self, candidate: Candidate, step: int) -> list[Task]:
+        """The run of a candidate up to a rung; at the last one also those of further seeds."""
         overrides, run = self.run_of(candidate)
         if step == self.rungs[-1]:
-            return Task(overrides, run)
+            runs = [(overrides, run), *self._further_runs(candidate)]
+            there = self.by_seed(candidate) if self.seeds else [None]
+            return [Task(*one) for one, nll in zip(runs, there, strict=True) if nll is None]
         paused = replace(run, launch=replace(run.launch, pause_at=step))
-        return Task([*overrides, f"{launcher.PAUSE}{step}"], paused)
+        return [Task([*overrides, f"{launcher.PAUSE}{step}"], paused)]
 
 
 def reached(run_dir: Path, rungs: Sequence[int]) -> dict[int, float]:
@@ -183,3 +325,34 @@ def lowest(rows: Sequence[Mapping[str, Any]], step: int) -> float:
     read = {row["step"]: row["eval/validation/nll"] for row in rows if "eval/validation/nll" in row}
     after = [nll for at, nll in read.items() if 0 < at <= step] or [read.get(0)]
     return min((nll for nll in after if nll is not None), default=math.inf)
+
+
+def outermost(dimension: Dimension, value: Any, candidates: Sequence[Candidate]) -> str | None:
+    """Whether a value of an interval is the "lower" or "upper" most of all that were tried."""
+    tried = [float(c.params[dimension.name]) for c in candidates if dimension.name in c.params]
+    if dimension.choices or len(set(tried)) < 3:
+        return None
+    at = float(value)
+    return "lower" if at == min(tried) else "upper" if at == max(tried) else None
+
+
+def end_of(dimension: Dimension, value: Any) -> str | None:
+    """Whether a value is at the "lower" or the "upper" end of its key's; None if inside.
+
+    Of an interval that is the last EDGE of it, on a log scale where it is one. Choices have ends
+    where they are three numbers or more.
+    """
+    if (there := dimension.values()) is not None:
+        try:
+            numbers = sorted(float(choice) for choice in there)
+            at = float(value)
+        except ValueError:
+            return None
+        if len(numbers) < 3:
+            return None
+        return "lower" if at == numbers[0] else "upper" if at == numbers[-1] else None
+    low, high, at = dimension.low, dimension.high, float(value)
+    if dimension.log:
+        low, high, at = math.log(low), math.log(high), math.log(at)
+    place = (at - low) / (high - low)
+    return "lower" if place < EDGE else "upper" if place > 1 - EDGE else None

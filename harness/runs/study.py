@@ -17,30 +17,25 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import Any, cast
+from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.samplers import BaseSampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from harness.config.errors import ConfigError
 from harness.config.search_space import Dimension, MethodOf, Space, Value
+from harness.runs.proposals import Given, Sobol, distribution, suggest
 from harness.system import lock
 
 ATTEMPTS = 100  # proposals in a row that are no candidates, before a space counts as exhausted
-CANDIDATE, REJECTED, SEARCH = "candidate", "rejected", "search"  # attributes in the storage
+CANDIDATE, REJECTED, SEARCH, GROWN = "candidate", "rejected", "search", "grown"  # in the storage
 STATES = {TrialState.RUNNING: "running", TrialState.COMPLETE: "complete"}
 log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -60,6 +55,18 @@ class Candidate:
     state: str  # running | complete | pruned
     at: dict[int, float]  # rung -> validation nll, nats per token
     values: tuple[float, ...]  # of the objectives, of one that is complete
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Holds a part that was added to an interval, since the best so far was at its end."""
+
+    bracket: int  # whose candidates are in the part
+    size: int  # of it
+    key: str
+    end: str  # lower | upper
+    low: float
+    high: float
 
 
 class _JournalLock:
@@ -166,7 +173,7 @@ class Study:
     @property
     def grid_size(self) -> int:
         """Return the number of candidates of a grid, 0 for other samplers."""
-        return len(self._points)
+        return len(self._points) if self._sampler == "grid" else 0
 
     def candidates(self) -> list[Candidate]:
         """All candidates so far, in the order in which they were proposed."""
@@ -194,6 +201,28 @@ class Study:
         trials = self._study.get_trials(deepcopy=False)
         return [t.user_attrs[REJECTED] for t in trials if REJECTED in t.user_attrs]
 
+    def growths(self) -> list[Growth]:
+        """Return how the intervals have grown, the first growth first."""
+        return [Growth(**one) for one in self._study.user_attrs.get(GROWN, [])]
+
+    def add_growth(self, growth: Growth) -> None:
+        """Write down that an interval grows, before the first candidate of the new part."""
+        there = self._study.user_attrs.get(GROWN, [])
+        self._study.set_user_attr(GROWN, [*there, vars(growth)])
+
+    def grown(self, dimension: Dimension) -> Dimension:
+        """A dimension of the space with all that it has grown by."""
+        for growth in self.growths():
+            if growth.key == dimension.name:
+                dimension = dimension.with_part(self.part(growth))
+        return dimension
+
+    def part(self, growth: Growth) -> Dimension:
+        """The part that an interval has grown by."""
+        (own,) = (d for d in self.space.dimensions if d.name == growth.key)
+        listed = (growth.low,) if own.listed else ()
+        return replace(own, low=growth.low, high=growth.high, listed=listed)
+
     def drop_unfinished(self) -> None:
         """Forget proposals that a kill kept from becoming candidates."""
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -206,19 +235,26 @@ class Study:
         *,
         bracket: int,
         size: int,
+        part: Dimension | None = None,
+        given: Mapping[str, Value] | None = None,
     ) -> bool:
         """Make one more candidate; False where the space has no further one.
 
-        `judge` gives the name of a proposal's run, and why it is no candidate, or None.
+        `judge` gives the name of a proposal's run, and why it is no candidate, or None. `part`
+        stands in place of the dimension of its key, and `given` are values that leave no choice.
         """
-        for _ in range(ATTEMPTS):
+        space = self.space if part is None else self.space.with_dimension(part)
+        for _ in range(ATTEMPTS if given is None else 1):
             trials = self._study.get_trials(deepcopy=False)
             position = sum(bool({CANDIDATE, REJECTED} & t.user_attrs.keys()) for t in trials)
-            if self._sampler == "grid" and position >= len(self._points):
+            if given is not None:
+                self._study.sampler = Given(given)
+            elif self._sampler == "grid" and position >= len(self._points):
                 return False
-            self._study.sampler = self._make(position)
+            else:
+                self._study.sampler = self._make(position, beyond=part is not None)
             trial = self._study.ask()
-            overrides = self.space.assemble(partial(_suggest, trial), self.method_of)
+            overrides = space.assemble(partial(suggest, trial), self.method_of)
             try:
                 name, against = judge(overrides)
             except BaseException:
@@ -247,15 +283,15 @@ class Study:
         else:
             self._study.tell(candidate.number, list(values), skip_if_finished=True)
 
-    def _make(self, position: int) -> BaseSampler:
-        """The sampler of the proposal after `position` others."""
+    def _make(self, position: int, *, beyond: bool = False) -> BaseSampler:
+        """The sampler of the proposal after `position` others, or of one in an added part."""
         digest = hashlib.sha256(f"{self._seed}/{position}".encode()).digest()
         seed = int.from_bytes(digest[:4], "big")
         samplers = optuna.samplers
         if self._sampler == "grid":
-            return _Given(self._points[position] if position < len(self._points) else {})
-        if self._sampler == "quasi_random":
-            return _Given(self._quasi_random(position))
+            return Given(self._points[position] if position < len(self._points) else {})
+        if self._sampler == "quasi_random" and not beyond:  # whose sequence is of the space
+            return Given(self._quasi_random(position))
         if self._sampler == "tpe":
             return samplers.TPESampler(seed=seed, constant_liar=True)
         if self._sampler == "gp":
@@ -269,11 +305,11 @@ class Study:
     def _quasi_random(self, position: int) -> dict[str, Value]:
         """A point of a scrambled Sobol sequence; Optuna's sampler counts in a study of its own."""
         if self._sequence is None:
-            space = {d.name: _distribution(d) for d in self.space.dimensions}
-            self._sequence = optuna.create_study(sampler=_Sobol(space, self._seed))
+            space = {d.name: distribution(d) for d in self.space.dimensions}
+            self._sequence = optuna.create_study(sampler=Sobol(space, self._seed))
         while len(self._points) <= position:
             trial = self._sequence.ask()
-            self._points.append({d.name: _suggest(trial, d) for d in self.space.dimensions})
+            self._points.append({d.name: suggest(trial, d) for d in self.space.dimensions})
         return self._points[position]
 
 
@@ -293,67 +329,6 @@ def _readable_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-class _Given(BaseSampler):
-    """Values that are known beforehand, by the names of the keys."""
-
-    def __init__(self, values: Mapping[str, Value]) -> None:
-        self._values = values
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        search_space: dict[str, BaseDistribution],
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        return self._values[param_name]
-
-
-class _Sobol(optuna.samplers.QMCSampler):
-    """Optuna's quasi-random sampler over a space that is known before its first proposal."""
-
-    def __init__(self, space: dict[str, BaseDistribution], seed: int) -> None:
-        super().__init__(qmc_type="sobol", scramble=True, seed=seed)
-        self._space = space
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self._space
-
-
-def _distribution(dimension: Dimension) -> BaseDistribution:
-    if dimension.choices:
-        return CategoricalDistribution(dimension.choices)
-    low, high, step = dimension.low, dimension.high, dimension.step
-    if dimension.integer:
-        return IntDistribution(int(low), int(high), log=dimension.log, step=int(step or 1))
-    return FloatDistribution(low, high, log=dimension.log, step=step)
-
-
-def _suggest(trial: optuna.trial.Trial, dimension: Dimension) -> Value:
-    low, high, step = dimension.low, dimension.high, dimension.step
-    if dimension.choices:
-        return cast("Value", trial.suggest_categorical(dimension.name, dimension.choices))
-    if dimension.integer:
-        step = int(step or 1)
-        return trial.suggest_int(dimension.name, int(low), int(high), step=step, log=dimension.log)
-    return trial.suggest_float(dimension.name, low, high, step=step, log=dimension.log)
-
-
 def rules_of(**rules: Any) -> dict[str, str]:
     """What a study is of, as text that a storage keeps."""
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in rules.items()}
@@ -370,7 +345,7 @@ def importance(
     shared = [d for d in space.dimensions if all(d.name in one for one in params)]
     if len(shared) < 2 or len(values) < 4 or importlib.util.find_spec("sklearn") is None:
         return {}
-    distributions = {d.name: _distribution(d) for d in shared}
+    distributions = {d.name: distribution(d) for d in shared}
     study = optuna.create_study()
     for one, value in zip(params, values, strict=True):
         own = {name: one[name] for name in distributions}

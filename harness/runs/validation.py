@@ -12,6 +12,7 @@ from harness.config import labels, model_shapes
 from harness.config.errors import ConfigError, nearest, require
 from harness.config.paths import ASSETS_DIR, options
 from harness.config.run_config import RunConfig
+from harness.config.schema import TrainConfig
 from harness.runs import validate_text
 from harness.runs.validate_method import validate_method
 from harness.runs.validate_optimizer import validate_optimizer
@@ -32,7 +33,7 @@ WITH_AN_EXTRA = ("wandb", "tensorboard", "trackio")  # of pyproject.toml
 SAVE_MERGED = ("auto", "always", "never")
 CHOICES = {
     **validate_text.CHOICES,
-    "train.schedule": ("cosine", "linear", "constant"),
+    "train.schedule": ("cosine", "linear", "constant", "wsd"),
     "train.precision": ("fp32", "bf16", "auto"),
     "train.on_oom": ("halve", "fail"),
     "evaluate.prefix": ("auto", "bos", "eos", "none"),
@@ -150,6 +151,15 @@ def _validate_train(run: RunConfig) -> None:
             0 <= getattr(train, key) < 1, f"train.{key}", getattr(train, key), "a value in [0, 1)"
         )
     require(0 <= train.warmup <= 1, "train.warmup", train.warmup, "a share of the steps in [0, 1]")
+    room = 1 - train.warmup
+    if train.schedule == "wsd":
+        fine = 0 <= train.cooldown <= room
+        require(fine, "train.cooldown", train.cooldown, f"a share in [0, {room:g}], beside warmup")
+    elif train.cooldown != TrainConfig.cooldown:
+        raise ConfigError(
+            f"train.cooldown={train.cooldown:g} with train.schedule={train.schedule}: only wsd has "
+            "a cool-down; set train.schedule=wsd"
+        )
     require(0 <= train.final_lr <= 1, "train.final_lr", train.final_lr, "a share of lr in [0, 1]")
     require(
         0 <= train.label_smoothing < 1,

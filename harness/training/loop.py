@@ -78,12 +78,19 @@ class State:
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up to `lr`, then the schedule down to
-    `final_lr` x `lr` at the last step."""
+    `final_lr` x `lr` at the last step.
+
+    Of wsd (warm-up, stable, decay; Hu et al., arXiv 2404.06395) the last `cooldown` of the steps
+    fall linearly, and those before them are at `lr`."""
     warmup = round(cfg.warmup * cfg.steps)
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
     if cfg.schedule == "constant":
         return cfg.lr
+    if cfg.schedule == "wsd":
+        falling = round(cfg.cooldown * cfg.steps)
+        fallen = max(0, step - (cfg.steps - 1 - falling)) / max(1, falling)
+        return cfg.lr * (1 - (1 - cfg.final_lr) * fallen)
     progress = (step - warmup) / max(1, cfg.steps - 1 - warmup)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
     return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * shape)
