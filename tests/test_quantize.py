@@ -183,7 +183,7 @@ def test_nf4_weights_are_what_bitsandbytes_unpacks(make_run, double):
 @pytest.mark.quantised
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_the_prediction_follows_the_packed_layers(make_run, name):
-    run = make_run(f"model.quantize={name}", *LORA, "data.context=32", "train.batch_tokens=256",
+    run = make_run(f"model.quantize={name}", *LORA, "data.context=32", "train.batch_tokens=128",
                    "train.micro_batch=4", "train.threads=1")  # fmt: skip
     run, config, accelerator = estimate.setting(run)
     found = estimate.predict(run, config, accelerator)

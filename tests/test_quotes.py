@@ -259,11 +259,13 @@ def cut(rank: str) -> tuple[float, float, float]:
     return nats, low, high
 
 
-def share_frozen(steps: str, share: str) -> tuple[float, ...]:
-    """Per cent of the gap of LoRA r=64 that stays frozen, in a setting of claims_control."""
-    (found,) = (line for line in records("claims_control/decompositions.csv")
+def share_frozen(
+    steps: str, share: str, file: str = "decompositions-three-seeds", rank: str = "64"
+) -> tuple[float, ...]:
+    """Per cent of LoRA's gap that stays frozen, with its interval, in a setting."""
+    (found,) = (line for line in records(f"claims_control/{file}.csv")
                 if (line["steps"], line["train_share"], line["part"]) == (steps, share, "gap")
-                and line["name"].startswith("lora all r=64"))  # fmt: skip
+                and line["name"].startswith(f"lora all r={rank} "))  # fmt: skip
     return tuple(100 * float(found[f"share_frozen{end}"]) for end in ("", "_low", "_high"))
 
 
@@ -441,9 +443,25 @@ QUOTES = (
     Quote(page("main_seeds_control"), "gives LoRA: {:.3f} nats at r=1, {:.3f} at r=8 and {:.3f} at "
           "r=64", lambda: tuple(gap(f"what training the embeddings gives LoRA r={r}")[0]
                                 for r in (1, 8, 64))),
+    Quote(page("claims_control"), "{:.0f} % ({:.0f} to {:.0f}) of the gap of LoRA r=64 stays with "
+          "a tenth of the text, {:.0f} % ({:.0f} to {:.0f}) in 240 steps, and {:.0f} % ({:.0f} to "
+          "{:.0f}) with a hundredth of it",
+          lambda: (*share_frozen("80", "0.1"), *share_frozen("240", "1.0"),
+                   *share_frozen("80", "0.01"))),
+    Quote(page("claims_control"), "the shares of r=8 ({:.0f} % with a tenth, {:.0f} % with a "
+          "hundredth) and of r=1 ({:.0f} % and {:.0f} %)",
+          lambda: tuple(share_frozen("80", share, rank=rank)[0]
+                        for rank in ("8", "1") for share in ("0.1", "0.01"))),
+    Quote(page("claims"), "what stays frozen is {:.0f} % ({:.0f} to {:.0f}) of the gap of r=64 in "
+          "240 steps and {:.0f} % ({:.0f} to {:.0f}) with a tenth",
+          lambda: (*share_frozen("240", "1.0"), *share_frozen("80", "0.1"))),
+    Quote(INDEX, "what stays frozen is {:.0f} % of r=64's gap in 240 steps, {:.0f} % with a tenth "
+          "of the text, {:.0f} % with a hundredth", lambda: tuple(
+              share_frozen(*which)[0] for which in (("240", "1.0"), ("80", "0.1"), ("80", "0.01")))),
     Quote(page("claims_control"), "what stays frozen is {:.0f} % ({:.0f} to {:.0f}) of the gap of "
           "LoRA r=64 with a tenth of the text, {:.0f} % ({:.0f} to {:.0f}) in 240 steps",
-          lambda: (*share_frozen("80", "0.1"), *share_frozen("240", "1.0"))),
+          lambda: (*share_frozen("80", "0.1", "decompositions"),
+                   *share_frozen("240", "1.0", "decompositions"))),
     Quote(INDEX, "have {:.1f}, between full ({:.1f}) and LoRA r=64 ({:.1f}): {:.0f} % of the gap "
           "of r=64 is what stays frozen, at full rank",
           lambda: (cell(CONTROL, TEST, label="full-only-matrices"),

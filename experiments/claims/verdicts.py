@@ -127,8 +127,8 @@ LATER: dict[str, tuple[str, ...]] = {
         "low rank limits is small here.",
         "[claims_control](../claims_control/README.md) has the control at 20 and 240 steps, and "
         "with a tenth and a hundredth of the text, beside LoRA and full fine-tuning. At full "
-        "rank what stays frozen is 73 % (68 to 77) of the gap of r=64 in 240 steps and 81 % (78 "
-        "to 83) with a tenth of the text; after 20 steps the control is no better than r=64.",
+        "rank what stays frozen is 73 % (68 to 77) of the gap of r=64 in 240 steps and 80 % (75 "
+        "to 84) with a tenth of the text; after 20 steps the control is no better than r=64.",
     ),
 }
 NO_CONTROL = (
