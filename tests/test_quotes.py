@@ -457,7 +457,8 @@ QUOTES = (
           lambda: (*share_frozen("240", "1.0"), *share_frozen("80", "0.1"))),
     Quote(INDEX, "what stays frozen is {:.0f} % of r=64's gap in 240 steps, {:.0f} % with a tenth "
           "of the text, {:.0f} % with a hundredth", lambda: tuple(
-              share_frozen(*which)[0] for which in (("240", "1.0"), ("80", "0.1"), ("80", "0.01")))),
+              share_frozen(steps, share)[0]
+              for steps, share in (("240", "1.0"), ("80", "0.1"), ("80", "0.01")))),
     Quote(page("claims_control"), "what stays frozen is {:.0f} % ({:.0f} to {:.0f}) of the gap of "
           "LoRA r=64 with a tenth of the text, {:.0f} % ({:.0f} to {:.0f}) in 240 steps",
           lambda: (*share_frozen("80", "0.1", "decompositions"),
