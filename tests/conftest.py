@@ -140,3 +140,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return made[overrides]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Leave torch's threads as they were: factors of an SVD are kept by their number."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None:
+        sys.modules["torch"].set_num_threads(before)

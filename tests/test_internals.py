@@ -29,6 +29,7 @@ AT_THEIR_PLACE = {
     "methods/udv/layer.py": {"_get_embed_scale", "_non_persistent_buffers_set"},
     "methods/udv/model.py": {"_replace_module"},
     "methods/lora_layer.py": {"_register_custom_module"},
+    "methods/starts.py": {"_peft_loraga_grad"},  # tests/methods/test_starts.py
     "models/pretrained.py": {"_no_split_modules"},
     "models/loss.py": {"_attn_implementation"},
     "runs/estimate.py": {

@@ -95,7 +95,8 @@ def test_by_the_allocator_what_is_there_is_told_apart_and_the_rest_is_activation
     optimizer = torch.optim.AdamW([model[1].weight])
     report = {}
     for _ in range(2):
-        with memory._by_allocator(model, optimizer, report, torch.device("cuda")):
+        live = memory.LiveTensors(model, optimizer)
+        with memory._by_allocator(live, model, report, torch.device("cuda")):
             model(torch.ones(2, 64)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()

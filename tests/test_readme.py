@@ -165,6 +165,8 @@ def test_every_search_that_the_pages_show_is_valid(arguments):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_every_run_that_the_pages_show_is_valid(name, arguments, comment, at_hand):
+    if any(word.startswith("model.quantize=") for word in arguments):
+        pytest.importorskip("bitsandbytes")  # or it is refused with the line that installs it
     found, number = runs([word for word in arguments if word not in ("--cfg", "job")])
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for overrides in unused_keys.left_out(found, partial(compose, "config"))[0]:

@@ -131,9 +131,18 @@ class LoraMethod(MethodConfig):
     bias: str = "none"  # none | all | lora_only
     init: Any = True  # PEFT's init_lora_weights
     start_sequences: int = 64  # of training text, which init=eva | corda | lora_ga reads
-    rank_pattern: dict[str, Any] = field(default_factory=dict)  # other r by module-name suffix
-    alpha_pattern: dict[str, Any] = field(default_factory=dict)  # other alpha, likewise
+    rank_pattern: Any = field(default_factory=dict)  # other r by module-name suffix
+    alpha_pattern: Any = field(default_factory=dict)  # other alpha, likewise
     fields: dict[str, Any] = field(default_factory=dict)  # any other LoraConfig field
+
+    def __post_init__(self) -> None:
+        """Take null, by which conf/method/lora.yaml lets a mapping be given, for an empty one."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, {})
+            elif not isinstance(value, dict):
+                raise ConfigError(f"method.{name}={value}: expected a mapping, as {{c_attn: 16}}")
 
     @property
     def lora_alpha(self) -> float:

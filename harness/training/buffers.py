@@ -65,7 +65,7 @@ class BufferState:
         allocated = adalora.state(self.model, means=factors)
         return found | {ALLOCATOR + name: tensor for name, tensor in allocated.items()}
 
-    def restore(self, tensors: dict[str, torch.Tensor], *, factors: bool) -> None:
+    def restore(self, tensors: dict[str, torch.Tensor], *, factors: bool = False) -> None:
         """Put back what `tensors` returned with the same `factors`; other names are left alone."""
         allocated = {
             name.removeprefix(ALLOCATOR): tensor

@@ -155,7 +155,7 @@ def test_both_doors_to_lora_refuse_the_same_starts(tiny, init):
         with_fields(other, f"init_lora_weights={init}"),
     ):
         with pytest.raises(ConfigError, match=init):
-            methods.adapt(tiny, run)
+            methods.adapt(copy.deepcopy(tiny), run)
 
 
 @pytest.mark.parametrize(

@@ -211,12 +211,11 @@ def test_lora_ga_on_gpt2_is_pefts_own_on_the_same_model_of_linears(
     for name, layer in model.named_modules():
         if not hasattr(layer, "lora_A"):
             continue
-        pair = [
-            m.lora_B["default"].weight @ m.lora_A["default"].weight
-            for m in (layer, theirs.get_submodule(name))
-        ]
-        apart = (pair[0] - pair[1]).norm() / pair[1].norm()
-        assert apart < 0.05, (name, float(apart))
+        for get in (lambda m: m.lora_B["default"].weight, lambda m: m.lora_A["default"].weight.t()):
+            # A singular vector's sign is anyone's: A A^T has the directions and sizes without it.
+            own, pefts = (f @ f.t() for f in (get(layer), get(theirs.get_submodule(name))))
+            apart = (own - pefts).norm() / pefts.norm()
+            assert apart < 1e-3, (name, float(apart))
 
 
 def test_what_is_read_is_the_training_split_in_the_order_of_the_seed(make_run, tmp_path):
