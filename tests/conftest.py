@@ -145,7 +145,6 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 @pytest.fixture(autouse=True)
 def same_threads():
     """Leave torch's threads as they were: factors of an SVD are kept by their number."""
-    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    before = torch.get_num_threads()
     yield
-    if before is not None:
-        sys.modules["torch"].set_num_threads(before)
+    torch.set_num_threads(before)
