@@ -119,9 +119,8 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(undisturbed)
     assert Counter(row["state"] for row in rows)["finished"] == 2  # one a bracket
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(i, marks=pytest.mark.faults) for i in range(1, 8))]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(8))
 def test_a_kill_of_the_controller_loses_no_candidate_and_repeats_none(tmp_path, seed):
     expected = tmp_path / "expected"
     finish(start(expected, *SEARCH))
