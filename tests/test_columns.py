@@ -1,6 +1,7 @@
 """Columns by request, as axes of fronts and budgets, and equal FLOPs: by hand on written runs."""
 
 import csv
+import json
 import math
 import re
 
@@ -278,3 +279,17 @@ def test_names_are_checked_before_anything_is_read(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'load_seconds'"):
         requested.check(["load_second"])
     assert main(["--columns", "load_second", str(tmp_path / "nowhere")]) == 2
+
+
+def test_text_that_was_read_before_step_0_is_part_of_what_training_costs(tmp_path):
+    for name, known in (("a", True), ("b", False)):
+        run_dir = put(tmp_path, name, r=8 if known else 4, seed=0)
+        path = run_dir / "result.json"
+        record = json.loads(path.read_text())
+        record["speed"] |= {"start_seconds": 5.0, "start_flops": 3e12 if known else None}
+        record["costs"] = {"train_flops": 1e12}
+        path.write_text(json.dumps(record))
+    rows = table.rows(tmp_path)
+    seconds, flops = costs.costs(rows, costs.TIME), costs.costs(rows, costs.FLOPS)
+    assert seconds == {"lora all r=8": 8 + 5.0, "lora all r=4": 4 + 5.0}
+    assert flops == {"lora all r=8": 4e12}  # the other's cannot be told

@@ -27,8 +27,8 @@ from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
-from main_seeds_control.decomposition import share  # noqa: E402
-from recording import (  # noqa: E402
+from main_seeds_control.decomposition import share  # noqa: E402 - their folder is on the path now
+from recording import (  # noqa: E402 - their folder is on the path now
     NUMBERS,
     evaluate,
     evaluation,

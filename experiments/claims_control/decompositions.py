@@ -20,8 +20,8 @@ from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
-from main_seeds_control.decomposition import CONTROL, Split, splits  # noqa: E402
-from recording import NUMBERS, evaluate, numbers, told, write_csv  # noqa: E402
+from main_seeds_control.decomposition import CONTROL, Split, splits  # noqa: E402 - their folder is on the path now
+from recording import NUMBERS, evaluate, numbers, told, write_csv  # noqa: E402 - their folder is on the path now
 
 OLD_TEXT = "docstrings_held_out"  # what is forgotten
 Setting = tuple[int, float]  # optimizer steps, share of the training text

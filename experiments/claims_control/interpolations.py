@@ -20,7 +20,7 @@ from harness.report.table import plain, rows, show
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
-from recording import NUMBERS, evaluate, evaluation, numbers, tables, told, write_csv  # noqa: E402
+from recording import NUMBERS, evaluate, evaluation, numbers, tables, told, write_csv  # noqa: E402 - their folder is on the path now
 
 TEXTS = ("validation", "docstrings_held_out")  # new and old
 

@@ -35,8 +35,8 @@ from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
-from claims.statements import smaller, steps_to, told  # noqa: E402
-from recording import evaluate, write_csv  # noqa: E402
+from claims.statements import smaller, steps_to, told  # noqa: E402 - their folder is on the path now
+from recording import evaluate, write_csv  # noqa: E402 - their folder is on the path now
 
 CONTROL = "full-only-matrices"
 LEVELS = (45, 70, 100)  # validation perplexities, as in experiments/claims

@@ -21,8 +21,8 @@ from selenium.webdriver.chrome.service import Service
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2] / "tests"))
-from test_page import BROWSER, DRIVER, scheme, size  # noqa: E402
-from test_page_kinds import KINDS, Pages, show  # noqa: E402
+from test_page import BROWSER, DRIVER, scheme, size  # noqa: E402 - their folder is on the path now
+from test_page_kinds import KINDS, Pages, show  # noqa: E402 - their folder is on the path now
 
 NAMES = {  # kind -> name of its pictures
     "warm_up": "sweep-warmup", "one": "one-run", "failed": "all-failed", "sixty": "sixty-rows",
