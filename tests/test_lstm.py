@@ -376,7 +376,11 @@ def test_bf16_base_rounds_as_merging_does() -> None:
     assert torch.equal(model(tokens()).logits, active)
 
 
-def test_bf16_autocast_trains() -> None:
+@pytest.mark.parametrize("capability", [None, "AVX2"])
+def test_bf16_autocast_trains(capability: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a CPU without AVX-512, for which oneDNN has no LSTM in bf16."""
+    if capability is not None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = adapted(tiny_lstm()).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(tokens(), labels=tokens())

@@ -20,6 +20,8 @@ Legend: B batch, T time, V vocabulary, d embedding size, h hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -113,12 +115,34 @@ class LSTMLayer(nn.Module):
         w_ih, b_ih = effective_weight(self.input, "lstm.input")
         w_hh, b_hh = effective_weight(self.recurrent, "lstm.recurrent")
         state = x.new_zeros(1, x.shape[0], self.hidden_size)
-        # The call that nn.LSTM.forward makes: (input, (h, c), weights, has_biases, num_layers,
-        # dropout, training, bidirectional, batch_first).
-        output, _, _ = torch.lstm(
-            x, (state, state), (w_ih, w_hh, b_ih, b_hh), True, 1, 0.0, self.training, False, True
-        )
+        with _kernel_that_is_there(x):
+            # The call that nn.LSTM.forward makes: (input, (h, c), weights, has_biases, num_layers,
+            # dropout, training, bidirectional, batch_first).
+            weights = (w_ih, w_hh, b_ih, b_hh)
+            output, _, _ = torch.lstm(
+                x, (state, state), weights, True, 1, 0.0, self.training, False, True
+            )
         return output
+
+
+@contextmanager
+def _kernel_that_is_there(x: torch.Tensor) -> Iterator[None]:
+    """Without oneDNN for bf16 on a CPU whose instructions (no AVX-512) it has no bf16 LSTM for.
+
+    torch asks oneDNN all the same, which fails; torch's own kernel takes its place.
+    """
+    in_bf16 = x.dtype == torch.bfloat16 or (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
+    older = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
+    if x.device.type == "cpu" and in_bf16 and older:
+        onednn.enabled = False
+    try:
+        yield
+    finally:
+        onednn.enabled = before
 
 
 def effective_weight(
