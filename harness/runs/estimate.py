@@ -220,19 +220,18 @@ def _followed(
                     stepped(0)
                 optimizer.zero_grad()
             micro, length = run.train.micro_batch, run.data.context
-            ids = torch.zeros(micro, length, dtype=torch.int64)
-            several = run.data.source == "pairs" and run.data.packing == "packed"
-            block = token_data.Batch(ids, ids, torch.zeros_like(ids) if several else None)
+            count = run.train.batch_tokens // (micro * length)
             # With two micro-batches the second finds gradients there, as all further ones do.
-            batches = [block] * min(run.train.batch_tokens // (micro * length), 2)
-            num_tokens = len(batches) * micro * length
+            followed = min(count, 2)
+            num_tokens = followed * micro * length
             penalty = methods.penalty(model, run)
             average = Average(model, run.train.ema) if run.train.ema else None
             held = average.held() if average else []
             if run.train.neftune_alpha:
                 Noise(model, run.train.neftune_alpha, run.seed)
             with memory.measured(model, optimizer, on_training, held), Flops() as flops:
-                train.accumulate(prepared, batches, num_tokens, accelerator, penalty)
+                batches = [_batch(run, micro, length) for _ in range(count)]  # all are held
+                train.accumulate(prepared, batches[:followed], num_tokens, accelerator, penalty)
                 train.apply(
                     model, optimizer, accelerator, run.train, stepped and partial(stepped, 1)
                 )
@@ -257,6 +256,16 @@ def _followed(
             phase["peak_bytes"] += packing - phase["by_category"]["frozen_weights"]
             phase["by_category"]["frozen_weights"] = packing
     return Prediction(counted, on_training, on_evaluation, train_flops, evaluate_flops)
+
+
+def _batch(run: RunConfig, rows: int, length: int) -> token_data.Batch:
+    """A training batch of zeros, in tensors as `token_data.batch_of` makes them."""
+    if run.data.source != "pairs":
+        ids = torch.zeros(rows, length + 1, dtype=torch.int64)
+        return token_data.Batch(ids[:, :-1], ids[:, 1:], None)
+    inputs, targets, positions = (torch.zeros(rows, length, dtype=torch.int64) for _ in range(3))
+    packed = run.data.packing == "packed"
+    return token_data.Batch(inputs, targets, positions if packed else None)
 
 
 def full_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
