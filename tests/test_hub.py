@@ -65,6 +65,7 @@ def test_a_run_of_gpt2_by_its_id_without_a_network(cache, harness, tmp_path):
         "revision": REVISION,
         "activation": "gelu_new -> gelu_pytorch_tanh (fused)",
         "tied_embeddings": True,
+        "causal": True,
     }
     base = 4096 * 16 + 64 * 16 + 2 * (12 * 16**2 + 13 * 16) + 2 * 16
     assert result["parameters"]["base"] == base

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import pytest
@@ -217,9 +218,11 @@ def test_an_evaluation_batch_is_no_larger_than_the_text(make_run, tmp_path, toke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [0, 1, 2, 80])
 @pytest.mark.parametrize("documents", [(30, 60), (200, 600)], ids=["short", "long"])
-@pytest.mark.parametrize("method", ["full", "lora", "udv"])
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [("none", 0), *itertools.product(["full", "lora", "udv"], [1, 2, 80])],
+)
 def test_a_runs_prediction_is_what_it_took(finished_run, tmp_path, method, documents, steps):
     path = notes(tmp_path / "notes.jsonl", *documents)
     run_dir = finished_run(
