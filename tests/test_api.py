@@ -33,6 +33,7 @@ def test_importing_the_package_loads_neither_torch_nor_pandas():
         harness.colect  # noqa: B018 - the attribute is what is tested
 
 
+@pytest.mark.slow
 def test_the_block_of_the_readme_does_what_it_says(tmp_path):
     text = (REPOSITORY / "README.md").read_text("utf-8")
     (block,) = re.findall(r"### From Python\n.*?```python\n(.*?)```", text, re.DOTALL)

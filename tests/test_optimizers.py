@@ -376,13 +376,8 @@ SHORT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "schedule_free",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora_fa", "muon", "lora_plus")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["schedule_free", "lora_fa", "muon", "lora_plus"])
 def test_a_run_that_is_killed_goes_on_to_the_same_result(make_run, tmp_path, name):
     """Through worker and disk: the kill is within the writing of the second checkpoint."""
     import dataclasses

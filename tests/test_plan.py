@@ -66,7 +66,10 @@ CONFIGURATIONS = [
     [*TINY, "method=lora", "method.r=4", "method.rank_pattern={h.0.attn.c_attn: 8}"],
     [*TINY, "method=truncate", "method.rank=8"],
     *(
-        [*TINY, "method=lora", f"optimizer={name}", "train.lr=0.01"]
+        pytest.param(
+            [*TINY, "method=lora", f"optimizer={name}", "train.lr=0.01"],
+            marks=[] if name in ("lora_plus", "schedule_free") else pytest.mark.slow,
+        )
         for name in OPTIMIZERS
         if name != "adamw_8bit"
     ),

@@ -147,6 +147,7 @@ def test_a_kill_of_the_controller_loses_no_candidate_and_repeats_none(tmp_path, 
     assert sum(taken(folder).values()) <= 72 + 2 * cuts
 
 
+@pytest.mark.faults
 def test_two_controllers_on_one_study_divide_its_runs(tmp_path, undisturbed):
     folder = tmp_path / "both"
     both = [start(folder, *SEARCH, seconds=0.05) for _ in range(2)]

@@ -83,6 +83,7 @@ def test_a_file_of_rates_is_of_one_setting_and_each_configuration_once(tmp_path)
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_an_interval_grows_where_the_best_is_at_its_end(tmp_path):
     space = ["search", "train.lr=tag(log,interval(1e-5,1e-4))", "search.trials=6"]
     said = finish(start(tmp_path, *space, "search.grow=6", *BASIC, "search.sampler=tpe"))
