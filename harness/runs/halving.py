@@ -52,3 +52,10 @@ def most_steps(candidates: int, rungs: Sequence[int], eta: int) -> int:
         total += candidates * (step - before)
         candidates, before = max(1, candidates // eta), step
     return total
+
+
+def most_at_the_end(candidates: int, rungs: Sequence[int], eta: int) -> int:
+    """How many of so many candidates come to the last rung, if none diverges."""
+    for _ in rungs[1:]:
+        candidates = max(1, candidates // eta)
+    return candidates

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,29 +174,23 @@ class Brackets:
         later = len(self.rungs) - 1 - place % len(self.rungs)  # rungs after the bracket's first
         return hyperband_size(len(self.rungs), later, self.eta), self.rungs[-1 - later :]
 
-    def most_steps(self) -> int:
-        """Optimizer steps of all brackets, if no candidate diverges and no interval grows."""
-        steps, left = 0, self.trials
+    def in_turn(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Candidates and rungs of every bracket, the last one with what is left of `trials`."""
+        left = self.trials
         for place in itertools.count():
             if left <= 0:
-                return steps
+                return
             size, rungs = self.of(place)
-            steps += halving.most_steps(min(size, left), rungs, self.eta)
+            yield min(size, left), rungs
             left -= size
-        raise AssertionError
+
+    def most_steps(self) -> int:
+        """Optimizer steps of all brackets, if no candidate diverges and no interval grows."""
+        return sum(halving.most_steps(size, rungs, self.eta) for size, rungs in self.in_turn())
 
     def most_at_the_end(self) -> int:
         """Candidates that come to the last rung, if none diverges."""
-        number, left = 0, self.trials
-        for place in itertools.count():
-            if left <= 0:
-                return number
-            size, rungs = self.of(place)
-            going = min(size, left)
-            for _ in rungs[1:]:
-                going = max(1, going // self.eta)
-            number, left = number + going, left - size
-        raise AssertionError
+        return sum(halving.most_at_the_end(size, rungs, self.eta) for size, rungs in self.in_turn())
 
 
 def hyperband_size(rungs: int, later: int, eta: int) -> int:
