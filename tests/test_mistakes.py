@@ -68,6 +68,11 @@ def test_every_other_name_leads_to_a_key_that_there_is_and_hides_none():
             "train.lr=fast",
             "train.lr=fast: expected a number, as in train.lr=2e-3, or auto or tuned",
         ),
+        ("train.steps=1e3", "train.steps=1000.0: expected a whole number, as in train.steps=1000"),
+        (
+            "seed=0..4",
+            "seed=0..4: expected a whole number, or for several runs -m 'seed=range(0,5)'",
+        ),
         ("method.r=1.5", "method.r=1.5: expected a whole number, as in method.r=8"),
         ("train.clip=x", "train.clip=x: expected a number or null, as in train.clip=1"),
         ("train.compile=maybe", "train.compile=maybe: expected true or false"),

@@ -59,11 +59,24 @@ def explain(
         if wanted := keys.expected(schema, name, where):
             shown = "null" if cause.value is None else cause.value
             shown = OmegaConf.to_container(shown) if _is_container(shown) else shown
-            return f"{key}={shown}: expected {wanted}"
+            return f"{key}={shown}: expected {_own_example(wanted, key, shown)}"
     return f"{key}: {str(cause).splitlines()[0]}"
 
 
 _Unparsed = OverrideParseException
+
+
+def _own_example(wanted: str, key: str, value: object) -> str:
+    """What was expected, with the whole number or the list that a value was meant as."""
+    if not wanted.startswith("a whole number"):
+        return wanted
+    if isinstance(value, float) and value.is_integer():
+        return f"a whole number, as in {key}={int(value)}"
+    if isinstance(value, str) and (meant := re.fullmatch(r"(\d+)(?:\.\.\.?|-|:)(\d+)", value)):
+        first, last = map(int, meant.groups())
+        if first < last:
+            return f"a whole number, or for several runs -m '{key}=range({first},{last + 1})'"
+    return wanted
 
 
 def _is_container(value: object) -> bool:
