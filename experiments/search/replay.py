@@ -2,6 +2,7 @@
 
     python experiments/search/replay.py                         # conf/rates/gpt2_mini_kjv.yaml
     python experiments/search/replay.py outputs/search_joint    # a folder of runs, with rungs
+    python experiments/search/replay.py experiments/search/search_joint.csv    # the same, recorded
 
 No run is trained: a candidate's validation nll is looked up, so that a search can be repeated under
 many seeds of its own. The seed of training is the grid's one, so that nothing here is said of how
@@ -10,7 +11,8 @@ a folder of runs has, and a file of rates has not. Of a file of rates what is se
 LoRA configurations and one of that configuration's own five rates, about which more was known
 beforehand than a search would know.
 
-Writes replay.csv (or replay-FOLDER.csv) beside this file, and prints it with paired comparisons.
+Writes replay.csv (or replay-FOLDER.csv) beside this file, and prints it with paired comparisons; of
+a folder also FOLDER.csv, the grid by which the replay can be repeated without the runs.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ SAMPLERS = ("random", "quasi_random", "tpe")
 ETA = 3
 Point = tuple[str, ...]  # a value for each key; the last one is the place of the rate
 HERE = Path(__file__).parent
+NLL = "nll_at_"  # and a rung: a column of a recorded grid
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,44 @@ def of_runs(folder: Path) -> Table:
     if len(found) < math.prod(len({point[i] for point in found}) for i in range(len(keys))):
         raise SystemExit(f"{folder} has {len(found)} runs, and not every point of its grid")
     return Table(folder.name, keys, found, tuple(rungs), shown)
+
+
+def write_grid(table: Table, path: Path) -> None:
+    """Record a table: a line for each point, with its rate and its nll at every rung."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*table.keys, *(f"{NLL}{rung}" for rung in table.rungs)])
+        for point in sorted(table.found, key=lambda point: (*point[:-1], table.shown[point])):
+            nlls = [f"{table.found[point][rung]:.6f}" for rung in table.rungs]
+            writer.writerow([*point[:-1], f"{table.shown[point]:g}", *nlls])
+
+
+def of_grid(path: Path) -> Table:
+    """The table that `write_grid` has recorded."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    keys = tuple(key for key in rows[0] if not key.startswith(NLL))
+    rungs = tuple(int(key.removeprefix(NLL)) for key in rows[0] if key.startswith(NLL))
+    every = sorted({float(row[keys[-1]]) for row in rows})
+    found, shown = {}, {}
+    for row in rows:
+        lr = float(row[keys[-1]])
+        point = (*(row[key] for key in keys[:-1]), str(every.index(lr)))
+        found[point] = {rung: float(row[f"{NLL}{rung}"]) for rung in rungs}
+        shown[point] = lr
+    return Table(path.stem, keys, found, rungs, shown)
+
+
+def read(arguments: Sequence[str]) -> Table:
+    """The table that the command line names; a folder's is recorded beside this file."""
+    if not arguments:
+        return of_rates("gpt2_mini_kjv")
+    path = Path(arguments[0])
+    if path.suffix == ".csv":
+        return of_grid(path)
+    recorded = HERE / f"{path.name}.csv"
+    write_grid(of_runs(path), recorded)
+    return of_grid(recorded)  # which gives the same replay as the record does later
 
 
 def space_of(table: Table) -> Space:
@@ -185,7 +226,7 @@ def plans(table: Table) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Replay every plan under every seed, and write what it found at equal steps."""
-    table = of_runs(Path(arguments[0])) if arguments else of_rates("gpt2_mini_kjv")
+    table = read(arguments)
     end, last = table.end, table.rungs[-1]
     whole, lowest = len(end) * last, min(end.values())
     finite = sorted(nll for nll in end.values() if math.isfinite(nll))

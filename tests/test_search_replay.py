@@ -1,0 +1,50 @@
+"""The replay of searches over a recorded grid (experiments/search/replay.py)."""
+
+import math
+import sys
+
+import pytest
+
+from harness.config.paths import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "experiments" / "search"))
+pytest.importorskip("optuna")
+import replay
+
+RATES = (0.001, 0.01, 0.1)
+
+
+@pytest.fixture
+def table():
+    """Nine points: nll falls with r, is lowest at the middle rate, and one point diverges."""
+    found, shown = {}, {}
+    for r in ("1", "8", "64"):
+        for place, lr in enumerate(RATES):
+            end = 5 - math.log10(int(r)) / 10 + abs(place - 1)
+            lost = (r, place) == ("64", 2)
+            found[r, str(place)] = {9: end + 0.5, 27: math.inf if lost else end}
+            shown[r, str(place)] = lr
+    return replay.Table("planted", ("method.r", "train.lr"), found, (9, 27), shown)
+
+
+def test_a_grid_comes_back_as_it_was_recorded(table, tmp_path):
+    replay.write_grid(table, tmp_path / "planted.csv")
+    back = replay.read([str(tmp_path / "planted.csv")])
+    assert (back.name, back.keys, back.rungs) == ("planted", table.keys, table.rungs)
+    assert back.shown == table.shown
+    for point, at in table.found.items():
+        assert back.found[point] == pytest.approx(at, abs=1e-6)
+
+
+@pytest.mark.parametrize("plan", ["random", "tpe + halving"])
+def test_a_search_of_the_whole_grid_finds_its_best_and_pays_for_it(table, plan):
+    sampler, rungs, batch = replay.plans(table)[plan]
+    whole = len(table.found) * 27
+    path = replay.search(table, sampler, 0, rungs, batch, whole)
+    steps = [spent for spent, _ in path]
+    assert steps == sorted(steps) and path[-1][1] == min(table.end.values())
+    if len(rungs) == 1:
+        assert steps[-1] == whole  # every point once
+    else:
+        assert steps[-1] < whole  # those that stop at the rung are not paid for to the end
+    assert replay.at_steps(path, steps[0] - 1) == math.inf
