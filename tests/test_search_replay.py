@@ -48,3 +48,29 @@ def test_a_search_of_the_whole_grid_finds_its_best_and_pays_for_it(table, plan):
     else:
         assert steps[-1] < whole  # those that stop at the rung are not paid for to the end
     assert replay.at_steps(path, steps[0] - 1) == math.inf
+
+
+def test_the_page_quotes_the_recorded_grid():
+    recorded = replay.of_grid(REPOSITORY / "experiments" / "search" / "search_joint.csv")
+    page = (REPOSITORY / "experiments" / "search" / "README.md").read_text("utf-8")
+    end, rates = recorded.end, recorded.shown
+    lowest_rate = min(rates.values())
+    apart, falls = [], []
+    for targets in ("attn", "all"):
+        for r in ("1", "8", "64"):
+            cells, nlls, best_rates = [], [], []
+            for alpha in ("0.25r", "2r", "16r"):
+                best = min((p for p in end if p[:3] == (targets, r, alpha)), key=end.__getitem__)
+                star = "*" if rates[best] == lowest_rate else ""
+                cells.append(f"{end[best]:.3f} at {rates[best]:g}{star}")
+                nlls.append(end[best])
+                best_rates.append(rates[best])
+            assert f"| {targets} | {r} | {' | '.join(cells)} |" in page
+            assert best_rates == sorted(best_rates, reverse=True)
+            apart.append(max(nlls) - min(nlls))
+            falls.append(best_rates[0] / best_rates[-1])
+    assert f"the best of these four rates falls by {min(falls):.0f} to {max(falls):.0f}." in page
+    assert f"alphas of one row are {min(apart):.3f} to {max(apart):.3f} nats apart" in page
+    same = [end[p] for p in end if p[:2] == ("all", "64") and rates[p] == 0.005]
+    assert f"they are {max(same) - min(same):.3f} apart" in page
+    assert f"all matrices at 0.00125: {min(end.values()):.4f}." in page
