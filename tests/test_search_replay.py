@@ -1,6 +1,8 @@
 """The replay of searches over a recorded grid (experiments/search/replay.py)."""
 
+import csv
 import math
+import re
 import sys
 
 import pytest
@@ -74,3 +76,23 @@ def test_the_page_quotes_the_recorded_grid():
     same = [end[p] for p in end if p[:2] == ("all", "64") and rates[p] == 0.005]
     assert f"they are {max(same) - min(same):.3f} apart" in page
     assert f"all matrices at 0.00125: {min(end.values()):.4f}." in page
+
+
+def test_the_page_quotes_the_recorded_replay():
+    folder = REPOSITORY / "experiments" / "search"
+    page = " ".join((folder / "README.md").read_text("utf-8").split())
+    with (folder / "replay-search_joint.csv").open(newline="", encoding="utf-8") as stream:
+        rows = {(row["plan"], row["steps"]): row for row in csv.DictReader(stream)}
+    for row in rows.values():
+        assert f"| {row['regret']} ± {row['standard_error']} " in page
+    halved, plain = rows["random + halving", "972"], rows["random", "972"]
+    said = f"{float(halved['found_best']):.0%} of 100 searches, and without it in {{:.0%}}"
+    assert said.format(float(plain["found_best"])).replace("%", " %") in page
+    ahead = float(plain["regret"]) - float(halved["regret"])
+    assert f"they are {ahead:.4f} ±" in page
+    said = r"TPE without halving is ahead of random by ([\d.]+) at a fifth .* and ([\d.]+) at three"
+    quoted = re.search(said, page).groups()
+    for steps, number in zip(("378", "594"), quoted, strict=True):
+        ahead = float(rows["random", steps]["regret"]) - float(rows["tpe", steps]["regret"])
+        assert float(number) == pytest.approx(ahead, abs=1.01e-4)  # of means rounded to 1e-4
+    assert f"a fifth of the steps ({rows['tpe + halving', '378']['regret']})" in page
