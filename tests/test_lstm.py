@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -379,11 +380,20 @@ def test_bf16_base_rounds_as_merging_does() -> None:
 @pytest.mark.parametrize("capability", [None, "AVX2"])
 def test_bf16_autocast_trains(capability: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a CPU without AVX-512, for which oneDNN has no LSTM in bf16."""
+    with_onednn: list[Any] = []
     if capability is not None:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        kernel = torch.lstm
+
+        def noted(*args: Any) -> Any:
+            with_onednn.append(torch.backends.mkldnn.enabled)
+            return kernel(*args)
+
+        monkeypatch.setattr(torch, "lstm", noted)
     model = adapted(tiny_lstm()).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(tokens(), labels=tokens())
+    assert not any(with_onednn) and len(with_onednn) == (capability is not None)
     out.loss.backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in grads)
