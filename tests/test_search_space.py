@@ -271,6 +271,30 @@ def test_proposals_that_are_no_candidates_are_told_of_and_not_counted(tmp_path):
     assert not found.ask(lambda texts: ("x", "never"), bracket=0, size=1)
 
 
+@pytest.mark.parametrize("sampler", ["random", "quasi_random", "tpe", "gp", "nsga2"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_space_is_exhausted_when_its_points_were_proposed(tmp_path, monkeypatch, sampler, listed):
+    if not listed:  # as a space with too many points to list them, or with an interval
+        monkeypatch.setattr(study, "COUNTABLE", 1)
+    choices = {"method.r": "int(interval(1,6))", "method.alpha": "1,2,4", "train.clip": "0.5,1"}
+    found = opened(tmp_path, search_space.read(choices), sampler)
+    names: set[str] = set()
+
+    def judge(texts):
+        name = " ".join(texts)
+        if name in names:
+            return name, "tried before"
+        names.add(name)
+        return name, None
+
+    while found.ask(judge, bracket=len(names), size=1):
+        candidate = found.candidates()[-1]
+        found.tell(candidate, [abs(candidate.params["method.r"] - 3)])
+    points = 6 * 3 * 2
+    assert len(found.candidates()) == len(names) <= points
+    assert len(names) == points if listed else len(names) > 0.8 * points
+
+
 def test_a_study_of_another_search_is_refused_with_the_difference(tmp_path):
     opened(tmp_path, WIDE, "random")
     opened(tmp_path, WIDE, "random")

@@ -177,6 +177,17 @@ class Space:
                 found[method] = None
         return list(found)
 
+    def with_steps(self) -> Space:
+        """The space with a step of 1 in intervals of whole numbers that have none."""
+        return replace(self, dimensions=tuple(
+            replace(d, step=1.0) if d.integer and d.values() is None else d
+            for d in self.dimensions))  # fmt: skip
+
+    def size(self) -> float:
+        """How many combinations of values there are; infinite with an interval without a step."""
+        numbers = (d.values() for d in self.dimensions)
+        return math.prod(math.inf if there is None else len(there) for there in numbers)
+
     def points(self, method_of: MethodOf) -> Iterator[dict[str, Value]]:
         """Every candidate of a grid once, by the names of its keys; the last key moves fastest.
 

@@ -187,6 +187,13 @@ class SearchSweeper(GridSweeper):
                     flush=True,
                 )
                 return done
+        for search in searches:
+            if search.exhausted and (left := search.left()):
+                print(
+                    f"{search.study.name}: no candidate is left that was not tried, {left} fewer "
+                    f"than {KEY}.trials={search.brackets.trials}",
+                    flush=True,
+                )
         results.show(searches)
         return done
 

@@ -98,8 +98,12 @@ class Search:
             else:
                 return []
 
+    def left(self) -> int:
+        """Return how many candidates are still to be proposed, beside those of grown intervals."""
+        return self._left(self.study.candidates(), self.study.growths())
+
     def _left(self, candidates: Sequence[Candidate], growths: Sequence[Growth]) -> int:
-        """How many candidates are still to be proposed, beside those of grown intervals."""
+        """How many of `candidates` are still to be proposed."""
         grown = {growth.bracket for growth in growths}
         return self.brackets.trials - sum(c.bracket not in grown for c in candidates)
 

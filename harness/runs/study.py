@@ -27,7 +27,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from harness.config.errors import ConfigError
 from harness.config.search_space import Dimension, MethodOf, Space, Value
@@ -35,6 +35,8 @@ from harness.runs.proposals import Given, Sobol, distribution, suggest
 from harness.system import lock
 
 ATTEMPTS = 100  # proposals in a row that are no candidates, before a space counts as exhausted
+OWN_ATTEMPTS = 10  # of them by the sampler itself: TPE over choices proposes the same point again
+COUNTABLE = 10_000  # points of a space, up to which those not yet proposed are listed
 CANDIDATE, REJECTED, SEARCH, GROWN = "candidate", "rejected", "search", "grown"  # in the storage
 STATES = {TrialState.RUNNING: "running", TrialState.COMPLETE: "complete"}
 log = logging.getLogger(__name__)
@@ -242,17 +244,26 @@ class Study:
 
         `judge` gives the name of a proposal's run, and why it is no candidate, or None. `part`
         stands in place of the dimension of its key, and `given` are values that leave no choice.
+        After `OWN_ATTEMPTS` proposals that are no candidates the sampler's turn is over: a point
+        that was not yet proposed is drawn, or a random one where points cannot be listed.
         """
         space = self.space if part is None else self.space.with_dimension(part)
-        for _ in range(ATTEMPTS if given is None else 1):
+        for attempt in range(ATTEMPTS if given is None else 1):
             trials = self._study.get_trials(deepcopy=False)
             position = sum(bool({CANDIDATE, REJECTED} & t.user_attrs.keys()) for t in trials)
             if given is not None:
                 self._study.sampler = Given(given)
             elif self._sampler == "grid" and position >= len(self._points):
                 return False
-            else:
+            elif self._sampler == "grid" or attempt < OWN_ATTEMPTS:
                 self._study.sampler = self._make(position, beyond=part is not None)
+            elif (listed := space.with_steps()).size() > COUNTABLE:
+                self._study.sampler = optuna.samplers.RandomSampler(seed=self._draw(position))
+            elif untried := self._untried(listed, trials):
+                place = self._draw(position) % len(untried)
+                self._study.sampler = Given(untried[place])
+            else:
+                return False
             trial = self._study.ask()
             overrides = space.assemble(partial(suggest, trial), self.method_of)
             try:
@@ -285,9 +296,7 @@ class Study:
 
     def _make(self, position: int, *, beyond: bool = False) -> BaseSampler:
         """The sampler of the proposal after `position` others, or of one in an added part."""
-        digest = hashlib.sha256(f"{self._seed}/{position}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big")
-        samplers = optuna.samplers
+        seed, samplers = self._draw(position), optuna.samplers
         if self._sampler == "grid":
             return Given(self._points[position] if position < len(self._points) else {})
         if self._sampler == "quasi_random" and not beyond:  # whose sequence is of the space
@@ -302,6 +311,16 @@ class Study:
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         return samplers.RandomSampler(seed=seed)
 
+    def _draw(self, position: int) -> int:
+        """A number of 32 bits for the proposal after `position` others."""
+        digest = hashlib.sha256(f"{self._seed}/{position}".encode()).digest()
+        return int.from_bytes(digest[:4], "big")
+
+    def _untried(self, space: Space, trials: Sequence[FrozenTrial]) -> list[dict[str, Value]]:
+        """The points of a space that were never proposed."""
+        proposed = {_rounded(trial.params) for trial in trials}
+        return [p for p in space.points(self.method_of) if _rounded(p) not in proposed]
+
     def _quasi_random(self, position: int) -> dict[str, Value]:
         """A point of a scrambled Sobol sequence; Optuna's sampler counts in a study of its own."""
         if self._sequence is None:
@@ -311,6 +330,12 @@ class Study:
             trial = self._sequence.ask()
             self._points.append({d.name: suggest(trial, d) for d in self.space.dimensions})
         return self._points[position]
+
+
+def _rounded(point: Mapping[str, Value]) -> frozenset[tuple[str, Value]]:
+    """A point for comparing: a value with a step is not computed in the same way everywhere."""
+    return frozenset((k, float(f"{v:.12g}") if isinstance(v, float) else v)
+                     for k, v in point.items())  # fmt: skip
 
 
 @contextmanager
