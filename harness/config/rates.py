@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -230,11 +232,17 @@ def path_of(name: str) -> Path:
     return shipped if shipped.exists() and not own.exists() else own
 
 
+@lru_cache(maxsize=16)
+def _parsed(content: str) -> Any:
+    """A file's YAML by its text: parsing it takes longer than all else that a look-up does."""
+    return yaml.safe_load(content)
+
+
 def read(name: str) -> Rates:
     """The rates of a file of conf/rates, or of a path; raises ConfigError."""
     path = path_of(name)
     try:
-        loaded = yaml.safe_load(path.read_text("utf-8"))
+        loaded = deepcopy(_parsed(path.read_text("utf-8")))
         tuned = tuple(
             Tuned(
                 t["family"], t["targets"], t["rank"], t["scale"], dict(t["validation_nll"]),

@@ -109,13 +109,11 @@ def left_out(
     A key is left out if another method of the sweep has it, or else it is a mistake, which
     composing the job will find. The line is empty where nothing was left out.
     """
-    known: dict[tuple[str, ...], Chosen | None] = {}
-    chosen = []
-    for job in jobs:
-        deciding = tuple(text for text in job if key_of(text) in DECIDES)
-        if deciding not in known:
-            known[deciding] = chosen_by(deciding, compose)
-        chosen.append(known[deciding])
+    every = [tuple(text for text in job if key_of(text) in DECIDES) for job in jobs]
+    if len(set(every)) < 2:  # there is no other method that could have the key
+        return list(jobs), ""
+    known = {deciding: chosen_by(deciding, compose) for deciding in dict.fromkeys(every)}
+    chosen = [known[deciding] for deciding in every]
     found: list[tuple[list[str], Chosen | None, list[str]]] = [
         (job, both, of_method(job, *both) if both else [])
         for job, both in zip(jobs, chosen, strict=True)
