@@ -96,3 +96,33 @@ def test_the_page_quotes_the_recorded_replay():
         ahead = float(rows["random", steps]["regret"]) - float(rows["tpe", steps]["regret"])
         assert float(number) == pytest.approx(ahead, abs=1.01e-4)  # of means rounded to 1e-4
     assert f"a fifth of the steps ({rows['tpe + halving', '378']['regret']})" in page
+
+
+def test_the_page_quotes_the_replays_after_the_search_was_mended():
+    folder = REPOSITORY / "experiments" / "search"
+    page = (folder / "README.md").read_text("utf-8").split("## The same replays")[1]
+    found = {}
+    for name in ("replay-search_joint-untried.csv", "replay-untried.csv"):
+        with (folder / name).open(newline="", encoding="utf-8") as stream:
+            found[name] = {(row["plan"], row["steps"]): row for row in csv.DictReader(stream)}
+    rows, first = found["replay-search_joint-untried.csv"], found["replay-untried.csv"]
+    plans = list(dict.fromkeys(plan for plan, _ in rows))
+    for steps in dict.fromkeys(steps for _, steps in rows):
+        cells = [rows[plan, steps] for plan in plans]
+        numbers = " | ".join(f"{row['regret']} ± {row['standard_error']}" for row in cells)
+        assert f"| {steps} ({cells[0]['share']}) | {numbers} |" in page
+    page = " ".join(page.split())
+    half = {p: (float(rows[p, "972"]["regret"]), rows[p, "972"]["found_best"]) for p in plans}
+    assert min(half.values())[0] == half["tpe + halving"][0]
+    quoted = re.search(
+        r"best in (\d+) % of 100 searches, random candidates with halving in (\d+) %, TPE alone in "
+        r"(\d+) %, random candidates alone in (\d+) %",
+        page,
+    ).groups()
+    said = ("tpe + halving", "random + halving", "tpe", "random")
+    assert [int(q) for q in quoted] == [round(100 * float(half[p][1])) for p in said]
+    ahead = half["random"][0] - half["tpe + halving"][0]
+    assert f"{ahead:.4f} ± 0.0044 nats ahead" in page
+    tpe = first["tpe", "1600"]
+    assert f"in {round(100 * float(tpe['found_best']))} % instead of 56 %" in page
+    assert f"regret {float(tpe['regret']):.3f} instead" in page

@@ -3,6 +3,7 @@
     python experiments/search/replay.py                         # conf/rates/gpt2_mini_kjv.yaml
     python experiments/search/replay.py outputs/search_joint    # a folder of runs, with rungs
     python experiments/search/replay.py experiments/search/search_joint.csv    # the same, recorded
+    python experiments/search/replay.py … --to=replay-again.csv
 
 No run is trained: a candidate's validation nll is looked up, so that a search can be repeated under
 many seeds of its own. The seed of training is the grid's one, so that nothing here is said of how
@@ -11,8 +12,9 @@ a folder of runs has, and a file of rates has not. Of a file of rates what is se
 LoRA configurations and one of that configuration's own five rates, about which more was known
 beforehand than a search would know.
 
-Writes replay.csv (or replay-FOLDER.csv) beside this file, and prints it with paired comparisons; of
-a folder also FOLDER.csv, the grid by which the replay can be repeated without the runs.
+Writes replay.csv, replay-FOLDER.csv or what --to names beside this file, and prints it with
+paired comparisons. Of a folder it also writes FOLDER.csv, the grid by which the replay can be
+repeated without the runs.
 """
 
 from __future__ import annotations
@@ -226,6 +228,8 @@ def plans(table: Table) -> dict[str, tuple[str, tuple[int, ...], int]]:
 
 def main(arguments: Sequence[str]) -> None:
     """Replay every plan under every seed, and write what it found at equal steps."""
+    named = [a.removeprefix("--to=") for a in arguments if a.startswith("--to=")]
+    arguments = [a for a in arguments if not a.startswith("--to=")]
     table = read(arguments)
     end, last = table.end, table.rungs[-1]
     whole, lowest = len(end) * last, min(end.values())
@@ -251,7 +255,8 @@ def main(arguments: Sequence[str]) -> None:
                 "regret": f"{regret.mean():.4f}", "standard_error": f"{error:.4f}",
                 "median": f"{np.median(regret):.4f}", "found_best": f"{(regret == 0).mean():.2f}",
             })  # fmt: skip
-    target = HERE / ("replay.csv" if not arguments else f"replay-{table.name}.csv")
+    usual = "replay.csv" if not arguments else f"replay-{table.name}.csv"
+    target = HERE / (named[-1] if named else usual)
     with target.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
