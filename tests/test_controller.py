@@ -165,6 +165,7 @@ def test_files_that_are_no_run_are_not_cleared_away(harness, tmp_path):
     assert notes.read_text() == "mine"
 
 
+@pytest.mark.faults
 def test_a_kill_while_the_first_record_is_written_leaves_a_run_that_can_begin(harness, tmp_path):
     """Such a kill leaves config.yaml, command.txt and a part of result.json under another name."""
     run_dir = tmp_path / "outputs" / "scratch" / "mine"
@@ -443,6 +444,7 @@ def test_a_worker_that_is_killed_is_recorded(tmp_path):
     assert (result["status"], result["failure"]["class"]) == ("failed", "killed")
 
 
+@pytest.mark.faults
 def test_a_worker_does_not_outlive_its_controller(harness, tmp_path):
     long = [*QUICK, "train.steps=100000"]
     controller, _, pids = started(tmp_path, *long, until="metrics.jsonl")

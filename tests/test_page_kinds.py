@@ -227,7 +227,10 @@ def test_no_figure_of_rates_that_belong_to_configurations(pages):
     assert not [key for key in keys if key.startswith("swept")]
 
 
-@pytest.mark.parametrize("kind", ["warm_up", "sixty", "one", "grid", "searched", "anatomised"])
+SLOW_KINDS = [pytest.param(k, marks=pytest.mark.slow) for k in ("sixty", "searched", "anatomised")]
+
+
+@pytest.mark.parametrize("kind", ["warm_up", "one", "grid", *SLOW_KINDS])
 def test_no_labels_of_the_files_overlap(kind, pages, monkeypatch):
     """Tick labels, titles and the names of reference lines, as matplotlib places them."""
     import matplotlib.pyplot as plt

@@ -23,6 +23,7 @@ def run(make_run, tmp_path):
     return make_run(*CONFIG, f"outputs_dir={tmp_path}", "run_name=paused")
 
 
+@pytest.mark.slow
 def test_a_run_paused_at_two_rungs_equals_an_unbroken_one_bit_for_bit(run):
     for rung, resumed in ((4, []), (8, [4])):
         paused = launcher.launch(at(run, rung), "test", sweep=True)

@@ -221,6 +221,7 @@ def test_a_damaged_checkpoint_is_passed_over(undisturbed, tmp_path, seed):
     assert "is damaged, the one before is used" in (run.run_dir / "log.txt").read_text()
 
 
+@pytest.mark.faults
 def test_with_every_checkpoint_damaged_the_run_begins_again(undisturbed, tmp_path):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     assert finish(start(run, deadly="_generators", number=4)) == -signal.SIGKILL
@@ -232,7 +233,9 @@ def test_with_every_checkpoint_damaged_the_run_begins_again(undisturbed, tmp_pat
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
+)
 def test_an_order_to_stop_says_resume_me(undisturbed, tmp_path, number):
     run, expected = disturbed(undisturbed, tmp_path), undisturbed[1]
     process = start(run)

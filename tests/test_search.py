@@ -101,6 +101,7 @@ def test_the_best_is_a_file_that_runs_as_it_is(undisturbed, monkeypatch):
     assert seeds == 3
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_nothing_and_another_is_refused(undisturbed):
     folder, _ = undisturbed
     before = taken(folder)

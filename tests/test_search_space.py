@@ -348,6 +348,7 @@ def test_tpe_finds_a_planted_optimum_sooner_than_random(tmp_path):
 # --------------------------------------------------------------------------- what comes out
 
 
+@pytest.mark.slow
 def test_importance_is_of_the_key_that_matters():
     space = search_space.read({"a": "interval(0,1)", "b": "interval(0,1)", "c": "x,y"})
     chance = random.Random(0)

@@ -146,6 +146,7 @@ def test_thirty_runs_are_thirty_runs_and_a_summary(tmp_path, capsys):
     assert sum(map(len, read(folder).values())) == 31
 
 
+@pytest.mark.faults
 def test_several_trackers_follow_a_run_that_is_cut_and_goes_on(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -101,6 +101,7 @@ def test_an_interval_grows_where_the_best_is_at_its_end(tmp_path):
     assert taken(tmp_path) == before and trials(tmp_path) == rows
 
 
+@pytest.mark.slow
 def test_the_best_is_that_of_the_mean_over_seeds(tmp_path):
     command = ["search", "method.r=8,64", "train.lr=7e-3,1e-2,1e-4", "search.sampler=grid",
                "search.rungs=[4]", "search.seeds=[7,13]", *BASIC]  # fmt: skip
@@ -120,6 +121,7 @@ def test_the_best_is_that_of_the_mean_over_seeds(tmp_path):
         assert run_record.read(tmp_path / "outputs/x" / name)["status"] == "paused"
 
 
+@pytest.mark.slow
 def test_the_short_form_and_hyperband(tmp_path):
     command = ["-m", "search=hyperband", "train.lr=tag(log,interval(1e-4,1e-1))",
                "train.steps=9", "evaluate.every=1", "experiment_name=x"]  # fmt: skip
