@@ -111,7 +111,7 @@ def test_a_metric_that_is_no_share_has_no_interval_and_no_rank(tmp_path):
     assert found.items is None and found.ranked[0].interval is None
     assert found.ranked[0].result.task == "cats"
     headings = peft_page.sheet(found).headings
-    assert "95 %" not in headings and "rank" not in headings
+    assert "95 %" not in headings and "place" not in headings
     assert "no row can be told apart" in peft_results.answer(found)
     with pytest.raises(ConfigError, match="--items: test dino_similarity is no share of items"):
         peft_results.read(folder, 100)

@@ -85,7 +85,7 @@ def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) 
         )  # fmt: skip
         if len(test.ranks) > 1:
             why = "the places that a row may have, by paired tests"
-            add(PLACES, Number("rank", str, 30, why), [_places(test, row) for row in rows])
+            add(PLACES, Number("place", str, 30, why), [_places(test, row) for row in rows])
     for key, label in OF_STARTS.items():
         if any(row.values[key] is not None for row in rows):
             why = "of training text that was read before step 0, which training's cost includes"

@@ -44,7 +44,7 @@ def sheet(found: Comparison) -> Sheet:
         Column("parameters.trainable_percent", "%", keep=45, why="of all parameters"),
         Column(VALUE, first.metric.removeprefix("test "), why=first.metric),
         Column(INTERVAL, "95 %", why="interval over the test items"),
-        Column(PLACES, "rank", why="the places that a row may have, by tests of all pairs"),
+        Column(PLACES, "place", why="the places that a row may have, by tests of all pairs"),
         Column(
             FORGETTING, "forgot", keep=25, why="nats per token of other text, after less before"
         ),

@@ -192,7 +192,7 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> Sheet:
     count = next(iter(on.intervals.values())).num_documents
     columns = [
         CONFIGURATION, Column("before", "before", keep=20), Column("after", "after"),
-        Column("interval", "95 %", keep=10), Column("rank", "rank", keep=30),
+        Column("interval", "95 %", keep=10), Column("rank", "place", keep=30),
         Column("forgotten", "nats forgotten"), Column("of", "95 % of these", keep=15),
         Column("holm", "p (Holm)", keep=25),
     ]  # fmt: skip
