@@ -14,7 +14,7 @@ from harness.config.schema import METHODS
 from harness.config.search_space import Dimension
 from harness.runs import halving, search_limits, study
 from harness.runs.search_results import pareto
-from harness.runs.search_state import end_of, lowest
+from harness.runs.search_state import end_of, lowest, outermost
 
 
 def method_of(overrides):
@@ -392,6 +392,23 @@ def test_importance_is_of_the_key_that_matters():
 )
 def test_a_best_at_an_end_is_seen(dimension, value, end):
     assert end_of(dimension, value) == end
+
+
+@pytest.mark.parametrize(
+    ("text", "best", "end"),
+    [
+        ("interval(0,10)", 8.0, "upper"), ("interval(0,10)", 2.0, "lower"),
+        ("interval(0,10)", 5.0, None), ("lora,full,udv", "full", None), ("1,8,64", "64", None),
+    ],
+)  # fmt: skip
+def test_the_outermost_that_was_tried_is_of_an_interval(text, best, end):
+    space = search_space.read({"k": text})
+    values = space.dimensions[0].choices or (2.0, 5.0, 8.0)
+    candidates = [
+        study.Candidate(n, (), str(n), 0, 3, {"k": value}, "complete", {}, ())
+        for n, value in enumerate(values)
+    ]
+    assert outermost(space.dimensions[0], best, candidates) == end
 
 
 def test_the_pareto_front_is_what_nothing_beats():

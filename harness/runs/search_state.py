@@ -333,8 +333,10 @@ def lowest(rows: Sequence[Mapping[str, Any]], step: int) -> float:
 
 def outermost(dimension: Dimension, value: Any, candidates: Sequence[Candidate]) -> str | None:
     """Whether a value of an interval is the "lower" or "upper" most of all that were tried."""
+    if dimension.choices:
+        return None
     tried = [float(c.params[dimension.name]) for c in candidates if dimension.name in c.params]
-    if dimension.choices or len(set(tried)) < 3:
+    if len(set(tried)) < 3:
         return None
     at = float(value)
     return "lower" if at == min(tried) else "upper" if at == max(tried) else None
