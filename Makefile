@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 EXPERIMENT ?= main
 
 .DEFAULT_GOAL := help
-.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-faults test-launchers test-peft test-quantised test-stats test-oldest test-newest lint bench gpt2_mini clean
+.PHONY: help setup experiment claims tune report wandb-sync verify-published verify-recorded test test-fast test-faults test-launchers test-peft test-quantised test-stats test-oldest test-newest lint bench gpt2_mini clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,17 @@ verify-recorded: setup ## recorded experiments run again, beside the record (ONL
 
 test: setup ## run the tests (about 10 minutes)
 	$(RUN) -m pytest --numprocesses 2 --dist worksteal
+
+# Some of every part: configs, counts, data, training, methods, statistics and tables. Left out are
+# tests over every experiment or every size of GPT-2, long simulations, and single tests of seconds.
+FAST := tests/test_config.py tests/test_count.py tests/test_data.py tests/test_loss.py tests/test_evaluate.py tests/test_train.py tests/test_decision.py tests/test_stats.py tests/test_ranking.py tests/test_columns.py tests/methods/test_methods.py tests/methods/test_lora_layer.py tests/methods/test_udv.py
+LONGER := test_config.py::test_every_ test_config.py::test_the_name_tells_runs_apart test_config.py::test_the_identity_leaves_out \
+  test_count.py::test_diagonals_count test_count.py::test_lora_counts_are_the_published_ones test_count.py::test_the_command_prints \
+  test_stats.py::test_intervals_tests_and_families test_stats.py::test_a_true_null_is_rejected \
+  test_columns.py::test_a_column_is_on_the_terminal methods/test_methods.py::test_every_method_can_be_checked
+
+test-fast: setup ## the quickest broad answer (under a minute)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(FAST) $(LONGER:%=--deselect tests/%)
 
 test-faults: setup ## kills, damage, ranks and all that takes long (about 20 minutes)
 	$(RUN) -m pytest -m "faults or slow"
