@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from harness.config.paths import ASSETS_DIR, CONF_DIR, REPOSITORY
 from harness.config.run_config import RunConfig
+from harness.config.schema import DataConfig
+from harness.data.token_data import Data
 from harness.methods.svd import CACHE_ENV
 from harness.methods.udv import UDVLinear
 from harness.results import run_record, schema
@@ -58,9 +61,28 @@ def tiny() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
+@pytest.fixture
+def text() -> Data:
+    """Ten blocks of 16 random tokens to train the tiny model on."""
+    torch.manual_seed(1)
+    rows = torch.randint(1, 64, (10, 17)).tolist()
+    return Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False, "")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> DataConfig:
+    """Twelve short stories, one file each, which a tenth of are validation, and a tenth test."""
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 20)
+    return DataConfig(
+        "mine", "text_files", path=str(tmp_path / "*.txt"), context=32, validation_share=0.1,
+        test_share=0.1, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -148,3 +170,13 @@ def same_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser for the tests of a module: see page_in_browser.py."""
+    import page_in_browser
+
+    driver = page_in_browser.start()
+    yield driver
+    driver.quit()

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora import intruders as peft_intruders
+from planted_updates import drawn, moved, pair_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.artifacts.anatomy import functions, settings, spectra, survey, updates
@@ -24,27 +25,8 @@ def orthonormal(rows, columns, seed=0):
     return torch.linalg.qr(torch.randn(rows, columns, generator=draw, dtype=torch.float64))[0]
 
 
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def pair_of(base, adapted):
-    dtypes = {n: p.dtype for n, p in base.named_parameters(remove_duplicate=False)}
-    return updates.Pair(copy.deepcopy(base).float(), copy.deepcopy(adapted).float(), dtypes)
-
-
 def changes(base, adapted):
     return {update.name: update for update in updates.changed(pair_of(base, adapted))}
-
-
-def moved(model, *names, scale=0.05):
-    """A copy of `model` in which the parameters with these names, or all, are other numbers."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for i, (name, parameter) in enumerate(model.named_parameters()):
-            if not names or name in names:
-                parameter += scale * drawn(*parameter.shape, seed=i).to(parameter.dtype)
-    return model
 
 
 # ----------------------------------------------------------------------------- one matrix

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_export import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
+from trained_kinds import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
 from transformers import AutoModelForCausalLM
 
 from harness.artifacts import compress, interpolate

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_report import edit, one, put, ratio
+from synthetic_runs import edit, one, put, ratio
 
 from harness.config.paths import REPOSITORY
 from harness.report import answer, choices, evidence, figures, files, setting, summary, table

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_report import put
+from synthetic_runs import put
 
 import harness
 from harness import collect, compose, plan, run, sweep

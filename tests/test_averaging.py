@@ -7,14 +7,14 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from cut_runs import CONFIG, finish, outcome, start
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from harness.config import naming
 from harness.config.errors import ConfigError
-from harness.data.token_data import Data, batch_of, block_order
+from harness.data.token_data import batch_of, block_order
 from harness.methods import adapt
 from harness.models.loss import NextToken
 from harness.results import run_record
@@ -24,13 +24,6 @@ from harness.training.averaging import Average
 from harness.training.neftune import Noise
 
 BLOCKS, STEPS, LR, DECAY = 10, 12, 1e-2, 0.8
-
-
-@pytest.fixture
-def text():
-    torch.manual_seed(1)
-    rows = torch.randint(1, 64, (BLOCKS, 17)).tolist()
-    return Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False, "")
 
 
 def config(make_run, *overrides):
@@ -225,8 +218,6 @@ def test_no_average_is_the_run_that_it_was(make_run):
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_with_its_average_and_noise(make_run, tmp_path):
     """Through worker and disk; what is saved is the average, and its bytes are predicted."""
-    from test_resume import CONFIG, finish, outcome, start
-
     run = make_run(*CONFIG, "train.ema=0.7", "train.neftune_alpha=5",
                    f"outputs_dir={tmp_path}", "run_name=whole")  # fmt: skip
     cut = dataclasses.replace(run, run_name="cut")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import binomtest
-from test_report import put
+from synthetic_runs import put
 from transformers import AutoModelForCausalLM
 
 from harness.config import naming

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
-from test_report import put
+from synthetic_runs import put
 
 from harness.config.errors import ConfigError
 from harness.report import (

@@ -7,7 +7,7 @@ import pandas as pd
 import peft
 import pytest
 import torch
-from test_anatomy import moved, pair_of
+from planted_updates import moved, pair_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.artifacts import compress, interpolate

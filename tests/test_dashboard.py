@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_report import put
+from synthetic_runs import put
 
 from harness.report import dashboard
 from harness.report.axes import CATEGORIES, COLORS, TRACKED

@@ -6,16 +6,6 @@ from harness.config.schema import DataConfig
 from harness.data import documents, token_cache, token_data
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    for i in range(12):
-        (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 20)
-    return DataConfig(
-        "mine", "text_files", path=str(tmp_path / "*.txt"), context=32, validation_share=0.1,
-        test_share=0.1, cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
-
-
 def test_blocks_are_the_joined_documents_cut_up_with_one_shared_id(corpus, tokenizer):
     text = token_data.prepare(corpus, tokenizer)
     stream = []

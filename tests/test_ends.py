@@ -4,7 +4,7 @@ import math
 
 import pytest
 from conftest import SHORT
-from test_train import config, run_loop, text  # noqa: F401 - text is a fixture
+from short_training import config, run_loop
 
 from harness.config import ending, naming
 from harness.config.errors import ConfigError
@@ -34,7 +34,7 @@ def test_patience_runs_out_where_it_says(patience, min_delta, validations, step)
     assert (ended[0] if ended else None) == step
 
 
-def test_training_ends_at_the_validation_that_exhausts_patience(tiny, make_run, text, tmp_path):  # noqa: F811
+def test_training_ends_at_the_validation_that_exhausts_patience(tiny, make_run, text, tmp_path):
     run = config(make_run, "method=full", "train.early_stopping.patience=2")
     nlls = iter([9.0, 3.0, 3.5, 3.4, 1.0])
     done, rows, saved = run_loop(adapt(tiny, run), text, run, tmp_path, lambda: next(nlls))
@@ -49,7 +49,7 @@ def test_training_ends_at_the_validation_that_exhausts_patience(tiny, make_run, 
 def test_seconds_are_a_cap_and_validation_is_read_where_it_ends(
     tiny,
     make_run,
-    text,  # noqa: F811
+    text,
     tmp_path,
     monkeypatch,
 ):

@@ -5,36 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from scored_documents import documents
 from transformers import AutoConfig
 
 from harness.evaluation import sliding_window
 from harness.models.loss import NextToken
-
-
-def documents(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    tokens = [rng.integers(1, 64, n).tolist() for n in lengths]
-    return Dataset.from_dict(
-        {
-            "id": [str(i) for i in range(len(lengths))],
-            "tokens": tokens,
-            "num_words": [max(1, n // 2) for n in lengths],
-            "num_bytes": [3 * n + 1 for n in lengths],
-        }
-    ).with_format("numpy")
-
-
-class Rank:
-    """Of two ranks one, as the evaluation sees it."""
-
-    num_processes = 2
-
-    def __init__(self, index):
-        self.process_index = index
-
-    def reduce(self, values, _):
-        return values
 
 
 def nll_of(model, docs, context, stride, batch_tokens=64):

@@ -20,6 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
+from trained_kinds import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from harness.artifacts import export
@@ -31,16 +32,6 @@ from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
 from harness.results import run_record
 from harness.runs import finished_run as saved
 
-LORA = ("method=lora", "method.r=4", "train.lr=0.02")
-QV = ("method=lora_paper", "train.lr=0.02")
-FULL = ("method=full", "train.lr=0.002", "model.dropout=0.1")
-UDV = ("method=udv", "train.lr=0.3")
-TRUNCATE = ("method=truncate", "method.rank=0.9")
-PROMPTS = (
-    "method=peft", "method.peft_type=PROMPT_TUNING", "+method.fields.num_virtual_tokens=4",
-    "train.lr=0.05",
-)  # fmt: skip
-NONE = ("method=none",)
 EXPORTS = {  # name -> run, --merge
     "lora": (LORA, False),
     "lora-merged": (LORA, True),

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from test_report import put
+from synthetic_runs import put
 
 from harness.config.paths import REPOSITORY
 from harness.report import anatomy, compression

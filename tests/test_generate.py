@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from rich.console import Console
-from test_export import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
+from trained_kinds import FULL, LORA, NONE, PROMPTS, QV, TRUNCATE, UDV
 from transformers import AutoModelForCausalLM
 
 from harness.artifacts import sample

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import SHORT
-from test_plan import UDV, measured
+from measured_step import UDV, measured
 
 from harness import methods
 from harness.data import token_data, token_tables

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from scipy import stats as scipy_stats
-from test_export import FULL, NONE, PROMPTS
+from trained_kinds import FULL, NONE, PROMPTS
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from harness.config import naming

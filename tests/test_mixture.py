@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pandas as pd
 import pytest
-from test_resume import finish, start
+from cut_runs import finish, start
 
 from harness.config import naming
 from harness.config.errors import ConfigError

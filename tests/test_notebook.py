@@ -5,7 +5,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from test_report import put
+from synthetic_runs import put
 
 import harness
 from harness import compose, plan, sweep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from test_report import put
+from synthetic_runs import put
 
 from harness.config.paths import PACKAGE
 from harness.report import choices, columns, evidence, figures, page, summary

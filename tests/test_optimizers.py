@@ -10,19 +10,20 @@ import itertools
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from cut_runs import finish, outcome, start
 from peft.optimizers import (
     create_lorafa_optimizer,
     create_loraplus_optimizer,
     create_riemannian_optimizer,
 )
 from schedulefree import AdamWScheduleFree
+from synthetic_runs import edit, put
 
 from harness.config import optimizers as schemas
 from harness.config.errors import ConfigError
 from harness.config.paths import options
 from harness.config.schema import TrainConfig
-from harness.data.token_data import Data, batch_of, block_order
+from harness.data.token_data import batch_of, block_order
 from harness.methods import adapt
 from harness.models.loss import NextToken
 from harness.results import run_record
@@ -43,13 +44,6 @@ ALL = [  # optimizer, method, further keys
     pytest.param("adamw_8bit", "full", (), marks=pytest.mark.quantised),
 ]
 IDS = [f"{one.values[0]}" if hasattr(one, "values") else f"{one[0]}-{one[1]}" for one in ALL]
-
-
-@pytest.fixture
-def text():
-    torch.manual_seed(1)
-    rows = torch.randint(1, 64, (BLOCKS, 17)).tolist()
-    return Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False, "")
 
 
 def config(make_run, name, *overrides):
@@ -383,8 +377,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(make_run, tmp_path, nam
     import dataclasses
     import signal
 
-    from test_resume import finish, outcome, start
-
     also = "evaluate.also={more: {source: docstrings, packages: [tqdm], test_share: 0.1}}"
     run = make_run(*SHORT, f"optimizer={name}", also, f"outputs_dir={tmp_path}", "run_name=whole")
     cut = dataclasses.replace(run, run_name="cut")
@@ -404,8 +396,6 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(make_run, tmp_path, nam
 
 def test_a_table_has_the_optimizer_and_its_fields_where_rows_differ_in_them(tmp_path):
     """A record from before there was a choice is AdamW's."""
-    from test_report import edit, put
-
     from harness.report import columns, table
 
     def with_optimizer(**own):

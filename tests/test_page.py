@@ -3,28 +3,22 @@
 import base64
 import csv
 import json
-import shutil
 import time
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from page_in_browser import BROWSER, DRIVER, column, scheme, size, wait
 from PIL import Image
 from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
-from test_report import put
+from synthetic_runs import put
 
 from harness.report import evidence, files, page
 from harness.report.__main__ import main
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver")
 EVIL = "<script>window.evil=1</script>\"'&"
 
@@ -50,18 +44,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def browser():
-    options = Options()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def opened(browser, folder):
     """The page at 1440 pixels in light; fails on a word of the console or a request elsewhere."""
@@ -83,31 +65,6 @@ def opened(browser, folder):
         == "Network.requestWillBeSent"
     ]
     assert not [url for url in asked if not url.startswith(("file://", "data:", "blob:"))]
-
-
-def size(browser, width):
-    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def scheme(browser, name):
-    features = [{"name": "prefers-color-scheme", "value": name}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-def wait(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "the page is not what it should be"
-        time.sleep(0.05)
-    return found
-
-
-def column(browser, name):
-    headings = [th.text for th in browser.find_elements(By.CSS_SELECTOR, "#results thead th")]
-    at = [heading.split(" ▲")[0].split(" ▼")[0] for heading in headings].index(name)
-    rows = browser.find_elements(By.CSS_SELECTOR, "#results tbody tr:not([hidden])")
-    return [row.find_elements(By.TAG_NAME, "td")[at].text for row in rows]
 
 
 def heading(browser, name):

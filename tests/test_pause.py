@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_resume import CONFIG, outcome
+from cut_runs import CONFIG, outcome
 
 from harness.config import naming
 from harness.config.errors import ConfigError

@@ -8,7 +8,7 @@ import json
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
-from test_report import put
+from synthetic_runs import put
 
 from harness.config.errors import ConfigError
 from harness.report import peft_export, peft_page, peft_results

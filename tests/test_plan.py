@@ -1,7 +1,6 @@
 """What is predicted from fake tensors against what a real step of the same run takes."""
 
 import dataclasses
-import functools
 import itertools
 import json
 
@@ -9,19 +8,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from measured_step import UDV, measured
 
-from harness import compose, methods
+from harness import compose
 from harness import plan as harness_plan
 from harness.commands import plan
 from harness.config.errors import ConfigError
 from harness.config.optimizers import OPTIMIZERS
-from harness.data import documents, token_data
-from harness.methods import adalora
+from harness.data import documents
 from harness.models import pretrained
-from harness.models.loss import NextToken
 from harness.results import run_record
 from harness.runs import composition, estimate
-from harness.training import loop, memory, optimizers
+from harness.training import memory
 
 TINY = [
     "model=gpt2_mini_init", "model.architecture.n_embd=64", "model.architecture.n_layer=3",
@@ -33,7 +31,6 @@ WIDE = [
     "model.architecture.n_embd=768", "model.architecture.n_head=12", "model.architecture.n_layer=2",
     "model.architecture.vocab_size=50257", "train.batch_tokens=128",
 ]  # fmt: skip
-UDV = ["method=udv", "method.rank=16"]
 followed = estimate._followed
 # methods x targets x batch x length x precision x checkpointing x accumulation
 CONFIGURATIONS = [
@@ -90,56 +87,6 @@ def accelerator(run):
     return Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[run.train.precision], cpu=True
     )
-
-
-def measured(run, config, accelerate, evaluated=None):
-    """Real tensors, the worker's order of events: the second step or the only one, evaluation."""
-    torch.manual_seed(0)
-    model = methods.adapt(pretrained.load_model(run, config), run)
-    pretrained.checkpoint_activations(model, run.train)
-    frozen = not any(p.requires_grad for p in model.parameters())
-    prepared = accelerate.prepare_model(
-        NextToken(model, run.train.label_smoothing), evaluation_mode=frozen
-    )
-    report, on_evaluation = {}, {}
-
-    def evaluate(optimizer):
-        context = run.evaluation_context
-        tokens = run.evaluate.batch_tokens or estimate.evaluate.batch_tokens(config)
-        shape = evaluated or (max(1, tokens // context), context)
-        ids = torch.randint(0, config.vocab_size, shape)
-        ids = ids.to(accelerate.device)
-        with (
-            optimizers.evaluation(optimizer),
-            torch.no_grad(),
-            memory.measured(model, optimizer, on_evaluation),
-        ):
-            prepared.eval()(ids, ids)
-
-    if frozen or not run.train.steps:
-        evaluate(None)
-        return on_evaluation, on_evaluation
-    optimizer = accelerate.prepare_optimizer(
-        optimizers.make_optimizer(model, run.train, run.optimizer)
-    )
-    prepared.train()
-    optimizers.start(optimizer)
-    shape = (run.train.micro_batch, run.data.context)
-    number = run.train.batch_tokens // (shape[0] * shape[1])
-    for step in range(min(run.train.steps, 2)):
-        report.clear()
-        with memory.measured(model, optimizer, report):
-            ids = [torch.randint(0, config.vocab_size, shape) for _ in range(number)]
-            packed = run.data.source == "pairs" and run.data.packing == "packed"
-            positions = torch.arange(shape[1]).expand(shape) if packed else None
-            batches = [token_data.Batch(block, block, positions) for block in ids]
-            penalty = methods.penalty(model, run)
-            loop.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
-            after_step = adalora.after_step(model, run)
-            stepped = after_step and functools.partial(after_step, step)
-            loop.apply(model, optimizer, accelerate, run.train, stepped)
-    evaluate(optimizer)
-    return report, on_evaluation
 
 
 @pytest.mark.parametrize("overrides", CONFIGURATIONS, ids=lambda o: " ".join(o[-3:]))

@@ -7,14 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from test_evaluate import documents as some_documents
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from bos_tokenizer import with_bos
+from scored_documents import documents as some_documents
 
 from harness.artifacts import sample
 from harness.config.errors import ConfigError
 from harness.config.naming import identity
-from harness.config.paths import ASSETS_DIR
 from harness.config.schema import DataConfig
 from harness.data import documents, pairs, sequences, token_data
 from harness.evaluation import prefix, sliding_window
@@ -24,17 +22,6 @@ from harness.report.stats import check
 from harness.results import run_record
 from harness.runs import worker
 from harness.runs.launcher import difference, is_same, prepare
-
-
-def with_bos(*, adds=True):
-    """gpt2_mini's tokenizer with a BOS of its own, which it puts in front of a text as Llama's."""
-    made = AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
-    made.bos_token = "~"
-    if adds:
-        made.backend_tokenizer.post_processor = TemplateProcessing(
-            single="~ $A", pair="~ $A ~ $B", special_tokens=[("~", made.bos_token_id)]
-        )
-    return made
 
 
 @pytest.mark.parametrize(
@@ -63,16 +50,6 @@ def test_gpt2_keeps_its_end_of_text_token_and_its_runs_their_identity(tokenizer,
         make_run("evaluate.prefix=cls")
     names = {identity(make_run(*asked)) for asked in ([], ["evaluate.prefix=auto"])}
     assert len(names) == 1 and identity(make_run("evaluate.prefix=none")) not in names
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    for i in range(12):
-        (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 20)
-    return DataConfig(
-        "mine", "text_files", path=str(tmp_path / "*.txt"), context=32, validation_share=0.1,
-        test_share=0.1, cache_dir=str(tmp_path / "cache"),
-    )  # fmt: skip
 
 
 def test_training_sees_what_evaluation_gives(corpus):

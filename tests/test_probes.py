@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from test_evaluate import documents
+from scored_documents import documents
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.config.errors import ConfigError

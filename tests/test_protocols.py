@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bos_tokenizer import with_bos
 from datasets import Dataset
 from omegaconf import OmegaConf
-from test_evaluate import Rank
-from test_prefix import with_bos
+from scored_documents import Rank
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from wikitext_pages import PAGES, rows_of
 
 from harness.config.errors import ConfigError
 from harness.config.naming import identity, run_name
@@ -27,27 +28,6 @@ from harness.evaluation import protocols, sliding_window
 from harness.models.loss import NextToken
 from harness.results import run_record
 
-# A line of WikiText is between spaces, and a blank one is a space.
-LINES = [
-    "",
-    "= Old Mill Road =",
-    "",
-    'Old Mill Road ( also the " Mill Way " ) is a 12 @.@ 5 @-@ mile lane in the north , built in',
-    "1893 for 1 @,@ 200 crowns . The town 's council , led by J. H. Adams , widened it ; it",
-    "wasn 't closed : the players ' wagons went on . It is 40 ° C there in summer !",
-    "",
-    "= = History = =",
-    "",
-    'The lane [ sic ] had " no name " until 1901 . Who paid $ 30 ? The U.S. Army did , 5 % .',
-    "= = = Later years = = =",
-    "",
-    "A naïve façade – it stands .",
-    "",
-    "= Second page =",
-    "",
-    "Its one line is here ...",
-]
-PAGES = "".join(f" {line} \n" if line else " \n" for line in LINES)
 STRIDES = [64, 32, 13, 5]
 
 
@@ -59,11 +39,6 @@ def rows() -> list[str]:
     lines = [f" {line} " for text in chapters for line in text.split("\n") if line]
     text = "\n".join([PAGES.removesuffix("\n"), " ", " = Chapters = ", " ", *lines, " ", ""])
     return rows_of(text)
-
-
-def rows_of(text: str) -> list[str]:
-    """What the data set's script makes of a file: its lines with their ends, "" for blank ones."""
-    return [line if line.strip() else "" for line in text.splitlines(keepends=True)]
 
 
 @pytest.fixture(scope="module")

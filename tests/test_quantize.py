@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from scored_documents import nats
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -225,8 +226,6 @@ def test_a_run_says_what_quantising_and_merging_have_cost(harness, tmp_path):
     texts = dict(documents.read(run.data, ("validation",))["validation"])
 
     def perplexity(model):
-        from test_resume import nats
-
         tokens = AutoTokenizer.from_pretrained(MINI)
         count = sum(len(tokens(texts[name])["input_ids"]) for name in ids)
         return math.exp(sum(nats(model.eval(), texts, ids)) / count)

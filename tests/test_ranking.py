@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
-from test_stats import simulate
+from simulated_evaluations import simulate
 
 from harness.config.errors import ConfigError
 from harness.report import ranking, stats

@@ -2,37 +2,27 @@
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from test_evaluate import documents
-from test_protocols import PAGES
+from scored_documents import documents
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import SAME, metrics, ranks_of, start, started
+from wikitext_pages import PAGES
 
-from harness.config.paths import CONF_DIR, REPOSITORY
+from harness.config.paths import CONF_DIR
 from harness.evaluation import ranks, sliding_window
 from harness.models.loss import NextToken
 from harness.results import run_record
 from harness.runs import launcher
 
-SAME = [
-    "train.steps=4", "evaluate.every=2", "data.validation_share=0.003", "data.test_share=0.003",
-    "data.context=64", "train.batch_tokens=512", "train.micro_batch=2", "train.threads=1",
-]  # fmt: skip
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.launch",
     "--config_file", str(CONF_DIR / "accelerate" / "cpu.yaml"), "--main_process_port", "0",
 ]  # fmt: skip
-
-
-def metrics(tmp_path, name):
-    rows = run_record.read_metrics(tmp_path / "outputs" / "scratch" / name)
-    return [{k: v for k, v in row.items() if k != "train/step_seconds"} for row in rows]
 
 
 UDV = ["method=udv", "method.train=udv", "method.rank=16", "method.orthogonality=0.1"]
@@ -57,13 +47,6 @@ def test_two_ranks_take_the_steps_of_one(harness, tmp_path, method):
     assert processes == {"one": 1, "two": 2}
     nlls = [result["quality"]["test"]["nll_nats"] for result in runs.values()]
     assert nlls[0] == pytest.approx(nlls[1], rel=1e-5)
-
-
-def start(tmp_path, *command):
-    return subprocess.Popen(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
 
 @pytest.mark.faults
@@ -97,29 +80,6 @@ def test_a_rank_that_is_faster_than_the_first_is_no_other_run(tmp_path, make_run
     assert log.read_text() == "begun"
     (run.run_dir / "mine.txt").write_text("kept")
     assert launcher._found(run, None).other_files
-
-
-def ranks_of(folder):
-    """Process ids of the ranks that work in a run's folder."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as stream:
-                words = stream.read().split(b"\0")
-        except OSError:
-            continue
-        if b"harness.runs.worker" in words and str(folder).encode() in words:
-            found.append(int(pid))
-    return sorted(found)
-
-
-def started(tmp_path, run_dir, steps, *arguments):
-    """The program as a process of its own, whose run has taken so many steps."""
-    controller = start(tmp_path, sys.executable, "-m", "harness", *arguments)
-    while run_record.last_metrics(run_dir).get("step", 0) < steps:
-        assert controller.poll() is None, controller.communicate()
-        time.sleep(0.01)
-    return controller
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Runs that are cut at any moment go on to the same final numbers, bit for bit."""
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import signal
@@ -12,8 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from cut_runs import CONFIG, finish, outcome, start
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from scored_documents import nats
+from transformers import AutoModelForCausalLM
 
 from harness.config.paths import ASSETS_DIR
 from harness.data import documents
@@ -21,64 +22,6 @@ from harness.results import run_record
 from harness.runs import launcher, worker
 from harness.system.signals import Stop
 from harness.training import checkpoint
-
-# Dropout, so that the generators matter; validation at its best before the end, and not at it.
-CONFIG = [
-    "method=lora", "method.r=2", "method.dropout=0.1", "train.steps=12", "evaluate.every=4",
-    "train.checkpoint_every=2", "train.lr=0.03", "train.schedule=constant",
-    "data.validation_share=0.003", "data.test_share=0.003", "data.context=32",
-    "train.batch_tokens=128", "train.micro_batch=2", "train.threads=1",
-    # Two or three source files of a small package, as a further text.
-    "evaluate.also={more: {source: docstrings, packages: [tqdm], test_share: 0.1}}",
-]  # fmt: skip
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["harness.runs.worker"])
-
-
-def _worker(run_dir, deadly, number):
-    """Do the run; at the `number`-th call of `deadly` in `checkpoint` die by SIGKILL."""
-    calls = 0
-    if deadly:
-        owners = {"fsync": os, "clear": run_record}
-        owner, name = owners.get(deadly, checkpoint), deadly
-        original = getattr(owner, name)
-
-        def die(*arguments, **named):
-            nonlocal calls
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **named)
-
-        setattr(owner, name, die)
-    raise SystemExit(worker.main(run_dir, quiet=True))
-
-
-def start(run, *, deadly="", number=0, micro_batch=None):
-    go_on = run_record.can_resume(run.run_dir)
-    launcher.prepare(run, "test", go_on=go_on, micro_batch=micro_batch)
-    process = FORK.Process(target=_worker, args=(run.run_dir, deadly, number))
-    process.start()
-    return process
-
-
-def finish(process):
-    process.join(120)
-    return process.exitcode
-
-
-def outcome(run_dir):
-    """All that must not depend on how often the run was cut."""
-    result = run_record.read(run_dir)
-    assert result["status"] == "finished", result
-    rows = [
-        {key: value for key, value in row.items() if key != "train/step_seconds"}
-        for row in run_record.read_metrics(run_dir)
-    ]
-    adapter = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
-    names = ("validation", "test", "more-before", "more")
-    tables = [pd.read_parquet(run_dir / f"documents-{name}.parquet") for name in names]
-    return result["quality"], rows, adapter, [t.nll_nats.tolist() for t in tables]
 
 
 @pytest.fixture(scope="module")
@@ -127,24 +70,6 @@ def test_a_further_text_is_evaluated_before_and_after(undisturbed):
         step: pytest.approx(table.nll_nats.sum() / table.num_tokens.sum())
         for step, table in ((0, before), (12, after))
     }
-
-
-def nats(model, texts, ids):
-    """Nats of documents by transformers' own loss, window by window, 32 of context."""
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS_DIR / "gpt2_mini")
-    sums = []
-    for name in ids:
-        tokens = [tokenizer.eos_token_id, *tokenizer(texts[name])["input_ids"]]
-        total = 0.0
-        for scored in range(1, len(tokens), 32):  # windows that do not overlap, but for the last
-            end = min(scored + 32, len(tokens))
-            window = torch.tensor([tokens[max(0, end - 33) : end]])
-            labels = window.clone()
-            labels[0, : window.shape[1] - (end - scored)] = -100
-            with torch.no_grad():
-                total += model(input_ids=window, labels=labels).loss.item() * (end - scored)
-        sums.append(total)
-    return sums
 
 
 def disturbed(undisturbed, tmp_path):

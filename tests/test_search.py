@@ -7,57 +7,18 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import stub_search
 import yaml
 from conftest import SHORT
+from stub_searches import SEARCH, finish, several, start, taken, trials
 
 from harness.config import naming, rates
-from harness.config.paths import REPOSITORY
 from harness.results import run_record
 from harness.runs.overrides import compose
-
-STUB = Path(__file__).with_name("stub_search.py")
-SEARCH = [
-    "search", "train.lr=tag(log,interval(1e-4,1e-1))", "method.r=1,8,64", "search.trials=12",
-    "search.rungs=[4,8]", "train.steps=16", "evaluate.every=2", "experiment_name=x",
-]  # fmt: skip
-
-
-def start(folder, *arguments, seconds=0.0):
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, str(STUB), *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "STUB_SECONDS": str(seconds)},
-    )  # fmt: skip
-
-
-def finish(process, status=0):
-    said, errors = process.communicate(timeout=600)
-    assert process.returncode == status, said + errors
-    return said + errors
-
-
-def several(folder, *commands):
-    """Status, error and output of every command, in one process."""
-    said = finish(start(folder, "--several", json.dumps(commands)))
-    return json.loads(said.partition("FOUND")[2].splitlines()[0])
-
-
-def trials(folder):
-    with (folder / "outputs/x/search/trials.csv").open() as stream:
-        return list(csv.DictReader(stream))
-
-
-def taken(folder):
-    """How often each step of each run was taken."""
-    return Counter((folder / "steps.log").read_text().splitlines())
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import socket
 import threading
 
 import pytest
-from test_report import put
+from synthetic_runs import put
 
 from harness import __main__ as controller
 from harness.commands import serve

@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_evaluate import Rank, documents
-from test_ranks import SAME, metrics, ranks_of, start, started
+from scored_documents import Rank, documents
 from transformers import AutoModelForCausalLM
+from two_ranks import SAME, metrics, ranks_of, start, started
 
 from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR, CONF_DIR

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_tracking import OFFLINE, read, runs_of, sweep
+from tracked_sweeps import OFFLINE, read, runs_of, sweep
 
 from harness.config.paths import REPOSITORY
 from harness.results import run_record

@@ -6,7 +6,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from test_tracking import runs_of, sweep
+from tracked_sweeps import runs_of, sweep
 
 from harness.config.errors import ConfigError
 from harness.results import run_record

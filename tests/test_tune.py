@@ -4,7 +4,7 @@ import math
 
 import pytest
 import stub_search
-from test_search import finish, several, start, taken, trials
+from stub_searches import finish, several, start, taken, trials
 
 from harness.config import rates
 from harness.config.paths import CONF_DIR

@@ -2,14 +2,12 @@
 
 import copy
 import dataclasses
-import multiprocessing
 
-import pandas as pd
 import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from cut_runs import outcome, run_until
 from torch.nn import functional as F
 
 from harness import methods
@@ -17,12 +15,11 @@ from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.rank_schedule import schedule_of
 from harness.config.schema import AdaloraMethod
-from harness.data.token_data import Data, batch_of, block_order
+from harness.data.token_data import batch_of, block_order
 from harness.methods import adalora
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.results import run_record, schema
-from harness.runs import launcher, worker
 from harness.system.signals import Stop
 from harness.training import buffers, checkpoint, loop, optimizers
 
@@ -34,13 +31,6 @@ ASKED = (
     f"train.steps={STEPS}", "data.context=16", "train.batch_tokens=64", "train.micro_batch=2",
     "train.lr=0.05", "train.clip=0.5", "evaluate.every=5",
 )  # fmt: skip
-
-
-@pytest.fixture
-def text():
-    torch.manual_seed(1)
-    rows = torch.randint(1, 64, (10, 17)).tolist()
-    return Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False, "")
 
 
 def trained(model, text, run, tmp_path, validate=lambda: 1.0):
@@ -232,44 +222,22 @@ RUN = [
     "data.validation_share=0.003", "data.test_share=0.003", "data.context=32",
     "train.batch_tokens=128", "train.micro_batch=2", "data.document_chars=500",
 ]  # fmt: skip
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["harness.runs.worker"])
-
-
-def start(run, pause_at=None):
-    """Run in a process of its own, up to a step; its result."""
-    run = dataclasses.replace(run, launch=dataclasses.replace(run.launch, pause_at=pause_at))
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    launcher.prepare(run, "test", go_on=run_record.can_resume(run.run_dir))
-    process = FORK.Process(target=worker.main, args=(run.run_dir,), kwargs={"quiet": True})
-    process.start()
-    process.join(300)
-    return run_record.read(run.run_dir)
-
-
-def outcome(run_dir):
-    result = run_record.read(run_dir)
-    assert result["status"] == "finished", result
-    rows = [
-        {key: value for key, value in row.items() if key != "train/step_seconds"}
-        for row in run_record.read_metrics(run_dir)
-    ]
-    weights = (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
-    nats = pd.read_parquet(run_dir / "documents-test.parquet").nll_nats.tolist()
-    return result["quality"], rows, weights, nats, result["method"]["ranks"]
 
 
 @pytest.mark.slow
 def test_a_run_that_is_cut_goes_on_with_the_allocator(make_run, tmp_path):
     """Once while ranks are cut, by means that go back to the first step, and once after it."""
     whole = make_run(*RUN, f"outputs_dir={tmp_path}", "run_name=whole")
-    result = start(whole)
+    result = run_until(whole)
     assert schema.problems(result) == []
     assert result["saved_check"]["nats_per_token"] < 1e-5, result["saved_check"]
     assert result["method"]["budget"]["reached"] == 32 and result["quality"]["best_step"] > 10
     assert result["predicted"]["peak_bytes"] == result["memory"]["peak_bytes"]
     cut = dataclasses.replace(whole, run_name="cut")
     for step in (8, 12):
-        assert start(cut, pause_at=step)["status"] == "paused"
-    assert start(cut)["run"]["resumed_at"] == [8, 12]
-    assert outcome(cut.run_dir) == outcome(whole.run_dir)
+        assert run_until(cut, pause_at=step)["status"] == "paused"
+    assert run_until(cut)["run"]["resumed_at"] == [8, 12]
+    one, other = (outcome(run.run_dir, ["validation", "test"]) for run in (whole, cut))
+    assert one == other
+    ranks = [run_record.read(run.run_dir)["method"]["ranks"] for run in (whole, cut)]
+    assert ranks[0] == ranks[1]

@@ -2,12 +2,11 @@
 
 import copy
 import dataclasses
-import multiprocessing
 
-import pandas as pd
 import peft
 import pytest
 import torch
+from cut_runs import outcome, run_until
 from datasets import Dataset
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -23,7 +22,6 @@ from harness.data.token_data import Batch, Data, batch_of
 from harness.methods import starts
 from harness.models import pretrained
 from harness.results import run_record, schema
-from harness.runs import launcher, worker
 from harness.training import checkpoint
 from harness.training.start_text import start_text_of
 
@@ -321,25 +319,13 @@ RUN = [
     "data.test_share=0.003", "data.context=32", "train.batch_tokens=128", "train.micro_batch=4",
     "data.document_chars=500",
 ]  # fmt: skip
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["harness.runs.worker"])
-
-
-def start(run, pause_at=None):
-    run = dataclasses.replace(run, launch=dataclasses.replace(run.launch, pause_at=pause_at))
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    launcher.prepare(run, "test", go_on=run_record.can_resume(run.run_dir))
-    process = FORK.Process(target=worker.main, args=(run.run_dir,), kwargs={"quiet": True})
-    process.start()
-    process.join(300)
-    return run_record.read(run.run_dir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 def test_a_run_says_what_its_start_took_and_goes_on_without_reading_again(make_run, tmp_path, init):
     whole = make_run(f"method={init}", *RUN, f"outputs_dir={tmp_path}", "run_name=whole")
-    result = start(whole)
+    result = run_until(whole)
     assert result["status"] == "finished", result
     assert schema.problems(result) == []
     speed = result["speed"]
@@ -351,17 +337,10 @@ def test_a_run_says_what_its_start_took_and_goes_on_without_reading_again(make_r
         quality.get("base", quality["step0"])["validation"]["nll_nats"], rel=1e-4
     )
     cut = dataclasses.replace(whole, run_name="cut")
-    assert start(cut, pause_at=2)["status"] == "paused"
+    assert run_until(cut, pause_at=2)["status"] == "paused"
     assert (cut.run_dir / run_record.START).is_file()
-    again = start(cut)
+    again = run_until(cut)
     assert again["run"]["resumed_at"] == [2]
     assert again["speed"]["start_tokens"] == speed["start_tokens"]
-    one, other = (
-        (
-            result["quality"]["test"],
-            (run_dir / "adapter" / "adapter_model.safetensors").read_bytes(),
-            pd.read_parquet(run_dir / "documents-test.parquet").nll_nats.tolist(),
-        )
-        for result, run_dir in ((result, whole.run_dir), (again, cut.run_dir))
-    )
+    one, other = (outcome(run.run_dir, ["validation", "test"]) for run in (whole, cut))
     assert one == other

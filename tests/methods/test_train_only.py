@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from short_training import BLOCKS, config, losses_of, run_loop
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from harness import compose, methods, plan
@@ -15,13 +15,12 @@ from harness.commands import count
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.paths import REPOSITORY
-from harness.data.token_data import Data, batch_of, block_order
+from harness.data.token_data import batch_of, block_order
 from harness.methods import adapt, train_only
 from harness.models import pretrained
 from harness.training import checkpoint
 from harness.training import loop as training
 
-BLOCKS = 10
 MATRIX = re.compile(r"\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 
 
@@ -83,13 +82,8 @@ def test_matrices_are_what_lora_adapts_and_no_bias(tiny, make_run):
 
 
 @pytest.mark.parametrize("entries", ["matrices", "embeddings,norms", "head", "positions,biases"])
-def test_steps_equal_a_plain_loop_that_freezes_the_rest(tiny, make_run, tmp_path, entries):
+def test_steps_equal_a_plain_loop_that_freezes_the_rest(tiny, make_run, text, tmp_path, entries):
     """Losses of ten steps, and every weight: what is not named does not move by a bit."""
-    from test_train import config, losses_of, run_loop
-
-    torch.manual_seed(1)
-    rows = torch.randint(1, 64, (BLOCKS, 17)).tolist()
-    text = Data(Dataset.from_dict({"tokens": rows}).with_format("numpy"), {}, {}, False, "")
     plain = copy.deepcopy(tiny)
     start = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     run = config(

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))
-import test_report
-from test_report import put  # the tests' synthetic runs
+import synthetic_runs
+from synthetic_runs import put  # the tests' made-up runs
 
 from harness.report import evidence, files
 from harness.report.axes import CATEGORIES
@@ -82,9 +82,9 @@ def make(folder: Path, number: int) -> int:
 def make_of_documents(folder: Path, number: int) -> int:
     """Twenty runs, four configurations of five seeds, on so many documents of two texts."""
     draw = np.random.default_rng(0)
-    test_report.DOCUMENTS = number
-    test_report.TOKENS = draw.integers(20, 400, number)
-    test_report.DIFFICULTY = draw.normal(0, 0.3, number)
+    synthetic_runs.DOCUMENTS = number
+    synthetic_runs.TOKENS = draw.integers(20, 400, number)
+    synthetic_runs.DIFFICULTY = draw.normal(0, 0.3, number)
     for seed in range(SEEDS):
         for i, r in enumerate((1, 8, 64)):
             put(folder, f"lora-r{r}-s{seed}", seed=seed, r=r, alpha=2 * r, nll=3.2 - 0.1 * i,

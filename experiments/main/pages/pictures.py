@@ -2,7 +2,7 @@
 
 python experiments/main/pages/pictures.py [KIND]...      (needs chromium and chromedriver)
 
-The runs are those of tests/test_page_kinds.py. Writes KIND-WIDTH-light.png or -dark.png beside this
+The runs are those of tests/page_kinds.py. Writes KIND-WIDTH-light.png or -dark.png beside this
 file: 2,200 pixels of the page from its top, or from the section of a search or an anatomy.
 """
 
@@ -16,13 +16,11 @@ from pathlib import Path
 
 from PIL import Image
 from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[2] / "tests"))
-from test_page import BROWSER, DRIVER, scheme, size  # noqa: E402 - their folder is on the path now
-from test_page_kinds import KINDS, Pages, show  # noqa: E402 - their folder is on the path now
+from page_in_browser import BROWSER, DRIVER, scheme, size, start  # noqa: E402 - from tests/
+from page_kinds import KINDS, Pages, show  # noqa: E402 - from tests/
 
 NAMES = {  # kind -> name of its pictures
     "warm_up": "sweep-warmup", "one": "one-run", "failed": "all-failed", "sixty": "sixty-rows",
@@ -40,11 +38,7 @@ def main(arguments: list[str]) -> int:
         said = f"no kind {unknown[0]}; there are {', '.join(NAMES)}" if unknown else "no chromium"
         print(f"error: {said}", file=sys.stderr)
         return 2
-    options = Options()
-    options.binary_location = str(BROWSER)
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=Service(DRIVER))
+    browser = start()
     with tempfile.TemporaryDirectory() as base:
         pages = Pages(Path(base))
         for kind in arguments or NAMES:
