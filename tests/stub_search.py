@@ -4,7 +4,7 @@
     python tests/stub_search.py --several JSON     many commands; prints status and errors
 
 Every step that a worker takes is a line of steps.log in the working directory. STUB_SECONDS is how
-long a step takes.
+long a step takes, STUB_TOGETHER how many programs begin their first run together.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from harness.runs import launcher
 BEST_LR, DIVERGES = 7e-3, 0.5
 SEED, RANK = 13, 64  # of runs that diverge, whatever their rate
 STEP_SECONDS = float(os.environ.get("STUB_SECONDS", "0"))
+TOGETHER = int(os.environ.get("STUB_TOGETHER", "1"))
 
 
 def nll(run, step):
@@ -36,9 +37,17 @@ def nll(run, step):
     return 3 + apart**2 + worse + 2 * math.exp(-step / 4) + 0.001 * run.seed
 
 
+def wait_for_the_others():
+    """Until as many programs as STUB_TOGETHER says have a run to begin."""
+    Path(f"begun-{os.getpid()}").touch()
+    while len(list(Path().glob("begun-*"))) < TOGETHER:
+        time.sleep(0.01)
+
+
 def attempt(run, claim, *, quiet):
     """In place of `launcher._attempt`: train to the pause or the end, from the last checkpoint."""
     assert not run.evaluate.test
+    wait_for_the_others()
     run_dir, every = run.run_dir, run.evaluate.every
     kept = sorted((run_dir / run_record.CHECKPOINTS).glob("[0-9]*"))
     first = int(kept[-1].name) if kept else 0

@@ -17,12 +17,13 @@ SEARCH = [
 ]  # fmt: skip
 
 
-def start(folder, *arguments, seconds=0.0):
+def start(folder, *arguments, seconds=0.0, together=1):
     folder.mkdir(exist_ok=True)
     return subprocess.Popen(
         [sys.executable, str(STUB), *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "STUB_SECONDS": str(seconds)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "STUB_SECONDS": str(seconds),
+                          "STUB_TOGETHER": str(together)},
     )  # fmt: skip
 
 

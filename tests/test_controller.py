@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -390,6 +391,19 @@ def gone(pids):
     return False
 
 
+def works(pid, seconds):
+    """Wait until a process has computed for so many seconds more, however busy the machine is."""
+    before = cpu_seconds(pid)
+    while cpu_seconds(pid) < before + seconds:
+        time.sleep(0.05)
+
+
+def cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    assert fields[0] not in "ZX", "it has ended"
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, tmp_path, number):
@@ -419,13 +433,13 @@ def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, t
 @pytest.mark.faults
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     endless = [*QUICK, "train.batch_tokens=1048576", "train.micro_batch=8"]  # a step takes minutes
-    controller, _, pids = started(tmp_path, *endless, until="metrics.jsonl")
+    controller, worker, pids = started(tmp_path, *endless, until="metrics.jsonl")
     run_dir = only_result(tmp_path)[0]
     while not (run_dir / run_record.BEST).exists():  # of step 0, the last thing before the step
         time.sleep(0.05)
-    time.sleep(1)
+    works(worker, 1.0)  # which is within the step
     controller.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    works(worker, 0.5)
     assert controller.poll() is None  # the first one lets the step come to its end
     controller.send_signal(signal.SIGINT)
     controller.communicate(timeout=60)
