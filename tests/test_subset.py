@@ -83,9 +83,9 @@ def test_runs_that_read_other_parts_are_not_compared():
 
     part = {"validation": {"documents": 5, "ids": "abc"}}
     whole, some = evaluation("whole", None), evaluation("some", part)
-    stats._check_same(some, evaluation("again", part))
+    stats.check([some, evaluation("again", part)])
     with pytest.raises(ConfigError, match="not evaluated alike: part is not given and"):
-        stats._check_same(whole, some)
+        stats.check([whole, some])
 
 
 def test_a_long_validation_is_told_of(cfg, tokenizer, monkeypatch):
