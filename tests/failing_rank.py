@@ -24,6 +24,10 @@ def in_a_broken_model(measure, prepared):
         hook.remove()
 
 
+def measure(task, prepared, folder, **named):
+    return in_a_broken_model(lambda model: CLASSIFY(task, model, folder, **named), prepared)
+
+
 def completions(model, stops, prompts, cfg, accelerator):
     first_try = cfg.max_new_tokens == 2  # what is tried before training
     return (COMPLETE if first_try else broken)(model, stops, prompts, cfg, accelerator)
@@ -31,9 +35,7 @@ def completions(model, stops, prompts, cfg, accelerator):
 
 if os.environ["FAILS"] in (os.environ["RANK"], "all"):
     generation._completions = completions
-    classification.Task.measure = lambda task, prepared, folder, **named: in_a_broken_model(
-        lambda model: CLASSIFY(task, model, folder, **named), prepared
-    )
+    classification.Task.measure = measure
     protocols.measure = lambda prepared, text, **named: in_a_broken_model(
         lambda model: MEASURE(model, text, **named), prepared
     )

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anatomised_runs import left as anatomised
@@ -80,7 +81,7 @@ def running(folder):
 def searched(folder):
     """What harness search leaves: 27 candidates over three keys, paused at two rungs."""
     random = np.random.default_rng(0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in range(27):
         lr, r = 10 ** random.uniform(-3, -1), int(random.choice([1, 8, 64]))
         schedule = str(random.choice(["cosine", "linear"]))

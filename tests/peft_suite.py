@@ -151,7 +151,7 @@ def sources() -> ModuleType:
     sys.path.insert(0, str(folder))
     if importlib.util.find_spec("diffusers") is None:  # which tests of images use, none of these
         stub = ModuleType("diffusers")
-        stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore
+        stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
         sys.modules["diffusers"] = stub
     return importlib.import_module("peft_suite_sources.test_custom_models")
 
@@ -341,7 +341,7 @@ def language_model(tmp_path_factory):
     return lambda name: str(folder / name)
 
 
-class TestLanguageModels(common.PeftCommonTester):
+class TestLanguageModels(common.PeftCommonTester):  # type: ignore[name-defined]
     """PEFT's tests over language models."""
 
     transformers_class = transformers.AutoModelForCausalLM

@@ -69,9 +69,11 @@ def test_a_gpu_counts_beside_the_packages_or_nothing_does(tmp_path, monkeypatch)
     """No GPU here: this holds the units and the calls against NVML's documentation alone."""
     folder, counted = tree(tmp_path), {"GPU-a": 5000}
     fake = types.ModuleType("pynvml")
-    fake.nvmlInit = lambda: None
-    fake.nvmlDeviceGetHandleByUUID = lambda uuid: uuid if uuid in counted else 1 / 0
-    fake.nvmlDeviceGetTotalEnergyConsumption = counted.__getitem__
+    vars(fake).update(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid if uuid in counted else 1 / 0,
+        nvmlDeviceGetTotalEnergyConsumption=counted.__getitem__,
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     meter = energy.meter(["GPU-a"], folder)
     before = meter.read()

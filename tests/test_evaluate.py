@@ -69,7 +69,8 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tiny):
     for p in tiny.parameters():
         p.data.zero_()
     docs = documents([50, 7])
-    got = sliding_window.quality(*nll_of(tiny, docs, 16, 16), docs)
+    nll, counts = nll_of(tiny, docs, 16, 16)
+    got = sliding_window.quality(nll, counts, docs)
     assert got["perplexity"] == pytest.approx(64, rel=1e-6)
 
 

@@ -72,7 +72,7 @@ def test_an_accelerator_without_its_list_of_models_is_named():
 
 
 def test_attention_is_named_for_a_while_whatever_happens():
-    config = transformers.GPT2Config(attn_implementation="eager")
+    config = transformers.GPT2Config(attn_implementation="eager")  # type: ignore[call-arg]
     with pytest.raises(KeyError), internals.attention_implementation(config, "sdpa"):
         assert config._attn_implementation == "sdpa"
         raise KeyError

@@ -3,6 +3,7 @@
 import json
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from synthetic_runs import put
@@ -47,11 +48,11 @@ def test_a_run_shows_its_progress_in_the_cell(cell, tmp_path):
         one.run_dir.mkdir(parents=True)
         row = {"step": 1, "tokens": 64, "eval/validation/nll": 3.0}
         (one.run_dir / run_record.METRICS_NAME).write_text(json.dumps(row) + "\n")
-        record = {"status": "running", "run": {"name": "x"}}
+        record: dict[str, Any] = {"status": "running", "run": {"name": "x"}}
         run_record.write(one.run_dir, record)
-        deadline = 100
-        while not any("step 1 of 2" in p._repr_html_() for p in cell) and deadline:
-            deadline -= 1
+        tries = 1200
+        while not any("step 1 of 2" in p._repr_html_() for p in cell) and tries:
+            tries -= 1
             notebook.progress.time.sleep(0.1)
         record |= {"status": "finished", "wall_seconds": 3.2}
         run_record.write(one.run_dir, record)

@@ -63,7 +63,8 @@ def test_stored_bytes_are_those_of_the_tensors(tiny, tmp_path):
 def test_which_products_mix_the_tokens_of_a_batch(fields, mixes):
     stored = fields and {"quant_method": "bitsandbytes"} | fields
     for form in (stored, BitsAndBytesConfig(**fields) if fields else None):
-        assert quantized.mixes_tokens(LlamaConfig(quantization_config=form)) == mixes
+        config = LlamaConfig(quantization_config=form)  # type: ignore[call-arg]
+        assert quantized.mixes_tokens(config) == mixes
 
 
 # --------------------------------------------------------------------------- with the libraries

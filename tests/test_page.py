@@ -286,8 +286,8 @@ def test_comparisons_budgets_and_steps_to_a_perplexity_are_on_the_page(opened, f
     said = opened.find_element(By.TAG_NAME, "main").text
     assert "steps to 15" in said and "p (Holm)" in said and "≤ 20,000 parameters" in said
     data = opened.execute_script("return data")  # for whatever else the page is to show
-    pairs = list(csv.DictReader((folder / "comparisons.csv").open()))
-    pairs = {(pair["a"], pair["b"]): pair for pair in pairs if pair["text"] == "test"}
+    rows = csv.DictReader((folder / "comparisons.csv").open())
+    pairs = {(row["a"], row["b"]): row for row in rows if row["text"] == "test"}
     assert len(data["pairs"]) == len(pairs) == 9 * 8 / 2
     for a, b, difference, *_, p in data["pairs"]:
         pair = pairs[data["rows"][a]["name"], data["rows"][b]["name"]]

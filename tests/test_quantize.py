@@ -95,7 +95,8 @@ def test_without_the_package_there_is_the_pip_line(make_run, installed):
 
 def test_a_base_that_is_quantised_already_is_refused(make_run, installed, tmp_path):
     installed(True)
-    config = LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = LlamaConfig(quantization_config=stored)  # type: ignore[call-arg]
     config.save_pretrained(tmp_path)
     run = make_run("model=local", f"model.path={tmp_path}", "model.quantize=nf4")
     with pytest.raises(ConfigError, match="quantised"):

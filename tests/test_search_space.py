@@ -403,7 +403,7 @@ def test_a_best_at_an_end_is_seen(dimension, value, end):
 )  # fmt: skip
 def test_the_outermost_that_was_tried_is_of_an_interval(text, best, end):
     space = search_space.read({"k": text})
-    values = space.dimensions[0].choices or (2.0, 5.0, 8.0)
+    values: tuple[str | float, ...] = space.dimensions[0].choices or (2.0, 5.0, 8.0)
     candidates = [
         study.Candidate(n, (), str(n), 0, 3, {"k": value}, "complete", {}, ())
         for n, value in enumerate(values)

@@ -19,10 +19,22 @@ from harness.runs import tracking
 pytest.importorskip("wandb")
 
 
+class Keeping(ThreadingHTTPServer):
+    """Keeps what was asked of it, its streams of history, and what was uploaded."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked: list[tuple[str, dict]] = []
+        self.streamed: list[tuple[str, dict]] = []
+        self.uploaded: list[tuple[str, bytes]] = []
+
+
 class Server(BaseHTTPRequestHandler):
     """Answers wandb-core's GraphQL, its stream of history and its uploads, and keeps all of it."""
 
     protocol_version = "HTTP/1.1"
+
+    server: Keeping
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -83,8 +95,7 @@ class Server(BaseHTTPRequestHandler):
 
 @contextmanager
 def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as found:
-        found.asked, found.streamed, found.uploaded = [], [], []
+    with Keeping(("127.0.0.1", 0), Server) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield found
         found.shutdown()
@@ -130,7 +141,7 @@ def test_every_run_is_uploaded_once(tmp_path, place, capsys):
         assert again.returncode == 0
         assert "No runs to sync" in again.stderr and "Skipped 4 synced" in again.stderr
         assert (len(there.asked), len(there.streamed), len(there.uploaded)) == first
-    made = {}
+    made: dict[str, dict] = {}
     for name, variables in there.asked:
         if name == "UpsertBucket":
             made.setdefault(variables["name"], {}).update(

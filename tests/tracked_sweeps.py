@@ -39,7 +39,7 @@ def records(path):
 
 def read(folder):
     """Every offline W&B run of a folder, as one reads it: facts, config, history, summary."""
-    runs = {}
+    runs: dict[str, list[SimpleNamespace]] = {}
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         run = SimpleNamespace(
             config={}, history=[], summary={}, metrics={}, artifacts=[], exit=None

@@ -152,8 +152,8 @@ def judge(folder: Path) -> None:
     show(shown)
     write_csv(HERE / "gaps.csv", ["what", "name", "less", *columns], lines)
     for r in RANKS:
-        point, low, high = left(by_label, r)
-        print(f"left of LoRA r={r}'s gap where embeddings train: {100 * point:.0f} % "
+        middle, low, high = left(by_label, r)
+        print(f"left of LoRA r={r}'s gap where embeddings train: {100 * middle:.0f} % "
               f"({100 * low:.0f} to {100 * high:.0f})")  # fmt: skip
     shown = plain(["rank of dW", "others"], ["less the whole update, nats", "p (Holm)"])
     lines = []

@@ -193,7 +193,11 @@ def scarcity(runs: Runs) -> Claim:
         seconds = {r.name: statistics.fmean(step_seconds(r)) * s
                    for r, s in zip(members, (20, 80, 240), strict=True)}  # fmt: skip
         name = label if rank is None else f"{label} r={rank}"
-        series[name] = tested(name, members, lambda row, seconds=seconds: seconds[row.name])
+
+        def taken(row: Row, seconds: dict[str, float] = seconds) -> float:
+            return seconds[row.name]
+
+        series[name] = tested(name, members, taken)
     for index, steps in enumerate((20, 80, 240)):
         own, others = (series[name].x[index] for name in ("lora r=64", "full"))
         low_rank, whole = runs.one("lora", 64, steps=steps), runs.one("full", steps=steps)
@@ -231,11 +235,11 @@ def scarcity(runs: Runs) -> Claim:
     )  # fmt: skip
     sizes = []
     for model in ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"):
-        whole, lora = (
+        all_of_it, by_lora = (
             peaks(f"model={model}", *overrides, micro_batch=1)["peak"] / 1024
             for overrides in (("method=full",), (*FAMILY, "method.r=8"))
         )
-        sizes.append(f"{model} {whole:.1f} GiB against {lora:.1f}")
+        sizes.append(f"{model} {all_of_it:.1f} GiB against {by_lora:.1f}")
     again = [
         peaks(*overrides, "train.checkpointing=true", micro_batch=1, tokens=2048)["peak"]
         for overrides in (("method=full",), (*FAMILY, "method.r=8"))

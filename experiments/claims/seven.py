@@ -10,6 +10,7 @@ from statements import (
     Claim,
     Need,
     Runs,
+    Statement,
     a_step,
     better,
     curve,
@@ -186,7 +187,8 @@ def expressiveness(runs: Runs) -> Claim:
     LoRA differs from full fine-tuning in two things: its rank, and what stays frozen. With the
     control the first statements, which make the verdict, are of the rank alone.
     """
-    statements, series = [], []
+    statements: list[Statement] = []
+    series: list[Series] = []
     remark = (
         "At any rank LoRA leaves embeddings, positions, norms and biases as they are, 26 % of the "
         "parameters: these gaps are of the rank and of what stays frozen together, and their "

@@ -34,9 +34,9 @@ from harness.report import evidence, stats, summary
 from harness.report.table import Row, plain, rows, show
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # where `recording` and the other experiments are
-from claims.statements import smaller, steps_to, told  # noqa: E402 - their folder is on the path now
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "claims")]
 from recording import evaluate, write_csv  # noqa: E402 - their folder is on the path now
+from statements import smaller, steps_to, told  # noqa: E402 - their folder is on the path now
 
 CONTROL = "full-only-matrices"
 LEVELS = (45, 70, 100)  # validation perplexities, as in experiments/claims
@@ -105,9 +105,8 @@ def splits(found: list[Row]) -> list[Split]:
         if not low.seeds == whole.seeds == control.seeds:
             raise ConfigError(f"{row.name} has other seeds than full fine-tuning or the control")
         pairs = ((low, whole), (low, control), (control, whole))
-        made.append(
-            Split(row.name, *(stats.compare(*pair) for pair in pairs), share(whole, control, low))
-        )
+        first, second, third = (stats.compare(*pair) for pair in pairs)
+        made.append(Split(row.name, first, second, third, share(whole, control, low)))
     return made
 
 

@@ -67,7 +67,8 @@ def of_rates(name: str) -> Table:
     """LoRA's entries of a file of conf/rates; a rate without an nll is infinite."""
     tuned = [t for t in rates.read(name).tuned if t.family == "lora" and not t.variant]
     steps = int(rates.read(name).setting["train.steps"])
-    found, shown = {}, {}
+    found: dict[Point, dict[int, float]] = {}
+    shown: dict[Point, float] = {}
     for t in tuned:
         for place, (lr, nll) in enumerate(sorted(t.grid.items())):
             point = (str(t), str(place))
@@ -166,7 +167,7 @@ def search(
     the grid is exhausted.
     """
     space = space_of(table)
-    lora = METHODS["lora"], OPTIMIZERS["adamw"]
+    lora = METHODS["lora"], OPTIMIZERS["adamw"], ""
     own = study.Study(
         optuna.storages.InMemoryStorage(), "replay", space, lambda _: lora, sampler=sampler,
         seed=seed, objectives=1, batch=batch, rules={},
@@ -183,7 +184,8 @@ def search(
         tried[name] = point
         return name, None
 
-    spent, best, path = 0, math.inf, []
+    spent, best = 0, math.inf
+    path: list[tuple[int, float]] = []
     for bracket in itertools.count():
         for _ in range(batch):
             if not own.ask(judge, bracket=bracket, size=batch):

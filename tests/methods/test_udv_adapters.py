@@ -253,7 +253,7 @@ def test_adapters_reload_beside_each_other(tmp_path):
 
 
 def test_registration_is_idempotent_and_leaves_the_others_alone():
-    tables = [
+    tables: list[dict] = [
         peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
         peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING,
         peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING,

@@ -104,7 +104,7 @@ def rates(seeds: int, scatter: str, step: float) -> dict[str, float]:
         }
         for name, values in p.items():
             found = ranking.holm(values) < stats.ALPHA
-            claimed.setdefault(name, []).append(found.mean() if step else found.any())
+            claimed.setdefault(name, []).append(float(found.mean() if step else found.any()))
     return {name: float(np.mean(values)) for name, values in claimed.items()}
 
 

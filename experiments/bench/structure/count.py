@@ -90,8 +90,9 @@ def levels(graph: dict[str, set[str]], parts: list[list[str]]) -> int:
 def docstrings(tree: ast.Module) -> Iterator[str]:
     """Docstrings of what is public."""
     for node in ast.walk(tree):
-        named = isinstance(node, ast.FunctionDef | ast.ClassDef)
-        if named and not node.name.startswith("_") and (text := ast.get_docstring(node)):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if text := ast.get_docstring(node):
             yield text
 
 

@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 
 from harness.config import paths
 from harness.config.paths import REPOSITORY
+from harness.config.run_config import RunConfig
 from harness.results import run_record
 from harness.runs import composition, launcher
 from harness.runs.worker_process import ALLOCATOR
@@ -50,7 +51,7 @@ def start(*arguments: str, cwd: str) -> None:
         sys.exit(done.stderr[-3000:])
 
 
-def run_config(folder: str, name: str, seed: int) -> run_config.RunConfig:
+def run_config(folder: str, name: str, seed: int) -> RunConfig:
     """The configuration of one run by itself."""
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         where = [f"outputs_dir={folder}/outputs", f"experiment_name={name}", f"seed={seed}"]

@@ -218,7 +218,7 @@ def on_trainer(
 
     fields = dict(run.model.architecture)
     fields.pop("model_type")
-    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    drops: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     model = AutoModelForCausalLM.from_config(GPT2Config(**fields, **drops), dtype=torch.float32)
     if run.method.name == "lora":
         lora = peft.LoraConfig(
@@ -241,7 +241,8 @@ def on_trainer(
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            texts: Any = self.train_dataset
+            return torch.utils.data.SequentialSampler(texts)
 
     seconds: list[float] = []
     found: dict[str, Any] = {}
