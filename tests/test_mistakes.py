@@ -10,12 +10,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from harness import methods
 from harness.commands import arguments, count, plan
 from harness.config import keys, model_shapes, peft_fields
 from harness.config.errors import ConfigError
 from harness.config.paths import REPOSITORY, options
 from harness.config.schema import PeftMethod
+from harness.methods import adapters
 from harness.models import pretrained
 from harness.runs import launcher, mistakes
 
@@ -196,7 +196,7 @@ def test_peft_fields_read_from_its_source_are_those_of_its_classes():
         names = {field.name for field in dataclasses.fields(configured)}
         assert set(peft_fields.fields(kind)) == names, kind
         method = PeftMethod("peft", peft_type=kind)
-        assert peft_fields.takes_matrices(kind) == methods._takes_matrices(method, configured)
+        assert peft_fields.takes_matrices(kind) == adapters.takes_matrices(method, configured)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from harness.commands import plan
 from harness.config.errors import ConfigError
 from harness.config.optimizers import OPTIMIZERS
 from harness.data import documents, token_data
-from harness.methods import adalora
+from harness.methods import adalora, objective
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.results import run_record
@@ -133,7 +133,7 @@ def measured(run, config, accelerate, evaluated=None):
             packed = run.data.source == "pairs" and run.data.packing == "packed"
             positions = torch.arange(shape[1]).expand(shape) if packed else None
             batches = [token_data.Batch(block, block, positions) for block in ids]
-            penalty = methods.penalty(model, run)
+            penalty = objective.penalty(model, run)
             loop.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
             after_step = adalora.after_step(model, run)
             stepped = after_step and functools.partial(after_step, step)

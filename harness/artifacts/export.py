@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 
 from harness.artifacts.model_card import Exported, card
 from harness.config.errors import ConfigError
-from harness.methods import UNFIT, joined_lora, merging, weight_tying
+from harness.methods import joined_lora, merging, weight_tying
+from harness.methods.peft_config import UNFIT
 from harness.models import linear, pretrained, quantize, quantized, weights
 from harness.results import numbers
 from harness.runs import finished_run, saved_check

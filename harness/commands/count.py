@@ -114,7 +114,7 @@ def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
 
 def _show(run: RunConfig, model: nn.Module) -> None:
     """One configuration, by kind of module."""
-    from harness import methods
+    from harness.methods import model_facts
     from harness.models import pretrained
     from harness.report.table import plain, show
 
@@ -124,8 +124,8 @@ def _show(run: RunConfig, model: nn.Module) -> None:
     show(table)
     counted = pretrained.count_parameters(model)
     print(f"total      {counted.total:,}")
-    if (factored := methods.factored_total(model)) is not None:
+    if (factored := model_facts.factored_total(model)) is not None:
         print(f"factored   {factored:,} (U, D and V in place of each W)")
     print(f"trainable  {counted.trainable:,} ({numbers.percent(counted.trainable_percent, 4)} %)")
-    for sentence in methods.trained_alone(model, run).get("tied", ()):
+    for sentence in model_facts.trained_alone(model, run).get("tied", ()):
         print(f"tied       {sentence}")

@@ -35,7 +35,7 @@ from harness.config.paths import PACKAGE
 from harness.config.run_config import RunConfig
 from harness.data import token_data
 from harness.evaluation import sliding_window as evaluate
-from harness.methods import adalora
+from harness.methods import adalora, initialisation, objective, peft_adapter, positions
 from harness.models import pretrained, quantized
 from harness.models.loss import NextToken
 from harness.results import environment, numbers
@@ -142,7 +142,7 @@ def setting(run: RunConfig) -> tuple[RunConfig, PretrainedConfig, Accelerator]:
     """
     run = pretrained.without_files(run)
     model_config = pretrained.load_config(run.model)
-    methods.check_context(run, pretrained.max_context(model_config))
+    positions.check_context(run, pretrained.max_context(model_config))
     torch.set_num_threads(run.train.threads or environment.usable_cores())
     internal("AcceleratorState._reset_state")(reset_partial_state=True)
     mixed = environment.mixed_precision(environment.precision_of(run))
@@ -168,11 +168,11 @@ def predict(
     """
     if getattr(run.method, "energy", None) is not None or run.launch.sharded:
         return None
-    if methods.moves_ranks(run):  # EVA, by what the text is like
+    if initialisation.moves_ranks(run):  # EVA, by what the text is like
         return None
     try:
         return _followed(run, model_config, accelerator, evaluated or full_batch(run, model_config))
-    except methods.NeedsWeightsError:
+    except peft_adapter.NeedsWeightsError:
         return None
     except ConfigError:
         raise
@@ -224,7 +224,7 @@ def _followed(
             # With two micro-batches the second finds gradients there, as all further ones do.
             followed = min(count, 2)
             num_tokens = followed * micro * length
-            penalty = methods.penalty(model, run)
+            penalty = objective.penalty(model, run)
             average = Average(model, run.train.ema) if run.train.ema else None
             held = average.held() if average else []
             if run.train.neftune_alpha:

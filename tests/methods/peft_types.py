@@ -26,7 +26,7 @@ from harness.artifacts import export, model_card
 from harness.config.errors import ConfigError
 from harness.config.schema import AdaloraMethod
 from harness.data.token_data import Batch
-from harness.methods import merging, weight_tying
+from harness.methods import merging, peft_adapter, weight_tying
 from harness.models import linear, pretrained
 from harness.models.loss import NextToken
 from harness.runs import estimate
@@ -172,7 +172,7 @@ def _counts(adapted, run, config):
         return "otherwise than PEFT"
     try:
         planned = methods.check(pretrained.on_meta(run, config), run)
-    except methods.NeedsWeightsError:
+    except peft_adapter.NeedsWeightsError:
         return "with weights alone"
     return "yes" if pretrained.count_parameters(planned) == found else "no"
 

@@ -18,7 +18,7 @@ from harness.config.errors import ConfigError
 from harness.config.rank_schedule import schedule_of
 from harness.config.schema import AdaloraMethod
 from harness.data.token_data import Data, batch_of, block_order
-from harness.methods import adalora
+from harness.methods import adalora, objective
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.results import run_record, schema
@@ -54,7 +54,7 @@ def trained(model, text, run, tmp_path, validate=lambda: 1.0):
         rows.append,
     )  # fmt: skip
     training = loop.Training(
-        NextToken(model), text, run, accelerator, optimizer, methods.penalty(model, run),
+        NextToken(model), text, run, accelerator, optimizer, objective.penalty(model, run),
         after_step=adalora.after_step(model, run), final_from=adalora.last_cut(run),
     )  # fmt: skip
     loop.train(training, state, hooks, Stop())
@@ -130,12 +130,12 @@ def test_the_penalty_is_pefts_and_no_part_of_the_nats(tiny, make_run):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         out = model(input_ids=ids, labels=ids)
         plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        penalty = methods.penalty(model, run)()
+        penalty = objective.penalty(model, run)()
         assert float(penalty) > 0.1
         assert float(out.loss - plain) == pytest.approx(float(penalty), rel=1e-4)
         nats = NextToken(model).eval()(ids[:, :-1], ids[:, 1:]).nats
     assert float(nats.mean()) == pytest.approx(float(plain), rel=1e-5)
-    assert methods.penalty(model, make_run(*ASKED, "method.orth_reg_weight=0")) is None
+    assert objective.penalty(model, make_run(*ASKED, "method.orth_reg_weight=0")) is None
 
 
 def test_it_is_saved_with_its_final_ranks_as_plain_peft_loads_it(both, tiny, tmp_path, tokenizer):

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness import compose, methods
 from harness.config.errors import ConfigError
 from harness.data.token_data import Batch
-from harness.methods import fields, refusals
+from harness.methods import fields, peft_adapter, peft_config, positions, refusals
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.training import loop, memory
@@ -142,9 +142,9 @@ def test_a_value_out_of_its_range_is_refused(name, field, message):
 
 def test_the_edges_of_a_range_are_taken():
     given = {"lora_dropout": 0.0, "kasa_config": {"beta": 0, "gamma": 0.0}, "lora_alpha": 0.5}
-    assert methods._peft_config(CLASSES["LORA"], {}, given).lora_alpha == 0.5
-    assert methods._peft_config(CLASSES["OFT"], {}, {"r": 0, "oft_block_size": 8}).r == 0
-    assert methods._peft_config(CLASSES["FROD"], {}, {"regularization_alpha": 0.0})
+    assert peft_config.configured(CLASSES["LORA"], {}, given).lora_alpha == 0.5
+    assert peft_config.configured(CLASSES["OFT"], {}, {"r": 0, "oft_block_size": 8}).r == 0
+    assert peft_config.configured(CLASSES["FROD"], {}, {"regularization_alpha": 0.0})
 
 
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "loftq", "olora"])
@@ -299,7 +299,7 @@ def test_a_value_of_its_declared_type_is_taken_or_refused_by_name(name):
             given = copy.deepcopy(peft_types.FIELDS.get(name, {})) | {field.name: value}
             tried += 1
             try:
-                config = methods._peft_config(CLASSES[name], {}, given)
+                config = peft_config.configured(CLASSES[name], {}, given)
                 fields.check_names(config, model, given, "method.fields")
                 fields.pattern_values(config, model, given)
             except ConfigError:  # any other exception fails the test
@@ -436,7 +436,7 @@ def test_prompts_in_the_embeddings_can_be_checkpointed(name):
         torch.manual_seed(0)
         run = peft_run(name, tokens)
         run = replace(run, train=replace(run.train, checkpointing=checkpointing))
-        assert methods.num_virtual_tokens(run) == (3 if name == "CPT" else 4)
+        assert positions.num_virtual_tokens(run) == (3 if name == "CPT" else 4)
         return gradients(pretrained.checkpoint_activations(methods.adapt(llama(), run), run.train))
 
     plain, again = found(False), found(True)
@@ -447,7 +447,7 @@ def test_an_error_of_the_meta_device_is_no_refusal():
     run = peft_run("SHIRA", "r=4")
     with torch.device("meta"):
         bare = LlamaForCausalLM(LLAMA)
-    with pytest.raises(methods.NeedsWeightsError):
+    with pytest.raises(peft_adapter.NeedsWeightsError):
         methods.check(bare, run)
     count = pretrained.count_parameters(methods.adapt(llama(), run)).trainable
     assert count == 2 * 4 * 4 * (32 + 32)  # r (m + n) of four square matrices a layer

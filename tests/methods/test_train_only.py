@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from harness import compose, methods, plan
+from harness import compose, plan
 from harness.commands import count
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.paths import REPOSITORY
 from harness.data.token_data import Data, batch_of, block_order
-from harness.methods import adapt, train_only
+from harness.methods import adapt, model_facts, train_only
 from harness.models import pretrained
 from harness.training import checkpoint
 from harness.training import loop as training
@@ -147,7 +147,7 @@ def test_a_tied_weight_trains_by_either_name_and_is_told_of(make_run, tie, entry
     model = adapt(LlamaForCausalLM(config), run)
     own = "lm_head.weight" if entry == "head" and not tie else "model.embed_tokens.weight"
     assert trained(model) == {own}
-    facts = methods.trained_alone(model, run)
+    facts = model_facts.trained_alone(model, run)
     both = "model.embed_tokens.weight and lm_head.weight are one weight: it trains, and counts once"
     assert facts == {"trained": [own], "tied": [both] if tie else []}
     assert trained(adapt(LlamaForCausalLM(config), only(make_run, "norms"))) == {

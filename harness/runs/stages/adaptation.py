@@ -14,7 +14,7 @@ from harness import methods
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.evaluation import base_model
-from harness.methods import invocation, merging, starts
+from harness.methods import invocation, merging, model_facts, positions, starts
 from harness.models import linear, pretrained
 from harness.runs import failures
 from harness.runs.stages.setup import Setup
@@ -46,8 +46,8 @@ def adapt(setup: Setup, texts: Texts) -> Adapted:
     run, accelerator = setup.run, setup.accelerator
     set_seed(run.seed)
     base = _load_base(setup)
-    limit = setup.positions
-    room = None if limit is None else limit - methods.num_virtual_tokens(run)
+    limit = setup.max_positions
+    room = None if limit is None else limit - positions.num_virtual_tokens(run)
     with accelerator.autocast():
         changes = run.method.name not in ("none", "full")
         at_base = base_model.Base(base, run, room) if changes else None
@@ -117,13 +117,13 @@ def wants_merged(run: RunConfig, another: bool) -> bool:
 def _record(setup: Setup, model: nn.Module) -> pretrained.Parameters:
     """Note what the method has made of the base; the number of its parameters."""
     result = setup.result
-    result["method"] |= methods.svd_facts(model) | methods.trained_alone(model, setup.run)
+    result["method"] |= model_facts.svd_facts(model) | model_facts.trained_alone(model, setup.run)
     counted = pretrained.count_parameters(model)
     result["parameters"] |= {
         "total": counted.total,
         "trainable": counted.trainable,
         "trainable_percent": counted.trainable_percent,
-        "factored": methods.factored_total(model),  # with U, D, V in place of W; else None
+        "factored": model_facts.factored_total(model),  # with U, D, V in place of W; else None
     }
     log.info("parameters: %s, of %s", result["parameters"], result["method"].get("trained", "all"))
     return counted

@@ -19,6 +19,7 @@ from harness import methods
 from harness.config.run_config import RunConfig
 from harness.evaluation import prefix
 from harness.evaluation.prefix import Prefix
+from harness.methods import peft_adapter, positions
 from harness.methods.svd import CACHE_ENV
 from harness.models import pretrained, weights
 from harness.results import environment
@@ -39,7 +40,7 @@ class Setup:
     precision: str  # fp32 | bf16
     accelerator: Accelerator
     base_config: PretrainedConfig
-    positions: int | None  # of the base, if it has a limit
+    max_positions: int | None  # of the base, if it has a limit
     tokenizer: PreTrainedTokenizerBase
     prefix: Prefix  # what documents follow
 
@@ -74,8 +75,8 @@ def begin(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> Setup:
     }
     base_config = pretrained.load_config(run.model)
     result["model"] |= pretrained.facts(run.model, base_config)
-    positions = pretrained.max_context(base_config)
-    _check_names_and_shapes(run, base_config, positions)
+    max_positions = pretrained.max_context(base_config)
+    _check_names_and_shapes(run, base_config, max_positions)
     tokenizer = pretrained.load_tokenizer(run.model, base_config)
     return Setup(
         run,
@@ -86,7 +87,7 @@ def begin(run: RunConfig, run_dir: Path, result: dict[str, Any]) -> Setup:
         precision,
         accelerator,
         base_config,
-        positions,
+        max_positions,
         tokenizer,
         prefix.find(tokenizer, run.evaluate.prefix),
     )
@@ -114,12 +115,12 @@ def _accelerator(run: RunConfig, precision: str) -> Accelerator:
 
 
 def _check_names_and_shapes(
-    run: RunConfig, base_config: PretrainedConfig, positions: int | None
+    run: RunConfig, base_config: PretrainedConfig, max_positions: int | None
 ) -> None:
     """Build the adapted model on the meta device, before anything is read or loaded."""
     if not run.model.architecture:
         weights.check_files(pretrained.source_of(run.model))
-    methods.check_context(run, positions)
-    with suppress(methods.NeedsWeightsError):  # then on the real model
+    positions.check_context(run, max_positions)
+    with suppress(peft_adapter.NeedsWeightsError):  # then on the real model
         checked = methods.check(pretrained.on_meta(run, base_config), run)
         optimizers.matches(checked, run.train.groups)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from harness import methods
 from harness.config import ending
 from harness.config.run_config import RunConfig
-from harness.methods import adalora, starts
+from harness.methods import adalora, model_facts, objective, starts
 from harness.methods.starts import Statistic
 from harness.runs import estimate
 from harness.runs.stages.adaptation import Adapted
@@ -73,7 +72,7 @@ def train(
             setup.result["run"] |= {"paused_at": state.step, "resumed_at": state.resumed_at}
             raise
         standing.load_best()  # from here on with the weights that validation chose
-        setup.result["method"] |= methods.rank_facts(adapted.model)
+        setup.result["method"] |= model_facts.rank_facts(adapted.model)
         held_out.evaluate_adapted()
     _record(setup, run, texts, standing)
     return Trained(run, standing, held_out, start, setup_seconds)
@@ -122,7 +121,7 @@ def _training(
         run,
         standing.accelerator,
         standing.optimizer,
-        methods.penalty(standing.model, run),
+        objective.penalty(standing.model, run),
         standing.average,
         prepared.noise,
         adalora.after_step(standing.model, run),
