@@ -32,7 +32,7 @@ AT_THEIR_PLACE = {
     "methods/starts.py": {"_peft_loraga_grad"},  # tests/methods/test_starts.py
     "models/pretrained.py": {"_no_split_modules"},
     "models/loss.py": {"_attn_implementation"},
-    "runs/estimate.py": {
+    "runs/flops.py": {
         "_overloadpacket", "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
     },

@@ -15,7 +15,7 @@ from harness.config.schema import DataConfig
 from harness.data.token_data import Data
 from harness.methods import adapt, invocation, merging
 from harness.results import run_record, schema
-from harness.runs import estimate, failures, launcher, worker
+from harness.runs import failures, launcher, predictions, worker
 from harness.training import checkpoint
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -115,7 +115,7 @@ def test_what_fails_at_the_end_of_a_run_is_noted_and_the_test_stands(
     def broken(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(estimate, "recorded", broken)
+    monkeypatch.setattr(predictions, "recorded", broken)
     monkeypatch.setattr(checkpoint, "export", broken)
     run = make_run(
         *SHORT, *FEW, "method=lora", "method.r=2", f"outputs_dir={tmp_path}", "run_name=x"

@@ -126,7 +126,7 @@ def measure(
     from harness.data import token_data
     from harness.models import pretrained
     from harness.results import environment
-    from harness.runs import composition, estimate
+    from harness.runs import composition, flops
 
     torch.set_num_threads(environment.usable_cores())
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
@@ -139,7 +139,7 @@ def measure(
         )
         for step in range(steps)
     ]
-    rate = estimate.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
+    rate = flops.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
     set_seed(0)
     go = on_harness if side == "harness" else on_trainer
     found = go(run, model_config, blocks, device, dropout=0.1 if side == "trainer" else 0.0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.data import token_data
 from harness.methods import starts
-from harness.runs import estimate
+from harness.runs import evaluation_batches, flops, predictions
 from harness.runs.failures import kept_result
 from harness.runs.stages.setup import Setup
 from harness.runs.stages.texts import Texts
@@ -53,14 +53,14 @@ def _record_memory(setup: Setup, trained: Trained) -> None:
 
 
 def _predicted(setup: Setup, texts: Texts, trained: Trained) -> dict[str, Any] | None:
-    """What `estimate` says of the run as it was done; None where it cannot say anything."""
+    """What is predicted of the run as it was done; None where nothing can be."""
     run, base_config = trained.run, setup.base_config
     done = replace(run, train=replace(run.train, micro_batch=trained.standing.state.micro_batch))
     validation = token_data.document_sizes(texts.own.held_out["validation"])
-    batches = estimate.batches_of(run, base_config, validation, trained.held_out.batching)
+    batches = evaluation_batches.batches_of(run, base_config, validation, trained.held_out.batching)
     followed = batches[0] if batches else None
     with kept_result(setup.result, "memory and FLOPs could not be predicted"):
-        return estimate.recorded(done, base_config, setup.accelerator, followed)
+        return predictions.recorded(done, base_config, setup.accelerator, followed)
     return None
 
 
@@ -68,11 +68,11 @@ def _record_flops(setup: Setup, trained: Trained, predicted: dict[str, Any] | No
     """FLOPs by those of a token, which are predicted, and the energy that was metered."""
     result, state = setup.result, trained.standing.state
     if trained.start and predicted:
-        flops = starts.flops_of(trained.start, predicted["evaluate_flops_per_token"])
-        result["speed"]["start_flops"] = flops
-    result["costs"] = estimate.spent_flops(trained.run, state, predicted)
+        start_flops = starts.flops_of(trained.start, predicted["evaluate_flops_per_token"])
+        result["speed"]["start_flops"] = start_flops
+    result["costs"] = flops.spent_flops(trained.run, state, predicted)
     result["costs"]["energy"] = trained.standing.energy()
     # Of pairs tokens are those of completions, and FLOPs those of every position.
     if predicted and state.tokens_per_second and trained.run.data.source != "pairs":
-        flops = predicted["train_flops_per_token"] * state.tokens_per_second
-        result["speed"]["gflops_per_second"] = flops / 1e9
+        per_second = predicted["train_flops_per_token"] * state.tokens_per_second
+        result["speed"]["gflops_per_second"] = per_second / 1e9

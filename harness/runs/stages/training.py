@@ -11,7 +11,7 @@ from harness.config import ending
 from harness.config.run_config import RunConfig
 from harness.methods import adalora, model_facts, objective, starts
 from harness.methods.starts import Statistic
-from harness.runs import estimate
+from harness.runs import predictions
 from harness.runs.stages.adaptation import Adapted
 from harness.runs.stages.preparation import Prepared
 from harness.runs.stages.setup import Setup
@@ -83,7 +83,7 @@ def _within_max_flops(setup: Setup, start: Statistic | None) -> RunConfig:
     run = setup.run
     if not run.train.max_flops:
         return run
-    known = estimate.recorded(run, setup.base_config, setup.accelerator) or {}
+    known = predictions.recorded(run, setup.base_config, setup.accelerator) or {}
     spent = starts.flops_of(start, known.get("evaluate_flops_per_token"))
     return ending.within_flops(run, known.get("train_flops_per_token"), spent)
 
