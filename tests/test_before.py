@@ -14,7 +14,7 @@ from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.results import run_record
 from harness.runs import worker
-from harness.runs.launcher import prepare
+from harness.runs.run_directory import prepare
 from harness.training import evaluator
 
 PROMPTS = ["method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ from harness.config.paths import REPOSITORY, options
 from harness.config.schema import PeftMethod
 from harness.methods import adapters
 from harness.models import pretrained
-from harness.runs import launcher, mistakes
+from harness.results import run_record
+from harness.runs import launcher, mistakes, outcomes, run_directory, worker_attempt
 
 RAW = ("Lexer", "viable", "Could not", "could not be converted", "usage:", "Ambiguous", "struct")
 
@@ -247,15 +249,15 @@ def test_a_mistake_that_only_the_worker_finds_leaves_no_directory(make_run, tmp_
     run = make_run(f"outputs_dir={tmp_path}/out", "method=full", "method.train_only=[nothing]")
 
     def refused(run, claim, *, quiet):
-        record = launcher.run_record.read(run.run_dir) | {
+        record = run_record.read(run.run_dir) | {
             "status": "failed",
             "failure": {"class": "config", "message": "method.train_only: 'nothing' matches none"},
         }
-        launcher.run_record.write(run.run_dir, record)
+        run_record.write(run.run_dir, record)
         (run.run_dir / "log.txt").write_text("Traceback …")
-        return launcher._outcome(run.run_dir, record)
+        return outcomes.of_record(run.run_dir, record)
 
-    monkeypatch.setattr(launcher, "_attempt", refused)
+    monkeypatch.setattr(worker_attempt, "attempt", refused)
     outcome = launcher.launch(run, "python -m harness …")
     assert (outcome.status, outcome.exit_code) == ("refused", 2)
     assert outcome.summary() == "method.train_only: 'nothing' matches none"
@@ -264,14 +266,14 @@ def test_a_mistake_that_only_the_worker_finds_leaves_no_directory(make_run, tmp_
     # What was there before, or was measured before the mistake was found, stays.
     run.run_dir.mkdir(parents=True)
     assert launcher.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
-    launcher.shutil.rmtree(tmp_path / "out")
-    real = launcher.prepare
+    shutil.rmtree(tmp_path / "out")
+    real = run_directory.prepare
 
     def measured(run, *arguments, **more):
         real(run, *arguments, **more)
-        (run.run_dir / launcher.run_record.METRICS_NAME).write_text('{"step": 0}\n')
+        (run.run_dir / run_record.METRICS_NAME).write_text('{"step": 0}\n')
 
-    monkeypatch.setattr(launcher, "prepare", measured)
+    monkeypatch.setattr(run_directory, "prepare", measured)
     assert launcher.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
 
 

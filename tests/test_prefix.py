@@ -23,7 +23,8 @@ from harness.report import evidence
 from harness.report.stats import check
 from harness.results import run_record
 from harness.runs import worker
-from harness.runs.launcher import difference, is_same, prepare
+from harness.runs.differences import difference, is_same
+from harness.runs.run_directory import prepare
 
 
 def with_bos(*, adds=True):

@@ -18,7 +18,7 @@ from harness.config.paths import CONF_DIR, REPOSITORY
 from harness.evaluation import ranks, sliding_window
 from harness.models.loss import NextToken
 from harness.results import run_record
-from harness.runs import launcher
+from harness.runs import run_directory
 
 SAME = [
     "train.steps=4", "evaluate.every=2", "data.validation_share=0.003", "data.test_share=0.003",
@@ -90,13 +90,13 @@ def test_a_rank_that_is_faster_than_the_first_is_no_other_run(tmp_path, make_run
     run.run_dir.mkdir(parents=True)
     log = run.run_dir / "log-rank-1.txt"
     log.write_text("begun")
-    assert launcher._found(run, None).other_files  # of a process by itself it is another run's
+    assert run_directory.found(run, None).other_files  # of a process by itself it is another run's
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launcher._found(run, None).other_files
-    launcher.prepare(run, "harness")
+    assert not run_directory.found(run, None).other_files
+    run_directory.prepare(run, "harness")
     assert log.read_text() == "begun"
     (run.run_dir / "mine.txt").write_text("kept")
-    assert launcher._found(run, None).other_files
+    assert run_directory.found(run, None).other_files
 
 
 def ranks_of(folder):

@@ -15,7 +15,7 @@ from harness.config.schema import DataConfig
 from harness.data.token_data import Data
 from harness.methods import adapt, invocation, merging
 from harness.results import run_record, schema
-from harness.runs import failures, launcher, predictions, worker
+from harness.runs import failures, predictions, run_directory, worker
 from harness.training import checkpoint
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -121,7 +121,7 @@ def test_what_fails_at_the_end_of_a_run_is_noted_and_the_test_stands(
         *SHORT, *FEW, "method=lora", "method.r=2", f"outputs_dir={tmp_path}", "run_name=x"
     )
     run.run_dir.mkdir(parents=True)
-    launcher.prepare(run, "test")
+    run_directory.prepare(run, "test")
     assert worker.main(run.run_dir, quiet=True) == 0
     record = run_record.read(run.run_dir)
     assert record["status"] == "finished" and schema.problems(record) == []

@@ -22,7 +22,7 @@ from harness.methods import adalora, objective
 from harness.models import pretrained
 from harness.models.loss import NextToken
 from harness.results import run_record, schema
-from harness.runs import launcher, worker
+from harness.runs import run_directory, worker
 from harness.system.signals import Stop
 from harness.training import buffers, checkpoint, loop, optimizers
 
@@ -240,7 +240,7 @@ def start(run, pause_at=None):
     """Run in a process of its own, up to a step; its result."""
     run = dataclasses.replace(run, launch=dataclasses.replace(run.launch, pause_at=pause_at))
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    launcher.prepare(run, "test", go_on=run_record.can_resume(run.run_dir))
+    run_directory.prepare(run, "test", go_on=run_record.can_resume(run.run_dir))
     process = FORK.Process(target=worker.main, args=(run.run_dir,), kwargs={"quiet": True})
     process.start()
     process.join(300)

@@ -23,7 +23,7 @@ from harness.data.token_data import Batch, Data, batch_of
 from harness.methods import initialisation, model_facts, starts
 from harness.models import pretrained
 from harness.results import run_record, schema
-from harness.runs import launcher, worker
+from harness.runs import run_directory, worker
 from harness.training import checkpoint
 from harness.training.start_text import start_text_of
 
@@ -328,7 +328,7 @@ FORK.set_forkserver_preload(["harness.runs.worker"])
 def start(run, pause_at=None):
     run = dataclasses.replace(run, launch=dataclasses.replace(run.launch, pause_at=pause_at))
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    launcher.prepare(run, "test", go_on=run_record.can_resume(run.run_dir))
+    run_directory.prepare(run, "test", go_on=run_record.can_resume(run.run_dir))
     process = FORK.Process(target=worker.main, args=(run.run_dir,), kwargs={"quiet": True})
     process.start()
     process.join(300)
