@@ -17,7 +17,7 @@ from harness.config.errors import ConfigError
 from harness.config.paths import REPOSITORY, options
 from harness.config.schema import PeftMethod
 from harness.methods import adapters
-from harness.models import pretrained
+from harness.models import model_size, pretrained
 from harness.results import run_record
 from harness.runs import launcher, mistakes, outcomes, run_directory, worker_attempt
 
@@ -182,7 +182,7 @@ def test_known_shapes_are_those_of_the_model(make_run, model):
     run = make_run(f"model={model}", "model.unfuse_qkv=false")
     described = model_shapes._configuration(run.model)
     base = pretrained.on_meta(run, pretrained.load_config(pretrained.without_files(run).model))
-    there = pretrained.matrices(base)
+    there = model_size.matrices(base)
     known = model_shapes.matrices(described)
     assert {name.rpartition(".")[2] for name in there} <= {n.rpartition(".")[2] for n in known}
     for name, shape in there.items():

@@ -18,7 +18,7 @@ from harness.config.optimizers import OPTIMIZERS
 from harness.data import documents, token_data
 from harness.evaluation import sliding_window
 from harness.methods import adalora, objective
-from harness.models import pretrained
+from harness.models import pretrained, transformer_blocks
 from harness.models.loss import NextToken
 from harness.results import run_record
 from harness.runs import composition, estimate, evaluation_batches, predictions
@@ -97,7 +97,7 @@ def measured(run, config, accelerate, evaluated=None):
     """Real tensors, the worker's order of events: the second step or the only one, evaluation."""
     torch.manual_seed(0)
     model = methods.adapt(pretrained.load_model(run, config), run)
-    pretrained.checkpoint_activations(model, run.train)
+    transformer_blocks.checkpoint_activations(model, run.train)
     frozen = not any(p.requires_grad for p in model.parameters())
     prepared = accelerate.prepare_model(
         NextToken(model, run.train.label_smoothing), evaluation_mode=frozen

@@ -22,7 +22,7 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.data import token_data
 from harness.methods import adalora, initialisation, objective, peft_adapter, positions
-from harness.models import pretrained, quantized
+from harness.models import model_files, model_size, pretrained, quantized, transformer_blocks
 from harness.models.loss import NextToken
 from harness.results import environment, numbers
 from harness.runs.evaluation_batches import Shape, full_batch
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 class Prediction:
     """What a run will need; bytes, and FLOPs a token (a multiply-add is two)."""
 
-    parameters: pretrained.Parameters
+    parameters: model_size.Parameters
     train: dict[str, Any]  # as memory.measured reports it; empty where nothing trains
     evaluate: dict[str, Any]
     train_flops_per_token: float
@@ -140,10 +140,10 @@ def _followed(
     """
     packing = None
     if quantized.packing_of(model_config):
-        packing = quantized.stored_bytes(pretrained.folder_of(run.model))
+        packing = quantized.stored_bytes(model_files.folder_of(run.model))
     model = methods.check(pretrained.on_meta(run, model_config), run)
-    counted = pretrained.count_parameters(model)
-    pretrained.checkpoint_activations(model, run.train)
+    counted = model_size.count_parameters(model)
+    transformer_blocks.checkpoint_activations(model, run.train)
     bare = NextToken(model, run.train.label_smoothing)
     on_training: dict[str, Any] = {}
     on_evaluation: dict[str, Any] = {}

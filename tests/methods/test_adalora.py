@@ -19,7 +19,7 @@ from harness.config.rank_schedule import schedule_of
 from harness.config.schema import AdaloraMethod
 from harness.data.token_data import Data, batch_of, block_order
 from harness.methods import adalora, objective
-from harness.models import pretrained
+from harness.models import model_size
 from harness.models.loss import NextToken
 from harness.results import run_record, schema
 from harness.runs import run_directory, worker
@@ -192,9 +192,9 @@ def test_shares_become_steps_within_the_run(steps):
 def test_what_counts_as_trainable_is_pefts_count_with_or_without_weights(tiny, make_run):
     run = make_run(*ASKED)
     model = methods.adapt(copy.deepcopy(tiny), run)
-    count = pretrained.count_parameters(model).trainable
+    count = model_size.count_parameters(model).trainable
     assert count == model.get_nb_trainable_parameters()[0] == 2 * 6 * (16 * 32 + 4)
-    assert pretrained.count_parameters(methods.check(tiny.to("meta"), run)).trainable == count
+    assert model_size.count_parameters(methods.check(tiny.to("meta"), run)).trainable == count
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from harness import compose, methods
 from harness.config.errors import ConfigError
 from harness.data.token_data import Batch
 from harness.methods import fields, peft_adapter, peft_config, positions, refusals
-from harness.models import pretrained
+from harness.models import model_size, pretrained, transformer_blocks
 from harness.models.loss import NextToken
 from harness.training import loop, memory
 
@@ -243,7 +243,7 @@ def test_a_field_that_acts_on_biases_is_refused_where_there_are_none(name, field
     with_them = LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True}))
     plain = methods.adapt(copy.deepcopy(with_them), peft_run(name, *own))
     found = methods.adapt(with_them, peft_run(name, *own, field))
-    counts = [pretrained.count_parameters(model).trainable for model in (plain, found)]
+    counts = [model_size.count_parameters(model).trainable for model in (plain, found)]
     assert counts[0] != counts[1]
 
 
@@ -323,7 +323,7 @@ def test_a_run_is_not_changed_by_being_adapted(make_run):
     on_meta = methods.check(pretrained.on_meta(run, config), run)
     found = [methods.adapt(pretrained.load_model(run, config), run) for _ in range(2)]
     assert run.method.fields == {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
-    counts = [pretrained.count_parameters(model) for model in (on_meta, *found)]
+    counts = [model_size.count_parameters(model) for model in (on_meta, *found)]
     assert counts[0] == counts[1] == counts[2]
     first, last = found[1].get_input_embeddings(), found[1].get_output_embeddings()
     assert first.weight is last.weight and first.weight.requires_grad
@@ -437,7 +437,9 @@ def test_prompts_in_the_embeddings_can_be_checkpointed(name):
         run = peft_run(name, tokens)
         run = replace(run, train=replace(run.train, checkpointing=checkpointing))
         assert positions.num_virtual_tokens(run) == (3 if name == "CPT" else 4)
-        return gradients(pretrained.checkpoint_activations(methods.adapt(llama(), run), run.train))
+        return gradients(
+            transformer_blocks.checkpoint_activations(methods.adapt(llama(), run), run.train)
+        )
 
     plain, again = found(False), found(True)
     assert plain and all(torch.equal(plain[n], again[n]) for n in plain)
@@ -449,7 +451,7 @@ def test_an_error_of_the_meta_device_is_no_refusal():
         bare = LlamaForCausalLM(LLAMA)
     with pytest.raises(peft_adapter.NeedsWeightsError):
         methods.check(bare, run)
-    count = pretrained.count_parameters(methods.adapt(llama(), run)).trainable
+    count = model_size.count_parameters(methods.adapt(llama(), run)).trainable
     assert count == 2 * 4 * 4 * (32 + 32)  # r (m + n) of four square matrices a layer
 
 

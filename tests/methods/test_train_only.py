@@ -17,7 +17,7 @@ from harness.config.errors import ConfigError
 from harness.config.paths import REPOSITORY
 from harness.data.token_data import Data, batch_of, block_order
 from harness.methods import adapt, model_facts, train_only
-from harness.models import pretrained
+from harness.models import model_size, pretrained
 from harness.training import checkpoint
 from harness.training import loop as training
 
@@ -63,11 +63,11 @@ def test_counts_are_closed_forms(model, layers, d, vocabulary, positions):
         found = train_only.select(base, entries.split(","))
         assert sum(p.numel() for p in found.values()) == expected, entries
     whole = sum(closed[name] for name in ("matrices", "embeddings", "positions", "norms,biases"))
-    assert pretrained.count_parameters(base).total == whole
+    assert model_size.count_parameters(base).total == whole
     # q and v are parts of one matrix, which is taken apart where one of them is named.
     asked = [f"model={model}", "method=full", "method.train_only=[q,v]"]
     apart = count.adapted(asked)[1]
-    assert pretrained.count_parameters(apart).trainable == 2 * d * d * layers
+    assert model_size.count_parameters(apart).trainable == 2 * d * d * layers
 
 
 def test_matrices_are_what_lora_adapts_and_no_bias(tiny, make_run):

@@ -153,7 +153,7 @@ def on_harness(
     from accelerate import Accelerator
 
     from harness import methods
-    from harness.models import pretrained
+    from harness.models import pretrained, transformer_blocks
     from harness.models.loss import NextToken
     from harness.runs import estimate
     from harness.training import loop, memory, optimizers
@@ -162,7 +162,7 @@ def on_harness(
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
     model = methods.adapt(pretrained.load_model(run, model_config), run).to(accelerator.device)
     if run.train.compile:
-        pretrained.compile_blocks(model)
+        transformer_blocks.compile_blocks(model)
     prepared = accelerator.prepare_model(NextToken(model))
     optimizer = accelerator.prepare_optimizer(
         optimizers.make_optimizer(model, run.train, run.optimizer)

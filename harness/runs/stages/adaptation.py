@@ -15,7 +15,7 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.evaluation import base_model
 from harness.methods import invocation, merging, model_facts, positions, starts
-from harness.models import linear, pretrained
+from harness.models import linear, model_size, pretrained, transformer_blocks
 from harness.runs import failures
 from harness.runs.stages.setup import Setup
 from harness.runs.stages.texts import Texts
@@ -67,9 +67,9 @@ def adapt(setup: Setup, texts: Texts) -> Adapted:
     counted = _record(setup, model)
     if accelerator.process_index:  # the same start, and dropout of its own
         set_seed(run.seed + accelerator.process_index * 1_000_003)
-    pretrained.checkpoint_activations(model, run.train)
+    transformer_blocks.checkpoint_activations(model, run.train)
     if run.train.compile:
-        pretrained.compile_blocks(model)
+        transformer_blocks.compile_blocks(model)
     return Adapted(model, counted.trainable > 0, room, at_base, start_text, merged)
 
 
@@ -83,7 +83,7 @@ def _load_base(setup: Setup) -> PreTrainedModel:
         }
     if misfits:
         failures.warn(f"model.strict=false: {misfits}")
-    setup.result["parameters"] = {"base": pretrained.count_parameters(base).total}
+    setup.result["parameters"] = {"base": model_size.count_parameters(base).total}
     return base
 
 
@@ -114,11 +114,11 @@ def wants_merged(run: RunConfig, another: bool) -> bool:
     return run.save_merged == "always"
 
 
-def _record(setup: Setup, model: nn.Module) -> pretrained.Parameters:
+def _record(setup: Setup, model: nn.Module) -> model_size.Parameters:
     """Note what the method has made of the base; the number of its parameters."""
     result = setup.result
     result["method"] |= model_facts.svd_facts(model) | model_facts.trained_alone(model, setup.run)
-    counted = pretrained.count_parameters(model)
+    counted = model_size.count_parameters(model)
     result["parameters"] |= {
         "total": counted.total,
         "trainable": counted.trainable,

@@ -21,7 +21,7 @@ from harness.evaluation import prefix
 from harness.evaluation.prefix import Prefix
 from harness.methods import peft_adapter, positions
 from harness.methods.svd import CACHE_ENV
-from harness.models import pretrained, weights
+from harness.models import model_files, pretrained, weights
 from harness.results import environment
 from harness.runs import failures
 from harness.system import contents, network
@@ -119,7 +119,7 @@ def _check_names_and_shapes(
 ) -> None:
     """Build the adapted model on the meta device, before anything is read or loaded."""
     if not run.model.architecture:
-        weights.check_files(pretrained.source_of(run.model))
+        weights.check_files(model_files.source_of(run.model))
     positions.check_context(run, max_positions)
     with suppress(peft_adapter.NeedsWeightsError):  # then on the real model
         checked = methods.check(pretrained.on_meta(run, base_config), run)
