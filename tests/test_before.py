@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from harness import methods
 from harness.evaluation import base_model
 from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.runs import worker
 from harness.runs.run_directory import prepare

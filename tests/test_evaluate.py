@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from harness.evaluation import sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 
 
 def documents(lengths, seed=0):

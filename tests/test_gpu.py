@@ -13,6 +13,7 @@ from test_plan import UDV, measured
 from harness import methods
 from harness.data import token_data, token_tables
 from harness.models import loss, pretrained
+from harness.models.next_token import NextToken
 from harness.results import environment, run_record
 from harness.runs import estimate, run_directory, worker
 from harness.training import loop, optimizers
@@ -126,7 +127,7 @@ def trained(run, steps=5):
     config = pretrained.load_config(run.model)
     torch.manual_seed(0)
     model = methods.adapt(pretrained.load_model(run, config), run).to(accelerate.device)
-    prepared = accelerate.prepare_model(loss.NextToken(model))
+    prepared = accelerate.prepare_model(NextToken(model))
     optimizer = accelerate.prepare_optimizer(
         optimizers.make_optimizer(model, run.train, run.optimizer)
     )

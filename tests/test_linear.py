@@ -20,7 +20,7 @@ from harness.config import peft_fields
 from harness.config.errors import ConfigError
 from harness.data.token_data import Batch
 from harness.models import linear, model_size, pretrained
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.models.split_qkv import unfuse_qkv
 from harness.runs import estimate
 from harness.training import checkpoint, loop, optimizers

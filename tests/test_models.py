@@ -20,7 +20,7 @@ from harness.config.paths import ASSETS_DIR, CONF_DIR
 from harness.config.schema import TargetsConfig, TrainConfig
 from harness.methods import adapt, targets
 from harness.models import pretrained, transformer_blocks
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import environment, run_record
 from harness.training.memory import LiveTensors
 

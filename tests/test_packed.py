@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from harness.config.paths import ASSETS_DIR
 from harness.models import quantized
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.training import memory
 
 

@@ -19,7 +19,7 @@ from harness.data import documents, token_data
 from harness.evaluation import sliding_window
 from harness.methods import adalora, objective
 from harness.models import pretrained, transformer_blocks
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.runs import composition, estimate, evaluation_batches, predictions
 from harness.training import loop, memory, optimizers

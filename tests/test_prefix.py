@@ -18,7 +18,7 @@ from harness.config.paths import ASSETS_DIR
 from harness.config.schema import DataConfig
 from harness.data import documents, pairs, sequences, token_data
 from harness.evaluation import prefix, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.report import evidence
 from harness.report.stats import check
 from harness.results import run_record

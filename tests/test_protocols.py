@@ -24,7 +24,7 @@ from harness.config.paths import ASSETS_DIR, CONF_DIR, REPOSITORY
 from harness.config.schema import DataConfig
 from harness.data import documents, hub
 from harness.evaluation import protocols, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 
 # A line of WikiText is between spaces, and a blank one is a space.

@@ -27,7 +27,7 @@ from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR
 from harness.data import documents
 from harness.models import linear, model_size, pretrained, quantize, quantized
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.runs import estimate
 from harness.training import memory
 

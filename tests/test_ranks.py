@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.config.paths import CONF_DIR, REPOSITORY
 from harness.evaluation import ranks, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.runs import run_directory
 

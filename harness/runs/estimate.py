@@ -23,7 +23,7 @@ from harness.config.run_config import RunConfig
 from harness.data import token_data
 from harness.methods import adalora, initialisation, objective, peft_adapter, positions
 from harness.models import model_files, model_size, pretrained, quantized, transformer_blocks
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import environment, numbers
 from harness.runs.evaluation_batches import Shape, full_batch
 from harness.runs.flops import Flops

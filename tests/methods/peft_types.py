@@ -28,7 +28,7 @@ from harness.config.schema import AdaloraMethod
 from harness.data.token_data import Batch
 from harness.methods import merging, peft_adapter, weight_tying
 from harness.models import linear, model_size, pretrained
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.runs import estimate
 from harness.runs.finished_run import Saved
 from harness.training import checkpoint, loop, optimizers

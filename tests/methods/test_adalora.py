@@ -20,7 +20,7 @@ from harness.config.schema import AdaloraMethod
 from harness.data.token_data import Data, batch_of, block_order
 from harness.methods import adalora, objective
 from harness.models import model_size
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record, schema
 from harness.runs import run_directory, worker
 from harness.system.signals import Stop

@@ -23,7 +23,7 @@ from harness.config.errors import ConfigError
 from harness.data.token_data import Batch
 from harness.methods import fields, peft_adapter, peft_config, positions, refusals
 from harness.models import model_size, pretrained, transformer_blocks
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.training import loop, memory
 
 IDS = torch.arange(4, 36).view(2, 16)

@@ -11,8 +11,8 @@ from harness import methods
 from harness.config.errors import ConfigError
 from harness.methods import adapt, model_facts, objective, svd, targets
 from harness.models import model_size, pretrained
-from harness.models.loss import NextToken
 from harness.models.lstm import LSTMConfig, LSTMForCausalLM
+from harness.models.next_token import NextToken
 from harness.models.split_qkv import unfuse_qkv
 
 IDS = torch.arange(1, 21).view(2, 10)

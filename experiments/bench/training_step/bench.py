@@ -154,7 +154,7 @@ def on_harness(
 
     from harness import methods
     from harness.models import pretrained, transformer_blocks
-    from harness.models.loss import NextToken
+    from harness.models.next_token import NextToken
     from harness.runs import estimate
     from harness.training import loop, memory, optimizers
 

@@ -13,7 +13,7 @@ from harness.data import pairs
 from harness.data.pairs import Pair
 from harness.evaluation import generation, latency, probes, sliding_window
 from harness.evaluation.base_model import Unadapted
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.runs.stages.adaptation import Adapted
 from harness.runs.stages.setup import Setup
 from harness.system import contents
