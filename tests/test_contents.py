@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 
 from harness import compose
 from harness.config.errors import ConfigError
+from harness.config.method_schema import PeftMethod
 from harness.config.naming import configuration, identity
 from harness.config.paths import ASSETS_DIR, REPOSITORY
-from harness.config.schema import DataConfig, PeftMethod
+from harness.config.schema import DataConfig
 from harness.data import documents
 from harness.results import run_record
 from harness.runs import differences, finished_run

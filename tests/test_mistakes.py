@@ -14,8 +14,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from harness.commands import arguments, count, plan
 from harness.config import keys, model_shapes, peft_fields
 from harness.config.errors import ConfigError
+from harness.config.method_schema import PeftMethod
 from harness.config.paths import REPOSITORY, options
-from harness.config.schema import PeftMethod
 from harness.methods import adapters
 from harness.models import model_size, pretrained
 from harness.results import run_record

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from harness.config import naming
 from harness.config.errors import ConfigError
+from harness.config.method_schema import AdaloraMethod, LoraMethod, NoMethod, SvdMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import AdaloraMethod, LoraMethod, NoMethod, SvdMethod
 from harness.results import numbers
 from harness.runs.overrides import compose, without_flag
 from harness.system.console import quiet_command

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from harness.config.errors import ConfigError
+from harness.config.method_schema import LoraMethod, PeftMethod, SvdMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod, PeftMethod, SvdMethod
 from harness.methods import for_optimizer, refusals, starts
 from harness.methods.adapters import ADAPTERS, lora, targets_of
 from harness.methods.initialisation import reads_text, reads_weights

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError
-from harness.config.run_config import RunConfig
-from harness.config.schema import (
+from harness.config.method_schema import (
     AdaloraMethod,
     FullMethod,
     LoraMethod,
@@ -20,6 +19,7 @@ from harness.config.schema import (
     SvdMethod,
     UdvMethod,
 )
+from harness.config.run_config import RunConfig
 from harness.methods import adalora, fields, lora_layer, refusals, starts, targets, train_only, udv
 from harness.methods.peft_adapter import wrapped
 from harness.methods.peft_config import configured, peft_class

@@ -6,8 +6,8 @@ from typing import Any
 
 import peft
 
+from harness.config.method_schema import LoraMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod
 from harness.methods import starts
 
 FROM_WEIGHTS = ("pissa", "corda", "loftq", "mica", "eva", "lora_ga")  # inits that read the weights

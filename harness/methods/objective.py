@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from harness.config.method_schema import AdaloraMethod, UdvMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import AdaloraMethod, UdvMethod
 from harness.methods import adalora, udv
 
 

@@ -10,7 +10,7 @@ import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from harness.config.errors import ConfigError, nearest
-from harness.config.schema import PeftMethod
+from harness.config.method_schema import PeftMethod
 from harness.methods import refusals
 from harness.methods.values import typed
 

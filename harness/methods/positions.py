@@ -7,8 +7,8 @@ from typing import Any
 import peft
 
 from harness.config.errors import ConfigError
+from harness.config.method_schema import PeftMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import PeftMethod
 from harness.methods.peft_config import configured, peft_class
 
 

@@ -20,9 +20,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from harness.config import matrix_roles
 from harness.config.errors import ConfigError, nearest
+from harness.config.method_schema import FullMethod
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
-from harness.config.schema import FullMethod, ModelConfig
+from harness.config.schema import ModelConfig
 from harness.models import linear, quantize, weights
 from harness.models import quantized as packed
 from harness.models.model_files import from_source, source_of

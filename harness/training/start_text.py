@@ -8,8 +8,8 @@ from accelerate import Accelerator
 
 from harness.config import naming
 from harness.config.errors import ConfigError
+from harness.config.method_schema import LoraMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod
 from harness.data import token_data
 from harness.methods import initialisation, starts
 from harness.results import run_record

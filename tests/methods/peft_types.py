@@ -24,7 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from harness import compose, methods
 from harness.artifacts import export, model_card
 from harness.config.errors import ConfigError
-from harness.config.schema import AdaloraMethod
+from harness.config.method_schema import AdaloraMethod
 from harness.data.token_data import Batch
 from harness.methods import merging, peft_adapter, weight_tying
 from harness.models import linear, model_size, pretrained

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from harness import methods
 from harness.config import naming
 from harness.config.errors import ConfigError
+from harness.config.method_schema import AdaloraMethod
 from harness.config.rank_schedule import schedule_of
-from harness.config.schema import AdaloraMethod
 from harness.data.token_data import Data, batch_of, block_order
 from harness.methods import adalora, objective
 from harness.models import model_size
