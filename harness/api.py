@@ -64,11 +64,11 @@ def plan(run: RunConfig) -> Prediction | None:
     Raises:
         ConfigError: a target that is not there, a rank that is too large, too long a context.
     """
-    from harness.runs import estimate  # which needs torch
+    from harness.runs import estimate, evaluation_batches  # which need torch
 
     with quiet(), _as_they_were():
         plain, model_config, accelerator = estimate.setting(run)
-        evaluated = estimate.largest_batch(run, model_config)
+        evaluated = evaluation_batches.largest_batch(run, model_config)
         return estimate.predict(plain, model_config, accelerator, evaluated)
 
 

@@ -23,7 +23,7 @@ from harness.data.token_data import Data
 from harness.methods.svd import CACHE_ENV
 from harness.methods.udv import UDVLinear
 from harness.results import run_record, schema
-from harness.runs import launcher, worker
+from harness.runs import run_directory, worker
 from harness.runs.composition import from_hydra
 
 
@@ -149,7 +149,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 settings = [*SHORT, *overrides, f"outputs_dir={folder}"]
                 run = from_hydra(compose("config", settings))
             run.run_dir.mkdir(parents=True)
-            launcher.prepare(run, shlex.join(["python", "-m", "harness", *overrides]))
+            run_directory.prepare(run, shlex.join(["python", "-m", "harness", *overrides]))
             process = context.Process(
                 target=worker.main, args=(run.run_dir,), kwargs={"quiet": True}
             )

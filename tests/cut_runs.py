@@ -8,7 +8,7 @@ import signal
 import pandas as pd
 
 from harness.results import run_record
-from harness.runs import launcher, worker
+from harness.runs import run_directory, worker
 from harness.training import checkpoint
 
 # Dropout, so that the generators matter; validation at its best before the end, and not at it.
@@ -46,7 +46,7 @@ def _worker(run_dir, deadly, number):
 def start(run, *, deadly="", number=0, micro_batch=None):
     """Begin a run, or go on with it, in a process of its own, which `_worker` may kill."""
     go_on = run_record.can_resume(run.run_dir)
-    launcher.prepare(run, "test", go_on=go_on, micro_batch=micro_batch)
+    run_directory.prepare(run, "test", go_on=go_on, micro_batch=micro_batch)
     process = FORK.Process(target=_worker, args=(run.run_dir, deadly, number))
     process.start()
     return process

@@ -6,10 +6,10 @@ import torch
 
 from harness import methods
 from harness.data import token_data
-from harness.methods import adalora
-from harness.models import pretrained
-from harness.models.loss import NextToken
-from harness.runs import estimate
+from harness.evaluation import sliding_window
+from harness.methods import adalora, objective
+from harness.models import pretrained, transformer_blocks
+from harness.models.next_token import NextToken
 from harness.training import loop, memory, optimizers
 
 UDV = ["method=udv", "method.rank=16"]
@@ -19,7 +19,7 @@ def measured(run, config, accelerate, evaluated=None):
     """Real tensors, the worker's order of events: the second step or the only one, evaluation."""
     torch.manual_seed(0)
     model = methods.adapt(pretrained.load_model(run, config), run)
-    pretrained.checkpoint_activations(model, run.train)
+    transformer_blocks.checkpoint_activations(model, run.train)
     frozen = not any(p.requires_grad for p in model.parameters())
     prepared = accelerate.prepare_model(
         NextToken(model, run.train.label_smoothing), evaluation_mode=frozen
@@ -28,7 +28,7 @@ def measured(run, config, accelerate, evaluated=None):
 
     def evaluate(optimizer):
         context = run.evaluation_context
-        tokens = run.evaluate.batch_tokens or estimate.evaluate.batch_tokens(config)
+        tokens = run.evaluate.batch_tokens or sliding_window.batch_tokens(config)
         shape = evaluated or (max(1, tokens // context), context)
         ids = torch.randint(0, config.vocab_size, shape)
         ids = ids.to(accelerate.device)
@@ -56,7 +56,7 @@ def measured(run, config, accelerate, evaluated=None):
             packed = run.data.source == "pairs" and run.data.packing == "packed"
             positions = torch.arange(shape[1]).expand(shape) if packed else None
             batches = [token_data.Batch(block, block, positions) for block in ids]
-            penalty = methods.penalty(model, run)
+            penalty = objective.penalty(model, run)
             loop.accumulate(prepared, batches, run.train.batch_tokens, accelerate, penalty)
             after_step = adalora.after_step(model, run)
             stepped = after_step and functools.partial(after_step, step)

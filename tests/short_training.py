@@ -2,7 +2,7 @@
 
 from accelerate import Accelerator
 
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.system.signals import Stop
 from harness.training import loop as training
 from harness.training import optimizers

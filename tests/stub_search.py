@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness.commands import cli
 from harness.results import run_record
-from harness.runs import launcher
+from harness.runs import outcomes, worker_attempt
 
 BEST_LR, DIVERGES = 7e-3, 0.5
 SEED, RANK = 13, 64  # of runs that diverge, whatever their rate
@@ -45,7 +45,7 @@ def wait_for_the_others():
 
 
 def attempt(run, claim, *, quiet):
-    """In place of `launcher._attempt`: train to the pause or the end, from the last checkpoint."""
+    """In place of `worker_attempt.attempt`: train on to the pause or the end, and save nothing."""
     assert not run.evaluate.test
     wait_for_the_others()
     run_dir, every = run.run_dir, run.evaluate.every
@@ -62,8 +62,8 @@ def attempt(run, claim, *, quiet):
             unlucky = (run.seed, getattr(run.method, "r", None)) == (SEED, RANK)
             if (run.train.lr > DIVERGES or unlucky) and step > 5:
                 failure = {"class": "nan", "message": f"the loss is nan at step {step}"}
-                return launcher._outcome(
-                    run_dir, launcher._record(run_dir, record, "failed", failure)
+                return outcomes.of_record(
+                    run_dir, worker_attempt.record_failure(run_dir, record, "failed", failure)
                 )
             with Path("steps.log").open("a") as log:
                 log.write(f"{run_dir.name} {step}\n")
@@ -83,14 +83,14 @@ def attempt(run, claim, *, quiet):
         record["speed"] = {"train_seconds": 1.0}
         run_record.clear(run_dir)
     run_record.write(run_dir, record)
-    return launcher._outcome(run_dir, record)
+    return outcomes.of_record(run_dir, record)
 
 
 def several(commands):
     """Status and error of each command, run one after the other in this process."""
     found = []
     for arguments in commands:
-        launcher.OUTCOMES.clear()
+        outcomes.OUTCOMES.clear()
         errors, said = io.StringIO(), io.StringIO()
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(said):
             status = cli.main(arguments)
@@ -100,7 +100,7 @@ def several(commands):
 
 
 if __name__ == "__main__":
-    launcher._attempt = attempt
+    worker_attempt.attempt = attempt
     if sys.argv[1] == "--several":
         sys.exit(several(json.loads(sys.argv[2])))
     sys.exit(cli.main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from harness.report import answer, choices, evidence, figures, files, setting, s
 from harness.report.__main__ import main
 from harness.results import run_record
 from harness.runs import grids as harness_grids
-from harness.runs import launcher
+from harness.runs import hydra_task
 
 
 def sweep_over(folder, **sections):
@@ -100,7 +100,7 @@ def test_the_setting_stands_under_every_title_with_the_command_as_typed(
     folder = sweep_over(tmp_path / "scratch", model={"name": "gpt2_mini", "architecture": {}})
     typed = ["sweep", "train.warmup=0,0.1", "data.train_share=0.25,1", "data.path=a file"]
     monkeypatch.setattr("sys.argv", ["/venv/bin/harness", "-m", *typed[1:]])  # as Hydra reads it
-    monkeypatch.setattr(launcher, "TYPED", typed)
+    monkeypatch.setattr(hydra_task, "TYPED", typed)
     runs = [SimpleNamespace(run_dir=path) for path in folder.iterdir()]
     harness_grids._write_down(runs, {})
     for run_dir in folder.glob("w*"):
@@ -162,11 +162,11 @@ def test_a_folder_without_a_recorded_sweep_has_no_last_one(tmp_path, capsys):
 
 
 def test_what_is_shown_is_what_was_typed(monkeypatch):
-    monkeypatch.setattr(launcher, "TYPED", ["search", "method.r=1,8", "search.trials=3"])
+    monkeypatch.setattr(hydra_task, "TYPED", ["search", "method.r=1,8", "search.trials=3"])
     monkeypatch.setattr("sys.argv", ["/bin/harness", "-m", "hydra/sweeper=search"])
-    assert launcher.typed() == "harness search method.r=1,8 search.trials=3"
+    assert hydra_task.typed() == "harness search method.r=1,8 search.trials=3"
     monkeypatch.setattr("sys.argv", ["/src/harness/__main__.py", "-m", "hydra/sweeper=search"])
-    assert launcher.typed() == "python -m harness search method.r=1,8 search.trials=3"
+    assert hydra_task.typed() == "python -m harness search method.r=1,8 search.trials=3"
 
 
 def test_the_commands_of_several_sweeps_are_kept_and_an_old_record_is_read(tmp_path):

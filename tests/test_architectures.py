@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.methods import adapt
 from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 
 COMMON = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 KINDS = {

@@ -16,7 +16,7 @@ from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.data.token_data import batch_of, block_order
 from harness.methods import adapt
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.system.signals import Stop
 from harness.training import checkpoint, loop, memory, optimizers

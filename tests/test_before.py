@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from harness import methods
 from harness.evaluation import base_model
 from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.runs import worker
-from harness.runs.launcher import prepare
+from harness.runs.run_directory import prepare
 from harness.training import evaluator
 
 PROMPTS = ["method=peft", "method.peft_type=PREFIX_TUNING", "+method.fields.num_virtual_tokens=4"]

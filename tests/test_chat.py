@@ -19,7 +19,7 @@ from harness.config.schema import DataConfig, GenerateConfig
 from harness.data import chat, overlap, pairs, sequences, subset, token_data
 from harness.data.token_tables import IGNORE
 from harness.evaluation import generation, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.training import loop
 
 # ChatML, as Qwen and SmolLM2 have it, with the assistant's turns marked and without marks.

@@ -16,7 +16,7 @@ from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR
 from harness.data.pairs import Pair
 from harness.evaluation import classification
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.report import columns, table
 from harness.results import run_record
 

@@ -9,10 +9,11 @@ from hydra.errors import HydraException
 
 from harness import methods
 from harness.config.errors import ConfigError
+from harness.config.method_schema import LoraMethod
 from harness.config.naming import identity, run_name
 from harness.config.paths import ASSETS_DIR, CONF_DIR, options
 from harness.config.run_config import to_dict
-from harness.config.schema import SECTIONS, LoraMethod
+from harness.config.schema import SECTIONS
 from harness.models import pretrained
 from harness.runs.composition import explain, from_hydra, load
 

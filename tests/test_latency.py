@@ -16,7 +16,7 @@ from harness.config.errors import ConfigError
 from harness.config.schema import LatencyConfig
 from harness.evaluation import latency
 from harness.methods import lora_layer
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.runs import finished_run as saved
 from harness.runs import saved_costs, worker

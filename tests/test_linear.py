@@ -19,8 +19,8 @@ from harness import methods
 from harness.config import peft_fields
 from harness.config.errors import ConfigError
 from harness.data.token_data import Batch
-from harness.models import linear, pretrained
-from harness.models.loss import NextToken
+from harness.models import linear, model_size, pretrained
+from harness.models.next_token import NextToken
 from harness.models.split_qkv import unfuse_qkv
 from harness.runs import estimate
 from harness.training import checkpoint, loop, optimizers
@@ -102,8 +102,8 @@ def test_counts_and_generation_are_as_before(spread):
     spread.config.use_cache = True
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = spread.generate(IDS[:, :5], **options)
-    count = pretrained.count_parameters(spread)
-    assert pretrained.count_parameters(linear.turn(spread)) == count
+    count = model_size.count_parameters(spread)
+    assert model_size.count_parameters(linear.turn(spread)) == count
     assert torch.equal(spread.generate(IDS[:, :5], **options), expected)
 
 
@@ -292,7 +292,7 @@ def test_a_turned_run_is_predicted_counted_and_saved_as_a_plain_gpt2(make_run, t
     accelerator = Accelerator(cpu=True)
     predicted = estimate.predict(run, pretrained.load_config(run.model), accelerator)
     if kind == "HRA":
-        assert predicted.parameters == pretrained.count_parameters(model)
+        assert predicted.parameters == model_size.count_parameters(model)
         plain = replace(run, model=replace(run.model, linear="auto"), method=replace(
             run.method, peft_type="IA3"))  # fmt: skip
         other = estimate.predict(plain, pretrained.load_config(run.model), accelerator)

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from harness.data.token_tables import IGNORE
 from harness.models import loss
-from harness.models.loss import NextToken, linear_nll
+from harness.models.loss import linear_nll
+from harness.models.next_token import NextToken
 from harness.training.memory import LiveTensors
 
 N, D, V = 37, 16, 50

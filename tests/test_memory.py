@@ -9,7 +9,7 @@ from torch import nn
 from harness.data.token_data import Data
 from harness.evaluation import sliding_window
 from harness.methods import adapt
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.report import axes
 from harness.system.signals import Stop
 from harness.training import loop as training

@@ -17,8 +17,8 @@ from harness.config.paths import ASSETS_DIR
 from harness.config.schema import DataConfig
 from harness.data import documents, packing
 from harness.evaluation import sliding_window
-from harness.models.loss import NextToken
 from harness.models.lstm import LSTMConfig, LSTMForCausalLM
+from harness.models.next_token import NextToken
 
 # No overlap, half a window, one token at a time, and a stride that divides nothing.
 WINDOWS = [(32, 32), (32, 16), (24, 1), (32, 13)]

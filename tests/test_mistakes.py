@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,14 +11,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from harness import methods
 from harness.commands import arguments, count, plan
 from harness.config import keys, model_shapes, peft_fields
 from harness.config.errors import ConfigError
+from harness.config.method_schema import PeftMethod
 from harness.config.paths import REPOSITORY, options
-from harness.config.schema import PeftMethod
-from harness.models import pretrained
-from harness.runs import launcher, mistakes
+from harness.methods import adapters
+from harness.models import model_size, pretrained
+from harness.results import run_record
+from harness.runs import launcher, mistakes, outcomes, run_directory, worker_attempt
 
 RAW = ("Lexer", "viable", "Could not", "could not be converted", "usage:", "Ambiguous", "struct")
 
@@ -180,7 +182,7 @@ def test_known_shapes_are_those_of_the_model(make_run, model):
     run = make_run(f"model={model}", "model.unfuse_qkv=false")
     described = model_shapes._configuration(run.model)
     base = pretrained.on_meta(run, pretrained.load_config(pretrained.without_files(run).model))
-    there = pretrained.matrices(base)
+    there = model_size.matrices(base)
     known = model_shapes.matrices(described)
     assert {name.rpartition(".")[2] for name in there} <= {n.rpartition(".")[2] for n in known}
     for name, shape in there.items():
@@ -196,7 +198,7 @@ def test_peft_fields_read_from_its_source_are_those_of_its_classes():
         names = {field.name for field in dataclasses.fields(configured)}
         assert set(peft_fields.fields(kind)) == names, kind
         method = PeftMethod("peft", peft_type=kind)
-        assert peft_fields.takes_matrices(kind) == methods._takes_matrices(method, configured)
+        assert peft_fields.takes_matrices(kind) == adapters.takes_matrices(method, configured)
 
 
 @pytest.mark.parametrize(
@@ -247,15 +249,15 @@ def test_a_mistake_that_only_the_worker_finds_leaves_no_directory(make_run, tmp_
     run = make_run(f"outputs_dir={tmp_path}/out", "method=full", "method.train_only=[nothing]")
 
     def refused(run, claim, *, quiet):
-        record = launcher.run_record.read(run.run_dir) | {
+        record = run_record.read(run.run_dir) | {
             "status": "failed",
             "failure": {"class": "config", "message": "method.train_only: 'nothing' matches none"},
         }
-        launcher.run_record.write(run.run_dir, record)
+        run_record.write(run.run_dir, record)
         (run.run_dir / "log.txt").write_text("Traceback …")
-        return launcher._outcome(run.run_dir, record)
+        return outcomes.of_record(run.run_dir, record)
 
-    monkeypatch.setattr(launcher, "_attempt", refused)
+    monkeypatch.setattr(worker_attempt, "attempt", refused)
     outcome = launcher.launch(run, "python -m harness …")
     assert (outcome.status, outcome.exit_code) == ("refused", 2)
     assert outcome.summary() == "method.train_only: 'nothing' matches none"
@@ -264,14 +266,14 @@ def test_a_mistake_that_only_the_worker_finds_leaves_no_directory(make_run, tmp_
     # What was there before, or was measured before the mistake was found, stays.
     run.run_dir.mkdir(parents=True)
     assert launcher.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
-    launcher.shutil.rmtree(tmp_path / "out")
-    real = launcher.prepare
+    shutil.rmtree(tmp_path / "out")
+    real = run_directory.prepare
 
     def measured(run, *arguments, **more):
         real(run, *arguments, **more)
-        (run.run_dir / launcher.run_record.METRICS_NAME).write_text('{"step": 0}\n')
+        (run.run_dir / run_record.METRICS_NAME).write_text('{"step": 0}\n')
 
-    monkeypatch.setattr(launcher, "prepare", measured)
+    monkeypatch.setattr(run_directory, "prepare", measured)
     assert launcher.launch(run, "…").status == "failed" and (run.run_dir / "log.txt").exists()
 
 

@@ -19,8 +19,8 @@ from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR, CONF_DIR
 from harness.config.schema import TargetsConfig, TrainConfig
 from harness.methods import adapt, targets
-from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.models import pretrained, transformer_blocks
+from harness.models.next_token import NextToken
 from harness.results import environment, run_record
 from harness.training.memory import LiveTensors
 
@@ -50,7 +50,7 @@ def test_checkpointed_blocks_have_the_same_gradients(tiny, make_run, method):
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
     plain, bytes_before = gradients(model)
-    pretrained.checkpoint_activations(model, run.train)
+    transformer_blocks.checkpoint_activations(model, run.train)
     again, bytes_after = gradients(model)
     assert bytes_after < bytes_before and plain.keys() == again.keys()
     for name, expected in plain.items():
@@ -125,7 +125,7 @@ def test_logits_that_change_after_the_head_are_known_without_values():
 def test_prompts_cannot_be_checkpointed(tiny, make_run):
     model = adapt(tiny, make_run(*PROMPTS))
     with pytest.raises(ConfigError, match=r"train\.checkpointing=true: .*set it to false"):
-        pretrained.checkpoint_activations(model, TrainConfig(checkpointing=True))
+        transformer_blocks.checkpoint_activations(model, TrainConfig(checkpointing=True))
 
 
 @pytest.mark.parametrize("method", ["full", "lora method.bias=all"])
@@ -185,7 +185,7 @@ def test_bf16_without_its_instructions_is_warned_of(monkeypatch, has):
 def test_compiled_blocks_have_the_same_gradients(tiny, make_run):
     model = adapt(tiny, make_run("method=lora"))
     plain, _ = gradients(model)
-    pretrained.compile_blocks(model)
+    transformer_blocks.compile_blocks(model)
     ids = torch.arange(1, 41).reshape(2, 20)
     NextToken(model)(ids[:, :-1], ids[:, 1:]).objective.backward()
     compiled = {name: p.grad for name, p in model.named_parameters()}
@@ -197,7 +197,7 @@ def test_what_has_no_blocks_cannot_be_compiled(make_run):
     run = make_run("model=lstm", "method=full")
     model = pretrained.load_model(run, pretrained.load_config(run.model))
     with pytest.raises(ConfigError, match=r"train\.compile=true: .*set it to false"):
-        pretrained.compile_blocks(model)
+        transformer_blocks.compile_blocks(model)
 
 
 def test_a_language_model_with_eyes_is_refused_and_can_be_saved_by_itself(tmp_path, make_run):

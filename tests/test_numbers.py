@@ -8,7 +8,7 @@ import pytest
 from synthetic_runs import put
 
 from harness.config.paths import PACKAGE
-from harness.report import choices, columns, evidence, figures, page, summary
+from harness.report import choices, columns, evidence, figures, page_rows, summary
 from harness.results import numbers
 
 
@@ -57,7 +57,9 @@ def test_terminal_page_and_figures_write_the_same_number_alike(tmp_path, capsys)
     between = f"({numbers.short(best[1])} to {numbers.short(best[2])})"
     assert f"{numbers.perplexity(best[0])} {between}" in " ".join(terminal.split())
     (own,) = [
-        row for row in page._values(found.rows, table, test) if row["name"].startswith("lora")
+        row
+        for row in page_rows.values_of(found.rows, table, test)
+        if row["name"].startswith("lora")
     ]
     assert own["told"][0] == f"test {shown['quality.test.perplexity']} (95 % {low} to {high})"
     assert f"lr {shown['method.lr']} (tuned)" in own["told"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from harness.config.paths import ASSETS_DIR
 from harness.models import quantized
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.training import memory
 
 
@@ -150,7 +150,7 @@ def test_a_run_counts_packed_bytes_and_predicts_them(
 def test_evaluation_leaves_the_gradients_of_training_alone(make_run, quantised, which):
     """Against the same model that has evaluated nothing; counts are PEFT's own."""
     from harness import methods
-    from harness.models import pretrained
+    from harness.models import model_size, pretrained
 
     run = make_run(*base(quantised("nf4", which)), *LORA)
     ids = torch.arange(1, 25)[None]
@@ -159,7 +159,7 @@ def test_evaluation_leaves_the_gradients_of_training_alone(make_run, quantised, 
     for evaluates in (False, True):
         torch.manual_seed(0)
         model = methods.adapt(pretrained.load_model(run, pretrained.load_config(run.model)), run)
-        counted = pretrained.count_parameters(model)
+        counted = model_size.count_parameters(model)
         assert (counted.trainable, counted.total) == model.get_nb_trainable_parameters()
         predicts = NextToken(model)
         if evaluates:

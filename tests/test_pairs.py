@@ -23,7 +23,7 @@ from harness.data.token_tables import IGNORE
 from harness.evaluation import generation, sliding_window, text_metrics
 from harness.methods import adapt
 from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.training import loop
 

@@ -18,7 +18,7 @@ from harness.config.optimizers import OPTIMIZERS
 from harness.data import documents
 from harness.models import pretrained
 from harness.results import run_record
-from harness.runs import composition, estimate
+from harness.runs import composition, estimate, evaluation_batches, predictions
 from harness.training import memory
 
 TINY = [
@@ -150,19 +150,21 @@ def test_an_evaluation_batch_is_no_larger_than_the_text(make_run, tmp_path, toke
         for split in ("validation", "test")
     ]
     windows = max(sum(1 + -(-max(0, n - 32) // 16) for n in split) for split in sizes)
-    assert estimate.largest_batch(run, config) == (windows, 32)
-    full = estimate.full_batch(run, config)
+    assert evaluation_batches.largest_batch(run, config) == (windows, 32)
+    full = evaluation_batches.full_batch(run, config)
     assert full[0] > windows
     # Two thousand words are longer than any batch, and so is what is not here to be read.
     long = notes(tmp_path / "long.jsonl", 20, 20_000)
     for other in (["data=text_files", f"data.path={long}"], ["data=wikitext2"]):
         more = make_run(*other, "data.context=32", "train.batch_tokens=256")
-        assert estimate.largest_batch(more, config) == full
+        assert evaluation_batches.largest_batch(more, config) == full
     # Without the tokenizer a byte is a token, which is an upper bound.
     bare = dataclasses.replace(run, model=dataclasses.replace(run.model, asset=None, id="far/away"))
-    assert windows < estimate.largest_batch(bare, config)[0] <= full[0]
+    assert windows < evaluation_batches.largest_batch(bare, config)[0] <= full[0]
     assert (
-        estimate.largest_batch(make_run("evaluate.protocol=hf_guide", "data=wikitext2"), config)[1]
+        evaluation_batches.largest_batch(
+            make_run("evaluate.protocol=hf_guide", "data=wikitext2"), config
+        )[1]
         == 256
     )
 
@@ -199,7 +201,7 @@ def test_what_was_halved_is_predicted_as_it_was_done(make_run, tmp_path):
     )
     config = pretrained.load_config(asked.model)
     peaks = {
-        name: estimate.recorded(run, config, accelerator(run))["peak_bytes"]
+        name: predictions.recorded(run, config, accelerator(run))["peak_bytes"]
         for name, run in (("asked", asked), ("done", done), ("one", one))
     }
     assert peaks["one"] < peaks["done"] < peaks["asked"]
@@ -261,9 +263,9 @@ def test_a_sweep_over_seeds_and_rates_asks_for_one_prediction(make_run, tmp_path
         for more in (["seed=0"], ["seed=1", "train.lr=0.5", "train.steps=7"], ["method.r=3"])
     )
     config = pretrained.load_config(one.model)
-    first = estimate.recorded(one, config, accelerator(one))
-    assert first == estimate.recorded(same, config, accelerator(same)) and len(made) == 1
-    assert first != estimate.recorded(other, config, accelerator(other)) and len(made) == 2
+    first = predictions.recorded(one, config, accelerator(one))
+    assert first == predictions.recorded(same, config, accelerator(same)) and len(made) == 1
+    assert first != predictions.recorded(other, config, accelerator(other)) and len(made) == 2
 
 
 def test_what_looks_at_values_leaves_the_rest_of_the_table(capsys):

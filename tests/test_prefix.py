@@ -16,12 +16,13 @@ from harness.config.naming import identity
 from harness.config.schema import DataConfig
 from harness.data import documents, pairs, sequences, token_data
 from harness.evaluation import prefix, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.report import evidence
 from harness.report.stats import check
 from harness.results import run_record
 from harness.runs import worker
-from harness.runs.launcher import difference, is_same, prepare
+from harness.runs.differences import difference, is_same
+from harness.runs.run_directory import prepare
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from harness.config.schema import GenerateConfig
 from harness.data.pairs import Pair
 from harness.data.token_tables import IGNORE
 from harness.evaluation import generation, probes, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -23,9 +23,9 @@ from harness.config.errors import ConfigError
 from harness.config.naming import identity, run_name
 from harness.config.paths import ASSETS_DIR, CONF_DIR, REPOSITORY
 from harness.config.schema import DataConfig
-from harness.data import documents
+from harness.data import documents, hub
 from harness.evaluation import protocols, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 
 STRIDES = [64, 32, 13, 5]
@@ -313,7 +313,7 @@ def test_what_a_protocol_cannot_do_is_refused(make_run, tmp_path, overrides, mes
 def test_rows_of_a_file(tmp_path):
     (tmp_path / "wiki.test.txt").write_text(PAGES, "utf-8")
     cfg = DataConfig("mine", "text_files", path=str(tmp_path / "wiki.test.txt"))
-    assert documents.raw_rows(cfg, "test") == rows_of(PAGES)
+    assert hub.raw_rows(cfg, "test") == rows_of(PAGES)
 
 
 @pytest.mark.slow

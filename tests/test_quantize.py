@@ -27,8 +27,8 @@ from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR
 from harness.data import documents
-from harness.models import linear, pretrained, quantize, quantized
-from harness.models.loss import NextToken
+from harness.models import linear, model_size, pretrained, quantize, quantized
+from harness.models.next_token import NextToken
 from harness.runs import estimate
 from harness.training import memory
 
@@ -138,12 +138,12 @@ def test_the_packed_base_is_the_one_of_transformers(make_run, asked):
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
         adapted = methods.adapt(pretrained.load_model(run, config), run)
-        counted = pretrained.count_parameters(adapted)
+        counted = model_size.count_parameters(adapted)
         assert (counted.trainable, counted.total) == adapted.get_nb_trainable_parameters()
         written = quantize.dequantized(ours)
         assert torch.equal(written(ids).logits, theirs.dequantize().float()(ids).logits)
     plain = AutoModelForCausalLM.from_pretrained(MINI)
-    assert pretrained.count_parameters(plain).total == counted.total - counted.trainable
+    assert model_size.count_parameters(plain).total == counted.total - counted.trainable
 
     packed = pretrained.load_model(run, config)
     packed(ids)

@@ -15,9 +15,9 @@ from wikitext_pages import PAGES
 
 from harness.config.paths import CONF_DIR
 from harness.evaluation import ranks, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
-from harness.runs import launcher
+from harness.runs import run_directory
 
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.launch",
@@ -73,13 +73,13 @@ def test_a_rank_that_is_faster_than_the_first_is_no_other_run(tmp_path, make_run
     run.run_dir.mkdir(parents=True)
     log = run.run_dir / "log-rank-1.txt"
     log.write_text("begun")
-    assert launcher._found(run, None).other_files  # of a process by itself it is another run's
+    assert run_directory.found(run, None).other_files  # of a process by itself it is another run's
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launcher._found(run, None).other_files
-    launcher.prepare(run, "harness")
+    assert not run_directory.found(run, None).other_files
+    run_directory.prepare(run, "harness")
     assert log.read_text() == "begun"
     (run.run_dir / "mine.txt").write_text("kept")
-    assert launcher._found(run, None).other_files
+    assert run_directory.found(run, None).other_files
 
 
 @pytest.mark.slow

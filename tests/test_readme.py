@@ -257,14 +257,14 @@ from hydra import compose, initialize_config_dir
 from harness import methods
 from harness.config.paths import CONF_DIR
 from harness.data import documents
-from harness.models import pretrained as models
+from harness.models import model_size, pretrained
 from harness.runs.composition import from_hydra
 found = {}
 with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
     for line in json.loads(sys.argv[1]):
         run = from_hydra(compose("config", line))
-        base = models.on_meta(run, models.load_config(run.model))
-        trainable = models.count_parameters(methods.check(base, run)).trainable
+        base = pretrained.on_meta(run, pretrained.load_config(run.model))
+        trainable = model_size.count_parameters(methods.check(base, run)).trainable
         texts = documents.read(run.data) if "data" in line[0] else {}
         found[line[0]] = [trainable, sum(map(len, texts.values()))]
 print(json.dumps(found))

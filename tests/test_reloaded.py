@@ -15,7 +15,7 @@ from harness.artifacts import export
 from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR, REPOSITORY
 from harness.evaluation import sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.runs import finished_run as saved
 from harness.runs import saved_check

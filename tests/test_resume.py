@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from harness.config.paths import ASSETS_DIR
 from harness.data import documents
 from harness.results import run_record
-from harness.runs import launcher, worker
+from harness.runs import launcher, outcomes, worker, worker_attempt
 from harness.system.signals import Stop
 from harness.training import checkpoint
 
@@ -196,15 +196,15 @@ def test_a_system_that_kills_for_memory_gets_half_the_micro_batch(
 
     def attempt(run, claim, *, quiet):
         asked.append(run_record.read(run.run_dir)["run"]["micro_batch"])
-        message = launcher.KILLED_FOR_MEMORY if len(asked) == 1 else ""
-        return launcher.Outcome(run.run_dir, "failed", message, "oom" if message else "nan")
+        message = worker_attempt.KILLED_FOR_MEMORY if len(asked) == 1 else ""
+        return outcomes.Outcome(run.run_dir, "failed", message, "oom" if message else "nan")
 
-    monkeypatch.setattr(launcher, "_attempt", attempt)
+    monkeypatch.setattr(worker_attempt, "attempt", attempt)
     assert launcher.launch(run, "test").failure_class == "nan"
     assert asked == [None, 1]  # train.micro_batch is 2
     asked.clear()
-    always = launcher.Outcome(run.run_dir, "failed", launcher.KILLED_FOR_MEMORY, "oom")
-    monkeypatch.setattr(launcher, "_attempt", lambda *_, **__: asked.append(1) or always)
+    always = outcomes.Outcome(run.run_dir, "failed", worker_attempt.KILLED_FOR_MEMORY, "oom")
+    monkeypatch.setattr(worker_attempt, "attempt", lambda *_, **__: asked.append(1) or always)
     assert launcher.launch(run, "test").failure_class == "oom" and len(asked) == 2
     assert finish(start(run, micro_batch=1)) == 0
     result = run_record.read(run.run_dir)
@@ -222,11 +222,11 @@ def losses(run_dir):
 def test_what_is_worth_it_is_tried_again(undisturbed, tmp_path, monkeypatch, retry):
     run = dataclasses.replace(disturbed(undisturbed, tmp_path), retry=retry)
     tries = []
-    killed = launcher.Outcome(run.run_dir, "failed", "killed", "killed")
-    monkeypatch.setattr(launcher, "_attempt", lambda *_, **__: tries.append(1) or killed)
+    killed = outcomes.Outcome(run.run_dir, "failed", "killed", "killed")
+    monkeypatch.setattr(worker_attempt, "attempt", lambda *_, **__: tries.append(1) or killed)
     assert launcher.launch(run, "test") == killed and len(tries) == 1 + retry
-    wrong = launcher.Outcome(run.run_dir, "failed", "wrong", "error")
-    monkeypatch.setattr(launcher, "_attempt", lambda *_, **__: tries.append(1) or wrong)
+    wrong = outcomes.Outcome(run.run_dir, "failed", "wrong", "error")
+    monkeypatch.setattr(worker_attempt, "attempt", lambda *_, **__: tries.append(1) or wrong)
     tries.clear()
     assert launcher.launch(run, "test") == wrong and len(tries) == 1
 

@@ -17,7 +17,7 @@ from harness.config.naming import identity, run_name
 from harness.config.paths import CONF_DIR, REPOSITORY, options
 from harness.config.schema import TargetsConfig
 from harness.methods import check, targets
-from harness.models import pretrained
+from harness.models import model_size, pretrained
 from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
 from harness.runs.composition import from_hydra
 
@@ -135,7 +135,7 @@ def test_a_hub_models_roles_come_apart_where_gpt2_needs_it(make_run):
         make_run("model=hub", "model.id=a/b", "targets=attn"), config
     )
     adapted = check(pretrained.on_meta(run, config), run)
-    assert pretrained.count_parameters(adapted).trainable == 2 * 2 * 2 * 8 * 32
+    assert model_size.count_parameters(adapted).trainable == 2 * 2 * 2 * 8 * 32
 
 
 # ------------------------------------------------------------------------ names that are recorded

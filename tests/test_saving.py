@@ -15,7 +15,7 @@ from harness.config.schema import DataConfig
 from harness.data.token_data import Data
 from harness.methods import adapt, invocation, merging
 from harness.results import run_record, schema
-from harness.runs import launcher, worker
+from harness.runs import failures, predictions, run_directory, worker
 from harness.training import checkpoint
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -94,13 +94,13 @@ def test_merging_is_tried_without_moving_anything(tiny, kind):
 
 def test_a_failure_after_the_test_is_a_note_and_a_full_disk_is_not(capsys):
     result = {"status": "failed"}
-    with worker.kept_result(result, "the adapter could not be saved"):
+    with failures.kept_result(result, "the adapter could not be saved"):
         raise NotImplementedError("not supported")
     assert result["problems"] == [
         "the adapter could not be saved (NotImplementedError: not supported)"
     ]
     assert "warning: the adapter could not be saved" in capsys.readouterr().err
-    with pytest.raises(OSError, match="disk"), worker.kept_result(result, "saving failed"):
+    with pytest.raises(OSError, match="disk"), failures.kept_result(result, "saving failed"):
         raise OSError(28, "No space left on device: disk")
 
 
@@ -115,13 +115,13 @@ def test_what_fails_at_the_end_of_a_run_is_noted_and_the_test_stands(
     def broken(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(worker.estimate, "recorded", broken)
-    monkeypatch.setattr(worker.checkpoint, "export", broken)
+    monkeypatch.setattr(predictions, "recorded", broken)
+    monkeypatch.setattr(checkpoint, "export", broken)
     run = make_run(
         *SHORT, *FEW, "method=lora", "method.r=2", f"outputs_dir={tmp_path}", "run_name=x"
     )
     run.run_dir.mkdir(parents=True)
-    launcher.prepare(run, "test")
+    run_directory.prepare(run, "test")
     assert worker.main(run.run_dir, quiet=True) == 0
     record = run_record.read(run.run_dir)
     assert record["status"] == "finished" and schema.problems(record) == []

@@ -9,8 +9,8 @@ import pytest
 
 from harness.config import search_space
 from harness.config.errors import ConfigError
+from harness.config.method_schema import METHODS
 from harness.config.optimizers import OPTIMIZERS
-from harness.config.schema import METHODS
 from harness.config.search_space import Dimension
 from harness.runs import halving, search_limits, study
 from harness.runs.search_results import pareto

@@ -17,7 +17,7 @@ from two_ranks import SAME, metrics, ranks_of, start, started
 from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR, CONF_DIR
 from harness.evaluation import protocols, sliding_window
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import run_record
 from harness.training import sharding
 
@@ -186,7 +186,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 from harness.training import sharding
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 accelerator = Accelerator(cpu=True)
 torch.manual_seed(accelerator.process_index)  # unlike, and as the first one's from then on
 model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=6, n_layer=1, n_head=2))

@@ -18,6 +18,7 @@ from harness.config.errors import ConfigError
 from harness.config.schema import DataConfig
 from harness.data import (
     documents,
+    hub,
     overlap,
     packing,
     pairs,
@@ -197,7 +198,7 @@ def rows(tmp_path):
 def test_streamed_rows_are_the_rows_of_the_copy_on_the_disk(rows, most):
     whole = documents.read(replace(rows, max_rows=most))
     streamed = replace(rows, streaming=True, max_rows=most)
-    for _, found in documents.hub_splits(streamed).values():
+    for _, found in hub.hub_splits(streamed).values():
         assert isinstance(found, datasets.IterableDataset)
     assert documents.read(streamed) == whole
     corpus = documents.corpus(streamed)
@@ -227,11 +228,11 @@ def test_a_row_that_cannot_be_fetched_is_named(rows):
         yield from ({"text": f"row {i}"} for i in range(3))
         raise ConnectionError("the hub\ndoes not answer")
 
-    fetched = documents.fetched(replace(rows, streaming=True), "train", coming())
+    fetched = hub.fetched(replace(rows, streaming=True), "train", coming())
     with pytest.raises(ConfigError, match=r"row 4 of train .*\(the hub does not answer\)"):
         list(fetched)
     with pytest.raises(ConnectionError):  # of a copy on the disk this is no matter of the hub
-        list(documents.fetched(rows, "train", coming()))
+        list(hub.fetched(rows, "train", coming()))
 
 
 @pytest.mark.parametrize(

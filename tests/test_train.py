@@ -22,7 +22,7 @@ from harness.config.errors import ConfigError
 from harness.config.schema import TrainConfig
 from harness.data.token_data import batch_of, block_order
 from harness.methods import adapt
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.system.signals import Stop
 from harness.training import loop as training
 from harness.training import optimizers

@@ -19,7 +19,7 @@ from harness import methods
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.paths import ASSETS_DIR
-from harness.models import pretrained, weights
+from harness.models import model_size, pretrained, weights
 
 FILE, ADAPTER_FILE = "model.safetensors", "adapter_model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 548118077\n"
@@ -311,6 +311,6 @@ def test_packed_weights_are_counted_as_peft_counts_them(tiny):
         packed = torch.zeros(block.mlp.c_fc.weight.numel() // 2, 1, dtype=torch.uint8)
         block.mlp.c_fc.weight = Params4bit(packed, requires_grad=False)
     model = get_peft_model(tiny, LoraConfig(target_modules=["attn.c_proj"], fan_in_fan_out=True))
-    found = pretrained.count_parameters(model)
+    found = model_size.count_parameters(model)
     assert (found.trainable, found.total) == model.get_nb_trainable_parameters()
     assert found.total > sum(p.numel() for p in model.parameters())

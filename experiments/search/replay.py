@@ -32,8 +32,8 @@ import optuna
 from scipy.stats import wilcoxon
 
 from harness.config import rates
+from harness.config.method_schema import METHODS
 from harness.config.optimizers import OPTIMIZERS
-from harness.config.schema import METHODS
 from harness.config.search_space import Dimension, Space
 from harness.results import run_record
 from harness.runs import halving, study

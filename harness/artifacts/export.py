@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 
 from harness.artifacts.model_card import Exported, card
 from harness.config.errors import ConfigError
-from harness.methods import UNFIT, joined_lora, merging, weight_tying
-from harness.models import linear, pretrained, quantize, quantized, weights
+from harness.methods import joined_lora, merging, weight_tying
+from harness.methods.peft_config import UNFIT
+from harness.models import linear, model_files, pretrained, quantize, quantized, weights
 from harness.results import numbers
 from harness.runs import finished_run, saved_check
 from harness.runs.finished_run import ADAPTER, Saved
@@ -89,7 +90,7 @@ def _is_whole(run: Saved, merge: bool) -> bool:
     if method.name == "none":
         raise ConfigError(
             f"{run.name} trained nothing (method=none): what there is to take away is its base, "
-            f"{pretrained.source_of(run.run.model) or 'with random weights'}"
+            f"{model_files.source_of(run.run.model) or 'with random weights'}"
         )
     if method.trains and not run.has_adapter:
         return True

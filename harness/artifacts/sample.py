@@ -27,10 +27,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from harness import methods
 from harness.config.errors import ConfigError
 from harness.data import pairs, sequences
 from harness.evaluation import prefix
+from harness.methods import positions
 from harness.models import pretrained
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
@@ -112,7 +112,7 @@ def room_for_prompt(run: Saved, decoding: Decoding) -> int | None:
     limit = pretrained.max_context(pretrained.load_config(run.run.model))
     if limit is None:
         return None
-    limit -= methods.num_virtual_tokens(run.run)
+    limit -= positions.num_virtual_tokens(run.run)
     if decoding.max_new_tokens >= limit:
         raise ConfigError(
             f"--max-new-tokens={decoding.max_new_tokens} leaves no room for a prompt in the "

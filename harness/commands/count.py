@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from harness.config import naming
 from harness.config.errors import ConfigError
+from harness.config.method_schema import AdaloraMethod, LoraMethod, NoMethod, SvdMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import AdaloraMethod, LoraMethod, NoMethod, SvdMethod
 from harness.results import numbers
 from harness.runs.overrides import compose, without_flag
 from harness.system.console import quiet_command
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
     """A row for each configuration; seeds and rates count alike, and are one."""
-    from harness.models import pretrained
+    from harness.models import model_size
     from harness.report.table import plain, show
 
     columns = ["r, k", "total", "base", "trainable", "% of total"]
@@ -91,11 +91,11 @@ def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
     rows: dict[tuple[str, ...], None] = {}
     bases: dict[str, str] = {}
     for run, model in zip(runs, built, strict=True):
-        counted, method = pretrained.count_parameters(model), run.method
+        counted, method = model_size.count_parameters(model), run.method
         key = repr(run.model)
         if key not in bases:
             base = _built(replace(run, method=NoMethod("none")))
-            bases[key] = f"{pretrained.count_parameters(base).total:,}"
+            bases[key] = f"{model_size.count_parameters(base).total:,}"
         rank = method.kept if isinstance(method, SvdMethod) else "-"
         if isinstance(method, AdaloraMethod):
             rank = f"{method.first_rank} to {method.r}"
@@ -114,18 +114,18 @@ def _show_rows(runs: list[RunConfig], built: list[nn.Module]) -> None:
 
 def _show(run: RunConfig, model: nn.Module) -> None:
     """One configuration, by kind of module."""
-    from harness import methods
-    from harness.models import pretrained
+    from harness.methods import model_facts
+    from harness.models import model_size
     from harness.report.table import plain, show
 
     table = plain([f"{run.model.name}, {naming.label(run.method)}"], ["elements", "trainable"])
     for kind, (total, trainable) in by_kind(model).items():
         table.add_row(kind, f"{total:,}", f"{trainable:,}")
     show(table)
-    counted = pretrained.count_parameters(model)
+    counted = model_size.count_parameters(model)
     print(f"total      {counted.total:,}")
-    if (factored := methods.factored_total(model)) is not None:
+    if (factored := model_facts.factored_total(model)) is not None:
         print(f"factored   {factored:,} (U, D and V in place of each W)")
     print(f"trainable  {counted.trainable:,} ({numbers.percent(counted.trainable_percent, 4)} %)")
-    for sentence in methods.trained_alone(model, run).get("tied", ()):
+    for sentence in model_facts.trained_alone(model, run).get("tied", ()):
         print(f"tied       {sentence}")

@@ -101,7 +101,9 @@ def main(arguments: list[str]) -> int:
     # torch, after the mistakes that are found without it
     from harness.report.table import show as show_table
     from harness.results import environment
-    from harness.runs.estimate import gemm_rate, largest_batch, predict, setting
+    from harness.runs.estimate import predict, setting
+    from harness.runs.evaluation_batches import largest_batch
+    from harness.runs.flops import gemm_rate
 
     for asked in runs:
         run, model_config, accelerator = setting(asked)

@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.commands import arguments
 from harness.config.errors import ConfigError
 from harness.config.paths import CONF_DIR
-from harness.runs import launcher, mistakes
+from harness.runs import hydra_task, launcher, mistakes
+from harness.runs.outcomes import OUTCOMES
 from harness.system.console import ended, reason
 
 
@@ -32,13 +33,13 @@ def main(overrides: list[str], *, typed: list[str], listens: bool = True) -> int
     `typed`: the program's arguments, as records and pages show the command.
     `listens`: Ctrl-C interrupts, which it does not in a process that a shell put in the background.
     """
-    launcher.TYPED[:] = typed
+    hydra_task.TYPED[:] = typed
     return ended(lambda: _main(overrides, listens))
 
 
 def _main(overrides: list[str], listens: bool) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to Hydra's printer
-    outcomes = launcher.OUTCOMES
+    outcomes = OUTCOMES
     sys.argv[1:] = overrides  # which Hydra reads
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind
@@ -49,7 +50,7 @@ def _main(overrides: list[str], listens: bool) -> int:
             print(arguments.help_text(asked.overrides))
             return 0
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(
-            launcher.task
+            hydra_task.task
         )()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {mistakes.explain(error)}", file=sys.stderr)

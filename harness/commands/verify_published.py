@@ -126,8 +126,8 @@ def measure(rows: list[Published], files: dict[str, str | None]) -> Iterator[Mea
     from accelerate import Accelerator
 
     from harness.evaluation import protocols, sliding_window
-    from harness.models import loss
     from harness.models import pretrained as models
+    from harness.models.next_token import NextToken
     from harness.results import environment
 
     datasets.disable_progress_bars()
@@ -143,7 +143,7 @@ def measure(rows: list[Published], files: dict[str, str | None]) -> Iterator[Mea
             assert text is not None
             if predicts is None:
                 model = models.load_model(run, model_config).to(accelerator.device)
-                predicts = loss.NextToken(model)
+                predicts = NextToken(model)
         except ConfigError as error:
             yield Measured(row, reason=str(error))
             continue

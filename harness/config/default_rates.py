@@ -25,17 +25,17 @@ from typing import Any
 
 from harness.config.errors import ConfigError
 from harness.config.matrix_roles import shape_of
-from harness.config.optimizers import LoraPlusOptimizer, MuonOptimizer, OptimizerConfig
-from harness.config.paths import ASSETS_DIR
-from harness.config.schema import (
+from harness.config.method_schema import (
     AdaloraMethod,
     FullMethod,
     LoraMethod,
     MethodConfig,
-    ModelConfig,
     PeftMethod,
     UdvMethod,
 )
+from harness.config.optimizers import LoraPlusOptimizer, MuonOptimizer, OptimizerConfig
+from harness.config.paths import ASSETS_DIR
+from harness.config.schema import ModelConfig
 
 LIKE_ADAMW = ("lora_plus", "lora_fa", "riemannian", "muon", "schedule_free", "adamw_8bit")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")  # of configurations in transformers' way

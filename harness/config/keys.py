@@ -9,15 +9,9 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from harness.config.errors import nearest
+from harness.config.method_schema import METHODS
 from harness.config.optimizers import OPTIMIZERS
-from harness.config.schema import (
-    METHODS,
-    SECTIONS,
-    EarlyStopping,
-    GenerateConfig,
-    LatencyConfig,
-    RootConfig,
-)
+from harness.config.schema import SECTIONS, EarlyStopping, GenerateConfig, LatencyConfig, RootConfig
 
 # Names of other programs, for keys of ours. Several keys are told with what each one is.
 ALIASES: dict[str, tuple[str, ...]] = {

@@ -16,15 +16,9 @@ from omegaconf import OmegaConf
 
 from harness.config.errors import ConfigError
 from harness.config.matrix_roles import model_type, modules_of
+from harness.config.method_schema import METHODS, LoraMethod, MethodConfig
 from harness.config.paths import CONF_DIR, options
-from harness.config.schema import (
-    METHODS,
-    DataConfig,
-    LoraMethod,
-    MethodConfig,
-    ModelConfig,
-    TargetsConfig,
-)
+from harness.config.schema import DataConfig, ModelConfig, TargetsConfig
 
 if TYPE_CHECKING:
     from harness.config.run_config import RunConfig

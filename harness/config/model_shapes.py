@@ -12,9 +12,10 @@ from typing import Any
 
 from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError, nearest
+from harness.config.method_schema import AdaloraMethod, LoraMethod, PeftMethod, SvdMethod
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
-from harness.config.schema import AdaloraMethod, LoraMethod, ModelConfig, PeftMethod, SvdMethod
+from harness.config.schema import ModelConfig
 
 LLAMAS = ("llama", "mistral", "qwen2")
 

@@ -8,8 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from harness.config import schema
-from harness.config.schema import (
-    SECTIONS,
+from harness.config.method_schema import (
     AdaloraMethod,
     FullMethod,
     LoraMethod,
@@ -18,6 +17,7 @@ from harness.config.schema import (
     SvdMethod,
     UdvMethod,
 )
+from harness.config.schema import SECTIONS
 
 if TYPE_CHECKING:
     from harness.config.run_config import RunConfig

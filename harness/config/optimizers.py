@@ -1,4 +1,4 @@
-"""Schemas of conf/optimizer, one an optimizer, as `harness.config.schema` has those of methods.
+"""Schemas of conf/optimizer, as `harness.config.method_schema` has those of conf/method.
 
 Which class of which library does the steps is in `harness.training.optimizers`.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.errors import ConfigError, nearest
-from harness.config.schema import AdaloraMethod, LoraMethod, MethodConfig, PeftMethod
+from harness.config.method_schema import AdaloraMethod, LoraMethod, MethodConfig, PeftMethod
 
 # These train modules that are no matrices: norms, rows of the embeddings, whole blocks.
 OTHER_MODULES = ("LN_TUNING", "TRAINABLE_TOKENS", "SHADOW")

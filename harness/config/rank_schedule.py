@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config.errors import ConfigError, require
-from harness.config.schema import AdaloraMethod
+from harness.config.method_schema import AdaloraMethod
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from harness.config.default_rates import default_rate, from_adamw
 from harness.config.errors import ConfigError
+from harness.config.method_schema import MethodConfig
 from harness.config.optimizers import ADAMW, OptimizerConfig
 from harness.config.paths import CONF_DIR
 from harness.config.rates import (
@@ -24,7 +25,7 @@ from harness.config.rates import (
     read,
     tuned_of,
 )
-from harness.config.schema import MethodConfig, ModelConfig
+from harness.config.schema import ModelConfig
 
 # How much of a text, and how it is cut: the same text still.
 SAME_TEXT = (

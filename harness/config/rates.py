@@ -21,18 +21,11 @@ import yaml
 
 from harness.config import schema
 from harness.config.errors import ConfigError, nearest
+from harness.config.method_schema import METHODS, AdaloraMethod, LoraMethod, MethodConfig
 from harness.config.naming import label
 from harness.config.optimizers import ADAMW, OPTIMIZERS, OptimizerConfig
 from harness.config.paths import CONF_DIR, INSTALLED
-from harness.config.schema import (
-    METHODS,
-    AdaloraMethod,
-    DataConfig,
-    LoraMethod,
-    MethodConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from harness.config.schema import DataConfig, ModelConfig, TrainConfig
 
 # Peak rate -> validation nll, nats per token; None: it diverged, or was never below its start.
 Grid = Mapping[float, float | None]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import labels, naming
+from harness.config.method_schema import MethodConfig
 from harness.config.optimizers import OptimizerConfig
 from harness.config.schema import (
     DataConfig,
     EvaluateConfig,
     LaunchConfig,
-    MethodConfig,
     ModelConfig,
     RootConfig,
     TargetsConfig,

@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.config import matrix_roles, peft_fields
 from harness.config.errors import ConfigError
+from harness.config.method_schema import METHODS, MethodConfig, PeftMethod
 from harness.config.optimizers import OPTIMIZERS, OptimizerConfig, keys_of
 from harness.config.paths import CONF_DIR
 from harness.config.run_config import RunConfig
-from harness.config.schema import METHODS, MethodConfig, PeftMethod
 
 # Which method and which optimizer a run has.
 DECIDES = (

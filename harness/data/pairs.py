@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.config.errors import ConfigError, nearest
 from harness.config.schema import DataConfig
-from harness.data import documents, forms, records
+from harness.data import documents, forms, hub, records
 from harness.data.forms import Row, Turn
 from harness.system import files
 
@@ -204,8 +204,8 @@ def _filled(row: Row, where: str) -> Row:
 def _hub_rows(cfg: DataConfig) -> tuple[dict[str, list[Row]], str]:
     found: dict[str, list[Row]] = {}
     form: str | None = None
-    for name, (source, rows) in documents.hub_splits(cfg).items():
-        fetched = documents.fetched(cfg, source, rows)
+    for name, (source, rows) in hub.hub_splits(cfg).items():
+        fetched = hub.fetched(cfg, source, rows)
         coming = ((f"{cfg.id}, {source} record {n}", row) for n, row in enumerate(fetched, 1))
         some = list(forms.rows(coming, cfg, form))
         form = form or (some[0][1].form if some else None)

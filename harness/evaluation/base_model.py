@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from harness.config.run_config import RunConfig
 from harness.evaluation import probes
 from harness.models import pretrained
-from harness.models.loss import FAILED, NextToken
+from harness.models.next_token import FAILED, NextToken
 from harness.system.internals import prepared_models_kept
 
 Unadapted = Callable[[], AbstractContextManager[nn.Module]]

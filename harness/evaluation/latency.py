@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from harness.config.errors import ConfigError
 from harness.config.schema import LatencyConfig
-from harness.models.loss import FAILED, NextToken
+from harness.models.next_token import FAILED, NextToken
 from harness.system.machine import out_of_memory
 
 BASE = "base"  # of the models, to which the others are compared

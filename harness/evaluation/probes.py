@@ -37,7 +37,7 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.data.token_tables import IGNORE
 from harness.models import quantized as packed
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 
 log = logging.getLogger(__name__)
 

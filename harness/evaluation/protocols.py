@@ -48,7 +48,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
-from harness.data import documents
+from harness.data import hub
 from harness.evaluation import prefix, sliding_window
 from harness.evaluation.probes import PADDED
 from harness.evaluation.sliding_window import Window
@@ -77,7 +77,7 @@ def read(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Text | None:
     name = run.evaluate.protocol
     if name == "documents":
         return None
-    rows = documents.raw_rows(run.data, "test")
+    rows = hub.raw_rows(run.data, "test")
     context = run.evaluation_context
     stride = run.evaluate.stride or context
     text = PROTOCOLS[name](rows, tokenizer, context, stride)

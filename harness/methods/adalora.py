@@ -18,8 +18,8 @@ from peft import AdaLoraModel, PeftModel
 from torch import nn
 
 from harness.config import rank_schedule
+from harness.config.method_schema import AdaloraMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import AdaloraMethod
 
 ADAPTER = "default"
 MEANS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator

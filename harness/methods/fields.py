@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from harness.config.errors import ConfigError, nearest
-from harness.models.pretrained import matrices
+from harness.models.model_size import matrices
 from harness.system.internals import internal
 
 ExcludedModule: Any = internal("_ExcludedModule")

@@ -20,7 +20,7 @@ import re
 import peft
 import torch
 
-from harness.methods import FROM_WEIGHTS
+from harness.methods.initialisation import FROM_WEIGHTS
 from harness.models.split_qkv import UNFUSED_TARGETS
 
 Tensors = dict[str, torch.Tensor]

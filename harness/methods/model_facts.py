@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from harness.methods import adalora, starts, svd, udv
+from harness.config.run_config import RunConfig
+from harness.methods import adalora, starts, svd, train_only, udv
 
 
 def rank_facts(model: nn.Module) -> dict[str, Any]:
@@ -44,3 +45,12 @@ def factored_total(model: nn.Module) -> int | None:
         m, n = layer.out_features, layer.in_features
         base += spec.rank * (m + n + 1) - m * n
     return base
+
+
+def trained_alone(model: nn.Module, run: RunConfig) -> dict[str, Any]:
+    """Of `method.train_only`: the kinds of weights that train, and which of them are tied."""
+    if not getattr(run.method, "train_only", None):
+        return {}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in trained)
+    return {"trained": list(kinds), "tied": train_only.tied(model)}

@@ -2,7 +2,7 @@
 
 `before` looks at a configuration, before there is an adapted model; `after` asks the adapted model
 itself, so that what a new PEFT method wants of a training loop is found without a list of names.
-What PEFT documents as a loss to be added by the caller is added (`harness.models.loss.NextToken`).
+What PEFT documents as a loss to be added by the caller is added (`NextToken.own_loss`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.methods import starts
-from harness.models.loss import own_losses
+from harness.models.next_token import own_losses
 
 ADAPTER = "default"
 

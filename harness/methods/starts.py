@@ -34,7 +34,7 @@ from harness.config.errors import ConfigError
 from harness.data.token_data import Batch
 from harness.data.token_tables import IGNORE
 from harness.methods.targets import Targets
-from harness.models.loss import document_causal_mask
+from harness.models.next_token import document_causal_mask
 from harness.system.atomic import write_atomically
 
 FROM_TEXT = ("eva", "corda", "lora_ga")

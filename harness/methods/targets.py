@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.config import matrix_roles
 from harness.config.errors import ConfigError
 from harness.config.schema import TargetsConfig
-from harness.models.pretrained import matrices
+from harness.models.model_size import matrices
 from harness.models.split_qkv import UNFUSED_TARGETS, is_unfused
 
 

@@ -1,16 +1,13 @@
-"""Load a causal language model and its tokenizer, and count its parameters."""
+"""Load a causal language model, its configuration and its tokenizer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,44 +16,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from harness.config import matrix_roles
 from harness.config.errors import ConfigError, nearest
+from harness.config.method_schema import FullMethod
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
-from harness.config.schema import FullMethod, ModelConfig, TrainConfig
-from harness.models import gguf, linear, quantize, weights
+from harness.config.schema import ModelConfig
+from harness.models import linear, quantize, weights
 from harness.models import quantized as packed
+from harness.models.model_files import from_source, source_of
 from harness.models.split_qkv import UNFUSED_TARGETS, unfuse_qkv
-from harness.system import gguf_file, lfs, network
+from harness.system import lfs, network
 
 # The same tanh approximation, as one kernel that keeps one activation instead of many.
 COMPOSED_GELU, FUSED_GELU = "gelu_new", "gelu_pytorch_tanh"
 ACTIVATION_FIELDS = ("activation_function", "hidden_act")  # GPT-2's and its relatives', and others'
-
-
-def source_of(cfg: ModelConfig) -> str:
-    """Folder or hub id that the model's files come from; a GGUF file is converted first."""
-    if cfg.gguf:
-        return str(gguf.converted(gguf_file.file_of(cfg), cfg.cache_dir))
-    return str(ASSETS_DIR / cfg.asset) if cfg.asset else cfg.path or cfg.id or ""
-
-
-def folder_of(cfg: ModelConfig) -> Path:
-    """Where the model's files are on this machine: a hub model's in the hub cache.
-
-    Raises:
-        OSError: a hub model that has not been loaded here.
-    """
-    from huggingface_hub import snapshot_download
-
-    source = source_of(cfg)
-    if cfg.id and source == cfg.id:
-        return Path(snapshot_download(source, revision=cfg.revision, local_files_only=True))
-    return Path(source)
 
 
 def load_config(cfg: ModelConfig) -> PretrainedConfig:
@@ -146,6 +122,12 @@ def _gelu_field(config: PretrainedConfig) -> str | None:
     return next((f for f in ACTIVATION_FIELDS if getattr(config, f, None) == COMPOSED_GELU), None)
 
 
+def max_context(config: PretrainedConfig) -> int | None:
+    """Most positions the model takes, or None where the configuration states no limit."""
+    limit = getattr(config, "max_position_embeddings", None)  # GPT-2 maps it to n_positions
+    return int(limit) if limit else None
+
+
 def _config_as_saved(cfg: ModelConfig) -> PretrainedConfig:
     if cfg.architecture:
         fields = dict(cfg.architecture)
@@ -160,7 +142,7 @@ def _config_as_saved(cfg: ModelConfig) -> PretrainedConfig:
                 known = [key for key in vars(plain) if not key.startswith("_")]
                 raise ConfigError(f"model.architecture.{name}: {nearest(name, known)}")
         return config
-    return _from_source(AutoConfig.from_pretrained, cfg, source_of(cfg))
+    return from_source(AutoConfig.from_pretrained, cfg, source_of(cfg))
 
 
 def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -177,7 +159,7 @@ def load_tokenizer(cfg: ModelConfig, config: PretrainedConfig) -> PreTrainedToke
     if (ASSETS_DIR / source).is_dir():
         source = str(ASSETS_DIR / source)
     lfs.refuse_pointers(Path(source, name) for name in weights.TOKENIZER_FILES)
-    tokenizer = _from_source(AutoTokenizer.from_pretrained, cfg, source)
+    tokenizer = from_source(AutoTokenizer.from_pretrained, cfg, source)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {source} has no end-of-text token to join documents by"
@@ -227,7 +209,7 @@ def load_with_misfits(
         misfits = weights.Misfits([], [], [])
     else:
         options = {"config": config, "dtype": dtype_of(run), "strict": False}
-        model, misfits = _from_source(weights.load, cfg, source_of(cfg), **options)
+        model, misfits = from_source(weights.load, cfg, source_of(cfg), **options)
     if cfg.strict and misfits:
         raise ConfigError(
             f"model={cfg.name}: the weights in {source_of(cfg)} are not those of the model in its "
@@ -266,51 +248,6 @@ def on_meta(run: RunConfig, config: PretrainedConfig) -> PreTrainedModel:
     return _prepared(model, run, config)
 
 
-def checkpoint_activations(model: nn.Module, cfg: TrainConfig) -> nn.Module:
-    """With `train.checkpointing` keep a block's input only, and run the block again in backward.
-
-    Raises:
-        ConfigError: an architecture that has no blocks to checkpoint.
-    """
-    if cfg.checkpointing and any(p.requires_grad for p in model.parameters()):
-        kind = str(model.active_peft_config.peft_type) if isinstance(model, PeftModel) else ""
-        if kind.removeprefix("PeftType.") in ("PREFIX_TUNING", "CARTRIDGE"):
-            raise ConfigError(
-                "train.checkpointing=true: it would drop the prompts' keys and values, which pass "
-                "by the blocks' cache; set it to false"
-            )
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        try:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise ConfigError(f"train.checkpointing=true: {error}") from error
-    return model
-
-
-def compile_blocks(model: nn.Module) -> nn.Module:
-    """Compile every transformer block, in place: blocks are alike and share what is compiled.
-
-    Raises:
-        ConfigError: an architecture that names no blocks.
-    """
-    found = blocks(model)
-    if not found:
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        raise ConfigError(
-            f"train.compile=true: {type(base).__name__} names no blocks to compile; set it to false"
-        )
-    for block in found:
-        block.compile()
-    return model
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, or nothing where the architecture names none."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = base._no_split_modules or ()
-    return [module for module in base.modules() if type(module).__name__ in names]
-
-
 def dtype_of(run: RunConfig) -> torch.dtype:
     """What the base model is held in; weights that train are always fp32 (`methods.adapt`)."""
     narrow = run.model.frozen_dtype == "bf16" and run.method.name != "full"
@@ -338,104 +275,3 @@ def _as_asked(model: PreTrainedModel, run: RunConfig, config: PretrainedConfig) 
     except ValueError as error:
         raise ConfigError(f"model.unfuse_qkv: {error}") from error
     return linear.as_asked(model, run)
-
-
-def _from_source(read: Callable[..., Any], cfg: ModelConfig, source: str, **options: Any) -> Any:
-    """`read(source)`, a `from_pretrained`, with an error that says which models there are."""
-    revision: dict[str, Any] = {}
-    if cfg.revision and source == cfg.id:
-        revision["revision"] = cfg.revision
-    trusted = cfg.remote_code is not None and source == cfg.remote_code
-    if trusted:
-        _refuse_code_of_others(source, revision)
-    try:
-        # Said either way: left open, transformers would ask at the terminal.
-        return read(source, trust_remote_code=trusted, **revision, **options)
-    except ConfigError:  # which says it all
-        raise
-    except (OSError, ValueError) as error:
-        reason = re.sub(r"\s+", " ", str(error)).strip()[:200]
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"model={cfg.name}: {source!r} brings code of its own, which is run only where it "
-                f"is asked for by name: model.remote_code={source}"
-            ) from error
-        at = f" at revision {cfg.revision}" if revision else ""
-        there = ", ".join(network.revisions(source)) if revision else ""
-        other = f"Of it the local hub cache has revision {there}: model.revision=…. " * bool(there)
-        shipped = ", ".join(p.name for p in sorted(ASSETS_DIR.iterdir()) if p.is_dir())
-        raise ConfigError(
-            f"model={cfg.name}: {source!r}{at} could not be loaded ({reason}). {other}"
-            f"Models that ship with the harness: {shipped}. In the local hub cache: "
-            f"{', '.join(network.cached('models')) or 'none'}. Or give a folder: model.path=…"
-        ) from error
-
-
-def _refuse_code_of_others(source: str, revision: dict[str, Any]) -> None:
-    """Raise ConfigError where a model's code is that of another repository, which nobody named."""
-    try:
-        found = [
-            PretrainedConfig.get_config_dict(source, **revision)[0],
-            get_tokenizer_config(source, **revision),
-        ]
-    except (OSError, ValueError):
-        return  # no such model, which loading says better
-    for auto_map in (one.get("auto_map") or {} for one in found):
-        if others := set(re.findall(r"([\w./-]+)--", str(auto_map))) - {source}:
-            raise ConfigError(
-                f"model.remote_code={source}: its code is that of {', '.join(sorted(others))}, "
-                "which is not run; give a folder that holds the code: model.path=…"
-            )
-
-
-# --------------------------------------------------------------------------- shape and size
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of elements, tied weights counted once."""
-
-    total: int
-    trainable: int
-
-    @property
-    def trainable_percent(self) -> float:
-        """Return the trainable share of all parameters, in per cent."""
-        return 100 * self.trainable / self.total
-
-
-def count_parameters(model: nn.Module) -> Parameters:
-    """Elements of `model`'s parameters; `named_parameters` lists a tied tensor once."""
-    parameters = list(model.parameters())
-    return Parameters(
-        total=sum(map(_elements, parameters)),
-        trainable=sum(_elements(p) for p in parameters if p.requires_grad),
-    )
-
-
-def _elements(parameter: nn.Parameter) -> int:
-    """Elements before they were packed: bitsandbytes holds two of 4 bits in a byte, as PEFT counts.
-
-    Source: `peft.PeftModel.get_nb_trainable_parameters`.
-    """
-    packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
-
-
-def max_context(config: PretrainedConfig) -> int | None:
-    """Most positions the model takes, or None where the configuration states no limit."""
-    limit = getattr(config, "max_position_embeddings", None)  # GPT-2 maps it to n_positions
-    return int(limit) if limit else None
-
-
-def matrices(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) of every weight matrix a method can adapt."""
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            shapes[name] = (module.nx, module.nf)
-        elif isinstance(module, nn.Embedding):
-            shapes[name] = (module.num_embeddings, module.embedding_dim)
-    return shapes

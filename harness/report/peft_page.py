@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.report import draw, page
+from harness.report import draw, page, page_columns
 from harness.report.axes import Axes, color_of
 from harness.report.figure import Figure, Series
 from harness.report.interactive import plotly
@@ -193,13 +193,14 @@ def _page(
         }
         for one, line in zip(found.ranked, table.lines, strict=True)
     ]  # fmt: skip
-    measures = page.measures_of(table)
+    measures = page_columns.measures_of(table)
     lower = {key: key not in (VALUE,) for key in measures}
     return page.render(
         drawn, setting.commands[0], title=report.parent.name, setting=setting,
         answer=answer(found), choices=None, table=table,
         question="Which of PEFT's methods can these results tell apart?",
-        notes=table.notes, tolerances=(), costs=[], kinds=page.kinds_of(table), sorted_by="",
+        notes=table.notes, tolerances=(), costs=[], sorted_by="",
+        kinds=page_columns.kinds_of(table),
         rows=rows, filters=[], legend="", heroes=[figure_of(f) for f in drawn[:1]],
         table_notes=False, figures=[figure_of(f) for f in drawn[1:]], parts=[], alike=[],
         sheets=[], comparisons=False, missing=[], fates="", provenance={}, running=[],

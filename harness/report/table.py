@@ -21,7 +21,7 @@ import rich.box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from harness.config.schema import METHODS
+from harness.config.method_schema import METHODS
 from harness.evaluation import text_metrics
 from harness.report import groups
 from harness.results import numbers, run_record

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import labels, naming, peft_fields, run_config
+from harness.config.method_schema import LoraMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod
 from harness.system.atomic import write_atomically
 
 SCHEMA_VERSION = 1

@@ -19,18 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.config import ending, parts, rate_lookup, rates
 from harness.config.errors import ConfigError, nearest
 from harness.config.matrix_roles import resolved
+from harness.config.method_schema import METHODS, AdaloraMethod, LoraMethod
 from harness.config.optimizers import OPTIMIZERS, OptimizerConfig
 from harness.config.paths import CONF_DIR, options
 from harness.config.run_config import RunConfig
 from harness.config.schema import (
-    METHODS,
     SECTIONS,
-    AdaloraMethod,
     DataConfig,
     EarlyStopping,
     GenerateConfig,
     LatencyConfig,
-    LoraMethod,
     ParameterGroup,
     RootConfig,
     TrainConfig,

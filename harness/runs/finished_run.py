@@ -20,7 +20,7 @@ from harness.config.errors import ConfigError, nearest
 from harness.config.paths import ASSETS_DIR
 from harness.config.run_config import RunConfig
 from harness.methods.svd import CACHE_ENV
-from harness.models import linear, pretrained, weights
+from harness.models import linear, model_files, pretrained, weights
 from harness.results import run_record
 from harness.runs import composition
 from harness.system import contents, network
@@ -154,7 +154,7 @@ def finished(run_dir: Path) -> dict[str, Any]:
 
 def source(run: RunConfig) -> str:
     """What `from_pretrained` takes for the run's base: a hub id, or a folder's absolute path."""
-    found = pretrained.source_of(run.model)
+    found = model_files.source_of(run.model)
     return found if run.model.id else str(Path(found).resolve())
 
 

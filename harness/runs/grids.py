@@ -30,7 +30,15 @@ from harness.config import naming, unused_keys
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.results import run_record
-from harness.runs import composition, launcher, mistakes, progress, tracking
+from harness.runs import (
+    composition,
+    hydra_task,
+    mistakes,
+    own_overrides,
+    progress,
+    tracking,
+)
+from harness.runs.outcomes import OUTCOMES, Outcome
 from harness.system import atomic, lock
 from harness.system.internals import internal
 from harness.system.signals import forward_signals
@@ -86,7 +94,7 @@ class GridSweeper(Sweeper):
             print(f"left out, since another of these runs is the same: {same}")
         return self._recorded(lambda: self._do(jobs, runs))
 
-    def _recorded(self, do: Callable[[], list[launcher.Outcome]]) -> list[launcher.Outcome]:
+    def _recorded(self, do: Callable[[], list[Outcome]]) -> list[Outcome]:
         """What `do` returns, with the sweep's own record in its folder."""
         assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)
@@ -98,7 +106,7 @@ class GridSweeper(Sweeper):
             _clear(folder, made)
         return done
 
-    def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launcher.Outcome]:
+    def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[Outcome]:
         """What the sweep is for: its runs, once each."""
         folders = dict.fromkeys(str(run.run_dir.parent) for run in runs)
         many = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
@@ -106,16 +114,16 @@ class GridSweeper(Sweeper):
         if said := _warn_of_few_seeds(runs):
             print(f"warning: {said}", flush=True)
         done = self._launch(jobs, runs)
-        launcher.OUTCOMES.extend(done)
+        OUTCOMES.extend(done)
         return done
 
-    def _launch(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[launcher.Outcome]:
+    def _launch(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[Outcome]:
         """Every job's outcome; one that another controller is at is asked for again in the end."""
         assert self.launcher is not None
-        outcomes: dict[int, launcher.Outcome] = {}
+        outcomes: dict[int, Outcome] = {}
         todo = list(range(len(jobs)))
         here = type(self.launcher).__name__ == "BasicLauncher"
-        since = f"{launcher.SINCE}{time.time()}"
+        since = f"{own_overrides.SINCE}{time.time()}"
         _write_down(runs, {})
 
         def workers() -> set[int]:
@@ -127,7 +135,7 @@ class GridSweeper(Sweeper):
             nullcontext() if here else forward_signals(workers),
         ):
             while todo:
-                asked = [[*jobs[i], since, launcher.planned(runs[i])] for i in todo]
+                asked = [[*jobs[i], since, own_overrides.planned(runs[i])] for i in todo]
                 try:
                     returned = self.launcher.launch(asked, initial_job_idx=0)
                 except Exception as error:  # no cluster, no connection: a launcher's own trouble
@@ -180,7 +188,7 @@ def _write_down(runs: list[RunConfig], refused: dict[Path, str]) -> None:
     for run_dir in (run.run_dir for run in runs):
         found.setdefault(run_dir.parent, {})[run_dir.name] = refused.get(run_dir, "")
     for folder, names in found.items():
-        run_record.write_sweep(folder, names, launcher.typed())
+        run_record.write_sweep(folder, names, hydra_task.typed())
 
 
 def combinations(
@@ -215,7 +223,7 @@ def check(
     """
     kept: dict[Path, tuple[str, list[str], RunConfig]] = {}
     for overrides in jobs:
-        shown = " ".join(launcher.without_own(overrides))
+        shown = " ".join(own_overrides.without_own(overrides))
         try:
             run = composition.from_hydra(compose(list(overrides)))
             unused_keys.refuse_targets(overrides, run)
@@ -226,7 +234,7 @@ def check(
         if identity != naming.identity(run):
             raise ConfigError(
                 f"two different runs of this sweep are named {run.run_dir}: "
-                f"[{' '.join(launcher.without_own(first))}] and [{shown}]"
+                f"[{' '.join(own_overrides.without_own(first))}] and [{shown}]"
             )
     distinct = [overrides for _, overrides, _ in kept.values()]
     return distinct, [run for _, _, run in kept.values()], len(jobs) - len(distinct)

@@ -26,7 +26,7 @@ from harness.config.run_config import RunConfig
 from harness.evaluation import sliding_window
 from harness.methods import merging, weight_tying
 from harness.models import linear, pretrained, quantize, weights
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.runs.finished_run import ADAPTER
 from harness.system.internals import prepared_models_kept
 from harness.training.evaluator import Evaluator

@@ -24,7 +24,7 @@ from harness.config.errors import ConfigError
 from harness.evaluation import sliding_window
 from harness.evaluation.sliding_window import Nats
 from harness.models import weights
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import environment
 from harness.runs.finished_run import ADAPTER, MODEL, Saved
 from harness.system import atomic

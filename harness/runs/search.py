@@ -21,8 +21,9 @@ from harness.config import naming, search_space, unused_keys
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.search_space import Space
-from harness.runs import composition, launcher, rate_grids, search_limits
+from harness.runs import composition, rate_grids, search_limits
 from harness.runs.grids import GridSweeper, check, refuse_ranks
+from harness.runs.outcomes import OUTCOMES, Outcome
 from harness.runs.search_settings import AUTO, KEY, Settings, brackets_of, budget, rungs_of
 from harness.system import lock
 
@@ -159,11 +160,11 @@ class SearchSweeper(GridSweeper):
             settings.seeds, settings.grow,
         )  # fmt: skip
 
-    def _search(self, searches: list[Search], results: Any) -> list[launcher.Outcome]:
+    def _search(self, searches: list[Search], results: Any) -> list[Outcome]:
         """Rounds of runs until nothing is left to do; what came out is written after each."""
         print(budget(self.settings, [search.brackets for search in searches]), flush=True)
         door = searches[0].folder / FOLDER / ".lock"
-        done: list[launcher.Outcome] = []
+        done: list[Outcome] = []
         while True:
             with lock.exclusive(door):
                 tasks = [task for search in searches for task in search.tasks()]
@@ -180,7 +181,7 @@ class SearchSweeper(GridSweeper):
             done += outcomes
             wrong = [o for o in outcomes if not _answers(o)]
             if wrong:
-                launcher.OUTCOMES.extend(wrong)  # which tells what happened, and the exit status
+                OUTCOMES.extend(wrong)  # which tells what happened, and the exit status
                 print(
                     f"the search is not over: {len(wrong)} of {len(outcomes)} runs did not come to "
                     "their rung; the same command goes on, with retry=1 also what failed by itself",
@@ -209,7 +210,7 @@ def methods_by(compose: Callable[[list[str]], DictConfig]) -> search_space.Metho
     return lambda overrides: of(tuple(overrides))
 
 
-def _answers(outcome: launcher.Outcome) -> bool:
+def _answers(outcome: Outcome) -> bool:
     """Whether an outcome says something of the candidate, or else something went wrong."""
     from harness.runs import search_state
 

@@ -70,10 +70,10 @@ def why_not(run: RunConfig, limits: Sequence[Limit]) -> str | None:
     """
     if not limits:
         return None
-    from harness.runs import estimate  # torch, which takes seconds to import
+    from harness.runs import estimate, evaluation_batches  # torch: seconds to import
 
     planned, model_config, accelerator = estimate.setting(run)
-    batch = estimate.largest_batch(run, model_config)
+    batch = evaluation_batches.largest_batch(run, model_config)
     found = estimate.predict(planned, model_config, accelerator, batch)
     if found is None:
         raise ConfigError(

@@ -20,7 +20,7 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.search_space import Dimension
 from harness.results import run_record
-from harness.runs import halving, launcher, search_limits
+from harness.runs import halving, own_overrides, search_limits
 from harness.runs.grids import check
 from harness.runs.search_settings import Brackets
 from harness.runs.study import Candidate, Growth, Study
@@ -293,7 +293,7 @@ class Search:
             there = self.by_seed(candidate) if self.seeds else [None]
             return [Task(*one) for one, nll in zip(runs, there, strict=True) if nll is None]
         paused = replace(run, launch=replace(run.launch, pause_at=step))
-        return [Task([*overrides, f"{launcher.PAUSE}{step}"], paused)]
+        return [Task([*overrides, f"{own_overrides.PAUSE}{step}"], paused)]
 
 
 def reached(run_dir: Path, rungs: Sequence[int]) -> dict[int, float]:

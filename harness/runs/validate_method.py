@@ -7,8 +7,14 @@ from typing import Any
 
 from harness.config import rank_schedule
 from harness.config.errors import ConfigError, require
+from harness.config.method_schema import (
+    AdaloraMethod,
+    FullMethod,
+    LoraMethod,
+    PeftMethod,
+    SvdMethod,
+)
 from harness.config.run_config import RunConfig
-from harness.config.schema import AdaloraMethod, FullMethod, LoraMethod, PeftMethod, SvdMethod
 
 FROM_TEXT = ("eva", "corda", "lora_ga")  # of method.init: starts that read training text
 CONFIG_OF = {f"{init}_config": init for init in (*FROM_TEXT, "loftq")}  # LoraConfig's fields

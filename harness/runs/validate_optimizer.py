@@ -9,6 +9,7 @@ from importlib.metadata import version
 from packaging.version import Version
 
 from harness.config.errors import ConfigError, nearest, require
+from harness.config.method_schema import LoraMethod, PeftMethod
 from harness.config.optimizers import (
     Adamw8bitOptimizer,
     LoraPlusOptimizer,
@@ -18,7 +19,7 @@ from harness.config.optimizers import (
     SgdOptimizer,
 )
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod, PeftMethod, TrainConfig, defaults
+from harness.config.schema import TrainConfig, defaults
 
 OF_LORA = {  # and what of LoRA they step
     "lora_plus": "B with a rate of its own",

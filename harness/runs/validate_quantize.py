@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 from harness.config.errors import ConfigError
+from harness.config.method_schema import LoraMethod, PeftMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod, PeftMethod
 
 PACKAGE, EXTRA = "bitsandbytes", "quantised"
 NEED_FLOATS = {  # methods, and why

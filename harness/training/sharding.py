@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from harness.config.errors import ConfigError
-from harness.models import pretrained
+from harness.models import transformer_blocks
 
 
 def shard(prepared: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -34,7 +34,7 @@ def shard(prepared: nn.Module, accelerator: Accelerator) -> nn.Module:
     Raises:
         ConfigError: a parameter without dimensions, or one that several blocks share.
     """
-    blocks = pretrained.blocks(cast(nn.Module, prepared.model))
+    blocks = transformer_blocks.blocks(cast(nn.Module, prepared.model))
     _check(prepared, blocks)
     with torch.no_grad():
         for tensor in [*prepared.parameters(), *prepared.buffers()]:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from harness import methods
 from harness.config import naming
 from harness.config.errors import ConfigError
+from harness.config.method_schema import LoraMethod
 from harness.config.run_config import RunConfig
-from harness.config.schema import LoraMethod
 from harness.data import token_data
-from harness.methods import starts
+from harness.methods import initialisation, starts
 from harness.results import run_record
 
 
@@ -26,7 +25,7 @@ def start_text_of(
     Raises:
         ConfigError: the training split has fewer sequences.
     """
-    if not methods.reads_text(run):
+    if not initialisation.reads_text(run):
         return None
     assert isinstance(run.method, LoraMethod)
     wanted, micro = run.method.start_sequences, run.train.micro_batch

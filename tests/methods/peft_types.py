@@ -24,11 +24,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from harness import compose, methods
 from harness.artifacts import export, model_card
 from harness.config.errors import ConfigError
-from harness.config.schema import AdaloraMethod
+from harness.config.method_schema import AdaloraMethod
 from harness.data.token_data import Batch
-from harness.methods import merging, weight_tying
-from harness.models import linear, pretrained
-from harness.models.loss import NextToken
+from harness.methods import merging, peft_adapter, weight_tying
+from harness.models import linear, model_size, pretrained
+from harness.models.next_token import NextToken
 from harness.runs import estimate
 from harness.runs.finished_run import Saved
 from harness.training import checkpoint, loop, optimizers
@@ -124,7 +124,7 @@ def outcome(name: str, model: str) -> list[str]:
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
         return [
             on,
-            f"{pretrained.count_parameters(adapted).trainable:,}"
+            f"{model_size.count_parameters(adapted).trainable:,}"
             + ("" if moved else ", nothing moves"),
             _counts(adapted, run, config),
             "yes" if estimate.predict(run, config, accelerator) else "no",
@@ -167,14 +167,14 @@ def _logits(model):
 
 def _counts(adapted, run, config):
     """Whether the model without weights has the same counts, and PEFT counts as we do."""
-    found = pretrained.count_parameters(adapted)
+    found = model_size.count_parameters(adapted)
     if found.trainable != adapted.get_nb_trainable_parameters()[0]:
         return "otherwise than PEFT"
     try:
         planned = methods.check(pretrained.on_meta(run, config), run)
-    except methods.NeedsWeightsError:
+    except peft_adapter.NeedsWeightsError:
         return "with weights alone"
-    return "yes" if pretrained.count_parameters(planned) == found else "no"
+    return "yes" if model_size.count_parameters(planned) == found else "no"
 
 
 def _resumes(start, run, accelerator, states):

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from harness import methods
 from harness.config import naming
 from harness.config.errors import ConfigError
+from harness.config.method_schema import AdaloraMethod
 from harness.config.rank_schedule import schedule_of
-from harness.config.schema import AdaloraMethod
 from harness.data.token_data import batch_of, block_order
-from harness.methods import adalora
-from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.methods import adalora, objective
+from harness.models import model_size
+from harness.models.next_token import NextToken
 from harness.results import run_record, schema
 from harness.system.signals import Stop
 from harness.training import buffers, checkpoint, loop, optimizers
@@ -44,7 +44,7 @@ def trained(model, text, run, tmp_path, validate=lambda: 1.0):
         rows.append,
     )  # fmt: skip
     training = loop.Training(
-        NextToken(model), text, run, accelerator, optimizer, methods.penalty(model, run),
+        NextToken(model), text, run, accelerator, optimizer, objective.penalty(model, run),
         after_step=adalora.after_step(model, run), final_from=adalora.last_cut(run),
     )  # fmt: skip
     loop.train(training, state, hooks, Stop())
@@ -120,12 +120,12 @@ def test_the_penalty_is_pefts_and_no_part_of_the_nats(tiny, make_run):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         out = model(input_ids=ids, labels=ids)
         plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        penalty = methods.penalty(model, run)()
+        penalty = objective.penalty(model, run)()
         assert float(penalty) > 0.1
         assert float(out.loss - plain) == pytest.approx(float(penalty), rel=1e-4)
         nats = NextToken(model).eval()(ids[:, :-1], ids[:, 1:]).nats
     assert float(nats.mean()) == pytest.approx(float(plain), rel=1e-5)
-    assert methods.penalty(model, make_run(*ASKED, "method.orth_reg_weight=0")) is None
+    assert objective.penalty(model, make_run(*ASKED, "method.orth_reg_weight=0")) is None
 
 
 def test_it_is_saved_with_its_final_ranks_as_plain_peft_loads_it(both, tiny, tmp_path, tokenizer):
@@ -182,9 +182,9 @@ def test_shares_become_steps_within_the_run(steps):
 def test_what_counts_as_trainable_is_pefts_count_with_or_without_weights(tiny, make_run):
     run = make_run(*ASKED)
     model = methods.adapt(copy.deepcopy(tiny), run)
-    count = pretrained.count_parameters(model).trainable
+    count = model_size.count_parameters(model).trainable
     assert count == model.get_nb_trainable_parameters()[0] == 2 * 6 * (16 * 32 + 4)
-    assert pretrained.count_parameters(methods.check(tiny.to("meta"), run)).trainable == count
+    assert model_size.count_parameters(methods.check(tiny.to("meta"), run)).trainable == count
 
 
 @pytest.mark.parametrize(

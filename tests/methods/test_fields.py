@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness import compose, methods
 from harness.config.errors import ConfigError
 from harness.data.token_data import Batch
-from harness.methods import fields, refusals
-from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.methods import fields, peft_adapter, peft_config, positions, refusals
+from harness.models import model_size, pretrained, transformer_blocks
+from harness.models.next_token import NextToken
 from harness.training import loop, memory
 
 IDS = torch.arange(4, 36).view(2, 16)
@@ -142,9 +142,9 @@ def test_a_value_out_of_its_range_is_refused(name, field, message):
 
 def test_the_edges_of_a_range_are_taken():
     given = {"lora_dropout": 0.0, "kasa_config": {"beta": 0, "gamma": 0.0}, "lora_alpha": 0.5}
-    assert methods._peft_config(CLASSES["LORA"], {}, given).lora_alpha == 0.5
-    assert methods._peft_config(CLASSES["OFT"], {}, {"r": 0, "oft_block_size": 8}).r == 0
-    assert methods._peft_config(CLASSES["FROD"], {}, {"regularization_alpha": 0.0})
+    assert peft_config.configured(CLASSES["LORA"], {}, given).lora_alpha == 0.5
+    assert peft_config.configured(CLASSES["OFT"], {}, {"r": 0, "oft_block_size": 8}).r == 0
+    assert peft_config.configured(CLASSES["FROD"], {}, {"regularization_alpha": 0.0})
 
 
 @pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "loftq", "olora"])
@@ -243,7 +243,7 @@ def test_a_field_that_acts_on_biases_is_refused_where_there_are_none(name, field
     with_them = LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), "attention_bias": True}))
     plain = methods.adapt(copy.deepcopy(with_them), peft_run(name, *own))
     found = methods.adapt(with_them, peft_run(name, *own, field))
-    counts = [pretrained.count_parameters(model).trainable for model in (plain, found)]
+    counts = [model_size.count_parameters(model).trainable for model in (plain, found)]
     assert counts[0] != counts[1]
 
 
@@ -299,7 +299,7 @@ def test_a_value_of_its_declared_type_is_taken_or_refused_by_name(name):
             given = copy.deepcopy(peft_types.FIELDS.get(name, {})) | {field.name: value}
             tried += 1
             try:
-                config = methods._peft_config(CLASSES[name], {}, given)
+                config = peft_config.configured(CLASSES[name], {}, given)
                 fields.check_names(config, model, given, "method.fields")
                 fields.pattern_values(config, model, given)
             except ConfigError:  # any other exception fails the test
@@ -323,7 +323,7 @@ def test_a_run_is_not_changed_by_being_adapted(make_run):
     on_meta = methods.check(pretrained.on_meta(run, config), run)
     found = [methods.adapt(pretrained.load_model(run, config), run) for _ in range(2)]
     assert run.method.fields == {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
-    counts = [pretrained.count_parameters(model) for model in (on_meta, *found)]
+    counts = [model_size.count_parameters(model) for model in (on_meta, *found)]
     assert counts[0] == counts[1] == counts[2]
     first, last = found[1].get_input_embeddings(), found[1].get_output_embeddings()
     assert first.weight is last.weight and first.weight.requires_grad
@@ -436,8 +436,10 @@ def test_prompts_in_the_embeddings_can_be_checkpointed(name):
         torch.manual_seed(0)
         run = peft_run(name, tokens)
         run = replace(run, train=replace(run.train, checkpointing=checkpointing))
-        assert methods.num_virtual_tokens(run) == (3 if name == "CPT" else 4)
-        return gradients(pretrained.checkpoint_activations(methods.adapt(llama(), run), run.train))
+        assert positions.num_virtual_tokens(run) == (3 if name == "CPT" else 4)
+        return gradients(
+            transformer_blocks.checkpoint_activations(methods.adapt(llama(), run), run.train)
+        )
 
     plain, again = found(False), found(True)
     assert plain and all(torch.equal(plain[n], again[n]) for n in plain)
@@ -447,9 +449,9 @@ def test_an_error_of_the_meta_device_is_no_refusal():
     run = peft_run("SHIRA", "r=4")
     with torch.device("meta"):
         bare = LlamaForCausalLM(LLAMA)
-    with pytest.raises(methods.NeedsWeightsError):
+    with pytest.raises(peft_adapter.NeedsWeightsError):
         methods.check(bare, run)
-    count = pretrained.count_parameters(methods.adapt(llama(), run)).trainable
+    count = model_size.count_parameters(methods.adapt(llama(), run)).trainable
     assert count == 2 * 4 * 4 * (32 + 32)  # r (m + n) of four square matrices a layer
 
 

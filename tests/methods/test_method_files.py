@@ -8,7 +8,7 @@ from harness import compose, methods
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.paths import CONF_DIR
-from harness.models import pretrained
+from harness.models import model_size, pretrained
 
 # gpt2_mini: (n, m) of every matrix y = W x of a layer; q, k and v apart for those that name them.
 WIDTH, LAYERS = 256, 4
@@ -53,7 +53,7 @@ def test_a_method_works_in_one_word(name):
     """Its parameters are as many as its paper says; it is the run that method=peft spells out."""
     run = composed(f"method={name}")
     model = methods.check(pretrained.on_meta(run, pretrained.load_config(run.model)), run)
-    found = pretrained.count_parameters(model).trainable
+    found = model_size.count_parameters(model).trainable
     if name in COUNTS:
         apart = run.targets.name == "qv"
         expected = sum(COUNTS[name](n, m) for n, m in (APART if apart else ALL)) * LAYERS

@@ -9,10 +9,10 @@ import torch
 
 from harness import methods
 from harness.config.errors import ConfigError
-from harness.methods import adapt, svd, targets
-from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.methods import adapt, model_facts, objective, svd, targets
+from harness.models import model_size, pretrained
 from harness.models.lstm import LSTMConfig, LSTMForCausalLM
+from harness.models.next_token import NextToken
 from harness.models.split_qkv import unfuse_qkv
 
 IDS = torch.arange(1, 21).view(2, 10)
@@ -26,9 +26,9 @@ def trainable(model):
 def test_none_trains_nothing_and_full_everything(tiny, make_run):
     total = sum(p.numel() for p in tiny.parameters())
     assert not trainable(adapt(tiny, make_run("method=none")))
-    assert pretrained.count_parameters(tiny).total == total
+    assert model_size.count_parameters(tiny).total == total
     full = adapt(tiny, make_run("method=full"))
-    assert pretrained.count_parameters(full).trainable == total
+    assert model_size.count_parameters(full).trainable == total
     assert tiny.lm_head.weight is tiny.transformer.wte.weight  # tied, counted once
     d, n_layer = 32, 2
     assert total == 64 * d + 32 * d + n_layer * (12 * d * d + 13 * d) + 2 * d
@@ -40,7 +40,7 @@ def test_none_trains_nothing_and_full_everything(tiny, make_run):
 )
 def test_lora_counts(tiny, make_run, targets, per_layer):
     model = adapt(tiny, make_run("method=lora", f"targets={targets}", "method.r=3"))
-    assert pretrained.count_parameters(model).trainable == per_layer * 3 * 32 * 2
+    assert model_size.count_parameters(model).trainable == per_layer * 3 * 32 * 2
     assert all("lora_" in name for name in trainable(model))
 
 
@@ -76,8 +76,8 @@ def test_any_peft_method_by_name_trains(tiny, make_run, peft_type, extra):
     model = adapt(tiny, make_run("method=peft", method, f"targets={targets}", *extra))
     assert (
         0
-        < pretrained.count_parameters(model).trainable
-        < pretrained.count_parameters(model).total / 2
+        < model_size.count_parameters(model).trainable
+        < model_size.count_parameters(model).total / 2
     )
     found = NextToken(model)(IDS, IDS)
     assert found.nats.shape == IDS.shape
@@ -187,7 +187,7 @@ def test_every_method_can_be_checked_without_weights(tiny, make_run, method):
     real = adapt(pretrained.load_model(run, pretrained.load_config(run.model)), run)
     assert trainable(on_meta) == trainable(real)
     if getattr(run.method, "energy", None) is None:  # which only the weights can tell
-        assert pretrained.count_parameters(on_meta) == pretrained.count_parameters(real)
+        assert model_size.count_parameters(on_meta) == model_size.count_parameters(real)
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -298,10 +298,10 @@ def test_lora_paper_is_the_papers(make_run):
 
 def test_orthogonality_is_added_only_where_it_is_asked_for(tiny, make_run):
     quiet = make_run("method=udv", "method.train=udv", "method.rank=4")
-    assert methods.penalty(adapt(copy.deepcopy(tiny), quiet), quiet) is None
+    assert objective.penalty(adapt(copy.deepcopy(tiny), quiet), quiet) is None
     run = make_run("method=udv", "method.train=udv", "method.rank=4", "method.orthogonality=0.5")
     model = adapt(tiny, run)
-    penalty = methods.penalty(model, run)
+    penalty = objective.penalty(model, run)
     assert penalty().item() == pytest.approx(0, abs=1e-8)
     layer = model.base_model.model.transformer.h[0].mlp.c_fc
     with torch.no_grad():
@@ -337,24 +337,24 @@ def test_unfusing_what_has_no_c_attn_is_refused(make_run):
 
 def test_ranks_by_pattern_and_energy_are_recorded(tiny, make_run):
     run = make_run("method=udv", "method.rank=4", "+method.rank_pattern={mlp.c_fc: 9}")
-    assert methods.svd_facts(adapt(copy.deepcopy(tiny), run))["ranks"] == {
+    assert model_facts.svd_facts(adapt(copy.deepcopy(tiny), run))["ranks"] == {
         "attn.c_attn": [4], "attn.c_proj": [4], "mlp.c_fc": [9], "mlp.c_proj": [4],
     }  # fmt: skip
     weight = tiny.transformer.h[0].attn.c_attn.weight.detach().double().numpy()
     share = np.cumsum(np.linalg.svd(weight, compute_uv=False) ** 2)
     k = int(np.searchsorted(share / share[-1], 0.7)) + 1
     model = adapt(tiny, make_run("method=truncate", "method.energy=0.7"))
-    assert k in methods.svd_facts(model)["ranks"]["attn.c_attn"]
-    assert methods.svd_facts(base_model("lstm", tiny)) == {}
+    assert k in model_facts.svd_facts(model)["ranks"]["attn.c_attn"]
+    assert model_facts.svd_facts(base_model("lstm", tiny)) == {}
 
 
 def test_the_size_of_a_truncated_model_counts_factors_for_weights(tiny, make_run):
-    total = pretrained.count_parameters(tiny).total
+    total = model_size.count_parameters(tiny).total
     d, k = 32, 3
     shapes = [(d, 3 * d), (d, d), (d, 4 * d), (4 * d, d)]
     saved = 2 * sum(m * n - k * (m + n + 1) for m, n in shapes)
     truncated = adapt(copy.deepcopy(tiny), make_run("method=truncate", f"method.rank={k}"))
-    assert methods.factored_total(truncated) == total - saved
+    assert model_facts.factored_total(truncated) == total - saved
     keep = make_run("method=udv", f"method.rank={k}", "method.residual=keep")
-    assert methods.factored_total(adapt(copy.deepcopy(tiny), keep)) is None
-    assert methods.factored_total(tiny) is None
+    assert model_facts.factored_total(adapt(copy.deepcopy(tiny), keep)) is None
+    assert model_facts.factored_total(tiny) is None

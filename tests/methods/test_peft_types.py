@@ -10,7 +10,7 @@ from peft_types import MODELS, names, refusal, setting, table
 
 from harness import methods
 from harness.config.paths import CONF_DIR, REPOSITORY
-from harness.models import linear, pretrained
+from harness.models import linear, model_size, pretrained
 
 PAGE = (CONF_DIR / "PEFT.md").read_text("utf-8")
 ROWS = {
@@ -55,7 +55,7 @@ def test_what_the_table_says_of_building_is_so(name):
             continue
         run, config = setting(name, model)
         adapted = methods.adapt(pretrained.load_model(run, config), run)
-        assert number == f"{pretrained.count_parameters(adapted).trainable:,}", model
+        assert number == f"{model_size.count_parameters(adapted).trainable:,}", model
         assert (on == "nn.Linear") == linear.is_turned(adapted)
 
 

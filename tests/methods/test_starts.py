@@ -19,8 +19,8 @@ from harness import methods
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.data.token_data import Batch, Data, batch_of
-from harness.methods import starts
-from harness.models import pretrained
+from harness.methods import initialisation, model_facts, starts
+from harness.models import model_size
 from harness.results import run_record, schema
 from harness.training import checkpoint
 from harness.training.start_text import start_text_of
@@ -93,11 +93,11 @@ def test_eva_moves_ranks_and_keeps_their_sum(tiny, make_run, text):
     """PEFT gives more ranks to matrices whose directions explain more, up to rho times r."""
     run = make_run("method=eva", *ASKED)
     model = adapted(tiny, run, text)
-    ranks = methods.rank_facts(model)["ranks"]
+    ranks = model_facts.rank_facts(model)["ranks"]
     assert sum(ranks.values()) == 4 * 8 and len(set(ranks.values())) > 1
     assert max(ranks.values()) <= 8 and all(name.startswith("transformer.h.") for name in ranks)
-    assert methods.moves_ranks(run)
-    count = pretrained.count_parameters(model).trainable
+    assert initialisation.moves_ranks(run)
+    count = model_size.count_parameters(model).trainable
     assert count == model.get_nb_trainable_parameters()[0]
 
 
@@ -280,13 +280,13 @@ def test_patterns_are_keys_of_lora(tiny, make_run):
     pattern = "method.rank_pattern={h.0.attn.c_attn: 16, mlp.c_fc: 2}"
     run = make_run(*asked, pattern, "method.alpha_pattern={h.0.attn.c_attn: 5}")
     model = methods.adapt(copy.deepcopy(tiny), run)
-    ranks = methods.rank_facts(model)["ranks"]
+    ranks = model_facts.rank_facts(model)["ranks"]
     assert ranks["transformer.h.0.attn.c_attn"] == 16 and ranks["transformer.h.1.attn.c_attn"] == 4
     assert ranks["transformer.h.0.mlp.c_fc"] == ranks["transformer.h.1.mlp.c_fc"] == 2
     expected = 32 * (4 * (16 + 4) + 2 * (4 + 4) + 5 * (2 + 2) + 5 * (4 + 4))
-    assert pretrained.count_parameters(model).trainable == expected
+    assert model_size.count_parameters(model).trainable == expected
     on_meta = methods.check(copy.deepcopy(tiny).to("meta"), run)
-    assert pretrained.count_parameters(on_meta).trainable == expected
+    assert model_size.count_parameters(on_meta).trainable == expected
     layer = model.base_model.model.transformer.h[0].attn.c_attn
     assert layer.lora_alpha["default"] == 5 and layer.scaling["default"] == 5 / 16
     assert "-r4+h.0.attn.c_attn=16+mlp.c_fc=2-a8-" in naming.run_name(run)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from short_training import BLOCKS, config, losses_of, run_loop
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from harness import compose, methods, plan
+from harness import compose, plan
 from harness.commands import count
 from harness.config import naming
 from harness.config.errors import ConfigError
 from harness.config.paths import REPOSITORY
 from harness.data.token_data import batch_of, block_order
-from harness.methods import adapt, train_only
-from harness.models import pretrained
+from harness.methods import adapt, model_facts, train_only
+from harness.models import model_size, pretrained
 from harness.training import checkpoint
 from harness.training import loop as training
 
@@ -62,11 +62,11 @@ def test_counts_are_closed_forms(model, layers, d, vocabulary, positions):
         found = train_only.select(base, entries.split(","))
         assert sum(p.numel() for p in found.values()) == expected, entries
     whole = sum(closed[name] for name in ("matrices", "embeddings", "positions", "norms,biases"))
-    assert pretrained.count_parameters(base).total == whole
+    assert model_size.count_parameters(base).total == whole
     # q and v are parts of one matrix, which is taken apart where one of them is named.
     asked = [f"model={model}", "method=full", "method.train_only=[q,v]"]
     apart = count.adapted(asked)[1]
-    assert pretrained.count_parameters(apart).trainable == 2 * d * d * layers
+    assert model_size.count_parameters(apart).trainable == 2 * d * d * layers
 
 
 def test_matrices_are_what_lora_adapts_and_no_bias(tiny, make_run):
@@ -141,7 +141,7 @@ def test_a_tied_weight_trains_by_either_name_and_is_told_of(make_run, tie, entry
     model = adapt(LlamaForCausalLM(config), run)
     own = "lm_head.weight" if entry == "head" and not tie else "model.embed_tokens.weight"
     assert trained(model) == {own}
-    facts = methods.trained_alone(model, run)
+    facts = model_facts.trained_alone(model, run)
     both = "model.embed_tokens.weight and lm_head.weight are one weight: it trains, and counts once"
     assert facts == {"trained": [own], "tied": [both] if tie else []}
     assert trained(adapt(LlamaForCausalLM(config), only(make_run, "norms"))) == {

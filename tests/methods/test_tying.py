@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from harness.config.errors import ConfigError
 from harness.methods import adapt
 from harness.methods.weight_tying import merged
-from harness.models import pretrained, weights
+from harness.models import model_size, pretrained, weights
 from harness.training import checkpoint
 
 V, D, IDS = 80, 16, torch.arange(1, 41).reshape(2, 20)  # 80 rows, of which a tokenizer may have 64
@@ -83,7 +83,7 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
         "model=local", f"model.path={folder}", "data.context=32", "save_merged=always", *overrides
     )
     plain = pretrained.load_model(run, pretrained.load_config(run.model))
-    total = pretrained.count_parameters(plain).total
+    total = model_size.count_parameters(plain).total
     head = 0 if kind != "untied" else V * D
     assert total == V * D + head + sum(
         p.numel()
@@ -91,7 +91,7 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
         if not name.endswith((first + ".weight", "lm_head.weight"))
     )
     model = adapt(plain, run)
-    counted = pretrained.count_parameters(model)
+    counted = model_size.count_parameters(model)
     assert counted.trainable == expected(kind)
     assert counted.total == total + counted.trainable
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     torch.testing.assert_close(logits(whole), active, rtol=1e-4, atol=1e-4)
     if case == "save_tied":
-        assert pretrained.count_parameters(whole).total == total  # tied as before
+        assert model_size.count_parameters(whole).total == total  # tied as before
     if "adapter" in saved:
         again = AutoModelForCausalLM.from_pretrained(folder)
         loaded = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")

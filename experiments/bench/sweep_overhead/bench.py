@@ -27,7 +27,7 @@ from harness.config import paths
 from harness.config.paths import REPOSITORY
 from harness.config.run_config import RunConfig
 from harness.results import run_record
-from harness.runs import composition, launcher
+from harness.runs import composition, run_directory
 from harness.runs.worker_process import ALLOCATOR
 
 HERE = Path(__file__).resolve().parent
@@ -100,7 +100,7 @@ def main() -> None:
             for seed in range(RUNS):
                 run = run_config(scratch, name, seed)
                 run.run_dir.mkdir(parents=True)
-                launcher.prepare(run, "bench")
+                run_directory.prepare(run, "bench")
                 began.append(time.time())
                 start("harness.runs.worker", str(run.run_dir), cwd=scratch)
             plain = overheads(Path(scratch) / "outputs" / name, began)

@@ -126,7 +126,7 @@ def measure(
     from harness.data import token_data
     from harness.models import pretrained
     from harness.results import environment
-    from harness.runs import composition, estimate
+    from harness.runs import composition, flops
 
     torch.set_num_threads(environment.usable_cores())
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
@@ -139,7 +139,7 @@ def measure(
         )
         for step in range(steps)
     ]
-    rate = estimate.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
+    rate = flops.gemm_rate(run, model_config.hidden_size, precision.partition("-")[0], 1.0)
     set_seed(0)
     go = on_harness if side == "harness" else on_trainer
     found = go(run, model_config, blocks, device, dropout=0.1 if side == "trainer" else 0.0)
@@ -153,8 +153,8 @@ def on_harness(
     from accelerate import Accelerator
 
     from harness import methods
-    from harness.models import pretrained
-    from harness.models.loss import NextToken
+    from harness.models import pretrained, transformer_blocks
+    from harness.models.next_token import NextToken
     from harness.runs import estimate
     from harness.training import loop, memory, optimizers
 
@@ -162,7 +162,7 @@ def on_harness(
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
     model = methods.adapt(pretrained.load_model(run, model_config), run).to(accelerator.device)
     if run.train.compile:
-        pretrained.compile_blocks(model)
+        transformer_blocks.compile_blocks(model)
     prepared = accelerator.prepare_model(NextToken(model))
     optimizer = accelerator.prepare_optimizer(
         optimizers.make_optimizer(model, run.train, run.optimizer)

@@ -17,7 +17,7 @@ from harness.data import token_data
 from harness.evaluation import prefix, probes, sliding_window
 from harness.evaluation.sliding_window import Nats
 from harness.models import pretrained
-from harness.models.loss import NextToken
+from harness.models.next_token import NextToken
 from harness.results import environment
 from harness.runs.finished_run import Saved
 from harness.system import contents
