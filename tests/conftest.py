@@ -80,7 +80,7 @@ def corpus(tmp_path: Path) -> DataConfig:
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text(f"The {i}th story is about a fox and a dog. " * 20)
     return DataConfig(
-        "mine", "text_files", path=str(tmp_path / "*.txt"), context=32, validation_share=0.1,
+        "mine", "text_files", path=str(tmp_path / "*.txt"), context_length=32, validation_share=0.1,
         test_share=0.1, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
 
@@ -115,9 +115,9 @@ def harness(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 # Two steps that help, on the beginnings of chapters; four of them are evaluated.
 SHORT = [
-    "train.steps=2", "evaluate.every=2", "train.warmup=0", "train.threads=1",
+    "train.steps=2", "evaluate.interval=2", "train.warmup=0", "train.threads=1",
     "data.validation_share=0.003", "data.test_share=0.003", "data.document_chars=500",
-    "data.context=64", "train.batch_tokens=512", "train.micro_batch=8",
+    "data.context_length=64", "train.batch_tokens=512", "train.micro_batch=8",
 ]  # fmt: skip
 
 

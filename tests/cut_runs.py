@@ -13,9 +13,9 @@ from harness.training import checkpoint
 
 # Dropout, so that the generators matter; validation at its best before the end, and not at it.
 CONFIG = [
-    "method=lora", "method.r=2", "method.dropout=0.1", "train.steps=12", "evaluate.every=4",
-    "train.checkpoint_every=2", "train.lr=0.03", "train.schedule=constant",
-    "data.validation_share=0.003", "data.test_share=0.003", "data.context=32",
+    "method=lora", "method.r=2", "method.dropout=0.1", "train.steps=12", "evaluate.interval=4",
+    "train.checkpoint_interval=2", "train.lr=0.03", "train.schedule=constant",
+    "data.validation_share=0.003", "data.test_share=0.003", "data.context_length=32",
     "train.batch_tokens=128", "train.micro_batch=2", "train.threads=1",
     # Two or three source files of a small package, as a further text.
     "evaluate.also={more: {source: docstrings, packages: [tqdm], test_share: 0.1}}",

@@ -47,7 +47,7 @@ def measured(run, config, accelerate, evaluated=None):
     )
     prepared.train()
     optimizers.start(optimizer)
-    shape = (run.train.micro_batch, run.data.context)
+    shape = (run.train.micro_batch, run.data.context_length)
     number = run.train.batch_tokens // (shape[0] * shape[1])
     for step in range(min(run.train.steps, 2)):
         report.clear()

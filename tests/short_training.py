@@ -13,8 +13,8 @@ BLOCKS = 10
 
 def config(make_run, *overrides):
     return make_run(
-        "data.context=16", "train.batch_tokens=64", "train.micro_batch=2", "train.steps=20",
-        "evaluate.every=5", "train.lr=1e-2", *overrides,
+        "data.context_length=16", "train.batch_tokens=64", "train.micro_batch=2", "train.steps=20",
+        "evaluate.interval=5", "train.lr=1e-2", *overrides,
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def attempt(run, claim, *, quiet):
     """In place of `worker_attempt.attempt`: train on to the pause or the end, and save nothing."""
     assert not run.evaluate.test
     wait_for_the_others()
-    run_dir, every = run.run_dir, run.evaluate.every
+    run_dir, every = run.run_dir, run.evaluate.interval
     kept = sorted((run_dir / run_record.CHECKPOINTS).glob("[0-9]*"))
     first = int(kept[-1].name) if kept else 0
     metrics = run_record.Metrics(run_dir, first, first)

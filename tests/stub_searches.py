@@ -13,7 +13,7 @@ from harness.config.paths import REPOSITORY
 STUB = Path(__file__).with_name("stub_search.py")
 SEARCH = [
     "search", "train.lr=tag(log,interval(1e-4,1e-1))", "method.r=1,8,64", "search.trials=12",
-    "search.rungs=[4,8]", "train.steps=16", "evaluate.every=2", "experiment_name=x",
+    "search.rungs=[4,8]", "train.steps=16", "evaluate.interval=2", "experiment_name=x",
 ]  # fmt: skip
 
 

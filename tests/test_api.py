@@ -116,7 +116,8 @@ def test_a_finished_run_is_not_done_again(finished_run):
 
 def test_a_run_that_fails_is_an_exception_that_names_the_log(tmp_path):
     (wrong,) = compose(
-        "train.lr=1e30", "train.clip=null", "train.steps=3", "train.threads=1", "data.context=64",
+        "train.lr=1e30", "train.max_grad_norm=null", "train.steps=3", "train.threads=1",
+        "data.context_length=64",
         "train.batch_tokens=512", "data.validation_share=0.003", "data.document_chars=500",
         f"outputs_dir={tmp_path}",
     )  # fmt: skip
@@ -170,7 +171,7 @@ def same(after_what):
 import harness
 same("import")
 short = ["train.steps=1", "data.document_chars=300", "data.validation_share=0.002",
-         "data.test_share=0.002", "data.context=32", "train.batch_tokens=64",
+         "data.test_share=0.002", "data.context_length=32", "train.batch_tokens=64",
          "train.micro_batch=2", "run_name=r", "train.threads=1"]
 (one,) = harness.compose(*short, "method.label='1e3'", "experiment_name=x")
 same("compose")
@@ -218,7 +219,7 @@ def standing():
     ]
 
 short = ["train.steps=1", "data.document_chars=300", "data.validation_share=0.002",
-         "data.test_share=0.002", "data.context=32", "train.batch_tokens=64",
+         "data.test_share=0.002", "data.context_length=32", "train.batch_tokens=64",
          "train.micro_batch=2", "train.threads=1", "method=lora"]
 runs = [compose(*short, f"run_name=r{i}", f"seed={i}")[0] for i in range(2)]
 before, ended = standing(), []

@@ -28,8 +28,9 @@ BLOCKS, STEPS, LR, DECAY = 10, 12, 1e-2, 0.8
 
 def config(make_run, *overrides):
     return make_run(
-        "data.context=16", "train.batch_tokens=64", "train.micro_batch=2", f"train.steps={STEPS}",
-        "evaluate.every=4", f"train.lr={LR}", "train.schedule=constant", "train.warmup=0",
+        "data.context_length=16", "train.batch_tokens=64", "train.micro_batch=2",
+        f"train.steps={STEPS}",
+        "evaluate.interval=4", f"train.lr={LR}", "train.schedule=constant", "train.warmup=0",
         "method=lora", "method.r=4", *overrides,
     )  # fmt: skip
 
@@ -119,7 +120,7 @@ def test_bytes_of_the_average_count_as_optimizer_state(tiny, make_run):
 
 
 def test_average_and_noise_go_on_from_a_checkpoint_to_the_same_bits(tiny, make_run, text, tmp_path):
-    run = config(make_run, "train.ema=0.9", "train.neftune_alpha=5", "train.checkpoint_every=3")
+    run = config(make_run, "train.ema=0.9", "train.neftune_alpha=5", "train.checkpoint_interval=3")
     taken = {}
 
     def kept(model, optimizer, average):

@@ -70,8 +70,8 @@ def test_a_base_whose_weights_the_method_has_moved_is_loaded_again(make_run):
 
 
 RUN = [
-    "data=text_files", "data.context=24", "train.batch_tokens=192", "train.steps=1",
-    "evaluate.every=1", "data.validation_share=0.2", "data.test_share=0.2", "train.threads=1",
+    "data=text_files", "data.context_length=24", "train.batch_tokens=192", "train.steps=1",
+    "evaluate.interval=1", "data.validation_share=0.2", "data.test_share=0.2", "train.threads=1",
 ]  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def write(path, records):
 def cfg(tmp_path):
     file = write(tmp_path / "chat.jsonl", [{"messages": messages(t)} for t in TALKS])
     return DataConfig(
-        "p", "pairs", path=str(file), context=96, cache_dir=str(tmp_path / "cache"),
+        "p", "pairs", path=str(file), context_length=96, cache_dir=str(tmp_path / "cache"),
         validation_share=0.2, test_share=0.2,
     )  # fmt: skip
 
@@ -494,7 +494,7 @@ def test_another_template_makes_other_tokens(cfg):
 
 def test_turns_that_are_in_training_too_are_found(tokenizer):
     """Each turn by itself, without its end."""
-    cfg = DataConfig("", "pairs", context=96)
+    cfg = DataConfig("", "pairs", context_length=96)
     table = sequences.evaluated(pairs_of(TALKS[:1]), tokenizer, cfg)
     said = [tokenizer(f" {t}")["input_ids"] for t in (TALKS[0][2][1], TALKS[0][4][1])]
 
@@ -533,8 +533,9 @@ def test_generation_stops_where_the_template_ends_a_turn(mini):
 @pytest.mark.slow
 def test_a_run_on_conversations_from_start_to_end(harness, tmp_path, cfg):
     asked = [
-        "method=lora", "method.r=2", "data=pairs", f"data.path={cfg.path}", "data.context=96",
-        "data.validation_share=0.2", "data.test_share=0.2", "train.steps=2", "evaluate.every=2",
+        "method=lora", "method.r=2", "data=pairs", f"data.path={cfg.path}",
+        "data.context_length=96",
+        "data.validation_share=0.2", "data.test_share=0.2", "train.steps=2", "evaluate.interval=2",
         "train.batch_tokens=384", "train.micro_batch=2", "evaluate=generate", "run_name=one",
         "evaluate.generate.num_beams=1", "evaluate.generate.max_new_tokens=4",
     ]  # fmt: skip
@@ -563,7 +564,7 @@ def test_a_run_on_conversations_from_start_to_end(harness, tmp_path, cfg):
 )
 def test_a_choice_that_is_none_is_named(make_run, cfg, key, said):
     with pytest.raises(ConfigError, match=said):
-        make_run("data=pairs", f"data.path={cfg.path}", "data.context=96", f"data.{key}")
+        make_run("data=pairs", f"data.path={cfg.path}", "data.context_length=96", f"data.{key}")
 
 
 def test_a_choice_about_conversations_is_none_about_other_text(make_run):

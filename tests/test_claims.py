@@ -90,7 +90,7 @@ def write(folder, run, *, better=False, slower=1.5):
                 seconds = (slower if lora else 1.0) * (1 + 0.001 * draw.normal())
                 metrics.log({"step": step, "train/nll": 3.0, "train/step_seconds": seconds})
             if (
-                step % run.evaluate.every == 0
+                step % run.evaluate.interval == 0
             ):  # from 5.3 nats to a third of that, at half of the speed with LoRA
                 value = 5.3 - 2.0 * min(1.0, step / (80 if lora else 40)) + 0.01 * draw.normal()
                 metrics.log({"step": step, "tokens": 2048 * step, "eval/validation/nll": value})
@@ -186,7 +186,9 @@ def test_with_the_control_the_verdict_on_the_rank_is_of_the_rank(
         write(tmp_path, run)
     alone = seven.expressiveness(statements.Runs(tmp_path, rows(tmp_path)))
     assert alone.verdict() == "holds" and "no verdict on the rank alone" in " ".join(alone.remarks)
-    same = "method=full method.train_only=[matrices] train.steps=80 train.lr=2e-3 evaluate.every=10"
+    same = (
+        "method=full method.train_only=[matrices] train.steps=80 train.lr=2e-3 evaluate.interval=10"
+    )
     for seed in range(3):
         write(tmp_path, compose(*same.split(), f"seed={seed}")[0])
     claim = seven.expressiveness(statements.Runs(tmp_path, rows(tmp_path)))

@@ -44,7 +44,8 @@ def task_file(tmp_path):
 @pytest.fixture
 def task_run(make_run, task_file, tmp_path):
     return make_run(
-        "data=pairs", f"data.path={task_file}", "data.context=64", "data.validation_share=0.1",
+        "data=pairs", f"data.path={task_file}", "data.context_length=64",
+        "data.validation_share=0.1",
         "data.test_share=0.2", f"data.cache_dir={tmp_path}", "train.micro_batch=8",
     )  # fmt: skip
 
@@ -181,7 +182,7 @@ def test_a_label_that_does_not_fit_is_refused_before_training(task_run, tokenize
     """Every prompt fits with its own label; the longest prompt does not fit with the longest."""
     longest = max(lengths(task_run, tokenizer))
     tight = replace(task_run, data=replace(task_run.data, context=longest - 1))
-    with pytest.raises(ConfigError, match=f"longer than data.context={longest - 1}"):
+    with pytest.raises(ConfigError, match=f"longer than data.context_length={longest - 1}"):
         classification.read(tight, tokenizer)
 
 
@@ -220,8 +221,10 @@ def test_tables_show_accuracy_beside_perplexity_and_the_majority(tmp_path):
 def test_a_run_classifies_its_test_set(finished_run, task_file):
     """The numbers in result.json are of the weights that validation chose, on the test split."""
     run_dir = finished_run(
-        "method=full", "train.lr=3e-3", "data=pairs", f"data.path={task_file}", "data.context=64",
-        "data.validation_share=0.1", "data.test_share=0.2", "train.steps=30", "evaluate.every=30",
+        "method=full", "train.lr=3e-3", "data=pairs", f"data.path={task_file}",
+        "data.context_length=64",
+        "data.validation_share=0.1", "data.test_share=0.2", "train.steps=30",
+        "evaluate.interval=30",
     )  # fmt: skip
     record = run_record.read(run_dir)
     found = record["quality"]["classification"]["test"]

@@ -52,8 +52,8 @@ def test_a_schema_without_a_file_says_what_conf_says(make_run):
         (["train.batch_tokens=100"], r"try 2048"),
         (["train.steps=-1"], r"train\.steps=-1"),
         (["train.lr=0"], r"train\.lr=0"),
-        (["train.clip=0"], r"train\.clip=0"),
-        (["data.context=1"], r"data\.context=1"),
+        (["train.max_grad_norm=0"], r"train\.clip=0"),
+        (["data.context_length=1"], r"data\.context=1"),
         (["data.test_share=0.6"], r"data\.test_share=0\.6"),
         (["data.train_share=0"], r"data\.train_share=0.*share in \(0, 1\]"),
         (["evaluate.stride=300"], r"evaluate\.stride=300: expected 1 to the context of 256"),
@@ -79,7 +79,7 @@ def test_a_schema_without_a_file_says_what_conf_says(make_run):
         (["data=hub"], r"data\.id"),
         (["seed=-1"], r"seed=-1: expected 0 to 2\^32 - 1"),
         (["train.lr=inf"], r"train\.lr=inf"),
-        (["evaluate.context=0"], r"evaluate\.context=0"),
+        (["evaluate.context_length=0"], r"evaluate\.context=0"),
         (["run_name=.."], r"run_name='\.\.'"),
         (["run_name=a/b"], r"run_name='a/b'"),
         (["experiment_name=../x"], r"experiment_name"),
@@ -108,7 +108,7 @@ def test_the_name_tells_runs_apart_that_differ_in_anything(make_run):
         ["train.lr=0.5"],
         ["train.weight_decay=0.1"],
         ["method.dropout=0.1"],
-        ["data.context=128"],
+        ["data.context_length=128"],
         ["seed=1"],
         ["method=full"],
         ["method=none"],
@@ -139,7 +139,9 @@ def test_the_identity_leaves_out_what_moves_no_number(make_run):
     assert identity(make_run(*random)) != identity(make_run(*random, "seed=1"))
     drawn = ["method=none", "model=lstm", "targets=lstm"]
     assert run_name(make_run(*drawn)) != run_name(make_run(*drawn, "seed=1"))
-    assert none != identity(make_run("method=none", "data.context=128", "train.micro_batch=16"))
+    assert none != identity(
+        make_run("method=none", "data.context_length=128", "train.micro_batch=16")
+    )
 
 
 def test_every_model_data_method_and_target_file_composes(make_run):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from harness.config.paths import REPOSITORY
-from harness.system.console import reason
+from harness.system.console import busy, reason, tracked
 
 COMMAND = """
 import sys
@@ -51,3 +51,16 @@ def test_an_error_of_a_library_is_told_by_its_message():
         "No such file or directory"
     )
     assert reason(OSError()) == "OSError"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_being_done_is_told_on_a_terminal_alone(monkeypatch, capsys, terminal):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # what makes rich take a stream for a terminal
+    with busy("loading"):
+        pass
+    assert list(tracked([1, 2], "planning")) == [1, 2]
+    told = capsys.readouterr()
+    assert told.out == "" and ("loading" in told.err, "planning" in told.err) == (terminal,) * 2

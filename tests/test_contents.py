@@ -30,7 +30,7 @@ from harness.system import contents, digests
 
 ONE, OTHER = "1" * 40, "2" * 40
 QUICK = [
-    "train.steps=2", "evaluate.every=2", "data.context=32", "train.batch_tokens=256",
+    "train.steps=2", "evaluate.interval=2", "data.context_length=32", "train.batch_tokens=256",
     "train.threads=1", "data.validation_share=0.1", "data.test_share=0.1",
 ]  # fmt: skip
 
@@ -349,7 +349,7 @@ def write_base(folder, scale):
 def test_text_that_changes_while_a_sweep_waits_is_refused_by_the_runs_that_wait(mine):
     sweep = subprocess.Popen(
         [sys.executable, "-m", "harness", "-m", *TEXT[:2], "method=lora", "seed=0,1", *QUICK,
-         "train.steps=60", "evaluate.every=1"],
+         "train.steps=60", "evaluate.interval=1"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -21,8 +21,9 @@ from harness.results import run_record
 
 # Two steps on the beginnings of a few chapters.
 QUICK = [
-    "train.steps=2", "evaluate.every=2", "data.validation_share=0.003", "data.test_share=0.003",
-    "data.document_chars=500", "data.context=64", "train.batch_tokens=512", "train.micro_batch=4",
+    "train.steps=2", "evaluate.interval=2", "data.validation_share=0.003", "data.test_share=0.003",
+    "data.document_chars=500", "data.context_length=64", "train.batch_tokens=512",
+    "train.micro_batch=4",
 ]  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def test_a_mistake_that_needs_the_model_is_found_before_it_loads(harness, tmp_pa
 
 
 def test_a_context_beyond_the_model_is_refused(harness):
-    done = harness("data.context=512", "train.micro_batch=4")
+    done = harness("data.context_length=512", "train.micro_batch=4")
     assert done.returncode == 2 and "512 tokens is longer than gpt2_mini's 256" in done.stderr
 
 
@@ -325,7 +326,11 @@ def test_virtual_tokens_need_room(harness):
         "+method.fields.num_virtual_tokens=16",
     ]
     done = harness(*prompt)
-    assert done.returncode == 2 and "data.context" in done.stderr and "240 or less" in done.stderr
+    assert (
+        done.returncode == 2
+        and "data.context_length" in done.stderr
+        and "240 or less" in done.stderr
+    )
     assert len(done.stderr.splitlines()) == 1 and "table" not in done.stdout
 
 
@@ -407,7 +412,7 @@ def cpu_seconds(pid):
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_leaves_nothing_behind_and_goes_on(harness, tmp_path, number):
-    long = [*QUICK, "train.steps=60", "evaluate.every=60"]
+    long = [*QUICK, "train.steps=60", "evaluate.interval=60"]
     controller, _, pids = started(tmp_path, "run_name=mine", *long, until="metrics.jsonl")
     while not any("train/nll" in row for row in run_record.read_metrics(only_result(tmp_path)[0])):
         time.sleep(0.05)

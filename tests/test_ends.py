@@ -53,7 +53,7 @@ def test_seconds_are_a_cap_and_validation_is_read_where_it_ends(
     tmp_path,
     monkeypatch,
 ):
-    run = config(make_run, "method=full", "train.max_seconds=7", "evaluate.every=20")
+    run = config(make_run, "method=full", "train.max_seconds=7", "evaluate.interval=20")
     clock = iter(range(10_000))
     monkeypatch.setattr("harness.training.loop.time.perf_counter", lambda: next(clock))
     done, rows, _ = run_loop(adapt(tiny, run), text, run, tmp_path)
@@ -79,7 +79,7 @@ def test_flops_are_a_cap_that_the_schedule_ends_with(make_run):
 def test_epochs_are_steps_of_the_training_text(make_run):
     one = make_run(*SHORT[1:], "train.epochs=1")
     blocks = naming_blocks(one)
-    per_step = one.train.batch_tokens // one.data.context
+    per_step = one.train.batch_tokens // one.data.context_length
     assert one.train.steps == math.ceil(blocks / per_step) > 1
     half = make_run(*SHORT[1:], "train.epochs=0.5")
     assert half.train.steps == math.ceil(blocks / per_step / 2)
@@ -96,7 +96,7 @@ def naming_blocks(run):
     tokenizer = pretrained.load_tokenizer(run.model, pretrained.load_config(run.model))
     docs = documents.read(run.data, ("train",))["train"]
     tokens = sum(len(tokenizer(document)["input_ids"]) + 1 for _, document in docs)
-    return (tokens - 1) // run.data.context
+    return (tokens - 1) // run.data.context_length
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_a_cap_makes_another_run(make_run):
 @pytest.mark.slow
 def test_a_run_says_what_ended_it_and_tables_say_it_too(harness, tmp_path):
     options = [*SHORT[2:], "method=lora", "train.lr=1e-9", "experiment_name=x"]
-    early = ["train.steps=9", "evaluate.every=1", "train.early_stopping.patience=2",
+    early = ["train.steps=9", "evaluate.interval=1", "train.early_stopping.patience=2",
              "train.early_stopping.min_delta=0.1"]  # fmt: skip
-    for more in (early, ["train.steps=9", "evaluate.every=9", "train.max_flops=3e10"]):
+    for more in (early, ["train.steps=9", "evaluate.interval=9", "train.max_flops=3e10"]):
         done = harness(*options, *more)
         assert done.returncode == 0, done.stdout + done.stderr
         again = harness(*options, *more)

@@ -26,7 +26,7 @@ pytestmark = [
 SHAPE = [
     "model=gpt2_mini_init", "model.architecture.n_embd=768", "model.architecture.n_head=12",
     "model.architecture.n_layer=6", "model.architecture.vocab_size=50257",
-    "model.architecture.n_positions=1024", "evaluate.context=512",
+    "model.architecture.n_positions=1024", "evaluate.context_length=512",
 ]  # fmt: skip
 BF16 = "train.precision=bf16"
 
@@ -34,7 +34,8 @@ BF16 = "train.precision=bf16"
 def batch(blocks, context, accumulated=1):
     tokens = blocks * context * accumulated
     return [
-        f"data.context={context}", f"train.micro_batch={blocks}", f"train.batch_tokens={tokens}"
+        f"data.context_length={context}", f"train.micro_batch={blocks}",
+        f"train.batch_tokens={tokens}"
     ]  # fmt: skip
 
 
@@ -57,7 +58,7 @@ CONFIGURATIONS = [
     ["method=lora", *batch(8, 512), "targets=c_attn", BF16, "train.checkpointing=true"],
     ["method=lora", *batch(8, 512), BF16, "method.dropout=0.1", "model.dropout=0.1"],
     ["method=lora", *batch(8, 512), BF16, "method.use_dora=true"],
-    ["method=lora", *batch(8, 512), BF16, "data=e2e_nlg", "data.context=512"],
+    ["method=lora", *batch(8, 512), BF16, "data=e2e_nlg", "data.context_length=512"],
     [*UDV, *batch(8, 512), "targets=c_attn"],
     [*UDV, *batch(8, 512), "targets=c_attn", BF16],
     [*UDV, *batch(8, 512), "targets=c_attn", BF16, "method.train=udv"],
@@ -132,7 +133,7 @@ def trained(run, steps=5):
         optimizers.make_optimizer(model, run.train, run.optimizer)
     )
     prepared.train()
-    ids = torch.randint(0, config.vocab_size, (run.train.micro_batch, run.data.context + 1))
+    ids = torch.randint(0, config.vocab_size, (run.train.micro_batch, run.data.context_length + 1))
     blocks = token_data.Batch(ids[:, :-1], ids[:, 1:], None)
     losses = []
     for _ in range(steps):

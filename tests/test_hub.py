@@ -16,8 +16,9 @@ from harness.models import pretrained
 ID = "openai-community/gpt2"
 REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 SMALL = [
-    "method=lora", "train.steps=2", "evaluate.every=2", "data.validation_share=0.003",
-    "data.test_share=0.003", "data.context=64", "train.batch_tokens=512", "train.micro_batch=2",
+    "method=lora", "train.steps=2", "evaluate.interval=2", "data.validation_share=0.003",
+    "data.test_share=0.003", "data.context_length=64", "train.batch_tokens=512",
+    "train.micro_batch=2",
 ]  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from harness.results import run_record
 
 pytestmark = pytest.mark.launchers
 SWEEP = [
-    "-m", "method=lora", "method.r=1,2", "seed=0,1", "train.steps=6", "evaluate.every=3",
-    "data.validation_share=0.003", "data.test_share=0.003", "data.context=64",
+    "-m", "method=lora", "method.r=1,2", "seed=0,1", "train.steps=6", "evaluate.interval=3",
+    "data.validation_share=0.003", "data.test_share=0.003", "data.context_length=64",
     "train.batch_tokens=512", "train.micro_batch=2", "train.threads=1",
 ]  # fmt: skip
 LAUNCHERS = {
@@ -59,7 +59,7 @@ def test_a_launcher_changes_where_runs_run_and_nothing_else(harness, tmp_path, l
 
 SEARCH = [
     "search", "search=halving", "search=grid", "method=lora", "method.r=1,2",
-    "train.lr=1e-3,1e-2,3e-2", "train.steps=9", "evaluate.every=3", *SWEEP[6:],
+    "train.lr=1e-3,1e-2,3e-2", "train.steps=9", "evaluate.interval=3", *SWEEP[6:],
 ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_a_failure_under_joblib_is_local(harness, tmp_path):
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_an_order_under_joblib_leaves_checkpoints_to_go_on_from(harness, tmp_path, whole_group):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    sweep = [*SWEEP, "train.steps=40", "evaluate.every=40"]
+    sweep = [*SWEEP, "train.steps=40", "evaluate.interval=40"]
     chosen = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     controller = subprocess.Popen(
         [sys.executable, "-m", "harness", *sweep, *chosen], cwd=tmp_path, text=True,

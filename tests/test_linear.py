@@ -26,7 +26,7 @@ from harness.runs import estimate
 from harness.training import checkpoint, loop, optimizers
 
 TINY = (
-    "model.asset=null", "data.context=16", "train.micro_batch=2", "train.batch_tokens=32",
+    "model.asset=null", "data.context_length=16", "train.micro_batch=2", "train.batch_tokens=32",
     "evaluate.batch_tokens=32", "+model.architecture={model_type: gpt2, n_embd: 32, n_layer: 2, "
     "n_head: 2, n_positions: 128, vocab_size: 64, initializer_range: 0.2}",
 )  # fmt: skip

@@ -158,8 +158,8 @@ def test_the_peak_does_not_grow_with_steps_or_documents(tiny, make_run, tmp_path
     def peak(steps=1, documents=1):
         """Live tensors over `steps` optimizer steps and an evaluation after each."""
         run = make_run(
-            "method=lora", "data.context=16", "train.batch_tokens=64", "train.micro_batch=4",
-            f"train.steps={4 * steps}", "evaluate.every=2", "model.name=tiny",
+            "method=lora", "data.context_length=16", "train.batch_tokens=64", "train.micro_batch=4",
+            f"train.steps={4 * steps}", "evaluate.interval=2", "model.name=tiny",
         )  # fmt: skip
         model = NextToken(adapt(tiny, run))
         rows = torch.randint(1, 64, (8, 17)).tolist()

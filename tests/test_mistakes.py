@@ -76,7 +76,10 @@ def test_every_other_name_leads_to_a_key_that_there_is_and_hides_none():
             "seed=0..4: expected a whole number, or for several runs -m 'seed=range(0,5)'",
         ),
         ("method.r=1.5", "method.r=1.5: expected a whole number, as in method.r=8"),
-        ("train.clip=x", "train.clip=x: expected a number or null, as in train.clip=1"),
+        (
+            "train.max_grad_norm=x",
+            "train.max_grad_norm=x: expected a number or null, as in train.max_grad_norm=1",
+        ),
         ("train.compile=maybe", "train.compile=maybe: expected true or false"),
         (
             "train.lr=null",
@@ -144,7 +147,7 @@ def test_help_is_one_screen_of_what_a_first_run_needs():
     for key in arguments.MOST_USED:  # each is a key or a group, and has its default
         assert key in keys.GROUPS or key in keys.every(), key
         assert f"\n  {key}=" in text
-    assert "train.lr=auto " in text and "data.context=256 " in text and "seed=0 " in text
+    assert "train.lr=auto " in text and "data.context_length=256 " in text and "seed=0 " in text
     assert "--help all" in text and "conf/README.md" in text
 
 
@@ -208,8 +211,11 @@ def test_peft_fields_read_from_its_source_are_those_of_its_classes():
         (["model=gpt2", "method.r=769"], "a rank of 768 at most"),
         (["method=udv", "method.rank=300"], "method.rank=300: attn.c_attn allows a rank of 256"),
         (["targets.modules=[c_fcc]", "targets.name=x"], "'c_fcc' matches no matrix of gpt2_mini"),
-        (["data.context=512", "train.micro_batch=4"], "512 tokens is longer than gpt2_mini's 256"),
-        (["data.context=4096"], "4096 tokens is longer than gpt2_mini's 256"),
+        (
+            ["data.context_length=512", "train.micro_batch=4"],
+            "512 tokens is longer than gpt2_mini's 256",
+        ),
+        (["data.context_length=4096"], "4096 tokens is longer than gpt2_mini's 256"),
         (["data=text_files", "data.path=nothing.txt"], "no such file or folder"),
         (["+method.fields.use_doraa=1"], "LoraConfig has no such field; did you mean 'use_dora'"),
         (["method=peft", "method.peft_type=IA4"], "method.peft_type=IA4: did you mean 'IA3'?"),

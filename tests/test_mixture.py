@@ -165,8 +165,9 @@ def test_a_part_without_a_share_is_not_there(tmp_path, three, tokenizer):
 
 
 QUICK = (
-    "method=lora", "method.r=2", "train.lr=0.01", "data.context=32", "train.batch_tokens=256",
-    "train.micro_batch=4", "evaluate.every=2", "train.threads=1",
+    "method=lora", "method.r=2", "train.lr=0.01", "data.context_length=32",
+    "train.batch_tokens=256",
+    "train.micro_batch=4", "evaluate.interval=2", "train.threads=1",
 )  # fmt: skip
 
 
@@ -200,7 +201,8 @@ def test_a_mixture_that_is_killed_goes_on_to_the_same_numbers(make_run, tmp_path
     ]
     run = make_run(
         *QUICK, "data=mix", f"data.parts={{{','.join(parts)}}}", "train.steps=6",
-        "train.checkpoint_every=2", f"outputs_dir={tmp_path}", f"data.cache_dir={tmp_path / 'c'}",
+        "train.checkpoint_interval=2", f"outputs_dir={tmp_path}",
+        f"data.cache_dir={tmp_path / 'c'}",
     )  # fmt: skip
     found = []
     for name, kill in (("whole", {}), ("cut", {"deadly": "_generators", "number": 3})):
@@ -276,7 +278,7 @@ def test_what_makes_another_run_of_a_mixture(make_run, tmp_path, three):
         make_run("data=kjv"),
     ]
     assert len({naming.identity(one) for one in [first, *others]}) == 4
-    assert first.data.parts["mine"]["context"] == first.data.context
+    assert first.data.parts["mine"]["context"] == first.data.context_length
 
 
 def test_a_part_that_does_not_exist_is_a_line_and_exit_status_2(harness, tmp_path):

@@ -15,8 +15,10 @@ from harness.results import run_record
 from harness.runs import notebook
 
 SHORT = (
-    "train.steps=2", "evaluate.every=1", "data.document_chars=300", "data.validation_share=0.002",
-    "data.test_share=0.002", "data.context=32", "train.batch_tokens=64", "train.micro_batch=2",
+    "train.steps=2", "evaluate.interval=1", "data.document_chars=300",
+    "data.validation_share=0.002",
+    "data.test_share=0.002", "data.context_length=32", "train.batch_tokens=64",
+    "train.micro_batch=2",
     "train.threads=1",
 )  # fmt: skip
 

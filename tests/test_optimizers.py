@@ -48,8 +48,9 @@ IDS = [f"{one.values[0]}" if hasattr(one, "values") else f"{one[0]}-{one[1]}" fo
 
 def config(make_run, name, *overrides):
     return make_run(
-        "data.context=16", "train.batch_tokens=64", "train.micro_batch=4", f"train.steps={STEPS}",
-        "evaluate.every=4", f"train.lr={LR}", "train.schedule=constant", "train.warmup=0",
+        "data.context_length=16", "train.batch_tokens=64", "train.micro_batch=4",
+        f"train.steps={STEPS}",
+        "evaluate.interval=4", f"train.lr={LR}", "train.schedule=constant", "train.warmup=0",
         f"optimizer={name}", "method.r=4" if "method=lora" in overrides else "seed=0", *overrides,
     )  # fmt: skip
 
@@ -181,7 +182,7 @@ def test_b_has_its_multiple_of_the_rate_at_every_step_of_the_schedule(tiny, make
     _, optimizer = train(model, text, run)
     names = {p: n for n, p in model.named_parameters()}
     rate = loop.learning_rate(STEPS - 1, run.train)
-    assert rate == pytest.approx(LR * run.train.final_lr)
+    assert rate == pytest.approx(LR * run.train.min_lr_ratio)
     for group in optimizer.param_groups:
         factors = {"B" if "lora_B" in names[p] else "A" for p in group["params"]}
         assert len(factors) == 1 and group["weight_decay"] == 0.1
@@ -229,7 +230,7 @@ def test_schedule_free_is_evaluated_and_kept_at_its_average(tiny, make_run, text
 def test_what_goes_on_from_a_checkpoint_ends_at_the_same_bits(
     tiny, make_run, text, tmp_path, name, method, more
 ):
-    run = config(make_run, name, f"method={method}", *more, "train.checkpoint_every=3")
+    run = config(make_run, name, f"method={method}", *more, "train.checkpoint_interval=3")
     taken = {}
 
     def save(state, optimizer):
@@ -363,9 +364,10 @@ def test_groups_of_the_default_are_those_of_adamw(tiny):
 # ------------------------------------------------------------------------------- whole runs
 
 SHORT = [
-    "method=lora", "method.r=2", "method.dropout=0.1", "train.steps=6", "evaluate.every=3",
-    "train.checkpoint_every=2", "train.lr=0.02", "data.validation_share=0.003",
-    "data.test_share=0.003", "data.context=32", "train.batch_tokens=128", "train.micro_batch=2",
+    "method=lora", "method.r=2", "method.dropout=0.1", "train.steps=6", "evaluate.interval=3",
+    "train.checkpoint_interval=2", "train.lr=0.02", "data.validation_share=0.003",
+    "data.test_share=0.003", "data.context_length=32", "train.batch_tokens=128",
+    "train.micro_batch=2",
     "train.threads=1",
 ]  # fmt: skip
 

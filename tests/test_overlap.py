@@ -24,7 +24,7 @@ def config(tmp_path, splits, **fields):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (tmp_path / f"{name}.jsonl").write_text(lines)
     fields = {"source": "hub", "id": str(tmp_path)} | fields
-    return DataConfig("mine", context=32, cache_dir=str(tmp_path / ".cache"), **fields)
+    return DataConfig("mine", context_length=32, cache_dir=str(tmp_path / ".cache"), **fields)
 
 
 # --------------------------------------------------------------------------- near-copies
@@ -164,7 +164,7 @@ def test_prompts_and_completions_of_training_in_another_split(tmp_path, tokenize
     (tmp_path / "extra.jsonl").write_text(lines)
     (tmp_path / "notes.docx").write_text("x")
     cfg = DataConfig(
-        "p", "pairs", path=str(tmp_path), context=256, cache_dir=str(tmp_path / ".cache"),
+        "p", "pairs", path=str(tmp_path), context_length=256, cache_dir=str(tmp_path / ".cache"),
         packing=packing,
     )  # fmt: skip
     text = token_data.prepare(cfg, tokenizer)
@@ -199,7 +199,8 @@ def test_a_run_tells_once_of_copies_and_of_files_left_out(harness, tmp_path):
     (tmp_path / "g" / "more.docx").write_text("x")
     also = "{source: text_files, path: g, validation_share: 0.1, test_share: 0.1}"
     done = harness(
-        "data=hub", "data.id=f", "data.context=32", "train.batch_tokens=256", "train.steps=2",
+        "data=hub", "data.id=f", "data.context_length=32", "train.batch_tokens=256",
+        "train.steps=2",
         "method=none", f"+evaluate.also.g={also}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

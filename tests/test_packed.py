@@ -111,7 +111,7 @@ def quantised(tmp_path, tokenizer):
 
 
 LORA = ["method=lora", "method.r=8", "targets=all"]
-SHORT = ["train.steps=4", "evaluate.every=2", "data.validation_share=0.003",
+SHORT = ["train.steps=4", "evaluate.interval=2", "data.validation_share=0.003",
          "data.test_share=0.003", "run_name=one"]  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def lines_file(tmp_path):
 @pytest.fixture
 def cfg(lines_file, tmp_path):
     return DataConfig(
-        "p", "pairs", path=str(lines_file), context=96, cache_dir=str(tmp_path / "cache"),
+        "p", "pairs", path=str(lines_file), context_length=96, cache_dir=str(tmp_path / "cache"),
         validation_share=0.2, test_share=0.2,
     )  # fmt: skip
 
@@ -215,7 +215,7 @@ def test_a_sequence_is_prompt_end_completion_end(cfg, tokenizer):
     completion = [*tokenizer.encode(" " + pair.completions[0]), tokenizer.eos_token_id]
     assert first.ids == prompt + completion and first.num_prompt == len(prompt)
     assert sequences.prompt_ids(pair, tokenizer) == prompt
-    with pytest.raises(ConfigError, match=r"set data.context=\d+ or more"):
+    with pytest.raises(ConfigError, match=r"set data.context_length=\d+ or more"):
         sequences.sequences([pair], tokenizer, replace(cfg, context=20))
 
 
@@ -397,8 +397,8 @@ def test_mistakes_are_named_before_anything_starts(make_run, overrides, said):
 
 
 SHORT = (
-    "data.context=96", "train.steps=2", "train.batch_tokens=384", "train.micro_batch=2",
-    "evaluate.every=2", "evaluate.generate.num_beams=2", "evaluate.generate.max_new_tokens=8",
+    "data.context_length=96", "train.steps=2", "train.batch_tokens=384", "train.micro_batch=2",
+    "evaluate.interval=2", "evaluate.generate.num_beams=2", "evaluate.generate.max_new_tokens=8",
 )  # fmt: skip
 
 
@@ -454,7 +454,7 @@ def test_a_published_recipe_runs_at_the_scale_of_a_cpu(harness, lines_file, tmp_
     (folder / "test.txt").write_text("".join(lines[24:]))
     done = harness(
         "experiment=paper_e2e_gpt2_medium", "scale=cpu", f"data.path={folder}", *SHORT,
-        "data.context=64", "train.batch_tokens=256", "evaluate.generate.prompts=2",
+        "data.context_length=64", "train.batch_tokens=256", "evaluate.generate.prompts=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = run_record.collect(tmp_path / "outputs" / "paper_e2e_gpt2_medium")

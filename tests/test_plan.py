@@ -24,9 +24,10 @@ from harness.training import memory
 TINY = [
     "model=gpt2_mini_init", "model.architecture.n_embd=64", "model.architecture.n_layer=3",
     "model.architecture.vocab_size=1000", "model.architecture.n_positions=64",
-    "data.context=32", "train.batch_tokens=256", "train.micro_batch=4", "evaluate.context=32",
+    "data.context_length=32", "train.batch_tokens=256", "train.micro_batch=4",
+    "evaluate.context_length=32",
 ]  # fmt: skip
-MINI = ["data.context=64", "train.batch_tokens=512", "evaluate.batch_tokens=512"]
+MINI = ["data.context_length=64", "train.batch_tokens=512", "evaluate.batch_tokens=512"]
 WIDE = [
     "model.architecture.n_embd=768", "model.architecture.n_head=12", "model.architecture.n_layer=2",
     "model.architecture.vocab_size=50257", "train.batch_tokens=128",
@@ -39,10 +40,10 @@ CONFIGURATIONS = [
     [*TINY, "method=full", "train.precision=bf16"],
     [*TINY, "method=full", "train.micro_batch=8"],
     [*TINY, "method=full", "train.micro_batch=1"],
-    [*TINY, "method=full", "train.label_smoothing=0.1", "train.clip=null"],
+    [*TINY, "method=full", "train.label_smoothing=0.1", "train.max_grad_norm=null"],
     [*TINY, "method=lora"],
     [*TINY, "method=lora", "targets=c_attn", "method.r=64"],
-    [*TINY, "method=lora", "targets=mlp", "data.context=64"],
+    [*TINY, "method=lora", "targets=mlp", "data.context_length=64"],
     [*TINY, "method=lora", "targets=qv"],
     [*TINY, "method=lora", "train.checkpointing=true"],
     [*TINY, "method=lora", "train.precision=bf16"],
@@ -71,8 +72,8 @@ CONFIGURATIONS = [
         if name != "adamw_8bit"
     ),
     *([*TINY, "method=full", f"optimizer={name}", "train.lr=0.01"] for name in ("sgd", "muon")),
-    [*TINY, "method=lora", "data=e2e_nlg", "data.context=32"],
-    [*TINY, "method=lora", "data=e2e_nlg", "data.context=32", "data.packing=padded"],
+    [*TINY, "method=lora", "data=e2e_nlg", "data.context_length=32"],
+    [*TINY, "method=lora", "data=e2e_nlg", "data.context_length=32", "data.packing=padded"],
     [*MINI, "method=none"],
     [*MINI, "method=lora", "targets=attn", "train.micro_batch=4"],
     [*MINI, "method=full"],
@@ -142,7 +143,8 @@ def notes(path, documents, words):
 def test_an_evaluation_batch_is_no_larger_than_the_text(make_run, tmp_path, tokenizer):
     """Two documents a split: what `datasets` and the tokenizer say of them is the batch."""
     path = notes(tmp_path / "short.jsonl", 40, 30)
-    run = make_run("data=text_files", f"data.path={path}", "data.context=32", "evaluate.stride=16",
+    run = make_run("data=text_files", f"data.path={path}", "data.context_length=32",
+                   "evaluate.stride=16",
                    "train.batch_tokens=256")  # fmt: skip
     config = pretrained.load_config(run.model)
     sizes = [
@@ -156,7 +158,7 @@ def test_an_evaluation_batch_is_no_larger_than_the_text(make_run, tmp_path, toke
     # Two thousand words are longer than any batch, and so is what is not here to be read.
     long = notes(tmp_path / "long.jsonl", 20, 20_000)
     for other in (["data=text_files", f"data.path={long}"], ["data=wikitext2"]):
-        more = make_run(*other, "data.context=32", "train.batch_tokens=256")
+        more = make_run(*other, "data.context_length=32", "train.batch_tokens=256")
         assert evaluation_batches.largest_batch(more, config) == full
     # Without the tokenizer a byte is a token, which is an upper bound.
     bare = dataclasses.replace(run, model=dataclasses.replace(run.model, asset=None, id="far/away"))
@@ -312,7 +314,7 @@ def test_a_sweep_of_hub_sizes_without_weights_or_network(harness):
     [
         (["plan.limt=8GiB"], "did you mean 'plan.limit'"),
         (["method=lora", "method.r=8,9999"], "method.r=9999"),
-        (["data.context=512", "train.batch_tokens=4096"], "longer than gpt2_mini's 256"),
+        (["data.context_length=512", "train.batch_tokens=4096"], "longer than gpt2_mini's 256"),
         (["method=lroa"], "did you mean 'lora'"),
         (["plan.limit=8"], "plan.limit=8: 8 of what? Expected a size, e.g. 8GiB"),
         (["plan.limit"], "plan.limit: did you mean 'plan.limit' (plan.limit=SIZE"),

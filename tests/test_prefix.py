@@ -68,7 +68,7 @@ def test_a_prompt_follows_bos_where_documents_do():
     tokenizer = with_bos()
     begins = prefix.find(tokenizer).begins
     pair = pairs.Pair("0", "name : Mill", ["Mill is old ."])
-    cfg = DataConfig("p", "pairs", context=64, packing="padded")
+    cfg = DataConfig("p", "pairs", context_length=64, packing="padded")
     (row,) = sequences.evaluated([pair], tokenizer, cfg, begins).to_pylist()
     prompt = [*tokenizer(pair.prompt)["input_ids"], tokenizer.eos_token_id]
     assert [row["first"], *row["tokens"]][: len(prompt)] == prompt
@@ -122,7 +122,7 @@ def test_a_run_records_what_its_documents_follow(tmp_path, make_run, tiny):
         (tmp_path / f"{i}.txt").write_text(f"Story {i} is about a fox.")
     run = make_run(
         "model=local", f"model.path={tmp_path / 'model'}", "method=none", "data=text_files",
-        f"data.path={tmp_path / '*.txt'}", "data.context=24", "train.batch_tokens=192",
+        f"data.path={tmp_path / '*.txt'}", "data.context_length=24", "train.batch_tokens=192",
         "data.validation_share=0.2", "data.test_share=0.2", f"outputs_dir={tmp_path / 'out'}",
         f"data.cache_dir={tmp_path / 'cache'}", "train.threads=1",
     )  # fmt: skip

@@ -19,7 +19,7 @@ from harness.system import digests
 def cfg(tmp_path):
     write(tmp_path / "a.jsonl", "fox")
     return DataConfig(
-        "mine", "text_files", path=str(tmp_path / "a.jsonl"), context=32,
+        "mine", "text_files", path=str(tmp_path / "a.jsonl"), context_length=32,
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
 

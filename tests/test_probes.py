@@ -153,7 +153,7 @@ def test_pairs_that_would_change_one_another_in_training_are_refused(make_run):
     predicts, config = NextToken(model), model.config
 
     def check(*overrides):
-        shape = ("data=e2e_nlg", "data.context=96", "train.batch_tokens=768")
+        shape = ("data=e2e_nlg", "data.context_length=96", "train.batch_tokens=768")
         probes.check_blocks(predicts, make_run(*shape, *overrides), config)
 
     with pytest.raises(ConfigError, match=r"set data\.packing=padded"):

@@ -328,7 +328,8 @@ def test_a_run_reports_the_protocol_beside_its_test_set(
     for name in ("train", "valid", "test"):
         (folder / f"{name}.txt").write_text(PAGES, "utf-8")
     asked = [
-        "method=none", "data=hub", f"data.id={folder}", "data.context=64", "train.micro_batch=2",
+        "method=none", "data=hub", f"data.id={folder}", "data.context_length=64",
+        "train.micro_batch=2",
         "train.batch_tokens=128",
     ]  # fmt: skip
     done = harness(*asked, "evaluate=hf_guide", "evaluate.stride=32", "run_name=guide")

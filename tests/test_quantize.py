@@ -185,7 +185,8 @@ def test_nf4_weights_are_what_bitsandbytes_unpacks(make_run, double):
 @pytest.mark.quantised
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_the_prediction_follows_the_packed_layers(make_run, name):
-    run = make_run(f"model.quantize={name}", *LORA, "data.context=32", "train.batch_tokens=128",
+    run = make_run(f"model.quantize={name}", *LORA, "data.context_length=32",
+                   "train.batch_tokens=128",
                    "train.micro_batch=4", "train.threads=1")  # fmt: skip
     run, config, accelerator = estimate.setting(run)
     found = estimate.predict(run, config, accelerator)
@@ -207,7 +208,8 @@ def test_the_prediction_follows_the_packed_layers(make_run, name):
 @pytest.mark.quantised
 def test_a_run_says_what_quantising_and_merging_have_cost(harness, tmp_path):
     """Perplexities against plain transformers and PEFT on the same documents."""
-    short = ["train.steps=8", "evaluate.every=4", "data.validation_share=0.003", "data.context=32",
+    short = ["train.steps=8", "evaluate.interval=4", "data.validation_share=0.003",
+             "data.context_length=32",
              "data.test_share=0.003", "train.batch_tokens=256", "run_name=one", "train.lr=2e-2",
              "train.threads=1"]  # fmt: skip
     done = harness("model.quantize=nf4", *LORA, *short)
@@ -274,7 +276,7 @@ def test_any_architecture_is_packed_but_its_head(make_run, tmp_path, tokenizer):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     run = make_run("model=local", f"model.path={tmp_path}", "model.quantize=nf4", *LORA,
-                   "data.context=32")  # fmt: skip
+                   "data.context_length=32")  # fmt: skip
     config = pretrained.load_config(run.model)
     model = pretrained.load_model(run, config)
     packed = {n for n, p in model.named_parameters() if p.dtype == torch.uint8}

@@ -97,7 +97,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_leaves_none_behind(tmp_path):
 
 @pytest.mark.faults
 def test_ranks_that_are_told_to_stop_write_a_checkpoint_and_go_on(harness, tmp_path):
-    run = [*SAME, "train.steps=40", "evaluate.every=40", "launch.num_processes=2"]
+    run = [*SAME, "train.steps=40", "evaluate.interval=40", "launch.num_processes=2"]
     run += [f"outputs_dir={tmp_path}/outputs"]
     assert harness(*run, "run_name=whole").returncode == 0
     run_dir = tmp_path / "outputs" / "scratch" / "cut"
@@ -165,7 +165,7 @@ PAIRS = [
     "data=pairs", "data.path=pairs.txt", "data.validation_share=0.1", "data.test_share=0.1",
     "evaluate=generate", "evaluate.generate.num_beams=1", "evaluate.generate.max_new_tokens=4",
     "evaluate.generate.prompts=4", "evaluate.classify=always",
-    "method=lora", "method.r=2", "train.steps=2", "evaluate.every=2", "data.context=32",
+    "method=lora", "method.r=2", "train.steps=2", "evaluate.interval=2", "data.context_length=32",
     "train.micro_batch=2", "train.threads=1", "train.batch_tokens=128",
 ]  # fmt: skip
 

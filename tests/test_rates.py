@@ -15,7 +15,8 @@ from harness.results import run_record
 
 SETTING = {
     "model.name": "gpt2_mini", "model.asset": "gpt2_mini", "data.name": "kjv", "data.source": "kjv",
-    "data.validation_share": 0.02, "data.test_share": 0.04, "data.context": 256, "train.steps": 80,
+    "data.validation_share": 0.02, "data.test_share": 0.04, "data.context_length": 256,
+    "train.steps": 80,
     "train.batch_tokens": 2048,
 }  # fmt: skip
 
@@ -107,7 +108,7 @@ def file(tmp_path):
         (["method.r=4", "method.use_rslora=true"], 16e-3, "tuned with another method.use_rslora"),
         (["method=full", "train.steps=100"], 2e-3, "tuned, for train.steps=80"),
         (["method=full", "train.warmup=0"], 2e-3, "tuned, for train.warmup=the default"),
-        (["method=full", "data.context=64"], 2e-3, "tuned, for data.context=256"),
+        (["method=full", "data.context_length=64"], 2e-3, "tuned, for data.context_length=256"),
         (["method=full", "train.micro_batch=4", "train.threads=1"], 2e-3, "tuned"),
     ],
 )
@@ -268,8 +269,9 @@ def test_every_best_of_the_files_that_ship_is_inside_its_grid(name):
 
 
 SHORT = (
-    "experiment=tune", "train.steps=2", "evaluate.every=2", "data.validation_share=0.003",
-    "data.test_share=0.003", "data.context=64", "train.batch_tokens=512", "train.micro_batch=2",
+    "experiment=tune", "train.steps=2", "evaluate.interval=2", "data.validation_share=0.003",
+    "data.test_share=0.003", "data.context_length=64", "train.batch_tokens=512",
+    "train.micro_batch=2",
     "hydra.sweeper.grids=[{method: full, train.lr: 5e-4}]", "hydra.sweeper.points=3",
 )  # fmt: skip
 

@@ -41,7 +41,10 @@ def nats_of(model, tokens):
 def full(tiny, make_run, tmp_path):
     """A run of method=full as it stands on disk, with the model that it evaluated."""
     run = make_run(
-        "method=full", f"data.context={CONTEXT}", "train.micro_batch=8", "train.batch_tokens=128"
+        "method=full",
+        f"data.context_length={CONTEXT}",
+        "train.micro_batch=8",
+        "train.batch_tokens=128",
     )
     rows = [[(7 * i + j) % 64 for j in range(n)] for i, n in enumerate((30, 3, 20, 0, 40))]
     documents = Dataset.from_dict({"id": list("abcde"), "tokens": rows})
@@ -49,7 +52,7 @@ def full(tiny, make_run, tmp_path):
     found = (pd.Series(nll).to_numpy(), pd.Series(map(len, rows)).to_numpy())
     saved_check.keep(tmp_path, documents, found, bos=0)
     tiny.save_pretrained(tmp_path / "model")
-    record = {"evaluation": {"context": CONTEXT, "stride": CONTEXT}, "saved": ["model"]}
+    record = {"evaluation": {"context_length": CONTEXT, "stride": CONTEXT}, "saved": ["model"]}
     return saved.Saved(tmp_path, run, record)
 
 
@@ -101,7 +104,9 @@ def test_in_bf16_other_kernels_pass_and_weights_that_moved_do_not(make_run, toke
             batching=sliding_window.ONE_WIDTH,
         )  # fmt: skip
     saved_check.keep(tmp_path, documents, found, bos=0)
-    one = saved.Saved(tmp_path, run, {"evaluation": {"context": 256, "stride": 256}, "saved": []})
+    one = saved.Saved(
+        tmp_path, run, {"evaluation": {"context_length": 256, "stride": 256}, "saved": []}
+    )
     assert saved_check.compare(one, base, "it") < 1e-4
     base.set_attn_implementation("eager")
     assert saved_check.compare(one, base, "it") < saved_check.TOLERANCE["bf16"] / 2
@@ -125,7 +130,7 @@ def test_the_generation_config_of_the_base_is_kept(tiny, make_run, tmp_path):
     own = {"do_sample": False, "temperature": 0.7, "eos_token_id": 0}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(own))
     run = make_run(
-        "model=local", f"model.path={tmp_path / 'base'}", "method=none", "data.context=32"
+        "model=local", f"model.path={tmp_path / 'base'}", "method=none", "data.context_length=32"
     )
     base = saved.Saved(tmp_path, run, {}).base()
     assert base.config.use_cache is True

@@ -70,7 +70,7 @@ def test_one_seed_is_warned_of_in_the_table_and_untrained_models_need_none(tmp_p
     put(tmp_path, "one", r=8, nll=2.5)
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "ONE SEED: intervals and ranks are over documents alone" in shown
+    assert "ONE SEED: intervals and places are over documents alone" in shown
     assert "over 40 documents;" in shown
     for seed in range(1, 3):
         put(tmp_path, f"s{seed}", r=8, nll=2.5, seed=seed)
@@ -114,7 +114,7 @@ def test_runs_that_were_not_evaluated_alike_are_refused(tmp_path, capsys, change
     put(tmp_path, "two", r=r, seed=1, **change)
     assert main([str(tmp_path)]) == 2
     shown = capsys.readouterr().out
-    assert "no intervals, ranks or comparisons on test:" in shown and said in shown
+    assert "no intervals, places or comparisons on test:" in shown and said in shown
     assert "95 %:" not in shown and not (tmp_path / "comparisons.csv").exists()
     first = shown[: shown.index("%: the parameters that train")]
     assert len(cells(first, "lora")) == (1 if r == 8 else 2)  # what was measured is still shown
@@ -195,7 +195,7 @@ def test_only_untrained_models_have_neither_fronts_nor_budgets(tmp_path, capsys)
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "Pareto" not in shown and "within a budget" not in shown
-    assert "rank: places" in shown
+    assert "place: those" in shown
 
 
 def written(run_dir, seconds):
@@ -221,7 +221,7 @@ def test_the_same_seed_twice_is_named_left_out_and_takes_nothing_from_others(tmp
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert f"repeated: a-again ({same}their numbers are the same)" in shown
-    assert "no intervals" not in shown and "rank: places" in shown
+    assert "no intervals" not in shown and "place: those" in shown
     assert "b-first, which finished first" in (tmp_path / "report" / "index.html").read_text()
     summary.show(tmp_path, [tmp_path / "a-again"])  # by itself it repeats nothing
     shown = capsys.readouterr().out
@@ -429,7 +429,7 @@ def test_a_further_text_that_cannot_be_compared_leaves_the_test_set_alone(tmp_pa
     frame.assign(id=frame.id + "x").to_parquet(tmp_path / "b" / "documents-more.parquet")
     assert main([str(tmp_path)]) == 2
     shown = capsys.readouterr().out
-    assert "no intervals, ranks or comparisons on more:" in shown and "documents differ" in shown
+    assert "no intervals, places or comparisons on more:" in shown and "documents differ" in shown
     assert "95 %" in shown and "not told apart" in shown
 
 

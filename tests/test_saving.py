@@ -133,7 +133,7 @@ def test_what_fails_at_the_end_of_a_run_is_noted_and_the_test_stands(
 
 
 SHORT = (
-    "train.steps=2", "evaluate.every=2", "data.context=32", "train.batch_tokens=128",
+    "train.steps=2", "evaluate.interval=2", "data.context_length=32", "train.batch_tokens=128",
     "train.micro_batch=2", "data.document_chars=300", "train.threads=1",
 )  # fmt: skip
 

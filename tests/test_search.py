@@ -127,7 +127,7 @@ def test_what_diverges_is_an_answer_and_the_next_best_goes_on(tmp_path):
     finish(
         start(
             tmp_path, "search", "train.lr=6e-1,7e-1,1e-4,2e-4", "search.rungs=[4]",
-            "search.sampler=grid", "train.steps=8", "evaluate.every=4", "experiment_name=x",
+            "search.sampler=grid", "train.steps=8", "evaluate.interval=4", "experiment_name=x",
         )
     )  # fmt: skip
     found = {row["train.lr"]: row["state"] for row in trials(tmp_path)}
@@ -151,7 +151,7 @@ def test_several_spaces_each_with_its_own_best_and_rates(tmp_path):
     said = finish(
         start(
             tmp_path, "search", grids, "search.sampler=grid", "search.rungs=[4]", "train.steps=8",
-            "evaluate.every=4", "experiment_name=x", f"search.file={tmp_path}/own.yaml",
+            "evaluate.interval=4", "experiment_name=x", f"search.file={tmp_path}/own.yaml",
         )
     )  # fmt: skip
     assert {row["study"] for row in trials(tmp_path)} == {
@@ -171,12 +171,12 @@ def test_conditional_keys_several_objectives_limits_and_edges(tmp_path):
         tmp_path,
         ["search", "method=lora,full", "method.r=1,8", "train.lr=1e-2,1e-3", "search.sampler=grid",
          "search.objectives=[validation.nll,parameters.trainable]", "train.steps=8",
-         "evaluate.every=4", "experiment_name=x"],
+         "evaluate.interval=4", "experiment_name=x"],
         ["search", "method.r=1,8,64", "train.lr=1e-2", "search.sampler=grid",
          "search.constraints=['parameters.trainable<=150000']", "train.steps=8",
-         "evaluate.every=4", "experiment_name=y"],
+         "evaluate.interval=4", "experiment_name=y"],
         ["search", "train.lr=tag(log,interval(1e-5,1e-4))", "search.sampler=tpe",
-         "search.trials=6", "train.steps=8", "evaluate.every=4", "experiment_name=z"],
+         "search.trials=6", "train.steps=8", "evaluate.interval=4", "experiment_name=z"],
         ["search", "method.r=1,8", "search.sampler=grid", "experiment_name=n",
          "search.constraints=['parameters.total<=1000']"],
     )  # fmt: skip
@@ -233,7 +233,7 @@ BAD = [
 
 
 def test_bad_input_is_one_line_before_anything_starts(tmp_path):
-    basic = ["search", "train.steps=8", "evaluate.every=4"]
+    basic = ["search", "train.steps=8", "evaluate.interval=4"]
     commands = [
         [*[b for b in basic if b.split("=")[0] not in {t.split("=")[0] for t in own}], *own]
         for own, _ in BAD
@@ -252,8 +252,8 @@ def test_bad_input_is_one_line_before_anything_starts(tmp_path):
 
 @pytest.mark.slow
 def test_a_search_of_real_runs(harness, tmp_path):
-    options = [o for o in SHORT if not o.startswith(("train.steps", "evaluate.every"))]
-    options += ["train.steps=4", "evaluate.every=2", "method=lora", "experiment_name=x"]
+    options = [o for o in SHORT if not o.startswith(("train.steps", "evaluate.interval"))]
+    options += ["train.steps=4", "evaluate.interval=2", "method=lora", "experiment_name=x"]
     command = ["search", *options, "train.lr=1e-4,1e-3,1e-2", "method.r=1,4", "search.rungs=[2]"]
     command += ["search.sampler=grid"]
     done = harness(*command)

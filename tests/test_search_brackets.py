@@ -30,15 +30,15 @@ from harness.runs.search_settings import (
     ],
 )
 def test_the_rungs_of_auto_are_each_a_part_of_the_next(make_run, steps, every, eta, expected):
-    run = make_run(f"train.steps={steps}", f"evaluate.every={every}")
+    run = make_run(f"train.steps={steps}", f"evaluate.interval={every}")
     assert rungs_of(Settings(rungs="auto", eta=eta), run) == expected
 
 
 def test_auto_without_a_rung_says_what_to_set(make_run):
-    run = make_run("train.steps=100", "evaluate.every=50")
-    with pytest.raises(ConfigError, match=r"set evaluate.every=11"):
+    run = make_run("train.steps=100", "evaluate.interval=50")
+    with pytest.raises(ConfigError, match=r"set evaluate.interval=11"):
         rungs_of(Settings(rungs="auto"), run)
-    assert rungs_of(Settings(rungs="auto"), make_run("train.steps=100", "evaluate.every=11"))
+    assert rungs_of(Settings(rungs="auto"), make_run("train.steps=100", "evaluate.interval=11"))
 
 
 def test_hyperband_is_the_table_of_its_paper():
@@ -68,7 +68,7 @@ def test_hyperband_is_the_table_of_its_paper():
 
 
 def test_a_budget_counts_the_seeds_at_the_end(make_run):
-    run = make_run("train.steps=27", "evaluate.every=9")
+    run = make_run("train.steps=27", "evaluate.interval=9")
     settings = Settings(rungs=(9,), trials=9, seeds=(1, 2))
     brackets = brackets_of(settings, run, 0)
     assert brackets.most_steps() == 9 * 9 + 3 * 18

@@ -276,7 +276,11 @@ def test_proposals_that_are_no_candidates_are_told_of_and_not_counted(tmp_path):
 def test_a_space_is_exhausted_when_its_points_were_proposed(tmp_path, monkeypatch, sampler, listed):
     if not listed:  # as a space with too many points to list them, or with an interval
         monkeypatch.setattr(study, "COUNTABLE", 1)
-    choices = {"method.r": "int(interval(1,6))", "method.alpha": "1,2,4", "train.clip": "0.5,1"}
+    choices = {
+        "method.r": "int(interval(1,6))",
+        "method.alpha": "1,2,4",
+        "train.max_grad_norm": "0.5,1",
+    }
     found = opened(tmp_path, search_space.read(choices), sampler)
     names: set[str] = set()
 
@@ -326,12 +330,16 @@ def test_storage_by_url_and_what_cannot_be_reached(tmp_path):
 
 def test_tpe_finds_a_planted_optimum_sooner_than_random(tmp_path):
     space = search_space.read(
-        {"train.lr": "tag(log,interval(1e-6,1))", "method.r": "1,2,4,8", "train.clip": "0.5,1,2"}
+        {
+            "train.lr": "tag(log,interval(1e-6,1))",
+            "method.r": "1,2,4,8",
+            "train.max_grad_norm": "0.5,1,2",
+        }
     )
 
     def loss(params):
         apart = math.log10(params["train.lr"] / 3e-4)
-        return apart**2 + (params["method.r"] != "4") + (params["train.clip"] != "1")
+        return apart**2 + (params["method.r"] != "4") + (params["train.max_grad_norm"] != "1")
 
     best = {}
     for sampler, seed in itertools.product(("random", "tpe"), range(3)):

@@ -89,7 +89,7 @@ def test_sharded_ranks_take_the_steps_of_one_and_hold_half(harness, tmp_path, me
 
 @pytest.mark.faults
 def test_a_killed_rank_is_gone_on_from_sharded_or_not(harness, tmp_path):
-    run = [*FULL, *SAME, "train.steps=24", "evaluate.every=8"]
+    run = [*FULL, *SAME, "train.steps=24", "evaluate.interval=8"]
     here, there = f"outputs_dir={tmp_path}/outputs", f"outputs_dir={tmp_path}/alone/outputs"
     assert harness(*run, *SHARDED, here, "run_name=whole").returncode == 0
     run_dir = tmp_path / "outputs" / "scratch" / "cut"

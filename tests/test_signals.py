@@ -14,8 +14,8 @@ from harness.config.paths import REPOSITORY
 from harness.results import run_record
 
 SHORT = [
-    "train.steps=8", "evaluate.every=4", "data.validation_share=0.003", "data.test_share=0.003",
-    "data.context=64", "train.batch_tokens=512", "train.micro_batch=2", "train.threads=1",
+    "train.steps=8", "evaluate.interval=4", "data.validation_share=0.003", "data.test_share=0.003",
+    "data.context_length=64", "train.batch_tokens=512", "train.micro_batch=2", "train.threads=1",
 ]  # fmt: skip
 RANKS = ["launch.num_processes=2"]
 
@@ -146,7 +146,7 @@ def test_a_run_outlives_its_server(tmp_path):
 
 @pytest.mark.faults
 def test_ranks_do_not_outlive_their_launcher_and_are_tried_again(harness, tmp_path):
-    run = [*SHORT, *RANKS, "train.steps=40", "evaluate.every=10"]
+    run = [*SHORT, *RANKS, "train.steps=40", "evaluate.interval=10"]
     whole = harness(*run, "run_name=whole")
     assert whole.returncode == 0, whole.stderr
     controller = start(tmp_path, *run, "run_name=cut", "retry=1")
@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_leaves_no_rank_behind(tmp_path):
 
 @pytest.mark.faults
 def test_a_group_ctrl_c_has_ranks_write_a_checkpoint(tmp_path):
-    run = [*SHORT, *RANKS, "train.steps=100000", "evaluate.every=100000", "run_name=long"]
+    run = [*SHORT, *RANKS, "train.steps=100000", "evaluate.interval=100000", "run_name=long"]
     controller = start(tmp_path, *run)
     run_dir = tmp_path / "outputs" / "scratch" / "long"
     wait_for_steps(controller, run_dir, 3)

@@ -48,8 +48,10 @@ def texts(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(lines))
     pairs = [{"prompt": f"{row[:30]} {i % 50}", "completion": row} for i, row in enumerate(rows)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    own = DataConfig("m", "text_files", path=str(tmp_path / "a.jsonl"), context=64, train_share=0.5)
-    pair = DataConfig("m", "pairs", path=str(tmp_path / "p.jsonl"), context=256)
+    own = DataConfig(
+        "m", "text_files", path=str(tmp_path / "a.jsonl"), context_length=64, train_share=0.5
+    )
+    pair = DataConfig("m", "pairs", path=str(tmp_path / "p.jsonl"), context_length=256)
     kjv = DataConfig("kjv", "kjv", validation_share=0.003, test_share=0.003, train_share=0.02)
     found = {"kjv": kjv, "text": own, "padded": replace(pair, packing="padded"), "packed": pair}
     return {name: replace(cfg, cache_dir=str(tmp_path / "c")) for name, cfg in found.items()}
@@ -191,7 +193,9 @@ def rows(tmp_path):
         lines[4]["text"] = None
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / "set" / f"{name}.jsonl").write_text(text)
-    return DataConfig("t", "hub", id=str(tmp_path / "set"), context=16, cache_dir=str(tmp_path))
+    return DataConfig(
+        "t", "hub", id=str(tmp_path / "set"), context_length=16, cache_dir=str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("most", [None, 7, 1000])

@@ -19,8 +19,8 @@ def cfg(tmp_path):
     rows = [f"The {i:03}th story is about a fox. " * (1 + i % 7) for i in range(200)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     return DataConfig(
-        "mine", "text_files", path=str(tmp_path / "a.jsonl"), context=32, validation_share=0.2,
-        test_share=0.3, cache_dir=str(tmp_path / "cache"),
+        "mine", "text_files", path=str(tmp_path / "a.jsonl"), context_length=32,
+        validation_share=0.2, test_share=0.3, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
 
 

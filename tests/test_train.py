@@ -30,7 +30,7 @@ from harness.training import optimizers
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_schedule_warms_up_and_ends_where_it_says(schedule):
-    cfg = TrainConfig(steps=100, lr=2.0, warmup=0.1, final_lr=0.25, schedule=schedule)
+    cfg = TrainConfig(steps=100, lr=2.0, warmup=0.1, min_lr_ratio=0.25, schedule=schedule)
     rates = [training.learning_rate(step, cfg) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[-1] == pytest.approx(2.0 if schedule == "constant" else 0.5)
@@ -42,7 +42,7 @@ def test_the_schedule_warms_up_and_ends_where_it_says(schedule):
 @pytest.mark.parametrize(("cooldown", "steps"), [(0.2, 100), (0.9, 10), (0.0, 30), (0.5, 7)])
 def test_wsd_is_the_schedule_of_transformers_a_step_later(cooldown, steps):
     cfg = TrainConfig(
-        steps=steps, lr=2.0, warmup=0.1, final_lr=0.25, schedule="wsd", cooldown=cooldown
+        steps=steps, lr=2.0, warmup=0.1, min_lr_ratio=0.25, schedule="wsd", cooldown=cooldown
     )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     warmup, falling = round(0.1 * steps), round(cooldown * steps)
@@ -69,7 +69,7 @@ def test_one_step_and_no_warmup_are_schedules_too():
 def test_twenty_steps_equal_a_plain_loop_with_transformers_own_loss(
     tiny, make_run, text, tmp_path, method
 ):
-    run = config(make_run, f"method={method}", "train.weight_decay=0.1", "train.clip=0.5")
+    run = config(make_run, f"method={method}", "train.weight_decay=0.1", "train.max_grad_norm=0.5")
     torch.manual_seed(0)
     model = adapt(tiny, run)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -154,7 +154,9 @@ def test_a_nan_stops_the_run_and_names_the_step(tiny, make_run, text, tmp_path):
 def test_a_penalty_moves_the_weights_as_in_a_plain_loop_and_not_the_logged_loss(
     tiny, make_run, text, tmp_path
 ):
-    run = config(make_run, "method=full", "train.steps=1", "train.clip=null", "train.warmup=0")
+    run = config(
+        make_run, "method=full", "train.steps=1", "train.max_grad_norm=null", "train.warmup=0"
+    )
     start = {n: p.detach().clone() for n, p in tiny.named_parameters()}
 
     def penalty():

@@ -11,7 +11,7 @@ from harness.config.paths import CONF_DIR
 from harness.results import run_record
 from harness.runs import overrides, search_plan
 
-BASIC = ["train.steps=8", "evaluate.every=4", "experiment_name=x"]
+BASIC = ["train.steps=8", "evaluate.interval=4", "experiment_name=x"]
 TUNE = [
     "hydra.sweeper.points=3", *BASIC,
     "hydra.sweeper.grids=[{method: full, train.lr: 2.4},"
@@ -124,7 +124,7 @@ def test_the_best_is_that_of_the_mean_over_seeds(tmp_path):
 @pytest.mark.slow
 def test_the_short_form_and_hyperband(tmp_path):
     command = ["-m", "search=hyperband", "train.lr=tag(log,interval(1e-4,1e-1))",
-               "train.steps=9", "evaluate.every=1", "experiment_name=x"]  # fmt: skip
+               "train.steps=9", "evaluate.interval=1", "experiment_name=x"]  # fmt: skip
     finish(start(tmp_path, *command))
     rows = trials(tmp_path)
     assert len(rows) == 9 + 5 + 3
@@ -138,7 +138,7 @@ def test_the_short_form_and_hyperband(tmp_path):
 def test_a_plan_tells_what_a_search_takes(capsys):
     from harness.commands import cli
 
-    space = ["method.r=1,8", "train.lr=1e-3,1e-2", "train.steps=27", "evaluate.every=9"]
+    space = ["method.r=1,8", "train.lr=1e-3,1e-2", "train.steps=27", "evaluate.interval=9"]
     status = cli.main(["plan", "search=halving", "search=grid", *space])
     said = capsys.readouterr().out
     assert status == 0

@@ -14,7 +14,12 @@ from harness.config.errors import ConfigError
         (["method=full", "targets=all"], r"method\.train_only=\[matrices\]"),
         (["method=full", "targets.modules=[a.b]"], r"method\.train_only=\[a\.b\]"),
         (
-            ["method=peft", "method.peft_type=PROMPT_TUNING", "targets=attn", "data.context=128"],
+            [
+                "method=peft",
+                "method.peft_type=PROMPT_TUNING",
+                "targets=attn",
+                "data.context_length=128",
+            ],
             r"targets=attn: PROMPT_TUNING adapts no matrices",
         ),
         (["method=none", "targets=attn"], r"targets=attn: method=none .*leave it out"),

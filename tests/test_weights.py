@@ -38,7 +38,9 @@ def rewrite(folder, change, name=FILE):
 
 
 def loaded(make_run, folder, *more):
-    run = make_run("model=local", f"model.path={folder}", "data.context=32", "method=none", *more)
+    run = make_run(
+        "model=local", f"model.path={folder}", "data.context_length=32", "method=none", *more
+    )
     return pretrained.load_with_misfits(run, pretrained.load_config(run.model))
 
 
@@ -166,7 +168,9 @@ def adapter_in(folder, tiny):
 @pytest.mark.parametrize("method", ["none", "full"])
 def test_an_adapter_in_a_base_folder_is_refused(folder, make_run, tiny, method):
     adapter_in(folder, tiny)
-    run = make_run("model=local", f"model.path={folder}", "data.context=32", f"method={method}")
+    run = make_run(
+        "model=local", f"model.path={folder}", "data.context_length=32", f"method={method}"
+    )
     with pytest.raises(ConfigError, match=r"base holds an adapter \(adapter_config\.json\)"):
         pretrained.load_config(run.model)
     with pytest.raises(ConfigError, match=r"would be put on the model unasked"):
@@ -213,7 +217,7 @@ def test_a_pointer_in_place_of_a_configuration_is_called_one(folder, make_run):
 def test_a_pointer_in_place_of_a_tokenizer_is_called_one(make_run, tmp_path):
     folder = shutil.copytree(ASSETS_DIR / "gpt2_mini", tmp_path / "base")
     (folder / "tokenizer.json").write_text(POINTER)
-    run = make_run("model=local", f"model.path={folder}", "data.context=32")
+    run = make_run("model=local", f"model.path={folder}", "data.context_length=32")
     with pytest.raises(ConfigError, match=r"tokenizer\.json is a git-lfs pointer"):
         pretrained.load_tokenizer(run.model, pretrained.load_config(run.model))
 
@@ -288,7 +292,7 @@ def test_a_quantised_base_names_the_package_that_reads_it(folder, make_run, fiel
         if importlib.util.find_spec(name):
             pytest.skip(f"{name} is installed")
     quantised(folder, **fields)
-    run = make_run("model=local", f"model.path={folder}", "data.context=32", "method=lora")
+    run = make_run("model=local", f"model.path={folder}", "data.context_length=32", "method=lora")
     with pytest.raises(ConfigError, match=rf"quantised \({fields['quant_method']}\)") as error:
         pretrained.load_config(run.model)
     assert re.search(rf"install.*({package})", str(error.value))

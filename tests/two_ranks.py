@@ -9,8 +9,8 @@ from harness.config.paths import REPOSITORY
 from harness.results import run_record
 
 SAME = [
-    "train.steps=4", "evaluate.every=2", "data.validation_share=0.003", "data.test_share=0.003",
-    "data.context=64", "train.batch_tokens=512", "train.micro_batch=2", "train.threads=1",
+    "train.steps=4", "evaluate.interval=2", "data.validation_share=0.003", "data.test_share=0.003",
+    "data.context_length=64", "train.batch_tokens=512", "train.micro_batch=2", "train.threads=1",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from harness import compose, plan
 from harness.report.axes import CATEGORIES, Axes
 from harness.report.figure import Figure, Series
 from harness.report.table import Row
+from harness.results.run_record import get
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CAPS = (24, 32, 48, 64, 96, 128, 192)  # MiB of live tensors
@@ -66,7 +67,7 @@ def memory(runs: Runs) -> Claim:
     ]
 
     def part(row: Row, *names: str) -> float:
-        return sum(row.records[0]["memory"]["by_category"][name] for name in names) / MIB
+        return sum(get(row.records[0], f"memory.by_category.{name}") for name in names) / MIB
 
     def peak(row: Row) -> float:
         return float(row.values["memory.peak_bytes"]) / MIB

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def package(run_dir: Path) -> None:
     print(f"{ASSET}: {size / 1e6:.1f} MB")
 
 
-def card(result: dict[str, Any]) -> str:
+def card(result: Mapping[str, Any]) -> str:
     """The model card, every figure of it from the run's own result."""
     quality, speed, where = result["quality"], result["speed"], result["environment"]
     validation, test, train = quality["validation"], quality["test"], result["config"]["train"]

@@ -38,6 +38,7 @@ from harness.models import weights
 from harness.report import table
 from harness.report.compression import perplexities
 from harness.results import numbers, run_record
+from harness.results.record_types import Record
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
 from harness.system import atomic
@@ -146,7 +147,7 @@ def recorded(run: Saved, names: list[str]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def quality_of(record: dict[str, Any], text: str, when: str = "after") -> float | None:
+def quality_of(record: Record, text: str, when: str = "after") -> float | None:
     """A run's own perplexity on validation, test or a further text."""
     path = f"quality.{text}" if text in (NEW, "test") else f"quality.also.{text}.{when}"
     value: float | None = run_record.get(record, f"{path}.perplexity")
@@ -166,11 +167,12 @@ def trained(run: Saved, names: list[str]) -> pd.DataFrame:
         if record["status"] == "finished" and record["method"]["name"] == "lora" and same:
             contents = [run_record.get(r, "run.contents") for r in (record, run.record)]
             if contents[0] == contents[1]:
-                found.append({
+                row: dict[str, Any] = {
                     "name": path.name, "r": record["method"]["r"],
                     "targets": record["method"]["targets"], "seed": record["run"]["seed"],
                     "parameters": record["parameters"]["trainable"],
-                } | {name: quality_of(record, name) for name in names})  # fmt: skip
+                }  # fmt: skip
+                found.append(row | {name: quality_of(record, name) for name in names})
     columns = ["name", "r", "targets", "seed", "parameters", *names]
     return pd.DataFrame(found, columns=columns)  # also where there is none
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from harness.config.run_config import RunConfig
 from harness.evaluation.text_metrics import METRICS
 from harness.models import linear
 from harness.models.pretrained import ACTIVATION_FIELDS
 from harness.results import numbers
+from harness.results.record_types import Record
 from harness.results.run_record import get
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
@@ -24,7 +25,8 @@ REGISTERS = {  # what a process must import before it can load these, and why
 }
 
 
-STEP0 = "quality.step0.validation"
+BASE, STEP0 = "quality.base.validation", "quality.step0.validation"
+TEMPLATE = Path(__file__).with_suffix(".md.j2")
 FOLLOWS = {  # what a document follows (`harness.evaluation.prefix`)
     "bos": "after one BOS token",
     "eos": "after one end-of-text token",
@@ -75,21 +77,28 @@ class Exported:
 
 def card(run: Saved, exported: Exported) -> str:
     """README.md: front matter as the hub reads it, and what a reader wants to know."""
-    base = base_name(run.run)
-    what = "Whole model" if exported.whole else "Adapter"
-    on = f"`{base}`" if base else "a model with random weights"
-    sections = [
-        f"---\n{front_matter(run, exported)}\n---",
-        f"# {run.name}",
-        f"{what}: {on} adapted to the text `{run.run.data.name}` by the method "
-        f"`{run.record['method']['label']}`, by the PEFT harness for GPT-2.",
-        f"## Loading it\n\nIn this folder:\n\n```python\n{code(run, exported)}\n```\n\n"
-        + "\n".join(f"- {note}" for note in notes(run, exported)),
-        "## What it reaches\n\n" + _perplexities(run.record, run.run.data.source == "pairs"),
-        "## How it was made\n\n" + _facts(run),
-        f"The command:\n\n    {get(run.record, 'run.command') or 'not recorded'}",
-    ]
-    return "\n\n".join(sections) + "\n"
+    base, record = base_name(run.run), run.record
+    filled = ModelCard.from_template(
+        card_data(run, exported),
+        template_path=str(TEMPLATE),
+        name=run.name,
+        what="Whole model" if exported.whole else "Adapter",
+        on=f"`{base}`" if base else "a model with random weights",
+        text=run.run.data.name,
+        method=record["method"]["label"],
+        code=code(run, exported),
+        notes=notes(run, exported),
+        reached=_reached(record),
+        scores=_scores(record),
+        follows=_follows(record, run.run.data.source == "pairs"),
+        window=record["evaluation"],
+        truncated=_is_truncated(record),
+        moved=_before(record)[1],
+        tested=get(record, "quality.test"),
+        facts=_facts(run),
+        command=get(record, "run.command") or "not recorded",
+    )
+    return str(filled).rstrip() + "\n"
 
 
 def base_name(run: RunConfig) -> str | None:
@@ -99,10 +108,10 @@ def base_name(run: RunConfig) -> str | None:
     return model.id or model.asset or model.package or folder
 
 
-def front_matter(run: Saved, exported: Exported) -> str:
-    """YAML: base_model, library_name, tags, datasets and a model-index with what was measured."""
+def card_data(run: Saved, exported: Exported) -> ModelCardData:
+    """Base model, library, tags, data sets and a model-index with what was measured."""
     data, method = run.run.data, run.record["method"]
-    window = {key: run.record["evaluation"][key] for key in ("context", "stride")}
+    window = {key: run.record["evaluation"][key] for key in ("context_length", "stride")}
     written = get(run.record, "quality.generation") or {}
     found: list[tuple[str, str, str, Any, dict[str, Any] | None]] = [  # the last: how
         (split, name, name.replace("_", " "), get(run.record, f"quality.{split}.{name}"), window)
@@ -136,7 +145,7 @@ def front_matter(run: Saved, exported: Exported) -> str:
         for split, name, label, value, how in found
         if value is not None
     ]
-    fields = ModelCardData(
+    return ModelCardData(
         base_model=base_name(run.run),
         library_name="transformers" if exported.whole else "peft",
         pipeline_tag="text-generation",
@@ -146,7 +155,6 @@ def front_matter(run: Saved, exported: Exported) -> str:
         model_name=run.name,
         eval_results=measured or None,
     )
-    return str(fields.to_yaml())
 
 
 def code(run: Saved, exported: Exported) -> str:
@@ -245,10 +253,16 @@ def notes(run: Saved, exported: Exported) -> list[str]:
     return found
 
 
-def _perplexities(record: dict[str, Any], is_task: bool) -> str:
+def _before(record: Record) -> tuple[str, bool]:
+    """Where a record has the base's validation, and whether adapting moved it before step 1."""
     base = get(record, "quality.base.validation")
-    moved = base is not None and base != get(record, "quality.step0.validation")
-    rows = [("validation, before", "quality.base.validation" if base else STEP0)]
+    return (BASE if base else STEP0), base is not None and base != get(record, STEP0)
+
+
+def _reached(record: Record) -> list[tuple[str, str, str, str]]:
+    """Rows of text, perplexity, bits per byte and predicted tokens."""
+    before, moved = _before(record)
+    rows = [("validation, before", before)]
     if moved:
         rows += [("validation, step 0", STEP0)]
     rows += [("validation", "quality.validation"), ("test", "quality.test")]
@@ -256,60 +270,61 @@ def _perplexities(record: dict[str, Any], is_task: bool) -> str:
         rows += [(f"{name}, before", f"quality.also.{name}.before")]
         rows += [(f"{name}, step 0", f"quality.also.{name}.step0")]
         rows += [(name, f"quality.also.{name}.after")]
-    lines = [
-        "| text | perplexity | bits per byte | predicted tokens |",
-        "| --- | --- | --- | --- |",
-    ]
+    table = []
     for label, path in rows:
-        if (found := get(record, path)) is not None:
-            perplexity = found.get("perplexity")
+        if (quality := get(record, path)) is not None:
+            perplexity, bits = quality.get("perplexity"), quality.get("bits_per_byte")
             shown = "-" if perplexity is None else numbers.perplexity(perplexity)
-            bits = found.get("bits_per_byte")
-            shown += " | " + ("-" if bits is None else f"{bits:.3f}")
-            lines.append(f"| {label} | {shown} | {numbers.count(found.get('num_tokens', 0))} |")
-    evaluation, method = record["evaluation"], record["method"]
-    # Records from before the base was measured by itself: what they have is after truncation.
-    truncated = not base and (method["name"] == "truncate" or method.get("residual") == "drop")
-    every = (
-        "Every reference after its prompt and an end-of-text token, the prompt not counted"
-        if is_task
-        else f"Every document by itself {FOLLOWS[get(record, 'evaluation.prefix.name') or 'eos']}"
-    )
+            tokens = numbers.count(quality.get("num_tokens", 0))
+            table.append((label, shown, "-" if bits is None else f"{bits:.3f}", tokens))
+    return table
+
+
+def _is_truncated(record: Record) -> bool:
+    """Of a record from before the base was measured by itself: `before` is after truncation."""
+    method = record["method"]
+    truncates = method["name"] == "truncate" or method.get("residual") == "drop"
+    return truncates and not get(record, BASE)
+
+
+def _follows(record: Record, is_task: bool) -> str:
+    """What a document, or a reference of pairs, is predicted after."""
+    if is_task:
+        return "Every reference after its prompt and an end-of-text token, the prompt not counted"
+    return f"Every document by itself {FOLLOWS[get(record, 'evaluation.prefix.name') or 'eos']}"
+
+
+def _scores(record: Record) -> list[str]:
+    """Sentences on what was measured beside perplexity."""
+    sentences = []
     written = get(record, "quality.generation") or {}
     scores = [f"{label} {written[key]:.2f}" for key, label in METRICS.items() if key in written]
     if scores:
-        lines += [
-            "",
-            f"Of completions of {written['num_prompts']} test prompts: {', '.join(scores)}.",
-        ]
-    found = get(record, "quality.classification.test")
-    if found and found["accuracy"] is not None:
+        sentences.append(
+            f"Of completions of {written['num_prompts']} test prompts: {', '.join(scores)}."
+        )
+    labels = get(record, "quality.classification.test")
+    if labels and labels["accuracy"] is not None:
         accuracy, low, high, majority = (
-            numbers.share(found[key])
+            numbers.share(labels[key])
             for key in ("accuracy", "accuracy_low", "accuracy_high", "majority_accuracy")
         )
-        lines += [
-            "",
+        sentences.append(
             f"Accuracy by the likelihood of the labels: {accuracy} of "
-            f"{found['num_examples']:,} test examples (95 % over examples: {low} to {high}); "
-            f"always the majority label: {majority}.",
-        ]
+            f"{labels['num_examples']:,} test examples (95 % over examples: {low} to {high}); "
+            f"always the majority label: {majority}."
+        )
     if protocol := get(record, "quality.test_protocol"):
         headline = protocol["headline"]
-        lines += ["", f"By the protocol `{protocol['name']}`: {headline.replace('_', ' ')} "
-                  f"{numbers.perplexity(protocol[headline])}."]  # fmt: skip
-    return "\n".join(lines) + (
-        f"\n\n{every}, with a context of "
-        f"{evaluation['context']} tokens moved by {evaluation['stride']}; perplexity is "
-        "exp(nats / predicted tokens). `before` is the base"
-        + (", truncated" if truncated else "")
-        + (", `step 0` the adapted model before its first step" if moved else "")
-        + ". Validation chose the step"
-        + ("; test was read once, at the end." if get(record, "quality.test") else ".")
-    )
+        sentences.append(
+            f"By the protocol `{protocol['name']}`: {headline.replace('_', ' ')} "
+            f"{numbers.perplexity(protocol[headline])}."
+        )
+    return sentences
 
 
-def _facts(run: Saved) -> str:
+def _facts(run: Saved) -> list[tuple[str, Any]]:
+    """What the run was made of, as rows of a table."""
     cfg, record = run.run, run.record
     method, train, parameters = record["method"], cfg.train, record["parameters"]
     where = record.get("environment") or {}
@@ -346,9 +361,8 @@ def _facts(run: Saved) -> str:
         "commit": where.get("commit"),
         "versions": ", ".join(f"{k} {v}" for k, v in (where.get("versions") or {}).items()),
     }  # fmt: skip
-    shown = [
-        f"| {key} | {value} |"
+    return [
+        (key, value)
         for key, value in rows.items()
         if value not in (None, "") and value is not False
     ]
-    return "\n".join(["| | |", "| --- | --- |", *shown])

@@ -34,7 +34,7 @@ from harness.methods import positions
 from harness.models import pretrained
 from harness.runs import finished_run
 from harness.runs.finished_run import Saved
-from harness.system.console import quiet_command
+from harness.system.console import busy, quiet_command
 
 TOP_K = 50  # tokens to sample from, transformers' own default
 
@@ -132,18 +132,20 @@ def side_by_side(run: Saved, decoding: Decoding, prompts: Iterator[str], console
     if first is None:
         raise ConfigError("no prompt: give --prompt, or a prompt a line on standard input")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    columns: dict[str, nn.Module] = {f"base: {run.run.model.name}": run.base()}
-    if run.run.method.name != "none":
-        columns[f"adapted: {run.name}"] = run.model()
-    columns = {name: model.to(device) for name, model in columns.items()}
+    with busy("loading the models"):
+        columns: dict[str, nn.Module] = {f"base: {run.run.model.name}": run.base()}
+        if run.run.method.name != "none":
+            columns[f"adapted: {run.name}"] = run.model()
+        columns = {name: model.to(device) for name, model in columns.items()}
     for prompt in itertools.chain([first], prompts):
         ids, dropped = prompt_tokens(run, prompt, room)
         table = Table(box=rich.box.ROUNDED, expand=True)
         for name in columns:
             table.add_column(Text(name, overflow="fold"), ratio=1, overflow="fold")
-        table.add_row(
-            *(_text(continuation(m, run.tokenizer, ids, decoding)) for m in columns.values())
-        )
+        with busy("generating"):
+            table.add_row(
+                *(_text(continuation(m, run.tokenizer, ids, decoding)) for m in columns.values())
+            )
         above: list[Any] = [_text(prompt, "bold")]
         if dropped:
             said = (

@@ -40,7 +40,7 @@ MOST_USED = {
     "train.lr": "auto: from a search, or else the method's default",
     "train.steps": "optimizer steps (null: 100); or train.epochs",
     "train.batch_tokens": "tokens of a step",
-    "data.context": "tokens of a sequence",
+    "data.context_length": "tokens of a sequence",
     "seed": "of the start, the order of the text and dropout",
     "experiment_name": "the folder of the runs, in outputs/",
 }

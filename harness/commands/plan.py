@@ -23,7 +23,7 @@ from harness.results import numbers
 from harness.runs import search_plan
 from harness.runs.overrides import compose, without_flag
 from harness.runs.search_settings import short_forms
-from harness.system.console import quiet_command
+from harness.system.console import busy, quiet_command, tracked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,23 +96,28 @@ def main(arguments: list[str]) -> int:
     given = [text for text in arguments if text not in own]
     searches = any(text.startswith("search.") for text in given)
     asked_for, _ = short_forms(given, always=searches)
-    search = search_plan.plan(without_flag(asked_for))
-    runs = search.runs if search else compose(*without_flag(asked_for))
-    # torch, after the mistakes that are found without it
-    from harness.report.table import show as show_table
-    from harness.results import environment
-    from harness.runs.estimate import predict, setting
-    from harness.runs.evaluation_batches import largest_batch
-    from harness.runs.flops import gemm_rate
+    with busy("composing the runs"):
+        search = search_plan.plan(without_flag(asked_for))
+        runs = search.runs if search else compose(*without_flag(asked_for))
+        # torch, after the mistakes that are found without it
+        from harness.report.table import show as show_table
+        from harness.results import environment
+        from harness.runs.estimate import predict, setting
+        from harness.runs.evaluation_batches import largest_batch
+        from harness.runs.flops import gemm_rate
 
-    for asked in runs:
+    for asked in tracked(runs, "planning"):
         run, model_config, accelerator = setting(asked)
         precision = environment.precision_of(run)
         texts = repr((asked.model, asked.data, asked.evaluate))
         if texts not in batches:
             batches[texts] = largest_batch(asked, model_config)
         found = predict(run, model_config, accelerator, batches[texts])
-        shape = (run.train.micro_batch * run.data.context, model_config.hidden_size, precision)
+        shape = (
+            run.train.micro_batch * run.data.context_length,
+            model_config.hidden_size,
+            precision,
+        )
         if shape not in rates:
             rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
         unknown_peaks += found is None

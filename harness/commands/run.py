@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.commands import arguments
+from harness.config import renamed
 from harness.config.errors import ConfigError
 from harness.config.paths import CONF_DIR
 from harness.runs import hydra_task, launcher, mistakes
@@ -40,6 +41,7 @@ def main(overrides: list[str], *, typed: list[str], listens: bool = True) -> int
 def _main(overrides: list[str], listens: bool) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not to Hydra's printer
     outcomes = OUTCOMES
+    overrides = renamed.in_overrides(overrides)
     sys.argv[1:] = overrides  # which Hydra reads
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind

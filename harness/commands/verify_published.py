@@ -72,7 +72,8 @@ MODELS = tuple(dict.fromkeys(row.model for row in PUBLISHED))
 def run_of(row: Published, file: str | None) -> RunConfig:
     """The configuration of a row; the text from `file`, or else from the hub."""
     overrides = [
-        f"model={row.model}", "method=none", f"data.context={CONTEXT}", "train.micro_batch=2",
+        f"model={row.model}", "method=none", f"data.context_length={CONTEXT}",
+        "train.micro_batch=2",
         f"evaluate={row.protocol}", f"evaluate.stride={row.stride}",
     ]  # fmt: skip
     if file is None:

@@ -11,7 +11,7 @@ Seconds and FLOPs are those of optimizer steps; evaluation is not in them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +85,7 @@ def within_flops(
     return replace(run, train=replace(run.train, steps=steps))
 
 
-def told(record: dict[str, Any]) -> str | None:
+def told(record: Mapping[str, Any]) -> str | None:
     """Why and where a run of result.json ended before its steps, in words; None if it did not."""
     why = (record.get("run") or {}).get("ended_by")
     if why in (None, "steps"):

@@ -54,9 +54,9 @@ ALIASES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "block_size", "seq_len", "seq_length", "max_length", "max_seq_length",
-            "max_seq_len", "context_length", "sequence_length",
+            "max_seq_len", "sequence_length",
         ),
-        ("data.context",),
+        ("data.context_length",),
     ),
     **dict.fromkeys(
         ("warmup_steps", "warmup_ratio", "warmup_iters", "num_warmup_steps"),
@@ -64,8 +64,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("wd", "decay"), ("train.weight_decay",)),
     **dict.fromkeys(
-        ("max_grad_norm", "grad_clip", "gradient_clip", "gradient_clip_val", "clip_grad_norm"),
-        ("train.clip",),
+        ("grad_clip", "gradient_clip", "gradient_clip_val", "clip_grad_norm"),
+        ("train.max_grad_norm",),
     ),
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "scheduler"), ("train.schedule",)),
     **dict.fromkeys(
@@ -78,8 +78,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "gradient_checkpointing": ("train.checkpointing",),
     "torch_compile": ("train.compile",),
     **dict.fromkeys(("num_threads", "n_threads", "cpus"), ("train.threads", "launch.cores")),
-    **dict.fromkeys(("save_steps", "save_every"), ("train.checkpoint_every",)),
-    **dict.fromkeys(("eval_steps", "eval_every", "eval_interval"), ("evaluate.every",)),
+    **dict.fromkeys(("save_steps", "save_every", "save_interval"), ("train.checkpoint_interval",)),
+    **dict.fromkeys(("eval_steps", "eval_every", "eval_interval"), ("evaluate.interval",)),
     **dict.fromkeys(("output_dir", "out_dir", "output", "logdir", "log_dir"), ("outputs_dir",)),
     **dict.fromkeys(("random_seed", "random_state", "seeds"), ("seed",)),
     **dict.fromkeys(

@@ -24,11 +24,11 @@ def check_context(run: RunConfig) -> None:
     """Refuse a context that is longer than a GPT-2 has positions; raises ConfigError."""
     described = _configuration(run.model)
     limit = described.get("n_positions") if described.get("model_type") == "gpt2" else None
-    longest = max(run.data.context, run.evaluation_context)
+    longest = max(run.data.context_length, run.evaluation_context)
     if isinstance(limit, int) and longest > limit:
         raise ConfigError(
             f"a context of {longest} tokens is longer than {run.model.name}'s {limit}: lower "
-            f"data.context (and evaluate.context) to {limit} or less"
+            f"data.context_length (and evaluate.context_length) to {limit} or less"
         )
 
 

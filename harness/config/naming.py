@@ -7,7 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from harness.config import schema
+from harness.config import renamed, schema
 from harness.config.method_schema import (
     AdaloraMethod,
     FullMethod,
@@ -49,7 +49,7 @@ _LATER = {
 LATER_OF_LORA = ("start_sequences", "rank_pattern", "alpha_pattern")
 PATHS = ("path", "id", "validation_path", "test_path")  # which contents stand for
 NOT_IDENTITY_OF_TRAINING = (  # epochs are in the steps
-    "on_oom", "checkpoint_every", "rates", "lr_from", "epochs",
+    "on_oom", "checkpoint_interval", "rates", "lr_from", "epochs",
 )  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def _values(run: RunConfig) -> dict[str, Any]:
         del values["train"]
     if is_deterministic(run):
         del values["seed"]
+    renamed.as_before(values)
     return values
 
 

@@ -30,7 +30,7 @@ from harness.config.schema import ModelConfig
 # How much of a text, and how it is cut: the same text still.
 SAME_TEXT = (
     "data.validation_share", "data.test_share", "data.train_share", "data.document_chars",
-    "data.context",
+    "data.context_length",
 )  # fmt: skip
 BESIDE = 0.5  # of the best rate for something similar: a grid often diverges at twice its best
 

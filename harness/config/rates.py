@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from harness.config import schema
+from harness.config import renamed, schema
 from harness.config.errors import ConfigError, nearest
 from harness.config.method_schema import METHODS, AdaloraMethod, LoraMethod, MethodConfig
 from harness.config.naming import label
@@ -33,7 +33,7 @@ Setting = Mapping[str, Any]  # of `setting_of`
 NOT_USED = 1e-3, "not used"  # by what does not train
 # What moves no best rate: that itself, and how the same steps are computed.
 NOT_SETTING = (
-    "lr", "rates", "lr_from", "threads", "on_oom", "checkpoint_every", "micro_batch", "compile",
+    "lr", "rates", "lr_from", "threads", "on_oom", "checkpoint_interval", "micro_batch", "compile",
     "checkpointing", "epochs",
 )  # fmt: skip
 COLUMNS = ("name", "label", "r", "alpha", "rank", "energy")  # of a method, which have their own
@@ -170,7 +170,7 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
             value = schema.plain(value)
             if key not in left_out[section] and value != defaults.get(key, "???"):
                 found[f"{section}.{key}"] = value
-    for key in ("data.context", "train.steps", "train.batch_tokens"):  # always there to read
+    for key in ("data.context_length", "train.steps", "train.batch_tokens"):  # always there to read
         section, name = key.split(".")
         found[key] = sections[section].get(name)
     return found
@@ -244,7 +244,7 @@ def read(name: str) -> Rates:
             )
             for t in loaded["tuned"]
         )  # fmt: skip
-        setting = dict(loaded["setting"])
+        setting = renamed.in_grid(loaded["setting"])
     except FileNotFoundError:
         there = [found.stem for found in (CONF_DIR / "rates").glob("*.yaml")]
         raise ConfigError(f"train.rates={name}: no file {path}; {nearest(name, there)}") from None

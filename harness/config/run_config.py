@@ -43,7 +43,11 @@ class RunConfig(RootConfig):
     @property
     def evaluation_context(self) -> int:
         """Return the tokens of the sliding window that documents are evaluated by."""
-        return self.data.context if self.evaluate.context is None else self.evaluate.context
+        return (
+            self.data.context_length
+            if self.evaluate.context_length is None
+            else self.evaluate.context_length
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -58,5 +62,5 @@ def to_dict(run: RunConfig) -> dict[str, Any]:
 
 def smaller_micro_batch(run: RunConfig, micro_batch: int) -> int | None:
     """The most blocks, up to half of `micro_batch`, that divide those of an optimizer step."""
-    blocks = run.train.batch_tokens // run.data.context // run.launch.num_processes
+    blocks = run.train.batch_tokens // run.data.context_length // run.launch.num_processes
     return next((n for n in range(micro_batch // 2, 0, -1) if blocks % n == 0), None)

@@ -49,7 +49,7 @@ class DataConfig:
     name: str  # label
     source: str = ""  # a key of documents.SOURCES, or pairs
     # every source
-    context: int = 256  # tokens a training block predicts
+    context_length: int = 256  # tokens a training block predicts
     validation_share: float = 0.05  # share of the documents
     test_share: float = 0.05  # share of the documents
     train_share: float = 1.0  # share of the training documents that is used
@@ -138,7 +138,7 @@ class TrainConfig:
     schedule: str = "cosine"  # cosine | linear | constant | wsd
     cooldown: float = 0.2  # share of the steps in which the rate of wsd falls
     warmup: float = 0.1  # share of the steps
-    final_lr: float = 0.1  # share of the peak that the schedule ends at
+    min_lr_ratio: float = 0.1  # share of the peak that the schedule ends at
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -147,13 +147,13 @@ class TrainConfig:
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     neftune_alpha: float | None = None  # noise on the embeddings of training; null = none
     ema: float | None = None  # decay of the weights' average, which is evaluated; null or 0 = none
-    clip: float | None = 1.0  # norm of the gradient of the mean nll; null = off
+    max_grad_norm: float | None = 1.0  # norm of the gradient of the mean nll; null = off
     precision: str = "fp32"  # fp32 | bf16 (autocast) | auto
     checkpointing: bool = False  # keep blocks' inputs only, run blocks again in backward
     compile: bool = False  # torch.compile of the blocks; pays on runs of thousands of steps
     threads: int | None = None  # CPU threads; null = all cores
     on_oom: str = "halve"  # halve | fail: the micro-batch where a pass does not fit
-    checkpoint_every: int | None = None  # optimizer steps; null = with every validation
+    checkpoint_interval: int | None = None  # optimizer steps; null = with every validation
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ class LatencyConfig:
 class EvaluateConfig:
     """conf/evaluate: the sliding window, and how often validation is read."""
 
-    context: int | None = None  # tokens of context at most; null = data.context
+    context_length: int | None = None  # tokens of context at most; null = data.context_length
     stride: int | None = None  # tokens the window moves; null = context (no overlap)
-    every: int = 50  # optimizer steps between validations
+    interval: int = 50  # optimizer steps between validations
     batch_tokens: int | None = None  # tokens per evaluation batch; null = by memory
     test: bool = True  # false: the test set is not even loaded, as in tuning
     validation_tokens: int | None = None  # most of validation: a fixed part of it; null = all

@@ -56,7 +56,7 @@ def write(
             if name == "train":
                 end = tokenizer.eos_token_id
                 assert isinstance(end, int)
-                made[name] = _Blocks(Writer(folder), encode, kind, cfg.context, begins, end)
+                made[name] = _Blocks(Writer(folder), encode, kind, cfg.context_length, begins, end)
             else:
                 made[name] = _Documents(Writer(folder), encode, kind)
         with bar:
@@ -155,7 +155,7 @@ class _Blocks(_Batches):
         if self._num_tokens <= self.context:
             raise ConfigError(
                 f"the training split of {self._num_tokens} tokens is shorter than one block of "
-                f"data.context={self.context}: lower data.context or give more text"
+                f"data.context_length={self.context}: lower data.context_length or give more text"
             )
         self.writer.finish()
 

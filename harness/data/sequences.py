@@ -11,9 +11,9 @@ are predicted, or with data.loss_on=completion its last one. With data.loss_on=a
 the first one after BOS or the end-of-text token.
 
 A training block holds one sequence, or with `data.packing=packed` as many as fit in
-`data.context`: each has its own positions and sees itself alone, so that packing changes no loss.
-`data.too_long` says what becomes of a sequence that is longer than a block; held-out sequences are
-evaluated as a whole, by the sliding window.
+`data.context_length`: each has its own positions and sees itself alone, so that packing changes no
+loss. `data.too_long` says what becomes of a sequence that is longer than a block; held-out
+sequences are evaluated as a whole, by the sliding window.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def sequences(
     """Every prompt, after the ids `begins`, with each of its completions, however long.
 
     Raises:
-        ConfigError: one is longer than `data.context`, and `data.too_long` is `refuse`.
+        ConfigError: one is longer than `data.context_length`, and `data.too_long` is `refuse`.
     """
     end = tokenizer.eos_token_id
     assert isinstance(end, int)
@@ -120,12 +120,12 @@ def sequences(
         chats = iter(_of_chats([one for one in some if one.turns], tokenizer, cfg, begins))
         found += [next(chats if one.turns else plain) for one in some for _ in one.completions]
     longest = max(found, key=lambda one: one.length)
-    if longest.length > cfg.context and cfg.too_long == "refuse":
-        more = sum(one.length > cfg.context for one in found)
+    if longest.length > cfg.context_length and cfg.too_long == "refuse":
+        more = sum(one.length > cfg.context_length for one in found)
         raise ConfigError(
             f"{longest.pair} with its completion is {longest.length} tokens, longer than "
-            f"data.context={cfg.context}, as {more} of {len(found)} are: set "
-            f"data.context={longest.length} or more, or data.too_long=cut, drop or window"
+            f"data.context_length={cfg.context_length}, as {more} of {len(found)} are: set "
+            f"data.context_length={longest.length} or more, or data.too_long=cut, drop or window"
         )
     return found
 
@@ -229,14 +229,14 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[str, Any]]:
     """The sequences as training blocks hold them, by `data.too_long`, and counts for result.json.
 
-    `cut` keeps the first `data.context` inputs, `drop` nothing, and `window` everything, in pieces
-    of `data.context` inputs that do not see one another. What then has nothing to predict is left
+    `cut` keeps the first `data.context_length` inputs, `drop` nothing, and `window` everything, in
+    pieces of as many inputs that do not see one another. What then has nothing to predict is left
     out.
 
     Raises:
         ConfigError: nothing is left.
     """
-    size = cfg.context
+    size = cfg.context_length
     longer = [one for one in found if one.length > size]
     if not longer:
         return found, {}
@@ -265,7 +265,8 @@ def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[s
     if not kept:
         raise ConfigError(
             f"data.too_long={cfg.too_long}: all {len(found)} training sequences are longer than "
-            f"data.context={size}, and none has a token left to predict; raise data.context"
+            f"data.context_length={size}, and none has a token left to predict; raise "
+            "data.context_length"
         )
     return kept, counts
 
@@ -288,7 +289,7 @@ def blocks(
     counts.
     """
     end = tokenizer.eos_token_id
-    context, packing = cfg.context, cfg.packing
+    context, packing = cfg.context_length, cfg.packing
     found, counts = fitted(sequences(pairs, tokenizer, cfg, begins), cfg)
     order = sorted(
         range(len(found)),

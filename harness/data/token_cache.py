@@ -268,10 +268,10 @@ def _known(some: list[pairs.Pair]) -> Index:
 
 def _kind(cfg: DataConfig, split: str, begins: tuple[int, ...]) -> str:
     """What, besides texts and tokenizer, the table of a split depends on."""
-    block = cfg.context if split == "train" else 0  # 0: documents as they are
+    block = cfg.context_length if split == "train" else 0  # 0: documents as they are
     kind = str(block)
     if cfg.source == "pairs":
-        kind = f"pairs {cfg.packing} {cfg.context} {block}"
+        kind = f"pairs {cfg.packing} {cfg.context_length} {block}"
         if (chosen := (cfg.loss_on, cfg.too_long)) != (DataConfig.loss_on, DataConfig.too_long):
             kind += f" {chosen}"
     if begins and (cfg.source == "pairs" or block):  # evaluation puts it before documents itself
@@ -292,7 +292,7 @@ def _write_pairs(
         coming, facts = sequences.blocks(some, tokenizer, cfg, begins)
     else:
         table = sequences.evaluated(some, tokenizer, cfg, begins)
-        coming, facts = [table], sequences.longer_than_a_window(table, cfg.context)
+        coming, facts = [table], sequences.longer_than_a_window(table, cfg.context_length)
     writer = tables.Writer(folder)
     try:
         for table in coming:

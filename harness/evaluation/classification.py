@@ -105,7 +105,7 @@ def read(
     (`harness.data.subset`).
 
     Raises:
-        ConfigError: a prompt with a label is longer than `data.context`; with
+        ConfigError: a prompt with a label is longer than `data.context_length`; with
             evaluate.classify=always, fewer than two labels.
     """
     cfg, asked = run.data, run.evaluate.classify

@@ -179,7 +179,7 @@ def check_blocks(predicts: NextToken, run: RunConfig, config: PretrainedConfig) 
     Raises:
         ConfigError: it does, naming the setting to change.
     """
-    name, width = run.model.name, run.data.context
+    name, width = run.model.name, run.data.context_length
     if run.data.packing == "packed":
         if (
             not predicts.supports_packing()

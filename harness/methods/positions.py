@@ -30,11 +30,11 @@ def check_context(run: RunConfig, limit: int | None) -> None:
     Raises:
         ConfigError: with the longest context that fits.
     """
-    longest = max(run.data.context, run.evaluation_context)
+    longest = max(run.data.context_length, run.evaluation_context)
     virtual = num_virtual_tokens(run)  # of prompt methods: they take up positions
     if limit is not None and longest + virtual > limit:
         extra = f" and {virtual} virtual tokens are" if virtual else " is"
         raise ConfigError(
             f"a context of {longest} tokens{extra} longer than {run.model.name}'s {limit}: "
-            f"lower data.context (and evaluate.context) to {limit - virtual} or less"
+            f"lower data.context_length (and evaluate.context_length) to {limit - virtual} or less"
         )

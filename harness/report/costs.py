@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import special
@@ -18,6 +17,7 @@ from scipy import special
 from harness.report import stats
 from harness.report.table import SHARED, Row
 from harness.results import numbers, run_record
+from harness.results.record_types import Record
 
 MANY = 4  # names in a sentence or a cell
 
@@ -96,7 +96,7 @@ def _cost(row: Row, title: str) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _of_run(record: dict[str, Any], title: str) -> float | None:
+def _of_run(record: Record, title: str) -> float | None:
     value = run_record.get(record, of(title).path)
     if value is None and title == FLOPS:  # of records from before it was written down
         value = train_flops(record, None)
@@ -104,7 +104,7 @@ def _of_run(record: dict[str, Any], title: str) -> float | None:
     return None if value is None or before is None else float(value) + before
 
 
-def _before(record: dict[str, Any], title: str) -> float | None:
+def _before(record: Record, title: str) -> float | None:
     """What reading training text before step 0 has cost, which is training's; None: not known."""
     key = {TIME: "start_seconds", FLOPS: "start_flops"}.get(title)
     if key is None or run_record.get(record, "speed.start_seconds") is None:
@@ -113,7 +113,7 @@ def _before(record: dict[str, Any], title: str) -> float | None:
     return None if spent is None else float(spent)
 
 
-def train_flops(record: dict[str, Any], steps: int | None) -> float | None:
+def train_flops(record: Record, steps: int | None) -> float | None:
     """FLOPs of a run's first `steps` optimizer steps, or of all; None where they are not counted.
 
     A step computes train.batch_tokens positions, whatever of them is predicted.

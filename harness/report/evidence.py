@@ -32,6 +32,7 @@ from harness.report.costs import time_scope as time_scope
 from harness.report.table import Row
 from harness.report.table import rows as table_rows
 from harness.results import numbers, run_record
+from harness.results.record_types import Record
 
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
 
@@ -111,7 +112,7 @@ def scope(test: Evidence) -> list[str]:
     if test.alone:
         whose = "" if most == 1 else f" of {shorten(test.alone)}"
         said.append(
-            f"ONE SEED{whose}: intervals and ranks are over documents alone. With another seed "
+            f"ONE SEED{whose}: intervals and places are over documents alone. With another seed "
             "every row that trains may move: one seed does not tell close rows apart."
         )
     if fewest < most:
@@ -122,7 +123,7 @@ def scope(test: Evidence) -> list[str]:
         return said
     if test.ranks:
         said.append(
-            "rank: places that a row may have, by paired tests of all "
+            "place: those that a row may have, by paired tests of all "
             f"{len(test.comparisons)} pairs at 5 % (corrected by Holm)."
         )
     else:
@@ -270,7 +271,7 @@ def _never_learned(row: Row) -> tuple[int, ...]:
     return tuple(lost) if len(lost) < len(row.records) else ()
 
 
-def _of_run(run_dir: Path, record: dict[str, Any], text: str, when: str) -> stats.Evaluation:
+def _of_run(run_dir: Path, record: Record, text: str, when: str) -> stats.Evaluation:
     path = run_dir / run_record.documents_name(text, when)
     try:
         table = pd.read_parquet(path, columns=["id", "nll_nats", "num_tokens"])
@@ -290,7 +291,7 @@ def _of_run(run_dir: Path, record: dict[str, Any], text: str, when: str) -> stat
     return stats.Evaluation(str(run_dir), nll[None], tokens, (0,), ids, settings)
 
 
-def _quality(record: dict[str, Any], text: str, when: str = "after") -> dict[str, Any] | None:
+def _quality(record: Record, text: str, when: str = "after") -> dict[str, Any] | None:
     path = "quality.test" if text == "test" else f"quality.also.{text}.{when}"
     found: dict[str, Any] | None = run_record.get(record, path)
     return found

@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.config import naming
 from harness.results import run_record
+from harness.results.record_types import Record
 
 DIGITS = 6  # of a digest, as run names have them
 
@@ -25,21 +26,21 @@ class Group:
     """Finished runs of one configuration on one text, a seed each."""
 
     run_dirs: list[Path]
-    records: list[dict[str, Any]]  # their result.json
+    records: list[Record]  # their result.json
     repeated: dict[Path, str]  # runs of a seed that another of them has -> which, and what differs
     content: dict[str, str] = field(default_factory=dict)  # tells it from others of equal settings
 
 
 def find(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Group]:
     """The groups of a folder's finished runs, or of `run_dirs` alone, by their first run's name."""
-    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    found: dict[str, list[tuple[Path, Record]]] = {}
     for run_dir, record in run_record.collect(folder):
         if record["status"] == "finished" and (run_dirs is None or run_dir in run_dirs):
             found.setdefault(_key(record), []).append((run_dir, record))
     return _told_apart([_once(runs) for runs in found.values()])
 
 
-def settings(record: dict[str, Any]) -> dict[str, Any]:
+def settings(record: Record) -> dict[str, Any]:
     """A run's config without what varies within a configuration: seed, and what moves nothing."""
     config = record["config"]
     kept = {k: v for k, v in config.items() if k not in (*naming.NOT_IDENTITY, "seed")}
@@ -51,25 +52,25 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _key(record: dict[str, Any]) -> str:
+def _key(record: Record) -> str:
     known = run_record.get(record, "run.configuration")
     return json.dumps([known or settings(record), _counts(record)], sort_keys=True)
 
 
-def _counts(record: dict[str, Any]) -> dict[str, Any]:
+def _counts(record: Record) -> dict[str, Any]:
     """How much text a run has read: other numbers are other text."""
     documents = run_record.get(record, "data.num_documents") or {}
     counts = {f"documents.{split}": count for split, count in documents.items()}
     return counts | {"blocks": run_record.get(record, "data.num_blocks")}
 
 
-def _once(runs: list[tuple[Path, dict[str, Any]]]) -> Group:
+def _once(runs: list[tuple[Path, Record]]) -> Group:
     """Every seed once: by the run whose result was written first (by name, if at the same time)."""
 
-    def written(run: tuple[Path, dict[str, Any]]) -> tuple[int, str]:
+    def written(run: tuple[Path, Record]) -> tuple[int, str]:
         return (run[0] / run_record.FILE_NAME).stat().st_mtime_ns, run[0].name
 
-    first: dict[Any, tuple[Path, dict[str, Any]]] = {}
+    first: dict[Any, tuple[Path, Record]] = {}
     repeated = {}
     for run_dir, record in sorted(runs, key=written):
         kept_dir, kept = first.setdefault(record["config"]["seed"], (run_dir, record))
@@ -82,7 +83,7 @@ def _once(runs: list[tuple[Path, dict[str, Any]]]) -> Group:
     return Group([run_dir for run_dir, _ in kept_runs], [r for _, r in kept_runs], repeated)
 
 
-def _difference(record: dict[str, Any], kept: dict[str, Any]) -> str:
+def _difference(record: Record, kept: Record) -> str:
     """Whether two runs that should be the same are, in words."""
     for text in ("test", "validation"):
         one, other = (run_record.get(r, f"quality.{text}.nll_nats") for r in (record, kept))
@@ -119,7 +120,7 @@ def _told_apart(groups: list[Group]) -> list[Group]:
     return found
 
 
-def _contents(record: dict[str, Any]) -> dict[str, str]:
+def _contents(record: Record) -> dict[str, str]:
     """What a run has read, in short: digests where there are any, else counts."""
     names = {"data": "text", "model": "weights", "model.tokenizer": "tokenizer"}
     found = {}

@@ -171,7 +171,7 @@ def _alike(row: Row) -> str:
         contents or run_record.get(first, "data.name"),
         run_record.get(first, "data.num_documents.test"),
         run_record.get(first, "quality.test.num_tokens"),
-        [evaluation.get(key) for key in ("context", "stride", "tokenizer")],
+        [evaluation.get(key) for key in ("context_length", "stride", "tokenizer")],
         run_record.get(first, "evaluation.prefix.id"),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.report.evidence import Findings
 from harness.results import run_record
@@ -76,7 +75,7 @@ def _begun(run_dir: Path) -> Missing | None:
         steps = run_record.get(record, "config.train.steps")
         reason = f"after step {run_record.get(record, 'run.paused_at')} of {steps}"
         return Missing(name, status, reason, "a search goes on with it, or leaves it", log)
-    failure: dict[str, Any] = record.get("failure") or {}
+    failure = record.get("failure") or {}
     said = (failure.get("message") or "").splitlines()
     kind = failure.get("class")
     reason = ": ".join(filter(None, (kind, said[0] if said else "")))

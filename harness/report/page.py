@@ -176,7 +176,7 @@ def _short(value: Any) -> Any:
 def _notes(
     rows: Sequence[Row], test: Evidence | None, refused: Sequence[str], further: Sequence[str]
 ) -> list[str]:
-    notes = [f"No intervals, ranks or comparisons {reason}." for reason in refused]
+    notes = [f"No intervals, places or comparisons {reason}." for reason in refused]
     if test is not None:
         notes += ev.scope(test)
         measured = [title for title in (ev.TIME, *further) if costs.of(title).measured]

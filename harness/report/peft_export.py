@@ -16,6 +16,7 @@ from typing import Any
 
 from harness.config.errors import ConfigError
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.system import atomic
 
 FOLDER = Path("report") / "peft_results"
@@ -43,7 +44,7 @@ def write(folder: Path) -> Iterator[Path]:
         yield path
 
 
-def result(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
+def result(run_dir: Path, record: Record) -> dict[str, Any]:
     """One run's record in their format; what it has not measured is null."""
 
     def get(path: str) -> Any:
@@ -82,7 +83,7 @@ def result(run_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
                 "model_id": get("model.source") or get("model.name"),
                 "seed": get("run.seed"),
                 "max_steps": get("speed.steps"),
-                "max_seq_length": get("config.data.context"),
+                "max_seq_length": get("config.data.context_length"),
                 "batch_size": _per_step(record),
                 "optimizer_kwargs": {"lr": get("method.lr")},
             },
@@ -114,10 +115,10 @@ def _nats(of: dict[str, Any] | None) -> float:
     return float(of["nll_nats"]) / of["num_tokens"] if of else float("nan")
 
 
-def _per_step(record: dict[str, Any]) -> int:
+def _per_step(record: Record) -> int:
     """Sequences of an optimizer step."""
     config = record["config"]
-    return int(config["train"]["batch_tokens"] // config["data"]["context"])
+    return int(config["train"]["batch_tokens"] // config["data"]["context_length"])
 
 
 def _train_loss(run_dir: Path) -> float | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from harness.config import ending
 from harness.report.table import CLASSIFIED, Row
 from harness.results import numbers, run_record
+from harness.results.record_types import Record
 
 
 def remarks(shown: Sequence[Row]) -> list[str]:
@@ -30,7 +30,7 @@ def remarks(shown: Sequence[Row]) -> list[str]:
     return said
 
 
-def _remarks_of(record: dict[str, Any]) -> Iterator[str]:
+def _remarks_of(record: Record) -> Iterator[str]:
     if (why := ending.told(record)) is not None:
         yield why
     if failure := run_record.get(record, "saved_check.failure"):

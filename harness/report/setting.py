@@ -13,6 +13,7 @@ import yaml
 
 from harness.report.table import Row
 from harness.results import run_record
+from harness.results.record_types import Record
 
 FEW = 3  # values or commands that are named
 SWEEP_RECORD = "multirun.yaml"  # Hydra's of the last sweep: all there is of older ones
@@ -47,8 +48,7 @@ def find(folder: Path, rows: Sequence[Row]) -> Setting:
     facts = [
         f"{_named(records, 'model.name', 'models')} on {_named(records, 'data.name', 'texts')}",
         _length(trained),
-        f"context {_numbers(_values(records, 'evaluation.context', 'config.data.context'))}, "
-        f"documents after {_prefixes(records)}",
+        f"context {_contexts(records)}, documents after {_prefixes(records)}",
         _seeds(records),
         _dates(rows),
     ]
@@ -64,7 +64,7 @@ def last_sweep(folder: Path) -> list[Path]:
     return [folder / name for name in run_record.read_sweep(folder)]
 
 
-def _values(records: Iterable[dict[str, Any]], *paths: str) -> list[Any]:
+def _values(records: Iterable[Record], *paths: str) -> list[Any]:
     """The distinct values of the first of the paths that a record has, sorted."""
     found: dict[Any, None] = {}
     for record in records:
@@ -75,14 +75,14 @@ def _values(records: Iterable[dict[str, Any]], *paths: str) -> list[Any]:
     return sorted(found)
 
 
-def _named(records: Sequence[dict[str, Any]], path: str, kind: str) -> str:
+def _named(records: Sequence[Record], path: str, kind: str) -> str:
     names = _values(records, path, f"config.{path}")
     if len(names) > FEW:
         return f"{len(names)} {kind}"
     return " and ".join(map(str, names)) or f"{kind[:-1]} not recorded"
 
 
-def _length(trained: Sequence[dict[str, Any]]) -> str:
+def _length(trained: Sequence[Record]) -> str:
     if not trained:
         return "nothing trained"
     steps, tokens = (
@@ -94,7 +94,12 @@ def _length(trained: Sequence[dict[str, Any]]) -> str:
     return said + (f" x {_numbers(tokens)} tokens" if tokens else "")
 
 
-def _prefixes(records: Sequence[dict[str, Any]]) -> str:
+def _contexts(records: Sequence[Record]) -> str:
+    paths = ("evaluation.context_length", "config.data.context_length")
+    return _numbers(_values(records, *paths))
+
+
+def _prefixes(records: Sequence[Record]) -> str:
     """What documents follow (`evaluate.prefix`); EOS in runs from before it could be asked for."""
     names = {run_record.get(record, "evaluation.prefix.name") or "eos" for record in records}
     return " or ".join("nothing" if name == "none" else name.upper() for name in sorted(names))
@@ -109,7 +114,7 @@ def _numbers(values: Sequence[float]) -> str:
     return " or ".join(f"{value:,}" for value in values)
 
 
-def _seeds(records: Sequence[dict[str, Any]]) -> str:
+def _seeds(records: Sequence[Record]) -> str:
     seeds = _values(records, "config.seed")
     if len(seeds) == 1:
         return f"seed {seeds[0]}"

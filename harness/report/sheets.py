@@ -218,6 +218,6 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> Sheet:
     title = f"Forgetting: perplexity on {on.text} ({count} documents) before and after adaptation"
     note = (
         f"nats forgotten: how much the log-perplexity per token of this text rose since {since}; "
-        "below 0 it fell. rank: the places that a row may have on this text."
+        "below 0 it fell. place: those that a row may have on this text."
     )
     return Sheet(title, columns, lines, [note])

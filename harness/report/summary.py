@@ -124,7 +124,7 @@ def _print_table(findings: Findings, further: Found, *, wide: bool) -> bool:
     if test is not None:
         _print_claims(rows, test, further.titles)
     for refusal in findings.refused:
-        print(f"no intervals, ranks or comparisons {refusal}")
+        print(f"no intervals, places or comparisons {refusal}")
     return bool(left)
 
 

@@ -25,6 +25,7 @@ from harness.config.method_schema import METHODS
 from harness.evaluation import text_metrics
 from harness.report import groups
 from harness.results import numbers, run_record
+from harness.results.record_types import Record
 
 SHOWN = {"train.lr"} | {  # of the configuration, what has a column
     f"method.{key}"
@@ -123,7 +124,7 @@ class Row:
     name: str  # short, and no other row's
     values: dict[str, Any]  # by path in result.json; also `seeds` and `also`
     run_dirs: list[Path]
-    records: list[dict[str, Any]]  # their result.json
+    records: list[Record]  # their result.json
     repeated: dict[Path, str] = field(default_factory=dict)  # runs of a seed that is there -> why
     # What tells it from other rows and has no column of its own: a setting, or a content -> value.
     settings: dict[str, Any] = field(default_factory=dict)
@@ -155,7 +156,7 @@ def rows(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Row]:
     return _named(sorted(table, key=_place))
 
 
-def _settings(record: dict[str, Any]) -> dict[str, Any]:
+def _settings(record: Record) -> dict[str, Any]:
     """`groups.settings` by dotted keys, with the labels of the model and the text.
 
     What does not train has no settings of training.
@@ -183,18 +184,18 @@ def _filled(flat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return flat
 
 
-def _took_no_step(record: dict[str, Any]) -> bool:
+def _took_no_step(record: Record) -> bool:
     return run_record.get(record, "config.train.steps") == 0
 
 
-def _values(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _values(records: list[Record]) -> dict[str, Any]:
     values: dict[str, Any] = {"seeds": len({r["config"]["seed"] for r in records})}
     for path in [*COLUMNS, *OF_STARTS, *SCORES, WRITTEN, *CLASSIFIED_CSV, *CSV_ONLY]:
         values[path] = over_seeds(records, path)
     return values
 
 
-def over_seeds(records: Sequence[dict[str, Any]], path: str) -> Any:
+def over_seeds(records: Sequence[Record], path: str) -> Any:
     """A value of result.json as the row of these runs has it: a mean; of text, the first run's."""
     found = [run_record.get(result, path) for result in records]
     known = [v for v in found if isinstance(v, int | float)]

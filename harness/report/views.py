@@ -1,7 +1,8 @@
 """The same runs at equal budgets: learning curves, steps to a perplexity, the best within a budget.
 
-Curves are of validation, read every `evaluate.every` steps, and interpolated in nll between; steps
-to a perplexity are between two readings, and no better known than that. A run cut short is not a
+Curves are of validation, read every `evaluate.interval` steps, and interpolated in nll between;
+steps to a perplexity are between two readings,
+and no better known than that. A run cut short is not a
 short run: the schedule of the rate belongs to the run's full length.
 """
 

@@ -2,7 +2,8 @@
 
 `RUN_DIR/result.json` is the truth; tables, reports and trackers are views of it.
 
-`harness.results.schema` has every key with its type and unit, as conf/RESULT.md shows them.
+`harness.results.schema` has every key with its type and unit, as conf/RESULT.md shows them, and
+`harness.results.record_types` the types of what is read.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from harness.config import labels, naming, peft_fields, run_config
+from harness.config import labels, naming, peft_fields, renamed, run_config
 from harness.config.method_schema import LoraMethod
 from harness.config.run_config import RunConfig
+from harness.results.record_types import Record
 from harness.system.atomic import write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "result.json"
 # Of a run that is not finished: a folder, the weights that validation has chosen so far, room for
 # the result on a disk that fills, and a folder with the adapter as it started.
@@ -41,7 +43,7 @@ SWEEP_NAME = "sweep.json"
 log = logging.getLogger(__name__)
 
 
-def write(run_dir: Path, result: dict[str, Any]) -> None:
+def write(run_dir: Path, result: Mapping[str, Any]) -> None:
     """Write result.json whole or not at all; NaN and infinity become null, which JSON can hold."""
     text = json.dumps(finite({"schema_version": SCHEMA_VERSION, **result}), indent=2)
     write_atomically(run_dir / FILE_NAME, text + "\n")
@@ -232,7 +234,7 @@ def tail(path: Path, lines: int = 20) -> list[str]:
         return []
 
 
-def read(run_dir: Path) -> dict[str, Any] | None:
+def read(run_dir: Path) -> Record | None:
     """The result in `run_dir`, or None where there is none (yet) or it cannot be read."""
     try:
         result = json.loads((run_dir / FILE_NAME).read_text("utf-8"))
@@ -241,10 +243,30 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read: %s", run_dir / FILE_NAME, error)
         return None
-    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
-        log.warning("%s is not a result of schema version %d", run_dir / FILE_NAME, SCHEMA_VERSION)
+    version = result.get("schema_version") if isinstance(result, dict) else None
+    if version not in range(1, SCHEMA_VERSION + 1):
+        log.warning(
+            "%s has schema version %s, and this harness reads 1 to %d",
+            run_dir / FILE_NAME, version, SCHEMA_VERSION,
+        )  # fmt: skip
         return None
-    return result
+    return upgraded(result)
+
+
+def upgraded(record: Record) -> Record:
+    """Return a record of an older schema version as one of today's; today's is returned as it is.
+
+    Version 1 has the old names of `harness.config.renamed`, and `evaluation.context`.
+    """
+    if record["schema_version"] == SCHEMA_VERSION:
+        return record
+    found: dict[str, Any] = {**record, "schema_version": SCHEMA_VERSION}
+    if "config" in found:
+        found["config"] = renamed.in_config(found["config"])
+    if "context" in (evaluation := dict(found.get("evaluation") or {})):
+        evaluation["context_length"] = evaluation.pop("context")
+        found["evaluation"] = evaluation
+    return cast(Record, found)
 
 
 def write_sweep(folder: Path, runs: dict[str, str], command: str | None = None) -> None:
@@ -277,14 +299,14 @@ def _sweep(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def collect(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def collect(folder: Path) -> Iterator[tuple[Path, Record]]:
     """(run directory, result) of every run of an experiment, by name."""
     for path in sorted(folder.glob(f"*/{FILE_NAME}")):
         if (result := read(path.parent)) is not None:
             yield path.parent, result
 
 
-def get(result: dict[str, Any], path: str) -> Any:
+def get(result: Mapping[str, Any], path: str) -> Any:
     """Return the value at a dotted path in a record, or None where it has none."""
     value: Any = result
     for key in path.split("."):

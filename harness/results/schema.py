@@ -1,20 +1,15 @@
-"""Every key of result.json: its type, its unit and what it says; as a JSON schema and as a page.
+"""Every key of result.json: its type, its unit and what it says.
 
-conf/RESULT.md and conf/result.schema.json are made of KEYS by `python -m harness.results.schema`.
+`python -m harness.results.schema_files` makes a page, a JSON schema and Python types of KEYS.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from harness.config.paths import CONF_DIR
-from harness.results.run_record import FILE_NAME, SCHEMA_VERSION
-
-PAGE, SCHEMA = CONF_DIR / "RESULT.md", CONF_DIR / "result.schema.json"
 # Groups of keys that come in several places.
 PARTS = {
     "QUALITY": """
@@ -103,7 +98,7 @@ KEYS = """
     data.near_duplicates.* | integer | documents | of which most is in the training text
     data.further_in_training | any | | documents of further texts that are in the training text
     data.parts | object | | of a mixture: share, num_blocks and num_documents of each part
-    data.too_long | object | | of pairs: sequences longer than data.context, and what became of them
+    data.too_long | object | | of pairs: sequences above data.context_length, and what was done
     data.* | any | | what else was found out while the text was read
     method.name | string | |
     method.label | string | | what tables call it
@@ -198,7 +193,7 @@ KEYS = """
     quality.classification.majority | string | | the most frequent one
     quality.classification.validation.ACCURACY | | |
     quality.classification.test.ACCURACY | | |
-    evaluation.context | integer | tokens | of the window
+    evaluation.context_length | integer | tokens | of the window
     evaluation.stride | integer | tokens |
     evaluation.prefix.name | string | | the token that documents follow: bos, eos or none
     evaluation.prefix.id | integer? | |
@@ -238,15 +233,16 @@ class Key:
 @cache
 def every_key() -> tuple[Key, ...]:
     """Return every key of result.json, in the order of conf/RESULT.md."""
-    return tuple(_expanded(KEYS))
+    return tuple(expanded(KEYS))
 
 
-def _expanded(table: str, prefix: str = "") -> Iterator[Key]:
+def expanded(table: str, prefix: str = "") -> Iterator[Key]:
+    """Yield the keys of a table like KEYS, with those of PARTS in their places."""
     for line in filter(None, map(str.strip, table.splitlines())):
         path, kind, unit, what = (part.strip() for part in line.split("|", 3))
         head, _, last = path.rpartition(".")
         if last in PARTS:
-            for key in _expanded(PARTS[last], f"{prefix}{head}."):
+            for key in expanded(PARTS[last], f"{prefix}{head}."):
                 yield key if key.what or not what else Key(**(vars(key) | {"what": what}))
         else:
             yield Key(f"{prefix}{path}", kind.rstrip("?"), kind.endswith("?"), unit, what)
@@ -295,86 +291,3 @@ def _is_below(pattern: str, path: str) -> bool:
     return _matches(".".join(pattern.split(".")[: path.count(".") + 1]), path) and (
         pattern.count(".") > path.count(".")
     )
-
-
-def json_schema() -> dict[str, Any]:
-    """KEYS as a JSON schema (draft 2020-12); what a run did not come to is left out of a record."""
-    root: dict[str, Any] = {"properties": {}}
-    for key in every_key():
-        *parents, last = key.path.split(".")
-        node = root
-        for parent in parents:
-            node = _child(node, parent)
-            node.setdefault("properties", {})
-            if "type" not in node:
-                node["type"] = "object"
-        _child(node, last).update(_described(key))
-    _close(root)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": FILE_NAME,
-        "description": "The result of a run of peft-harness.",
-        "type": "object",
-        "required": ["schema_version", "status"],
-        "properties": root["properties"],
-        "additionalProperties": False,
-    }
-
-
-def _close(node: dict[str, Any]) -> None:
-    """Refuse other names wherever names are listed and no `*` is among them."""
-    if "properties" in node:
-        node.setdefault("additionalProperties", False)
-    for child in [*node.get("properties", {}).values(), node.get("additionalProperties")]:
-        if isinstance(child, dict):
-            _close(child)
-
-
-def _child(node: dict[str, Any], name: str) -> dict[str, Any]:
-    if name == "*":
-        found = node.setdefault("additionalProperties", {})
-    else:
-        found = node.setdefault("properties", {}).setdefault(name, {})
-    assert isinstance(found, dict)
-    return found
-
-
-def _described(key: Key) -> dict[str, Any]:
-    said = "; ".join(filter(None, [key.what, key.unit and f"in {key.unit}"]))
-    found: dict[str, Any] = {"description": said} if said else {}
-    if key.type != "any":
-        found["type"] = [key.type, "null"] if key.nullable else key.type
-    return found
-
-
-def reference() -> str:
-    """Return conf/RESULT.md: a table of keys for each first part of their paths."""
-    lines = [
-        "# Every key of result.json", "",
-        f"Schema version {SCHEMA_VERSION}. `*` stands for any name, ? for what may be null. What a",
-        "run did not reach is not there. [result.schema.json](result.schema.json) is the same for",
-        "programs. Both are made by `python -m harness.results.schema`.",
-    ]  # fmt: skip
-    for title in dict.fromkeys(["", *(key.path.partition(".")[0] for key in every_key())]):
-        own = [key for key in every_key() if _group(key) == title]
-        if own:
-            lines += ["", f"## {title or 'The run as a whole'}", ""]
-            lines += ["| key | type | unit | what it says |", "| --- | --- | --- | --- |"]
-        for key in own:
-            kind = key.type + "?" * key.nullable
-            lines.append(f"| `{key.path}` | {kind} | {key.unit} | {key.what} |")
-    return "\n".join(lines) + "\n"
-
-
-def _group(key: Key) -> str:
-    return key.path.partition(".")[0] if "." in key.path else ""
-
-
-def main() -> None:
-    """Write conf/RESULT.md and conf/result.schema.json from the keys in this module."""
-    PAGE.write_text(reference(), "utf-8")
-    SCHEMA.write_text(json.dumps(json_schema(), indent=2) + "\n", "utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import ending, parts, rate_lookup, rates
+from harness.config import ending, parts, rate_lookup, rates, renamed
 from harness.config.errors import ConfigError, nearest
 from harness.config.matrix_roles import resolved
 from harness.config.method_schema import METHODS, AdaloraMethod, LoraMethod
@@ -47,11 +47,11 @@ PATHS = {
 }
 
 
-def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
+def from_hydra(cfg: DictConfig, *, validated: bool = True, recorded: bool = False) -> RunConfig:
     """Resolve, type-check and, unless `validated` is false, validate a composed config.
 
     What its text and weights hold is fixed here (`harness.system.contents`), unless it says so
-    already.
+    already. One that was `recorded` has old names of keys without a word.
 
     Raises:
         ConfigError: naming the key, its value and what was expected.
@@ -64,6 +64,7 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True) -> RunConfig:
         raise ConfigError(explain(error)) from error
     assert isinstance(plain, dict)
     values: dict[str, Any] = {str(key): value for key, value in plain.items()}
+    values = renamed.in_config(values, told=not recorded)
     tracker = values.pop("tracker", None) or {}
     method = values.pop("method", None)
     name = method.get("name") if isinstance(method, dict) else method
@@ -263,7 +264,7 @@ def _parts(asked: Any, data: DataConfig) -> dict[str, Any]:
             "path: FILE}}"
         )
     found = {}
-    own = {"cache_dir": data.cache_dir, "context": data.context}
+    own = {"cache_dir": data.cache_dir, "context_length": data.context_length}
     for name, part in asked.items():
         fields = dict(part) if isinstance(part, dict) else {parts.WEIGHT: part}
         weight = fields.pop(parts.WEIGHT, None)
@@ -285,6 +286,7 @@ def _text(name: str, fields: dict[str, Any], where: str, own: dict[str, Any]) ->
     if unknown := [key for key in fields if key not in known]:
         raise ConfigError(f"{where}.{name}.{unknown[0]}: {nearest(unknown[0], known)}")
     merged = _data_file(base) | fields | {"name": name} | own
+    merged = renamed.in_section(merged, "data", f"{where}.{name}")
     _expand(merged, "data", f"{where}.{name}")
     if missing := [key for key, value in merged.items() if value == "???"]:
         raise ConfigError(f"{where}.{name}.{missing[0]} is missing")
@@ -311,7 +313,7 @@ def load(path: Path, *, validated: bool = True) -> RunConfig:
     """
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
-    return from_hydra(loaded, validated=validated)
+    return from_hydra(loaded, validated=validated, recorded=True)
 
 
 def _typed(schema: type, values: Any, where: str = "") -> Any:

@@ -7,17 +7,18 @@ from typing import Any
 from harness.config import matrix_roles, naming
 from harness.config.run_config import RunConfig
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.system import contents
 
 
-def is_same(found: dict[str, Any], run: RunConfig) -> bool:
+def is_same(found: Record, run: RunConfig) -> bool:
     """Whether a record is of `run`; one from before contents were recorded is so by identity."""
     of_assets = run_record.get(found, "run.configuration") in (None, naming.configuration(run))
     alike = of_assets and bool(run_record.get(found, "run.identity") == naming.identity(run))
     return alike and _prefix_before(found, run) is None
 
 
-def _prefix_before(found: dict[str, Any], run: RunConfig) -> str | None:
+def _prefix_before(found: Record, run: RunConfig) -> str | None:
     """The prefix of a finished record from before `evaluate.prefix`, where today's is another.
 
     Documents followed EOS then, of whatever model; today they follow BOS where the tokenizer says
@@ -35,7 +36,7 @@ def _prefix_before(found: dict[str, Any], run: RunConfig) -> str | None:
     return None if prefix.find(tokenizer).name == "eos" else "eos"
 
 
-def difference(found: dict[str, Any], run: RunConfig) -> str:
+def difference(found: Record, run: RunConfig) -> str:
     """The keys in which a recorded configuration differs from `run`, with both values."""
     before = run_record.get(found, "run.contents") or {}
     old = _flat(found.get("config") or {})

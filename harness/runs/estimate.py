@@ -168,7 +168,7 @@ def _followed(
                 if stepped:
                     stepped(0)
                 optimizer.zero_grad()
-            micro, length = run.train.micro_batch, run.data.context
+            micro, length = run.train.micro_batch, run.data.context_length
             count = run.train.batch_tokens // (micro * length)
             # With two micro-batches the second finds gradients there, as all further ones do.
             followed = min(count, 2)

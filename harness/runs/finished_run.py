@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import transformers
 from accelerate.utils import set_seed
@@ -22,6 +21,7 @@ from harness.config.run_config import RunConfig
 from harness.methods.svd import CACHE_ENV
 from harness.models import linear, model_files, pretrained, weights
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.runs import composition
 from harness.system import contents, network
 
@@ -34,7 +34,7 @@ class Saved:
 
     run_dir: Path
     run: RunConfig  # with the base's folders as they are found now
-    record: dict[str, Any]  # result.json
+    record: Record  # result.json
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -126,7 +126,7 @@ def load(run_dir: Path) -> Saved:
     return found
 
 
-def finished(run_dir: Path) -> dict[str, Any]:
+def finished(run_dir: Path) -> Record:
     """The result of a finished run.
 
     Raises:
@@ -173,7 +173,7 @@ def _runs(folder: Path, name: str) -> str:
     return f"finished runs in {folder}: {nearest(name, there)}"
 
 
-def _started(run_dir: Path, record: dict[str, Any]) -> Path:
+def _started(run_dir: Path, record: Record) -> Path:
     """The folder where the run was started, to which its paths are relative."""
     settings = record["config"]
     inside = Path(settings["outputs_dir"], settings["experiment_name"], record["run"]["name"])

@@ -95,7 +95,7 @@ def gemm_rate(run: RunConfig, width: int, precision: str, seconds: float = 2.0) 
     """FLOPs a second of this machine's matrix products, in the shape of the run's MLP: a median."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    tokens = run.train.micro_batch * run.data.context
+    tokens = run.train.micro_batch * run.data.context_length
     x = torch.randn(tokens, width, dtype=dtype, device=device)
     w = torch.randn(width, 4 * width, dtype=dtype, device=device)
     rates: list[float] = []

@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import naming, unused_keys
+from harness.config import naming, renamed, unused_keys
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.results import run_record
@@ -64,8 +64,8 @@ class GridSweeper(Sweeper):
             raise ConfigError(
                 f"hydra.sweeper.max_batch_size={max_batch_size}: a sweep is one batch; set null"
             )
-        self.params = [f"{key}={value}" for key, value in (params or {}).items()]
-        self.grids = list(grids)
+        self.params = [f"{key}={value}" for key, value in renamed.in_grid(params or {}).items()]
+        self.grids = [renamed.in_grid(grid) for grid in grids]
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None

@@ -216,7 +216,7 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     left = [f"{one.status}: {one.name} ({one})" for one in missing.find(found)]
     if not found.rows and not left:
         raise ConfigError(f"{folder}: no run; outputs/<experiment_name> has an experiment")
-    notes = [f"no intervals, ranks or comparisons {reason}" for reason in found.refused] + left
+    notes = [f"no intervals, places or comparisons {reason}" for reason in found.refused] + left
     test = found.found.get("test")
     if test is not None:
         notes = [*evidence.scope(test), *notes]

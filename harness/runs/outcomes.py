@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from harness.results import numbers, run_record
+from harness.results.record_types import Record
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Outcome:
 OUTCOMES: list[Outcome] = []  # of the one run, or of the sweep
 
 
-def of_record(run_dir: Path, record: dict[str, Any]) -> Outcome:
+def of_record(run_dir: Path, record: Record) -> Outcome:
     """What a run's result.json says became of it."""
     failure = record.get("failure") or {}
     message = (failure.get("message") or "").splitlines()

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.config import unused_keys
+from harness.config import renamed, unused_keys
 from harness.config.errors import ConfigError
 from harness.config.paths import CONF_DIR
 from harness.config.run_config import RunConfig
@@ -43,7 +43,7 @@ def compose(*overrides: str) -> list[RunConfig]:
                 f"overrides are texts, as in compose('method=lora', 'method.r=8'), and not {text!r}"
             )
     try:
-        return _compose(list(overrides))
+        return _compose(renamed.in_overrides(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(mistakes.explain(error)) from error
 
@@ -58,8 +58,8 @@ def _compose(overrides: list[str]) -> list[RunConfig]:
         master = load([text for text in overrides if not is_sweep(text)])
         grids: Any = OmegaConf.select(master, "hydra.sweeper.grids") or []
         seeds: Any = OmegaConf.select(master, "hydra.sweeper.params") or {}
-        params = [f"{key}={value}" for key, value in seeds.items()]
-        jobs = combinations(grids, params, overrides, loader)
+        params = [f"{key}={value}" for key, value in renamed.in_grid(seeds).items()]
+        jobs = combinations([renamed.in_grid(grid) for grid in grids], params, overrides, loader)
         jobs, without = unused_keys.left_out(jobs, load)
         if without:
             print(without, file=sys.stderr)

@@ -20,10 +20,10 @@ from harness.system.atomic import write_atomically
 
 # What moves no byte: rates, seeds, the text itself. Sweeps over these ask for one prediction.
 _NO_MATTER = {
-    "train": ("lr", "lr_from", "rates", "schedule", "warmup", "final_lr", "beta1", "beta2", "eps",
-              "weight_decay", "steps", "threads", "on_oom", "checkpoint_every", "epochs",
+    "train": ("lr", "lr_from", "rates", "schedule", "warmup", "min_lr_ratio", "beta1", "beta2",
+              "eps", "weight_decay", "steps", "threads", "on_oom", "checkpoint_interval", "epochs",
               "max_seconds", "max_flops", "early_stopping", "groups", "cooldown"),
-    "evaluate": ("stride", "every"),
+    "evaluate": ("stride", "interval"),
     "method": ("label",),
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ def recorded(
         values[section] = {k: v for k, v in fields.items() if k not in names}
     values["steps"] = min(run.train.steps, 2)  # none, the first alone, or one after it
     values["evaluated"] = evaluated or full_batch(run, model_config)
-    values["blocks"] = [run.data.context, run.data.source == "pairs" and run.data.packing]
+    values["blocks"] = [run.data.context_length, run.data.source == "pairs" and run.data.packing]
     values["on"] = [str(accelerator.device), accelerator.num_processes, environment.versions()]
     values["sharded"] = run.launch.sharded
     digest = hashlib.sha256(repr(values).encode())

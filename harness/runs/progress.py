@@ -21,6 +21,7 @@ from rich.text import Text
 from harness.config import naming
 from harness.config.run_config import RunConfig
 from harness.results import numbers, run_record
+from harness.results.record_types import Record
 from harness.system import lock
 
 ENDED = ("finished", "failed", "interrupted", "paused")
@@ -34,7 +35,7 @@ class _Seen:
     run: RunConfig
     modified: float = 0.0  # of result.json
     status: str = "waiting"
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=lambda: Record())
     before: str = ""  # the status when the sweep began, if the run had ended then
     said: bool = False  # whether its end has been told; another attempt has an end of its own
 

@@ -7,7 +7,6 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -15,6 +14,7 @@ from harness.config import run_config
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.runs.decision import Found
 from harness.runs.differences import is_same
 from harness.runs.outcomes import Outcome
@@ -31,7 +31,7 @@ def _of_a_further_rank(path: Path) -> bool:
     return by_hand and path.name.startswith(run_record.RANK_LOG)
 
 
-def found(run: RunConfig, record: dict[str, Any] | None) -> Found:
+def found(run: RunConfig, record: Record | None) -> Found:
     """What the run's directory holds; `record` is its result.json."""
     run_dir = run.run_dir
     if record is None:

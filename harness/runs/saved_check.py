@@ -80,7 +80,7 @@ def difference(run: Saved, model: nn.Module) -> tuple[float, float] | None:
         nll, count = sliding_window.document_nll(
             NextToken(model),
             Dataset(table.replace_schema_metadata(None)),
-            context=evaluation["context"],
+            context=evaluation["context_length"],
             stride=evaluation["stride"],
             bos=bos,
             batch_tokens=run.run.evaluate.batch_tokens or 2 * MOST,

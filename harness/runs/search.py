@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from harness.config import naming, search_space, unused_keys
+from harness.config import naming, renamed, search_space, unused_keys
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.config.search_space import Space
@@ -63,7 +63,7 @@ class SearchSweeper(GridSweeper):
         file: str | None = None,
     ) -> None:
         super().__init__(max_batch_size, None, grids)
-        self.space = dict(params or {})
+        self.space = renamed.in_grid(params or {})
         self.rates = None if points is None else rate_grids.Rates(points, factor, most)
         limits = tuple(search_limits.read(str(text)) for text in constraints or ())
         self.settings = Settings(

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.config import renamed
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.runs import mistakes
@@ -43,7 +44,7 @@ def plan(overrides: Sequence[str]) -> Planned | None:
         ConfigError: a space, a key or a setting that cannot be.
     """
     try:
-        return _plan(list(overrides))
+        return _plan(renamed.in_overrides(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__  # what a sweeper said of its own settings
         if isinstance(cause, ConfigError):

@@ -19,6 +19,7 @@ from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.report import lr_table
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.runs.search_settings import AUTO
 from harness.runs.search_state import Search
 from harness.runs.study import Candidate
@@ -76,7 +77,7 @@ def name_of(file: str, setting: dict[str, Any]) -> str:
 
 def tuned_rates(
     searches: Sequence[Search],
-) -> tuple[list[rates.Tuned], list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[rates.Tuned], list[dict[str, Any]], list[Record]]:
     """Rates of every configuration that has enough of them and a best; their settings, records."""
     grids: dict[tuple[Any, ...], tuple[RunConfig, dict[float, float | None]]] = {}
     stopped: dict[tuple[Any, ...], dict[float, dict[int, float]]] = {}
@@ -122,7 +123,7 @@ def setting_of(run: RunConfig) -> dict[str, Any]:
     return rates.setting_of(run.model, run.data, vars(run.train)) | {"seed": run.seed}
 
 
-def made_by(records: Iterable[dict[str, Any]]) -> str:
+def made_by(records: Iterable[Record]) -> str:
     """Return the commits and the hardware of runs, and today's date, in words."""
     found = list(records)
     said = []

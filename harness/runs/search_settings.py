@@ -204,20 +204,20 @@ def hyperband_size(rungs: int, later: int, eta: int) -> int:
 def rungs_of(settings: Settings, run: RunConfig) -> tuple[int, ...]:
     """The rungs of a search of runs like `run`, with its last step.
 
-    Of `auto` each is 1/eta of the next, as a multiple of evaluate.every, as far as there is one.
+    Of `auto` each is 1/eta of the next, as a multiple of evaluate.interval, as far as there is one.
 
     Raises:
         ConfigError: a rung where validation is not read, or after the end; or there is no rung.
     """
-    steps, every = run.train.steps, run.evaluate.every
+    steps, every = run.train.steps, run.evaluate.interval
     if settings.rungs == AUTO:
         found, exact = [steps], float(steps)
         while (exact := exact / settings.eta) >= every:
             found.insert(0, int(exact + 1e-9) // every * every)
         if len(found) == 1:
             raise ConfigError(
-                f"{KEY}.rungs=auto: validation is read every evaluate.every={every} steps, and "
-                f"train.steps={steps} / eta={settings.eta} is before that: set evaluate.every="
+                f"{KEY}.rungs=auto: validation is read every evaluate.interval={every} steps, and "
+                f"train.steps={steps} / eta={settings.eta} is before that: set evaluate.interval="
                 f"{max(1, steps // settings.eta**2)}"
             )
         return tuple(found)
@@ -230,8 +230,8 @@ def rungs_of(settings: Settings, run: RunConfig) -> tuple[int, ...]:
             )
         if rung % every:
             raise ConfigError(
-                f"{KEY}.rungs={list(rungs)}: validation is read every evaluate.every={every} "
-                f"steps, and not after step {rung}: make it a multiple, or set evaluate.every"
+                f"{KEY}.rungs={list(rungs)}: validation is read every evaluate.interval={every} "
+                f"steps, and not after step {rung}: make it a multiple, or set evaluate.interval"
             )
     return (*rungs, steps)
 

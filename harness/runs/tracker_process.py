@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.runs import trackers
 from harness.system import atomic
 
@@ -142,7 +143,7 @@ class Follower:
             values["eval/validation/perplexity"] = math.exp(min(nll, 700))
         one.tracker.log(values, row["tokens"])
 
-    def _end(self, one: Followed, record: dict[str, Any]) -> None:
+    def _end(self, one: Followed, record: Record) -> None:
         one.tracker.end(one.run_dir, record)
         one.ended, one.tracker = record["status"], None
 

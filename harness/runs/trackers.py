@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.evaluation import text_metrics
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.results.run_record import flat
 
 # Trackers that know one run a process: another is started when it has ended. Accelerate's trackers
@@ -25,7 +26,7 @@ OF_A_RUN = ("method", "model", "data", "train", "targets", "seed")  # settings f
 class Adapter:
     """Accelerate's tracker for one run; `one` is what is kept of it (`follow.Followed`)."""
 
-    def __init__(self, name: str, spec: dict[str, Any], record: dict[str, Any], one: Any) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], record: Record, one: Any) -> None:
         from accelerate import PartialState  # imports torch: here, at idle priority
 
         PartialState(cpu=True)  # which Accelerate's logging asks for
@@ -42,7 +43,7 @@ class Adapter:
         else:
             self.inner.log({k: v for k, v in values.items() if "/" in k}, step=tokens)
 
-    def end(self, run_dir: Path, record: dict[str, Any]) -> None:
+    def end(self, run_dir: Path, record: Record) -> None:
         """Send the summary and the adapter, and end the tracker's run."""
         values = summary(record)
         if self.name == "wandb":
@@ -64,7 +65,7 @@ class Adapter:
         """Close a run that has not ended; a later sweep goes on with it where the tracker can."""
         self.inner.finish()
 
-    def _end_wandb(self, run_dir: Path, record: dict[str, Any], values: dict[str, float]) -> None:
+    def _end_wandb(self, run_dir: Path, record: Record, values: dict[str, float]) -> None:
         run = self.inner.tracker
         run.summary.update(values | {"status": record["status"]})
         if self.options["adapters"] and (run_dir / "adapter").is_dir():
@@ -84,7 +85,7 @@ class Adapter:
 # ------------------------------------------------------------------------------- one start a name
 
 
-def _wandb(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _wandb(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     import wandb
     from accelerate import tracking
 
@@ -101,7 +102,7 @@ def _wandb(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any
     return inner
 
 
-def _tensorboard(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _tensorboard(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     folder = Path(spec["folder"]) / "tensorboard"
@@ -111,7 +112,7 @@ def _tensorboard(spec: dict[str, Any], record: dict[str, Any], one: Any, setting
     return inner
 
 
-def _trackio(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _trackio(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     from accelerate import tracking
     from trackio import context_vars
 
@@ -125,7 +126,7 @@ def _trackio(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: A
     return inner
 
 
-def _mlflow(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _mlflow(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     import mlflow
     from accelerate import tracking
 
@@ -154,7 +155,7 @@ def mlflow_uri(spec: dict[str, Any]) -> str:
     return str(spec["options"].get("uri") or os.environ.get("MLFLOW_TRACKING_URI") or own)
 
 
-def _comet_ml(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _comet_ml(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.CometMLTracker(spec["options"]["project"], **spec["options"]["init"])
@@ -165,7 +166,7 @@ def _comet_ml(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: 
     return inner
 
 
-def _clearml(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _clearml(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.ClearMLTracker(
@@ -178,7 +179,7 @@ def _clearml(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: A
     return inner
 
 
-def _aim(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _aim(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.AimTracker(
@@ -191,7 +192,7 @@ def _aim(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) 
     return inner
 
 
-def _swanlab(spec: dict[str, Any], record: dict[str, Any], one: Any, settings: Any) -> Any:
+def _swanlab(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.SwanLabTracker(
@@ -231,7 +232,7 @@ def where(name: str, spec: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------ what is told
 
 
-def write_hparams(writer: Any, record: dict[str, Any], values: dict[str, float]) -> None:
+def write_hparams(writer: Any, record: Record, values: dict[str, float]) -> None:
     """TensorBoard's HParams: a run's settings beside its numbers, in the run's own events."""
     from torch.utils.tensorboard.summary import hparams
 
@@ -244,11 +245,11 @@ def write_hparams(writer: Any, record: dict[str, Any], values: dict[str, float])
     writer.flush()
 
 
-def _tags(record: dict[str, Any]) -> list[str]:
+def _tags(record: Record) -> list[str]:
     return [record["model"]["name"], record["data"]["name"]]
 
 
-def summary(record: dict[str, Any]) -> dict[str, float]:
+def summary(record: Record) -> dict[str, float]:
     """A result's numbers under plain names."""
     paths = {
         "parameters/trainable": "parameters.trainable",
@@ -271,7 +272,7 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
             found[f"{text}/perplexity_{when}"] = value["perplexity"]
     memory = record.get("memory") or {}
     categories = memory.get("by_category") or {}
-    sizes = {"memory/peak_gib": memory.get("peak_bytes")}
+    sizes: dict[str, Any] = {"memory/peak_gib": memory.get("peak_bytes")}
     sizes |= {f"memory/{name}_gib": size for name, size in categories.items()}
     found |= {name: size / 2**30 for name, size in sizes.items() if size is not None}
     return {name: value for name, value in found.items() if value is not None}

@@ -60,7 +60,9 @@ def _refuse_unread(data: DataConfig, where: str) -> None:
 def validate_data(run: RunConfig) -> None:
     """Check the text that is trained on: its source, its files and its shares."""
     data, ev = run.data, run.evaluate
-    require(data.context >= 2, "data.context", data.context, "at least 2 tokens")
+    require(
+        data.context_length >= 2, "data.context_length", data.context_length, "at least 2 tokens"
+    )
     also = {f"evaluate.also.{name}": text for name, text in ev.also.items()}
     for where, text in {"data": data, **also}.items():
         _validate_split(text, where)
@@ -178,7 +180,7 @@ def validate_evaluation(run: RunConfig) -> None:
             f"evaluate.test_tokens={ev.test_tokens} with evaluate.{other}, which reads the test "
             "set as a whole: leave one of them out"
         )
-    require(ev.every > 0, "evaluate.every", ev.every, "1 or more optimizer steps")
+    require(ev.interval > 0, "evaluate.interval", ev.interval, "1 or more optimizer steps")
     require(
         ev.batch_tokens is None or ev.batch_tokens > 0,
         "evaluate.batch_tokens",
@@ -186,7 +188,7 @@ def validate_evaluation(run: RunConfig) -> None:
         "1 or more tokens, or null",
     )
     context = run.evaluation_context
-    require(context >= 1, "evaluate.context", context, "1 or more tokens")
+    require(context >= 1, "evaluate.context_length", context, "1 or more tokens")
     stride = context if ev.stride is None else ev.stride
     require(1 <= stride <= context, "evaluate.stride", stride, f"1 to the context of {context}")
 

@@ -160,7 +160,12 @@ def _validate_train(run: RunConfig) -> None:
             f"train.cooldown={train.cooldown:g} with train.schedule={train.schedule}: only wsd has "
             "a cool-down; set train.schedule=wsd"
         )
-    require(0 <= train.final_lr <= 1, "train.final_lr", train.final_lr, "a share of lr in [0, 1]")
+    require(
+        0 <= train.min_lr_ratio <= 1,
+        "train.min_lr_ratio",
+        train.min_lr_ratio,
+        "a share of lr in [0, 1]",
+    )
     require(
         0 <= train.label_smoothing < 1,
         "train.label_smoothing",
@@ -169,7 +174,10 @@ def _validate_train(run: RunConfig) -> None:
     )
     require(train.weight_decay >= 0, "train.weight_decay", train.weight_decay, "0 or more")
     require(
-        train.clip is None or train.clip > 0, "train.clip", train.clip, "a norm above 0, or null"
+        train.max_grad_norm is None or train.max_grad_norm > 0,
+        "train.max_grad_norm",
+        train.max_grad_norm,
+        "a norm above 0, or null",
     )
     alpha = train.neftune_alpha
     fine = alpha is None or 0 < alpha < math.inf
@@ -177,14 +185,14 @@ def _validate_train(run: RunConfig) -> None:
     fine = train.ema is None or 0 <= train.ema < 1
     require(fine, "train.ema", train.ema, "a decay in [0, 1), or null")
     require(train.threads is None or train.threads > 0, "train.threads", train.threads, "1 or more")
-    every = train.checkpoint_every
-    require(every is None or every > 0, "train.checkpoint_every", every, "1 or more, or null")
+    every = train.checkpoint_interval
+    require(every is None or every > 0, "train.checkpoint_interval", every, "1 or more, or null")
 
 
 def _validate_batch(run: RunConfig) -> None:
     """An optimizer step is a whole number of micro-batches."""
     train, data = run.train, run.data
-    chunk = train.micro_batch * data.context
+    chunk = train.micro_batch * data.context_length
     if train.batch_tokens % chunk:
         model_shapes.check_context(run)  # or the advice below leads to what cannot run
         options = sorted(
@@ -195,7 +203,7 @@ def _validate_batch(run: RunConfig) -> None:
         )
         raise ConfigError(
             f"train.batch_tokens={train.batch_tokens} is not a multiple of train.micro_batch x "
-            f"data.context = {train.micro_batch} x {data.context} = {chunk}: "
+            f"data.context_length = {train.micro_batch} x {data.context_length} = {chunk}: "
             f"try {' or '.join(map(str, options))}"
         )
 
@@ -251,7 +259,7 @@ def _validate_launch(run: RunConfig) -> None:
         )
     if launch.sharded:
         _validate_sharded(run)
-    blocks = run.train.batch_tokens // run.data.context
+    blocks = run.train.batch_tokens // run.data.context_length
     step = run.train.micro_batch * ranks
     if ranks > 1 and blocks % step:
         fits = [n for n in range(1, run.train.micro_batch + 1) if blocks % (n * ranks) == 0]
@@ -264,15 +272,15 @@ def _validate_launch(run: RunConfig) -> None:
 
 def _validate_pause(run: RunConfig) -> None:
     """A pause is where validation is read anyway, or else the run would be another one."""
-    at, every = run.launch.pause_at, run.evaluate.every
+    at, every = run.launch.pause_at, run.evaluate.interval
     if at is None or (at >= run.train.steps and run.train.epochs is None):
         return  # it finishes
     require(at > 0, "launch.pause_at", at, "1 or more optimizer steps, or null")
     if every > 0 and at % every:
         near = [step for step in (at // every * every, -(-at // every) * every) if step]
         raise ConfigError(
-            f"launch.pause_at={at} is not a multiple of evaluate.every={every}, and a run pauses "
-            f"where validation is read: try {' or '.join(map(str, near))}"
+            f"launch.pause_at={at} is not a multiple of evaluate.interval={every}, and a run "
+            f"pauses where validation is read: try {' or '.join(map(str, near))}"
         )
 
 

@@ -17,11 +17,12 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from harness.config.errors import ConfigError
 from harness.config.run_config import RunConfig
 from harness.results import run_record
+from harness.results.record_types import Record
 from harness.runs import composition, saved_check, saved_costs
 from harness.runs.failures import failure_class
 from harness.runs.finished_run import Saved
@@ -130,7 +131,7 @@ def _measure_costs(
     measured["failure"] = saved_costs.UNMEASURED  # of a kill, which leaves no time to say so
     with suppress(OSError):
         run_record.write(run_dir, result)
-    found = saved_costs.measure(Saved(run_dir, run, result))
+    found = saved_costs.measure(Saved(run_dir, run, cast(Record, result)))
     del measured["failure"]
     measured |= found
     if so_far:  # the most at any time of the run, and of this
@@ -145,7 +146,7 @@ def _confirm_saved(run: RunConfig | None, run_dir: Path, result: dict[str, Any])
     """Load what was saved and note in the result, which stands, whether it is the same model."""
     if run is None or not result.get("saved"):
         return
-    result["saved_check"] = saved_check.check(Saved(run_dir, run, result))
+    result["saved_check"] = saved_check.check(Saved(run_dir, run, cast(Record, result)))
     if failure := result["saved_check"]["failure"]:
         print(f"warning: {failure}", file=sys.stderr)
     with suppress(OSError):

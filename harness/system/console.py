@@ -1,4 +1,4 @@
-"""How every command ends: its exit status, and what it says of an error."""
+"""What every command has of the terminal: its exit status, its errors, and what it is doing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 from harness.config.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def reason(error: OSError) -> str:
@@ -53,6 +56,25 @@ def command(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
         return ended(lambda: main(arguments))
 
     return wrapped
+
+
+def tracked(items: Sequence[T], what: str) -> Iterable[T]:
+    """Yield the items with a bar on standard error, where that is a terminal; it vanishes after."""
+    from rich.console import Console  # rich takes a while to import
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Say on standard error what is being done, where that is a terminal, until it is done."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"{what} …") if console.is_terminal else nullcontext():
+        yield
 
 
 @contextmanager

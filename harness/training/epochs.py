@@ -24,4 +24,4 @@ def steps_of_epochs(run: RunConfig) -> int:
     tokenizer = pretrained.load_tokenizer(run.model, pretrained.load_config(run.model))
     begins = prefix.find(tokenizer, run.evaluate.prefix).begins
     blocks = token_data.prepare(run.data, tokenizer, test=False, begins=begins).num_blocks
-    return max(1, math.ceil(epochs * blocks * run.data.context / run.train.batch_tokens))
+    return max(1, math.ceil(epochs * blocks * run.data.context_length / run.train.batch_tokens))

@@ -78,7 +78,7 @@ class State:
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up to `lr`, then the schedule down to
-    `final_lr` x `lr` at the last step.
+    `min_lr_ratio` x `lr` at the last step.
 
     Of wsd (warm-up, stable, decay; Hu et al., arXiv 2404.06395) the last `cooldown` of the steps
     fall linearly, and those before them are at `lr`."""
@@ -90,15 +90,15 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     if cfg.schedule == "wsd":
         falling = round(cfg.cooldown * cfg.steps)
         fallen = max(0, step - (cfg.steps - 1 - falling)) / max(1, falling)
-        return cfg.lr * (1 - (1 - cfg.final_lr) * fallen)
+        return cfg.lr * (1 - (1 - cfg.min_lr_ratio) * fallen)
     progress = (step - warmup) / max(1, cfg.steps - 1 - warmup)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
-    return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * shape)
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
 
 
 def blocks_per_rank(run: RunConfig, world: int) -> int:
     """Blocks of one optimizer step on one rank; the global batch does not depend on `world`."""
-    blocks = run.train.batch_tokens // run.data.context
+    blocks = run.train.batch_tokens // run.data.context_length
     if blocks % (run.train.micro_batch * world):
         raise ConfigError(
             f"train.batch_tokens={run.train.batch_tokens} is {blocks} blocks, which do not divide "
@@ -148,7 +148,7 @@ def apply(
 ) -> torch.Tensor:
     """Clip the gradients, step, call `stepped`, free them; returns the norm before clipping."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    norm = accelerator.clip_grad_norm_(trainable, cfg.clip or math.inf)
+    norm = accelerator.clip_grad_norm_(trainable, cfg.max_grad_norm or math.inf)
     assert norm is not None
     norm = sharding.full_tensor(norm)
     optimizer.step()
@@ -259,7 +259,7 @@ def train(
     model = accelerator.unwrap_model(training.prepared).model
     training.prepared.train()
     optimizers.start(optimizer)
-    every = cfg.checkpoint_every or run.evaluate.every
+    every = cfg.checkpoint_interval or run.evaluate.interval
     saved = state.step  # the step of the last checkpoint
     bar = tqdm(
         total=steps,
@@ -272,7 +272,7 @@ def train(
     with stop.deferred(), bar:
         while True:
             ended = state.step == steps or state.ended_by is not None
-            due = state.step % run.evaluate.every == 0 or ended
+            due = state.step % run.evaluate.interval == 0 or ended
             if due and state.validated < state.step:
                 try:  # ranks must all do the same: they read validation to its end
                     averaged = average.in_model() if average else nullcontext()

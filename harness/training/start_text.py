@@ -32,7 +32,7 @@ def start_text_of(
     if wanted > text.num_blocks:
         raise ConfigError(
             f"method.start_sequences={wanted}: the training text has {text.num_blocks} sequences "
-            f"of data.context={run.data.context}; expected {text.num_blocks} or fewer"
+            f"of data.context_length={run.data.context_length}; expected {text.num_blocks} or fewer"
         )
     order = text.order(run.seed, 0, wanted)
     batches = [

@@ -97,7 +97,7 @@ def setting(name, model):
 def _base(model, targets):
     (run,) = compose(
         "method=peft", "method.peft_type=IA3", f"targets={targets}", "model.asset=null",
-        f"+model.architecture={MODELS[model]}", "data.context=16", "train.micro_batch=2",
+        f"+model.architecture={MODELS[model]}", "data.context_length=16", "train.micro_batch=2",
         "train.batch_tokens=32", "evaluate.batch_tokens=32",
     )  # fmt: skip
     return run, pretrained.load_config(run.model)

@@ -28,8 +28,9 @@ MODULES = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 ASKED = (
     "method=adalora", "targets=all", "method.target_r=4", "method.init_r=6", "method.alpha=12",
     f"method.tinit={TINIT}", f"method.tfinal={TFINAL}", "method.deltaT=2",
-    f"train.steps={STEPS}", "data.context=16", "train.batch_tokens=64", "train.micro_batch=2",
-    "train.lr=0.05", "train.clip=0.5", "evaluate.every=5",
+    f"train.steps={STEPS}", "data.context_length=16", "train.batch_tokens=64",
+    "train.micro_batch=2",
+    "train.lr=0.05", "train.max_grad_norm=0.5", "evaluate.interval=5",
 )  # fmt: skip
 
 
@@ -218,8 +219,8 @@ def test_what_it_cannot_do_is_refused_by_name(tiny, make_run, overrides, message
 
 RUN = [
     "method=adalora", "targets=all", "method.target_r=2", "method.tinit=2", "method.tfinal=6",
-    "train.steps=16", "evaluate.every=4", "train.lr=0.02", "train.warmup=0", "train.threads=1",
-    "data.validation_share=0.003", "data.test_share=0.003", "data.context=32",
+    "train.steps=16", "evaluate.interval=4", "train.lr=0.02", "train.warmup=0", "train.threads=1",
+    "data.validation_share=0.003", "data.test_share=0.003", "data.context_length=32",
     "train.batch_tokens=128", "train.micro_batch=2", "data.document_chars=500",
 ]  # fmt: skip
 

@@ -39,7 +39,7 @@ FILES = sorted(
 
 def composed(*overrides):
     prompts = any("tuning" in text.lower() and "ln_" not in text.lower() for text in overrides)
-    short = ["data.context=128"] if prompts else []
+    short = ["data.context_length=128"] if prompts else []
     (run,) = compose(*overrides, *short)
     return run
 

@@ -29,7 +29,7 @@ IDS = torch.arange(1, 21).view(2, 10)
 INITS = ("eva", "corda", "lora_ga")
 ASKED = (
     "targets=all", "method.r=4", "method.start_sequences=12", "train.micro_batch=4",
-    "data.context=16", "train.batch_tokens=64",
+    "data.context_length=16", "train.batch_tokens=64",
 )  # fmt: skip
 
 
@@ -314,9 +314,11 @@ def test_a_pattern_that_does_nothing_is_refused(tiny, make_run, override, messag
 # --------------------------------------------------------------------------- whole runs
 
 RUN = [
-    "targets=all", "method.r=2", "method.start_sequences=16", "train.steps=6", "evaluate.every=2",
+    "targets=all", "method.r=2", "method.start_sequences=16", "train.steps=6",
+    "evaluate.interval=2",
     "train.lr=0.005", "train.warmup=0", "train.threads=1", "data.validation_share=0.003",
-    "data.test_share=0.003", "data.context=32", "train.batch_tokens=128", "train.micro_batch=4",
+    "data.test_share=0.003", "data.context_length=32", "train.batch_tokens=128",
+    "train.micro_batch=4",
     "data.document_chars=500",
 ]  # fmt: skip
 

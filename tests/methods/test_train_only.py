@@ -88,7 +88,7 @@ def test_steps_equal_a_plain_loop_that_freezes_the_rest(tiny, make_run, text, tm
     start = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     run = config(
         make_run, "method=full", f"method.train_only=[{entries}]", "train.steps=10",
-        "evaluate.every=10", "train.weight_decay=0.1",
+        "evaluate.interval=10", "train.weight_decay=0.1",
     )  # fmt: skip
     model = adapt(tiny, run)
     losses = losses_of(run_loop(model, text, run, tmp_path)[1])
@@ -193,7 +193,7 @@ def test_the_name_of_a_recorded_run_stays(make_run):
     with (REPOSITORY / "experiments" / "main_seeds" / "results.csv").open() as stream:
         recorded = {n for row in csv.DictReader(stream) for n in row["runs"].split()}
     run = make_run(
-        "method=full", "train.steps=80", "train.lr=2e-3", "evaluate.every=10",
+        "method=full", "train.steps=80", "train.lr=2e-3", "evaluate.interval=10",
         "evaluate.also=[docstrings_held_out]",
     )  # fmt: skip
     assert naming.run_name(run) in recorded

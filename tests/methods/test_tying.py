@@ -80,7 +80,11 @@ def test_counts_merging_and_saving(base, case, make_run, tokenizer, tmp_path):
     first = "wte" if kind == "gpt2" else "embed_tokens"
     overrides = [text.replace("FIRST", first) for text in overrides]
     run = make_run(
-        "model=local", f"model.path={folder}", "data.context=32", "save_merged=always", *overrides
+        "model=local",
+        f"model.path={folder}",
+        "data.context_length=32",
+        "save_merged=always",
+        *overrides,
     )
     plain = pretrained.load_model(run, pretrained.load_config(run.model))
     total = model_size.count_parameters(plain).total
@@ -128,7 +132,7 @@ def test_pefts_own_merge_moves_the_tied_head_too(base, make_run):
     """What `merged` is for: without it the logits change."""
     _, folder = base
     run = make_run(
-        "model=local", f"model.path={folder}", "data.context=32", *LORA, "targets=embeddings"
+        "model=local", f"model.path={folder}", "data.context_length=32", *LORA, "targets=embeddings"
     )
     different = []
     for merge in (lambda model: model.merge_and_unload(), merged):
@@ -162,7 +166,9 @@ def test_pefts_own_merge_moves_the_tied_head_too(base, make_run):
 def test_tying_that_peft_does_not_do_is_refused(base, overrides, message, make_run):
     _, folder = base
     tie = "+method.fields.ensure_weight_tying=true"
-    run = make_run("model=local", f"model.path={folder}", "data.context=32", *LORA, tie, *overrides)
+    run = make_run(
+        "model=local", f"model.path={folder}", "data.context_length=32", *LORA, tie, *overrides
+    )
     with pytest.raises(ConfigError, match=message):
         adapt(pretrained.load_model(run, pretrained.load_config(run.model)), run)
 
@@ -170,6 +176,6 @@ def test_tying_that_peft_does_not_do_is_refused(base, overrides, message, make_r
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(make_run, tmp_path, tokenizer):
     AutoModelForCausalLM.from_config(BASES["gpt2"]).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    run = make_run("model=local", f"model.path={tmp_path}", "data.context=32")
+    run = make_run("model=local", f"model.path={tmp_path}", "data.context_length=32")
     with pytest.raises(ConfigError, match=r"has 4096 ids, more than the model's vocabulary of 80"):
         pretrained.load_tokenizer(run.model, pretrained.load_config(run.model))

@@ -57,7 +57,7 @@ def make(folder: Path, number: int) -> int:
         nonlocal made
         for seed in range(SEEDS):
             run_dir = put(folder, f"{name}-s{seed}", seed=seed, curve=curve, **fields)
-            record = run_record.read(run_dir) or {}
+            record: dict[str, Any] = dict(run_record.read(run_dir) or {})
             record["method"]["targets"] = targets
             record["config"]["targets"] = {"name": targets}
             sizes = {c: (i + 1) * 2**22 for i, c in enumerate(CATEGORIES)}

@@ -33,7 +33,7 @@ from harness.runs.worker_process import ALLOCATOR
 HERE = Path(__file__).resolve().parent
 RUNS = 12
 SHORT = [
-    "method=lora", "train.steps=4", "evaluate.every=4", "data.validation_share=0.005",
+    "method=lora", "train.steps=4", "evaluate.interval=4", "data.validation_share=0.005",
     "data.test_share=0.005",
 ]  # fmt: skip
 

@@ -78,7 +78,7 @@ def overrides(shape: str, method: str, precision: str, device: str) -> list[str]
     found = [
         "model=gpt2_mini_init", f"model.name={shape}", f"model.architecture.vocab_size={vocab}",
         *(f"model.architecture.{key}={value}" for key, value in sizes.items()),
-        f"data.context={tokens}", f"train.micro_batch={blocks}",
+        f"data.context_length={tokens}", f"train.micro_batch={blocks}",
         f"train.batch_tokens={blocks * tokens}", f"method={method}",
         f"train.lr={LR}", "train.schedule=constant", "train.warmup=0",
         f"train.precision={precision.partition('-')[0]}",

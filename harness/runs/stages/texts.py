@@ -62,7 +62,7 @@ def _record(
     result, own = setup.result, texts.own
     result["data"] |= {"num_documents": own.num_documents, "num_blocks": own.num_blocks}
     result["evaluation"] = {
-        "context": setup.run.evaluation_context,
+        "context_length": setup.run.evaluation_context,
         "stride": setup.stride,
         "prefix": setup.prefix.recorded(),
         "tokenizer": own.tokenizer,

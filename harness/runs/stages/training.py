@@ -145,7 +145,7 @@ def _record(setup: Setup, run: RunConfig, texts: Texts, standing: RunState) -> N
     result["run"]["resumed_at"] = state.resumed_at
     capped = "max_flops" if run.train.steps < setup.run.train.steps else "steps"
     result["run"]["ended_by"] = state.ended_by or capped
-    step_blocks = run.train.batch_tokens // run.data.context
+    step_blocks = run.train.batch_tokens // run.data.context_length
     result["train"] = {
         "epochs": texts.own.epochs(state.step * step_blocks),
         "micro_batch_asked": run.train.micro_batch,

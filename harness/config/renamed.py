@@ -1,0 +1,125 @@
+"""Configuration keys that have another name now; the old names keep working.
+
+Configurations of older runs have the old names, and so have the identities of all runs: a run
+keeps the identity that it had before its keys were renamed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from harness.config import schema
+from harness.config.errors import ConfigError
+
+# Section -> old name -> what to write now.
+RENAMED = {
+    "data": {"context": "context_length"},
+    "train": {
+        "final_lr": "min_lr_ratio", "clip": "max_grad_norm",
+        "checkpoint_every": "checkpoint_interval",
+    },
+    "evaluate": {"context": "context_length", "every": "interval"},
+}  # fmt: skip
+TEXTS = {("evaluate", "also"), ("data", "parts")}  # mappings of names to texts, as data has them
+_told: set[str] = set()
+
+
+def new_key(key: str) -> str:
+    """Return the name that a dotted key has now; most have the same."""
+    parts = key.split(".")
+    text = len(parts) == 4 and tuple(parts[:2]) in TEXTS
+    if text or len(parts) == 2:
+        names = RENAMED.get("data" if text else parts[0], {})
+        parts[-1] = names.get(parts[-1], parts[-1])
+    return ".".join(parts)
+
+
+def in_overrides(overrides: Iterable[str]) -> list[str]:
+    """Return overrides with the keys of today, and tell what to write now."""
+    found = []
+    for text in overrides:
+        marks, key, rest = re.fullmatch(r"([+~]*)([^=@]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]  # matches every text
+        new = new_key(key)
+        if new != key:
+            tell(key, new)
+        found.append(f"{marks}{new}{rest}")
+    return found
+
+
+def in_grid(grid: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a grid of a sweep, values by key, with the keys of today."""
+    return {new_key(str(key)): value for key, value in grid.items()}
+
+
+def in_config(config: dict[str, Any], *, told: bool = False) -> dict[str, Any]:
+    """Return a configuration as plain containers with the keys of today; `told`: say which changed.
+
+    Raises:
+        ConfigError: the old name and the new one are both set, to different values.
+    """
+    found = dict(config)
+    for section in RENAMED:
+        if isinstance(found.get(section), dict):
+            found[section] = in_section(found[section], section, told=told)
+    for section, name in TEXTS:
+        texts = found[section].get(name) if isinstance(found.get(section), dict) else None
+        if isinstance(texts, dict):
+            found[section][name] = {
+                key: in_section(fields, "data", f"{section}.{name}.{key}", told=told)
+                if isinstance(fields, dict)
+                else fields
+                for key, fields in texts.items()
+            }
+    return found
+
+
+def in_section(
+    values: dict[str, Any], section: str, where: str = "", *, told: bool = False
+) -> dict[str, Any]:
+    """Return the fields of one section with the names of today, as `in_config` does.
+
+    `where` is what messages call the section, if not by its name.
+    """
+    found, where = dict(values), where or section
+    usual = schema.defaults(schema.SECTIONS[section])
+    for old, new in RENAMED[section].items():
+        if old not in found:
+            continue
+        value = found.pop(old)
+        if found.get(new, value) not in (value, usual[new]):
+            raise ConfigError(
+                f"{where}.{old}={value} and {where}.{new}={found[new]} are two names of one "
+                f"value: write {where}.{new}"
+            )
+        found[new] = value
+        if told:
+            tell(f"{where}.{old}", f"{where}.{new}")
+    return found
+
+
+def as_before(values: dict[str, Any]) -> None:
+    """Put the old names back into a configuration, in place: what identities are made of."""
+    for section, fields in _sections(values):
+        for old, new in RENAMED[section].items():
+            if new in fields:
+                fields[old] = fields.pop(new)
+
+
+def _sections(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping of a configuration that has renamed keys, with the section it is like."""
+    for section in RENAMED:
+        if section in values:
+            yield section, values[section]
+    for section, name in TEXTS:
+        for fields in ((values.get(section) or {}).get(name) or {}).values():
+            yield "data", fields
+
+
+def tell(old: str, new: str) -> None:
+    """Say on stderr what to write now, once a key and process."""
+    if old not in _told:
+        _told.add(old)
+        print(f"{old} is {new} now; the old name still works", file=sys.stderr)
