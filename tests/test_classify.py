@@ -212,7 +212,7 @@ def test_tables_show_accuracy_beside_perplexity_and_the_majority(tmp_path):
     cells = [dict(zip(headings, line, strict=True)) for line in lines]
     assert [(c["accuracy"], c["majority"]) for c in cells] == [("-", "-"), ("85.0 %", "55.0 %")]
     assert all(c["test"] != "-" for c in cells)
-    said = " ".join(columns.notes(shown))
+    said = " ".join(columns.notes(shown, []))
     assert "of 100 test examples" in said and "± 7." in said
     assert "quality.classification.test.log_loss" in table.csv_text(shown, {})
 

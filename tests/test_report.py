@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 from synthetic_runs import DOCUMENTS, edit, one, put, ratio
 
 from harness.config.paths import REPOSITORY
-from harness.report import choices, evidence, missing, ranking, summary, table, views
+from harness.report import choices, columns, evidence, missing, ranking, summary, table, views
 from harness.report.__main__ import main
 from harness.results import run_record
 from harness.system import lock
@@ -686,3 +686,17 @@ def test_two_seeds_recommend_nothing_but_the_best(tmp_path):
         assert all(c.better is None for c in test.comparisons)  # not told apart in either
         assert choices.ties_best(best, test)
         assert choices.ties_best(second, test) == (number == 3)
+
+
+@pytest.mark.parametrize("width", [50, 200])
+def test_only_columns_that_are_shown_are_explained(tmp_path, monkeypatch, capsys, width):
+    for r in (1, 8):
+        put(tmp_path, f"r{r}", r=r, nll=3.0 - r / 100)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([str(tmp_path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    _, _, left = text.partition("not shown: ")
+    left_out = left.partition(" ONE SEED")[0].split(", ")
+    explained = {name for name, what in columns.LEGEND.items() if f"{name}: {what}" in text}
+    assert explained == columns.LEGEND.keys() - set(left_out) and "test" in explained
+    assert (explained != columns.LEGEND.keys()) == (width == 50)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,12 +41,14 @@ INTERVAL, PLACES = "quality.test.interval", "quality.test.rank"
 EMPTY = 1000  # `keep` of a column in which nothing stands
 
 
-LEGEND = (
-    "%: the parameters that train, of all. peak MiB: the most memory that tensors took at one time "
-    "in a training step (in evaluation, where nothing trains). step 0, val: perplexity per token "
-    "of validation text before training, and at the checkpoint that it chose; test: of test text "
-    "at that checkpoint."
-)
+LEGEND = {  # heading -> what the column has, of those whose heading does not say it
+    "%": "the parameters that train, of all",
+    "peak MiB": "the most memory that tensors took at one time in a training step (in evaluation, "
+    "where nothing trains)",
+    "step 0": "validation perplexity per token before training",
+    "val": "validation perplexity per token at the checkpoint that it chose",
+    "test": "test perplexity per token at that checkpoint",
+}
 TILDE = (
     "~: a learning rate that was not tuned for this row, but is the method's default or was tuned "
     "for something similar; method.lr_from in results.csv says which."
@@ -118,9 +120,10 @@ def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) 
     return Sheet("Results", columns, [list(line) for line in zip(*filled, strict=True)])
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What the table's signs say, in sentences."""
-    said = [LEGEND]
+def notes(rows: Sequence[Row], shown: Collection[str]) -> list[str]:
+    """What the columns that are `shown`, by their headings, and the table's signs say."""
+    legend = [f"{heading}: {what}" for heading, what in LEGEND.items() if heading in shown]
+    said = [f"{'; '.join(legend)}."] if legend else []
     if told := remarks.of_labels(rows):
         said.append(told)
     if any(row.values[key] is not None for row in rows for key in OF_COMPLETIONS):

@@ -34,7 +34,9 @@ def write(findings: Findings) -> Path:
     further, made_by = requested.find(findings), command(findings)
     found = columns.sheet(findings.rows, findings.found.get("test"), further)
     line = setting.find(findings.folder, findings.rows).line
-    said = "\n".join(f"{note}  " for note in [*columns.notes(findings.rows), *further.notes()])
+    said = "\n".join(
+        f"{note}  " for note in [*columns.notes(findings.rows, found.headings), *further.notes()]
+    )
     for name, text in (
         (
             "table.md",

@@ -78,7 +78,7 @@ def text(
         sorted_by=TEST if test is not None else "",
         rows=[row_of(row, test, filters) for row in rows],
         filters=[{"name": f.name, "heading": f.heading, "values_": f.values} for f in filters],
-        legend=" ".join([*columns.notes(rows), *further.notes()]) if rows else "",
+        legend=" ".join([*columns.notes(rows, table.headings), *further.notes()]) if rows else "",
         table_notes=test is not None and len(test.intervals) > 1,
         heroes=[figure_of(f, shown) for f in drawn if f.axes.key == hero],
         figures=[

@@ -117,8 +117,10 @@ def _print_table(findings: Findings, further: Found, *, wide: bool) -> bool:
     """The table of results, what its signs say and what it can claim; whether columns are left."""
     rows, test = findings.rows, findings.found.get("test")
     print()
-    left = sheet.show(columns.sheet(rows, test, further), wide=wide)
-    _print_notes([*columns.notes(rows), *further.notes()])
+    results = columns.sheet(rows, test, further)
+    left = sheet.show(results, wide=wide)
+    shown = [heading for heading in results.headings if heading not in left]
+    _print_notes([*columns.notes(rows, shown), *further.notes()])
     if left:
         print(f"not shown: {', '.join(left)}")
     if test is not None:
