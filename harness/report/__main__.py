@@ -101,15 +101,15 @@ def peft(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     if asked.items is not None and not (asked.items.isdecimal() and int(asked.items)):
         raise ConfigError(f"--items {asked.items}: expected a positive whole number")
-    found = peft_results.read(asked.peft_results, int(asked.items) if asked.items else None)
-    table = peft_page.sheet(found)
-    print(peft_results.answer(found))
+    comparison = peft_results.read(asked.peft_results, int(asked.items) if asked.items else None)
+    table = peft_page.sheet(comparison)
+    print(peft_results.answer(comparison))
     left = sheet.show(table, wide=asked.wide)
     for note in table.notes:
         print(note)
     if left:
         print(f"not shown: {', '.join(left)} (--wide shows them)")
-    page = peft_page.write(found, asked.peft_results)
+    page = peft_page.write(comparison, asked.peft_results)
     print(f"page: {page}, with results.csv above it")
     return 0
 

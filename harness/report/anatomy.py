@@ -36,14 +36,14 @@ KINDS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", *OTHE
 def find(folder: Path, names: Sequence[str]) -> pd.DataFrame | None:
     """The summary of an experiment's anatomy, of the rows `names`; None where there is none."""
     try:
-        found = pd.read_csv(folder / FOLDER / FILE_NAME)
+        frame = pd.read_csv(folder / FOLDER / FILE_NAME)
     except (OSError, ValueError):
         return None
     needed = {"name", "of", "quantity", "mean", "low", "high", "count"}
-    if not needed <= set(found):
+    if not needed <= set(frame):
         return None
-    found = found[found["name"].isin(names)]  # others were deleted since, or have other names now
-    return found if len(found) else None
+    frame = frame[frame["name"].isin(names)]  # others were deleted since, or have other names now
+    return frame if len(frame) else None
 
 
 def sheet(summary: pd.DataFrame) -> Sheet | None:

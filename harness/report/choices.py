@@ -37,7 +37,7 @@ def good_enough(
     A tolerance is named where a smaller row than before will do.
     """
     best = test.ordered[0]
-    found = [Choice("lowest", best)]
+    choices = [Choice("lowest", best)]
     lowest = test.intervals[best].log_perplexity
     shown = [row for row in rows if row.name in test.intervals]
     costs = {title: ev.sure_costs(shown, title) for title in titles}
@@ -59,8 +59,8 @@ def good_enough(
                 continue
             picks.setdefault(least, []).append(title)
             before[title] = least
-        found += [Choice(wanted, name, tuple(titles)) for name, titles in picks.items()]
-    return found
+        choices += [Choice(wanted, name, tuple(titles)) for name, titles in picks.items()]
+    return choices
 
 
 def within_budgets(
@@ -74,7 +74,7 @@ def within_budgets(
     Budgets that buy the best of all are left out.
     """
     shown = [row for row in rows if row.name in test.intervals]
-    found = []
+    choices = []
     for title in titles:
         costs, last = ev.sure_costs(shown, title), None
         own = []
@@ -88,8 +88,8 @@ def within_budgets(
             own.append(Choice(spent.told(title, budget, "≤"), best, ties=tuple(ties)))
         if most is not None and len(own) > most:
             own = own[:: -(-len(own) // most)]
-        found += own
-    return found
+        choices += own
+    return choices
 
 
 def ties_best(name: str, test: Evidence) -> bool:
@@ -146,9 +146,9 @@ def sheet(
         lines.append([*line, Cell(ties, ties)])
     if len(lines) < 2:
         return None
-    found = Sheet("Which should I take?", heads, lines)
+    table = Sheet("Which should I take?", heads, lines)
     empty = [c.key for i, c in enumerate(heads) if all(line[i].shown == "-" for line in lines)]
-    return found.only([c.key for c in heads if c.key not in empty])
+    return table.only([c.key for c in heads if c.key not in empty])
 
 
 def _cost_cell(row: Row, title: str, costs: dict[str, float]) -> Cell:

@@ -133,7 +133,7 @@ def notes(rows: Sequence[Row], shown: Collection[str]) -> list[str]:
         )
     records = [record for row in rows for record in row.records]
     missing = [run_record.get(record, "quality.generation.skipped") or {} for record in records]
-    for name, why in {name: why for found in missing for name, why in found.items()}.items():
+    for name, why in {name: why for skipped in missing for name, why in skipped.items()}.items():
         said.append(f"without {name}: {why}")
     if any(not is_own_rate(row.values[LR_FROM]) for row in rows):
         said.append(TILDE)
@@ -168,9 +168,9 @@ def number_of(rank: str | None) -> float | None:
 
 def telling_of(rows: Sequence[Row]) -> set[str]:
     """Of alpha and the rate, what is needed to tell rows apart."""
-    found: set[str] = set()
+    keys: set[str] = set()
     same: Callable[[Row], tuple[Any, ...]] = lambda row: (  # noqa: E731 - it is extended below
-        *(row.values[key] for key in ("method.label", "method.targets", RANK, *sorted(found))),
+        *(row.values[key] for key in ("method.label", "method.targets", RANK, *sorted(keys))),
         json.dumps(row.settings, sort_keys=True, default=str),
     )
     for key in (ALPHA, LR):
@@ -178,8 +178,8 @@ def telling_of(rows: Sequence[Row]) -> set[str]:
         for row in rows:
             groups.setdefault(same(row), set()).add(row.values[key])
         if any(len(values) > 1 for values in groups.values()):
-            found.add(key)
-    return found
+            keys.add(key)
+    return keys
 
 
 def text_of(value: Any, form: Callable[[Any], str]) -> str:

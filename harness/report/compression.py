@@ -22,8 +22,8 @@ COMPRESSED, INTERPOLATED = "compress.parquet", "interpolate.parquet"  # in a run
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """Return the figures of what is there: compression to every rank, and interpolation."""
-    found = [_compressed(rows), *_interpolated(rows)]
-    return [figure for figure in found if figure is not None]
+    drawn = [_compressed(rows), *_interpolated(rows)]
+    return [figure for figure in drawn if figure is not None]
 
 
 def perplexities(
@@ -51,8 +51,8 @@ def perplexities(
         low = high = float("nan")
         if (tokens > 0).sum() > 1 and np.isfinite(nll).all():
             _, low, high = stats.intervals([evaluation])[0].perplexity
-        found = dict(zip(by, values, strict=True))
-        rows.append(found | {"perplexity": value, "low": low, "high": high})
+        group = dict(zip(by, values, strict=True))
+        rows.append(group | {"perplexity": value, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -106,8 +106,8 @@ def _compressed(rows: Sequence[Row]) -> Figure | None:
             )
             own = f"{row.values['method.label']} {row.values['method.targets']}{fields}, trained"
             trained.setdefault(own, []).append((int(row.values["method.rank"]), value, row.name))
-    for name, found in trained.items():
-        ranks, values, names = zip(*sorted(found), strict=True)
+    for name, results in trained.items():
+        ranks, values, names = zip(*sorted(results), strict=True)
         series.append(Series(name, color_of("lora"), list(ranks), list(values), rows=list(names)))
     axes = Axes(
         "anatomy-compress", "How much of an update is needed", "rank k of what is kept of dW",

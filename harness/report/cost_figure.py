@@ -91,19 +91,19 @@ def _front(
         x, y = [cost(row) for row in rows], [value(row) for row in rows]
         return Series(name, GREY, x, y, rows=[row.name for row in rows], **more)
 
-    found = []
+    series = []
     ordered = sorted(trained, key=lambda row: (cost(row), value(row)))
     if able := [row for row in ordered if dominated.get(row.name) == ()]:
-        found.append(of("may be the best for its cost", able, halo=True))
+        series.append(of("may be the best for its cost", able, halo=True))
     front: list[Row] = []
     for row in ordered:
         if not front or value(row) < value(front[-1]):
             front.append(row)
     if len(front) > 1:
-        found.append(of("lowest measured for its cost", front, line=True, dash=True))
+        series.append(of("lowest measured for its cost", front, line=True, dash=True))
     named = ", ".join(row.name for row in front[:WORDS])
     more = f" and {len(front) - WORDS} more" if len(front) > WORDS else ""
-    return found, (
+    return series, (
         f"Dashed: the lowest perplexity for its cost ({named}{more}). Grey discs: nothing that "
         "costs no more is significantly better. "
     )

@@ -84,8 +84,8 @@ def of(title: str) -> Cost:
 
 def costs(rows: Iterable[Row], title: str) -> dict[str, float]:
     """The cost of every row that has a place on this axis, by name."""
-    found = {row.name: _cost(row, title) for row in rows if row.trained or title == PARAMETERS}
-    return {name: cost for name, cost in found.items() if cost is not None}
+    by_name = {row.name: _cost(row, title) for row in rows if row.trained or title == PARAMETERS}
+    return {name: cost for name, cost in by_name.items() if cost is not None}
 
 
 def _cost(row: Row, title: str) -> float | None:
@@ -139,13 +139,13 @@ def sure_costs(rows: Iterable[Row], title: str) -> dict[str, float]:
     shown, cost = list(rows), of(title)
     if not cost.measured:
         return costs([r for r in shown if not (cost.shared and r.values[SHARED])], title)
-    found = {}
+    bounds = {}
     for name, values in run_values(shown, title).items():
         logs = np.log(values)
         t = -special.stdtrit(len(logs) - 1, stats.ALPHA / 2)
         error = logs.std(ddof=1) / math.sqrt(len(logs))
-        found[name] = float(np.exp(logs.mean() + t * error))
-    return found
+        bounds[name] = float(np.exp(logs.mean() + t * error))
+    return bounds
 
 
 def run_values(rows: Iterable[Row], title: str) -> dict[str, list[float]]:
@@ -153,14 +153,14 @@ def run_values(rows: Iterable[Row], title: str) -> dict[str, list[float]]:
 
     It takes two runs or more, none of which shared the machine.
     """
-    found = {}
+    by_name = {}
     for row in rows:
         values = [_of_run(record, title) for record in row.records]
         known = [value for value in values if value]
         alone = not row.values[SHARED] and row.trained
         if alone and len(values) > 1 and len(known) == len(values):
-            found[row.name] = known
-    return found
+            by_name[row.name] = known
+    return by_name
 
 
 def run_seconds(rows: Iterable[Row]) -> dict[str, list[float]]:

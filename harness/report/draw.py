@@ -50,12 +50,12 @@ def draw(figure: Figure, folder: Path, command: str) -> list[Path]:
 
 def _metadata(suffix: str, command: str) -> dict[str, Any]:
     """The command, in a format's own words; without the time, so that equal figures are equal."""
-    found: dict[str, dict[str, Any]] = {
+    by_suffix: dict[str, dict[str, Any]] = {
         ".svg": {"Date": None, "Description": command},
         ".pdf": {"CreationDate": None, "Subject": command},
         ".png": {"Description": command},
     }
-    return found[suffix]
+    return by_suffix[suffix]
 
 
 def _size(figure: Figure) -> tuple[float, float]:

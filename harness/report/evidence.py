@@ -165,15 +165,15 @@ def find(
     chosen = None if run_dirs is None else frozenset(run_dirs)
     everything = table_rows(folder)
     asked = everything if chosen is None else table_rows(folder, chosen)
-    found: dict[str, Evidence] = {}
+    by_text: dict[str, Evidence] = {}
     refused = []
     for text in ["test", *also(asked)]:
         try:
             if (evidence := gather(asked, text)) is not None:
-                found[text] = evidence
+                by_text[text] = evidence
         except ConfigError as error:
             refused.append(f"on {text}: {error}")
-    return Findings(folder, everything, asked, found, refused, chosen, tuple(requested))
+    return Findings(folder, everything, asked, by_text, refused, chosen, tuple(requested))
 
 
 def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
@@ -185,12 +185,14 @@ def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
     evaluations = [evaluation(row, text) for row in rows if _quality(row.records[0], text)]
     if not evaluations:
         return None
-    found = stats.intervals(evaluations)
-    by_name = {interval.name: interval for interval in found}
-    if len(found) <= EVERY_PAIR:
+    intervals = stats.intervals(evaluations)
+    by_name = {interval.name: interval for interval in intervals}
+    if len(intervals) <= EVERY_PAIR:
         comparisons = ranking.compare_all(evaluations)
-        return Evidence(text, evaluations, by_name, comparisons, ranking.ranks(found, comparisons))
-    ordered = [i.name for i in sorted(found, key=lambda i: i.log_perplexity)]
+        return Evidence(
+            text, evaluations, by_name, comparisons, ranking.ranks(intervals, comparisons)
+        )
+    ordered = [i.name for i in sorted(intervals, key=lambda i: i.log_perplexity)]
     pairs = [*itertools.pairwise(ordered), *((ordered[0], o) for o in ordered[2:])]
     base = [row.name for row in rows if row.values["method.name"] == "none" and row.name in by_name]
     there = {frozenset(pair) for pair in pairs}
@@ -207,8 +209,8 @@ def also(rows: Iterable[Row]) -> list[str]:
 def before(rows: Sequence[Row], on: Evidence) -> dict[str, stats.Interval]:
     """Log-perplexity of the base on a further text, by row's name (`forgetting` of older runs)."""
     shown = [row for row in rows if row.name in on.intervals]
-    found = stats.intervals([evaluation(row, on.text, "before") for row in shown])
-    return {interval.name: interval for interval in found}
+    intervals = stats.intervals([evaluation(row, on.text, "before") for row in shown])
+    return {interval.name: interval for interval in intervals}
 
 
 def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Comparison], str]:
@@ -223,21 +225,21 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
     if len(base) == 1 and base[0] in on.intervals:
         pairs = [c for c in on.comparisons if base[0] in (c.a, c.b)]
         named = [c.b if c.a == base[0] else c.a for c in pairs]
-        found = {name: reversed_(c, name) for name, c in zip(named, pairs, strict=True)}
-        return found, f"the base model ({base[0]})"
-    found = {}
+        differences = {name: reversed_(c, name) for name, c in zip(named, pairs, strict=True)}
+        return differences, f"the base model ({base[0]})"
+    differences = {}
     for row in rows:
         if row.name in on.intervals:
             after, before = evaluation(row, on.text), evaluation(row, on.text, "before")
             before = replace(before, name=f"{row.name}, before")
-            found[row.name] = stats.compare(after, before)
-    moved = {name: c for name, c in found.items() if not c.same}
+            differences[row.name] = stats.compare(after, before)
+    moved = {name: c for name, c in differences.items() if not c.same}
     adjusted = ranking.holm([c.p for c in moved.values()]).tolist() if moved else []
     changed = {
         name: replace(c, adjusted_p=p) for (name, c), p in zip(moved.items(), adjusted, strict=True)
     }
     measured = all(run_record.get(record, "quality.base") for row in rows for record in row.records)
-    return found | changed, "the base model" if measured else "before the first step"
+    return differences | changed, "the base model" if measured else "before the first step"
 
 
 def evaluation(row: Row, text: str, when: str = "after") -> stats.Evaluation:
@@ -293,8 +295,8 @@ def _of_run(run_dir: Path, record: Record, text: str, when: str) -> stats.Evalua
 
 def _quality(record: Record, text: str, when: str = "after") -> dict[str, Any] | None:
     path = "quality.test" if text == "test" else f"quality.also.{text}.{when}"
-    found: dict[str, Any] | None = run_record.get(record, path)
-    return found
+    quality: dict[str, Any] | None = run_record.get(record, path)
+    return quality
 
 
 def fronts(
@@ -302,13 +304,13 @@ def fronts(
 ) -> dict[str, dict[str, tuple[str, ...]]]:
     """For each cost by its title, who dominates each configuration in (cost, log-perplexity)."""
     shown = [row for row in rows if row.name in evidence.intervals]
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    by_title: dict[str, dict[str, tuple[str, ...]]] = {}
     if not evidence.ranks:
-        return found
+        return by_title
     for title in titles:
         if not cost_of(title).measured:
             if known := sure_costs(shown, title):
-                found[title] = ranking.pareto(known, evidence.comparisons)
+                by_title[title] = ranking.pareto(known, evidence.comparisons)
             continue
         values = run_values(shown, title)
         timed = {name: cost for name, cost in costs(shown, title).items() if name in values}
@@ -317,8 +319,8 @@ def fronts(
             return ranking.is_less(values[y], values[x])
 
         if len(timed) > 1:
-            found[title] = ranking.pareto(timed, evidence.comparisons, is_less)
-    return found
+            by_title[title] = ranking.pareto(timed, evidence.comparisons, is_less)
+    return by_title
 
 
 def detectable(evidence: Evidence, comparison: stats.Comparison) -> float:

@@ -61,15 +61,15 @@ def labels(figure: Figure) -> list[Label]:
     drawn = [v for s in figure.series for v in s.y if v == v] + [r[2] for r in figure.references]
     places = [scale(v) for v in drawn if v > 0]
     room = 0.07 * (max(places) - min(places)) if places else 0.0
-    found: list[Label] = []
+    placed: list[Label] = []
     for text, _, y in sorted(figure.references, key=lambda r: r[2]):
         left = text.startswith(REFERENCES["full"])
         close = [
             i
-            for i, other in enumerate(found)
+            for i, other in enumerate(placed)
             if other.left == left and scale(y) - scale(other.y) < room
         ]
         if len(close) == 1:
-            found[close[0]] = replace(found[close[0]], above=False)
-        found.append(Label(text, y, left != (len(close) > 1)))
-    return found
+            placed[close[0]] = replace(placed[close[0]], above=False)
+        placed.append(Label(text, y, left != (len(close) > 1)))
+    return placed

@@ -21,10 +21,10 @@ from harness.report.table import Row
 
 
 def figures(
-    rows: Sequence[Row], found: dict[str, Evidence], further: Sequence[str] = ()
+    rows: Sequence[Row], evidence: dict[str, Evidence], further: Sequence[str] = ()
 ) -> list[Figure]:
     """Return all figures in which the rows have something to show, with the costs `further`."""
-    test = found.get("test")
+    test = evidence.get("test")
     made: list[Figure | None] = []
     if test is not None:
         of_settings = list(
@@ -49,7 +49,9 @@ def figures(
         ]
     made += [memory_figure(rows), speed_figure(rows), *learning_curves(rows)]
     if test is not None:
-        made += [forgetting_figure(rows, test, on) for text, on in found.items() if text != "test"]
+        made += [
+            forgetting_figure(rows, test, on) for text, on in evidence.items() if text != "test"
+        ]
     return [figure for figure in made if figure is not None]
 
 

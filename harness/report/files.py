@@ -32,7 +32,7 @@ def write(findings: Findings) -> Path:
     shutil.rmtree(folder / "figures", ignore_errors=True)  # a figure that is no more is not there
     scratch.rename(folder / "figures")
     further, made_by = requested.find(findings), command(findings)
-    found = columns.sheet(findings.rows, findings.found.get("test"), further)
+    table = columns.sheet(findings.rows, findings.found.get("test"), further)
     line = setting.find(findings.folder, findings.rows).line
     said = "\n".join(
         f"{note}  " for note in [*columns.notes(findings.rows, found.headings), *further.notes()]
@@ -40,10 +40,10 @@ def write(findings: Findings) -> Path:
     for name, text in (
         (
             "table.md",
-            f"# {findings.folder.name}\n\n{line}\n\n{sheet.markdown(found)}\n{said}\n\n"
+            f"# {findings.folder.name}\n\n{line}\n\n{sheet.markdown(table)}\n{said}\n\n"
             f"    {made_by}\n",
         ),
-        ("table.tex", f"% {made_by}\n% {line}\n{_paper(findings, found)}"),
+        ("table.tex", f"% {made_by}\n% {line}\n{_paper(findings, table)}"),
     ):
         atomic.write_atomically(folder / name, text)
     return _write_page(findings, drawn)

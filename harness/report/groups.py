@@ -33,11 +33,11 @@ class Group:
 
 def find(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Group]:
     """The groups of a folder's finished runs, or of `run_dirs` alone, by their first run's name."""
-    found: dict[str, list[tuple[Path, Record]]] = {}
+    by_key: dict[str, list[tuple[Path, Record]]] = {}
     for run_dir, record in run_record.collect(folder):
         if record["status"] == "finished" and (run_dirs is None or run_dir in run_dirs):
-            found.setdefault(_key(record), []).append((run_dir, record))
-    return _told_apart([_once(runs) for runs in found.values()])
+            by_key.setdefault(_key(record), []).append((run_dir, record))
+    return _told_apart([_once(runs) for runs in by_key.values()])
 
 
 def settings(record: Record) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _told_apart(groups: list[Group]) -> list[Group]:
     for i, group in enumerate(groups):
         same = json.dumps(settings(group.records[0]), sort_keys=True)
         alike.setdefault(same, []).append(i)
-    found = list(groups)
+    distinct = list(groups)
     for members in alike.values():
         if len(members) == 1:
             continue
@@ -116,20 +116,20 @@ def _told_apart(groups: list[Group]) -> list[Group]:
         told = [key for key in varying if key != "configuration"] or varying
         for i, content in zip(members, contents, strict=True):
             own = {key: content[key] for key in told if key in content}
-            found[i] = replace(groups[i], content=own)
-    return found
+            distinct[i] = replace(groups[i], content=own)
+    return distinct
 
 
 def _contents(record: Record) -> dict[str, str]:
     """What a run has read, in short: digests where there are any, else counts."""
     names = {"data": "text", "model": "weights", "model.tokenizer": "tokenizer"}
-    found = {}
+    contents = {}
     for key, content in (run_record.get(record, "run.contents") or {}).items():
         kind, _, value = content.partition(":")
         short = value.strip() if kind in ("packages", "unknown") else value[:DIGITS]
-        found[names.get(key, key)] = short
-    if not found:
+        contents[names.get(key, key)] = short
+    if not contents:
         counts = _counts(record).items()
-        found = {f"data.{k}": str(v) for k, v in counts if v is not None}
+        contents = {f"data.{k}": str(v) for k, v in counts if v is not None}
     known = run_record.get(record, "run.configuration")
-    return found | ({"configuration": known[:DIGITS]} if known else {})
+    return contents | ({"configuration": known[:DIGITS]} if known else {})

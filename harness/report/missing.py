@@ -34,7 +34,7 @@ def find(findings: Findings) -> list[Missing]:
     folder, planned = findings.folder, run_record.read_sweep(findings.folder)
     names = ("config.yaml", run_record.FILE_NAME)
     run_dirs = {path.parent for name in names for path in folder.glob(f"*/{name}")}
-    found = [
+    runs = [
         one
         for run_dir in sorted(run_dirs)
         if not planned.get(run_dir.name) and (one := _begun(run_dir)) is not None
@@ -44,13 +44,13 @@ def find(findings: Findings) -> list[Missing]:
         for row in findings.rows
         for run_dir, reason in row.repeated.items()
     ]
-    found += [
+    runs += [
         *repeated,
         *_not_compared(findings),
         *_not_begun(run_dirs, planned, folder),
     ]
     asked = findings.run_dirs
-    return [one for one in found if asked is None or folder / one.name in asked]
+    return [one for one in runs if asked is None or folder / one.name in asked]
 
 
 def _begun(run_dir: Path) -> Missing | None:

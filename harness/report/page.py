@@ -49,8 +49,8 @@ def text(
 
     While it does, there are no files of figures and tables beside it.
     """
-    folder, found = findings.folder, findings.found
-    test = found.get("test")
+    folder, by_text = findings.folder, findings.found
+    test = by_text.get("test")
     rows = _by_result(findings.rows, test)
     shown = {figure.axes.key: plotly(figure) for figure in drawn}
     further = requested.find(findings)
@@ -95,7 +95,7 @@ def text(
             for part in parts.find(folder, rows)
         ],
         alike=alike(table),
-        sheets=sheets.further(rows, found, titles),
+        sheets=sheets.further(rows, by_text, titles),
         data=embedded(
             {
                 "figures": shown,

@@ -40,7 +40,7 @@ MEASURES = (
 
 def measures_of(table: Sheet) -> dict[str, str]:
     """Columns of numbers that were measured, which a figure can have as axes: key -> its name."""
-    found = {}
+    names = {}
     for place, column in enumerate(table.columns):
         values = {line[place].value for line in table.lines} - {None}
         numeric = values and all(isinstance(value, int | float) for value in values)
@@ -49,18 +49,18 @@ def measures_of(table: Sheet) -> dict[str, str]:
             and column.key.startswith(MEASURES)
             and column.key not in (columns.PLACES, columns.INTERVAL)
         ):
-            found[column.key] = AXIS_NAMES.get(column.key, column.heading)
-    return found
+            names[column.key] = AXIS_NAMES.get(column.key, column.heading)
+    return names
 
 
 def kinds_of(table: Sheet) -> dict[str, str]:
     """How each column is sorted: as numbers where all its values are."""
-    found = {}
+    kinds = {}
     for place, column in enumerate(table.columns):
         values = [line[place].value for line in table.lines]
         numeric = all(isinstance(v, int | float) for v in values if v is not None)
-        found[column.key] = "number" if numeric else "text"
-    return found
+        kinds[column.key] = "number" if numeric else "text"
+    return kinds
 
 
 def alike(table: Sheet) -> list[str]:
@@ -88,7 +88,7 @@ class Filter:
 
 def filters_of(rows: Sequence[Row]) -> list[Filter]:
     """The columns that rows can be chosen by: method, targets, rank, and what else was varied."""
-    found = []
+    filters = []
     shown = columns.sheet(rows, None)
     keys = ["method.label", "method.targets", "method.rank", *headings(rows)]
     for place, column in enumerate(shown.columns):
@@ -98,8 +98,8 @@ def filters_of(rows: Sequence[Row]) -> list[Filter]:
             continue
         heading = "rank" if column.key == "method.rank" else column.heading
         ordered = sorted(by, key=lambda text: _order(by[text], text))
-        found.append(Filter(re.sub(r"[^a-z0-9]+", "-", heading.lower()), heading, ordered, of))
-    return found
+        filters.append(Filter(re.sub(r"[^a-z0-9]+", "-", heading.lower()), heading, ordered, of))
+    return filters
 
 
 def _order(value: Any, text: str) -> tuple[float, str]:

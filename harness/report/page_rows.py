@@ -58,10 +58,10 @@ def values_of(
     """Every row for the page's code: its values by column, interval, and costs to be compared."""
     sure = {title: ev.sure_costs(rows, title) for title in titles}
     spent = {title: ev.costs(rows, title) for title in titles}
-    found = []
+    entries = []
     for row, line in zip(rows, table.lines, strict=True):
         interval = None if test is None else test.intervals.get(row.name)
-        found.append(
+        entries.append(
             {
                 "name": row.name,
                 "trained": row.trained,
@@ -79,7 +79,7 @@ def values_of(
                 "told": _told(row, interval, table, line),
             }
         )
-    return found
+    return entries
 
 
 def _told(

@@ -28,16 +28,16 @@ class Part:
 
 def find(folder: Path, rows: Sequence[Row]) -> list[Part]:
     """The parts that the folders of an experiment and of its rows have the files of."""
-    found = []
+    parts = []
     if (searched := search.find(folder)) is not None:
-        found.append(Part("search", search.sheet(searched), search.figures(searched)))
+        parts.append(Part("search", search.sheet(searched), search.figures(searched)))
     summary = anatomy.find(folder, [row.name for row in rows])
     sheet = None if summary is None else anatomy.sheet(summary)
     shares = None if summary is None else anatomy.figure(summary)
     drawn = [*([] if shares is None else [shares]), *compression.figures(rows)]
     if sheet is not None or drawn:
-        found.append(Part("anatomy", sheet, drawn))
-    return found
+        parts.append(Part("anatomy", sheet, drawn))
+    return parts
 
 
 def figures(folder: Path, rows: Sequence[Row]) -> list[Figure]:

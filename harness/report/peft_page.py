@@ -33,10 +33,10 @@ FIGURES = {  # cost -> key of the figure, its title, the axis, and what a value 
 }
 
 
-def sheet(found: Comparison) -> Sheet:
+def sheet(comparison: Comparison) -> Sheet:
     """The table of the results, the best first; a column that no file has is left out."""
-    first = found.ranked[0].result
-    share = found.items is not None
+    first = comparison.ranked[0].result
+    share = comparison.items is not None
     columns = [
         Column("method.label", "experiment", text=True),
         Column("method.peft_type", "PEFT type", text=True, keep=40),
@@ -52,13 +52,13 @@ def sheet(found: Comparison) -> Sheet:
         Column(FILE, "file MiB", keep=35, why="of what was saved"),
         Column(SECONDS, "seconds", keep=50, why="of training"),
     ]
-    lines = [_line(one, share) for one in found.ranked]
+    lines = [_line(one, share) for one in comparison.ranked]
     kept = [
         column.key
         for place, column in enumerate(columns)
         if any(line[place].value is not None for line in lines)
     ]
-    return Sheet("Results", columns, lines, notes(found)).only(kept)
+    return Sheet("Results", columns, lines, notes(comparison)).only(kept)
 
 
 def _line(one: Ranked, share: bool) -> list[Cell]:
@@ -83,13 +83,13 @@ def _line(one: Ranked, share: bool) -> list[Cell]:
     ]  # fmt: skip
 
 
-def figures(found: Comparison) -> list[Figure]:
+def figures(comparison: Comparison) -> list[Figure]:
     """The metric against parameters, memory and forgetting, with its intervals."""
-    metric = found.ranked[0].result.metric
+    metric = comparison.ranked[0].result.metric
     drawn = []
     for cost, (key, title, name, unit) in FIGURES.items():
         by_type: dict[str, list[tuple[float, Ranked]]] = {}
-        for one in found.ranked:
+        for one in comparison.ranked:
             value = {
                 PARAMETERS: one.result.trainable,
                 PEAK: one.result.memory_bytes,
@@ -129,27 +129,27 @@ def _series(peft_type: str, points: list[tuple[float, Ranked]]) -> Series:
     )
 
 
-def write(found: Comparison, folder: Path) -> Path:
+def write(comparison: Comparison, folder: Path) -> Path:
     """Write results.csv and the page of the results in `folder`; returns the page's path."""
-    source = found.ranked[0].result.path.parent.resolve()
+    source = comparison.ranked[0].result.path.parent.resolve()
     own = source.parent if source.name == "results" else source
     out = FOLDER / own.name
     report = out / "report"
     shutil.rmtree(report / "figures", ignore_errors=True)
     (report / "figures").mkdir(parents=True)
     command = shlex.join(["harness", "report", "--peft-results", str(folder)])
-    table, drawn = sheet(found), figures(found)
+    table, drawn = sheet(comparison), figures(comparison)
     for figure in drawn:
         draw.draw(figure, report / "figures", command)
-    one = found.ranked[0].result
-    facts = [one.model, one.task, f"{len(found.ranked)} results of PEFT's method_comparison"]
+    one = comparison.ranked[0].result
+    facts = [one.model, one.task, f"{len(comparison.ranked)} results of PEFT's method_comparison"]
     setting = Setting(facts, [command])
     caption = f"{one.metric.capitalize()} of {one.model}."
     for path, text in (
         (out / "results.csv", _csv(table)),
         (report / "table.md", f"# {own.name}\n\n{setting.line}\n\n{markdown(table)}"),
         (report / "table.tex", latex(table, caption, own.name)),
-        (report / "index.html", _page(found, table, drawn, setting, report)),
+        (report / "index.html", _page(comparison, table, drawn, setting, report)),
     ):
         atomic.write_atomically(path, text)
     return report / "index.html"
@@ -171,7 +171,7 @@ def _csv(table: Sheet) -> str:
 
 
 def _page(
-    found: Comparison, table: Sheet, drawn: list[Figure], setting: Setting, report: Path
+    comparison: Comparison, table: Sheet, drawn: list[Figure], setting: Setting, report: Path
 ) -> str:
     plots = {figure.axes.key: plotly(figure) for figure in drawn}
     figure_of = partial(page.figure_of, shown=plots)
@@ -182,7 +182,7 @@ def _page(
             "runs": [{"name": one.result.path.name,
                       "href": os.path.relpath(one.result.path.resolve(), report.resolve())}],
         }
-        for one in found.ranked
+        for one in comparison.ranked
     ]  # fmt: skip
     values: list[dict[str, Any]] = [
         {
@@ -191,13 +191,13 @@ def _page(
             "shown": {c.key: cell.shown for c, cell in zip(table.columns, line, strict=True)},
             "costs": {}, "spent": [], "told": [], "color": color_of(one.result.peft_type),
         }
-        for one, line in zip(found.ranked, table.lines, strict=True)
+        for one, line in zip(comparison.ranked, table.lines, strict=True)
     ]  # fmt: skip
     measures = page_columns.measures_of(table)
     lower = {key: key not in (VALUE,) for key in measures}
     return page.render(
         drawn, setting.commands[0], title=report.parent.name, setting=setting,
-        answer=answer(found), choices=None, table=table,
+        answer=answer(comparison), choices=None, table=table,
         question="Which of PEFT's methods can these results tell apart?",
         notes=table.notes, tolerances=(), costs=[], sorted_by="",
         kinds=page_columns.kinds_of(table),

@@ -84,22 +84,22 @@ def read(folder: Path, items: int | None = None) -> Comparison:
     if not folder.is_dir():
         there = [p.name for p in folder.parent.glob("[!.]*") if p.is_dir()]
         raise ConfigError(f"no folder {folder}; {nearest(folder.name, there)}")
-    found: list[Result] = []
+    results: list[Result] = []
     skipped: list[str] = []
     for path in sorted(folder.glob("*.json")):
         result = _read(path)
         if isinstance(result, str):
             skipped.append(f"{path.name}: {result}")
         else:
-            found.append(result)
-    if not found:
+            results.append(result)
+    if not results:
         why = f" ({'; '.join(skipped)})" if skipped else ": it has no *.json"
         raise ConfigError(f"no result of PEFT's method_comparison in {folder}{why}")
     for what in ("model", "task", "metric"):
-        if len(values := sorted({getattr(one, what) for one in found})) > 1:
+        if len(values := sorted({getattr(one, what) for one in results})) > 1:
             raise ConfigError(f"results of several {what}s do not compare: {', '.join(values)}")
     newest: dict[str, Result] = {}
-    for one in sorted(found, key=lambda one: one.created):
+    for one in sorted(results, key=lambda one: one.created):
         if (old := newest.get(one.name)) is not None:
             skipped.append(f"{old.path.name}: {one.path.name} is a newer run of {one.name}")
         newest[one.name] = one
@@ -158,8 +158,8 @@ def _task(datasets: dict[str, Any], config: dict[str, Any]) -> str:
     return " and ".join(sorted(named)) or str(config.get("dataset_id", "unknown"))
 
 
-def _compared(found: list[Result], items: int | None, skipped: list[str]) -> Comparison:
-    ordered = sorted(found, key=lambda one: -one.value)
+def _compared(results: list[Result], items: int | None, skipped: list[str]) -> Comparison:
+    ordered = sorted(results, key=lambda one: -one.value)
     if ordered[0].metric != ACCURACY:
         if items is not None:
             raise ConfigError(f"--items: {ordered[0].metric} is no share of items")
@@ -200,9 +200,9 @@ def two_proportions(a: float, b: float, items: int) -> float:
     return 1.0 if variance == 0 else float(2 * special.ndtr(-abs(a - b) / math.sqrt(variance)))
 
 
-def answer(found: Comparison) -> str:
+def answer(comparison: Comparison) -> str:
     """The best row, and how many of the others cannot be told from it, in plain words."""
-    best = found.ranked[0]
+    best = comparison.ranked[0]
     one = best.result
     if best.interval is None:
         return (
@@ -210,21 +210,21 @@ def answer(found: Comparison) -> str:
             "items, so that its files tell nothing of its uncertainty: no row can be told apart."
         )
     low, high = best.interval
-    ties = sum(row.ties_best for row in found.ranked) - 1
-    others = len(found.ranked) - 1
+    ties = sum(row.ties_best for row in comparison.ranked) - 1
+    others = len(comparison.ranked) - 1
     return (
         f"{one.name} has the highest accuracy, {100 * one.value:.1f} % (95 % {100 * low:.1f} to "
         f"{100 * high:.1f}); {ties} of the {others} other rows cannot be told from it."
     )
 
 
-def notes(found: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """What these numbers can say and what they cannot, a sentence or two each."""
-    seeds = sorted({one.result.seed for one in found.ranked}, key=str)
+    seeds = sorted({one.result.seed for one in comparison.ranked}, key=str)
     said = []
-    if found.items is not None:
+    if comparison.items is not None:
         said.append(
-            f"Intervals are Wilson's over {found.items:,} test items. Rank: the places that "
+            f"Intervals are Wilson's over {comparison.items:,} test items. Rank: the places that "
             "two-proportion tests of all pairs leave open at 5 %, adjusted by Holm."
         )
         said.append(
@@ -237,4 +237,4 @@ def notes(found: Comparison) -> list[str]:
         f"Every row is one run ({of}) at the learning rate of its author: no number here says what "
         "another seed would have given, so that none says that a method is better than another."
     )
-    return said + [f"Left out: {one}." for one in found.skipped]
+    return said + [f"Left out: {one}." for one in comparison.skipped]

@@ -26,7 +26,7 @@ class Running:
 
 def running(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Running]:
     """Every run in `folder`, or of `run_dirs`, whose worker is alive, by name."""
-    found = []
+    runs = []
     for path in sorted(folder.glob(f"*/{run_record.FILE_NAME}")):
         if run_dirs is not None and path.parent not in run_dirs:
             continue
@@ -40,8 +40,8 @@ def running(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Runn
         left = sum(each) / len(each) * (steps - step) if each else None
         losses = [row[VALIDATION] for row in metrics if row.get(VALIDATION) is not None]
         shown = numbers.perplexity(math.exp(losses[-1])) if losses and losses[-1] < 100 else ""
-        found.append(Running(path.parent.name, step, steps, _duration(left), shown))
-    return found
+        runs.append(Running(path.parent.name, step, steps, _duration(left), shown))
+    return runs
 
 
 def _duration(seconds: float | None) -> str:

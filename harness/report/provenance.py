@@ -19,7 +19,7 @@ def provenance(rows: Sequence[Row]) -> dict[str, list[str]]:
         "versions": "environment.versions",
         "command": "run.command",
     }
-    found = {}
+    by_title = {}
     records = [record for row in rows for record in row.records]
     for title, path in paths.items():
         counted: Counter[str] = Counter()
@@ -40,5 +40,5 @@ def provenance(rows: Sequence[Row]) -> dict[str, list[str]]:
                 else [f"{next(iter(counted))} (and {len(counted) - 1} more)"]
             )
         if shown:
-            found[title] = shown
-    return found
+            by_title[title] = shown
+    return by_title

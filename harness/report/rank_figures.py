@@ -70,7 +70,7 @@ def _falls(series: Sequence[Series], what: str) -> str:
 def heat_maps(rows: Sequence[Row], test: Evidence) -> list[Figure]:
     """LoRA's perplexity by rank and alpha / r, and by rank and targets, where both vary."""
     lora = [r for r in trained_rows(rows, test) if r.values["method.label"] == "lora"]
-    found = []
+    maps = []
     by = {
         "alpha": (
             "alpha / r",
@@ -101,11 +101,11 @@ def heat_maps(rows: Sequence[Row], test: Evidence) -> list[Figure]:
             (v, s.name, c) for s in series for c, v in zip(columns, s.y, strict=True) if v == v
         )
         lowest = numbers.perplexity(least[0])
-        found.append(
+        maps.append(
             Figure(
                 Axes(f"heat-{key}", f"LoRA's perplexity by rank and {title}", title, "r", "heat"),
                 series,
                 alt=f"Lowest: {lowest} at rank {least[1]}, {title} {least[2]}.",
             )
         )
-    return found
+    return maps

@@ -31,9 +31,9 @@ def compare_all(
     for name in itertools.chain.from_iterable(pairs):
         if name not in named:
             raise ConfigError(f"no configuration is called {name}; {nearest(name, named)}")
-    found = [compare(named[a], named[b]) for a, b in pairs]
-    adjusted = holm([c.p for c in found]).tolist()
-    return [replace(c, adjusted_p=p) for c, p in zip(found, adjusted, strict=True)]
+    comparisons = [compare(named[a], named[b]) for a, b in pairs]
+    adjusted = holm([c.p for c in comparisons]).tolist()
+    return [replace(c, adjusted_p=p) for c, p in zip(comparisons, adjusted, strict=True)]
 
 
 def holm(p: Sequence[float]) -> Floats:
@@ -81,16 +81,16 @@ def warn_of_few_seeds(seeds: Iterable[tuple[str, int]]) -> str | None:
     )
 
 
-def ranks(found: Sequence[Interval], comparisons: Sequence[Comparison]) -> dict[str, str]:
+def ranks(intervals: Sequence[Interval], comparisons: Sequence[Comparison]) -> dict[str, str]:
     """The ranks each configuration may have ("2", "2-4"), by ascending log-perplexity.
 
     The best is 1 + the number significantly better (Holm-adjusted), the worst is the number of
     configurations less those significantly worse. Raises ConfigError if a pair was not compared.
     """
-    wins, shown = _wins([i.name for i in found], comparisons), {}
-    for i in sorted(found, key=lambda i: i.log_perplexity):
+    wins, shown = _wins([i.name for i in intervals], comparisons), {}
+    for i in sorted(intervals, key=lambda i: i.log_perplexity):
         best = 1 + sum(loser == i.name for _, loser in wins)
-        worst = len(found) - sum(winner == i.name for winner, _ in wins)
+        worst = len(intervals) - sum(winner == i.name for winner, _ in wins)
         shown[i.name] = f"{best}-{worst}" if best < worst else f"{best}"
     return shown
 

@@ -62,16 +62,16 @@ def _of_budget(budget: dict[str, int], ranks: dict[str, int]) -> str:
 
 def of_labels(shown: Sequence[Row]) -> str:
     """What accuracy is, and how far its interval reaches; "" where no row has one."""
-    found = [
+    scores = [
         quality
         for row in shown
         for record in row.records
         if (quality := run_record.get(record, CLASSIFIED)) and quality["accuracy"] is not None
     ]
-    if not found:
+    if not scores:
         return ""
-    half = max(one["accuracy_high"] - one["accuracy_low"] for one in found) / 2
-    fewest, most = (f(one["num_examples"] for one in found) for f in (min, max))
+    half = max(one["accuracy_high"] - one["accuracy_low"] for one in scores) / 2
+    fewest, most = (f(one["num_examples"] for one in scores) for f in (min, max))
     count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     return (
         f"accuracy: of {count} test examples, by the likelihood of the labels; "

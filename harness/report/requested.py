@@ -226,9 +226,9 @@ def _expanded(name: str, findings: Findings) -> list[Requested]:
         ) or [1]
         names = [f"{kind}_{model}_{size}" for kind in costs.DOING for size in sizes
                  for model in ("attached", "merged")]  # fmt: skip
-        found = [column for name in names if (column := _named(name)) is not None]
-        there = [column for column in found if _values(column.key, findings)[0]]
-        return there or found[:1]
+        columns = [column for name in names if (column := _named(name)) is not None]
+        there = [column for column in columns if _values(column.key, findings)[0]]
+        return there or columns[:1]
     if name == "energy":
         return [COLUMNS["train_joules"], COLUMNS["evaluate_joules"]]
     if name == "anatomy":
@@ -245,9 +245,9 @@ def _expanded(name: str, findings: Findings) -> list[Requested]:
             Requested(f"{FORGOTTEN}{text}", f"forgotten, {text}", "nats", what, numbers.nats)
             for text in texts
         ]
-    found = _named(name)  # type: ignore[assignment]  # one, where above are several
-    assert isinstance(found, Requested)
-    return [found]
+    one = _named(name)
+    assert isinstance(one, Requested)
+    return [one]
 
 
 def _values(
@@ -263,8 +263,8 @@ def _values(
     title = next((c.cost for c in COLUMNS.values() if c.key == key and c.cost), None)
     if title == costs.FLOPS:  # also of records from before it was written down
         return costs.costs(rows, title), {}
-    found = {row.name: table.over_seeds(row.records, key) for row in rows}
-    return {name: float(value) for name, value in found.items() if _is_number(value)}, {}
+    values = {row.name: table.over_seeds(row.records, key) for row in rows}
+    return {name: float(value) for name, value in values.items() if _is_number(value)}, {}
 
 
 def _is_number(value: Any) -> bool:

@@ -47,13 +47,13 @@ def lines_of(
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
-    found = []
+    series = []
     for name, members in groups.items():
         ordered = sorted(members, key=x)
         color = color_of(ordered[0].values["method.label"])
         line = joined and len({x(row) for row in ordered}) > 1
-        found.append(points(name, color, ordered, [x(r) for r in ordered], test, line=line))
-    return found
+        series.append(points(name, color, ordered, [x(r) for r in ordered], test, line=line))
+    return series
 
 
 def family(row: Row) -> str:

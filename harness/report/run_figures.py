@@ -38,8 +38,10 @@ def memory_figure(rows: Sequence[Row]) -> Figure | None:
 
 
 def _mean(row: Row, path: str) -> float:
-    found = [value for record in row.records if (value := run_record.get(record, path)) is not None]
-    return sum(found) / len(found) if found else 0.0
+    values = [
+        value for record in row.records if (value := run_record.get(record, path)) is not None
+    ]
+    return sum(values) / len(values) if values else 0.0
 
 
 def speed_figure(rows: Sequence[Row]) -> Figure | None:
@@ -69,7 +71,7 @@ def learning_curves(rows: Sequence[Row]) -> list[Figure]:
     pairs = [(row, c) for row in rows if row.trained and (c := views.curve(row))]
     if not pairs:
         return []
-    found = []
+    figures = []
     by = {"tokens": TOKENS, "seconds": SECONDS}
     if views.equal([c for _, c in pairs], "flops"):
         by["flops"] = SPENT
@@ -86,5 +88,5 @@ def learning_curves(rows: Sequence[Row]) -> list[Figure]:
         last = sorted((s.y[-1], s.name) for s in series if s.y[-1] == s.y[-1])
         said = [f"{numbers.perplexity(value)} ({name})" for value, name in last[:1] + last[-1:]]
         alt = f"At the end from {' to '.join(said)}." if said else "All have diverged."
-        found.append(Figure(axes, series, alt=alt))
-    return found
+        figures.append(Figure(axes, series, alt=alt))
+    return figures

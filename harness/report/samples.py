@@ -20,7 +20,9 @@ def sheet(rows: Sequence[Row]) -> Sheet | None:
 
     The base comes first, then the rows in their order; of several seeds the first run is shown.
     """
-    written = {row.name: found for row in rows if (found := _completions(row.run_dirs[0]))}
+    written = {
+        row.name: completions for row in rows if (completions := _completions(row.run_dirs[0]))
+    }
     shared = [
         key for key in next(iter(written.values()), {}) if all(key in w for w in written.values())
     ]
@@ -47,15 +49,15 @@ def sheet(rows: Sequence[Row]) -> Sheet | None:
 
 def _completions(run_dir: Path) -> dict[str, dict[str, Any]]:
     """The completions of a run by the id of their prompt, in their order."""
-    found: dict[str, dict[str, Any]] = {}
+    completions: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in (run_dir / FILE_NAME).read_text("utf-8").splitlines():
             one = json.loads(line)
-            found[str(one["id"])] = {
+            completions[str(one["id"])] = {
                 "prompt": str(one["prompt"]), "completion": str(one["completion"]),
                 "references": one.get("references"),
             }  # fmt: skip
-    return found
+    return completions
 
 
 def _cut(text: str) -> str:

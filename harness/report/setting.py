@@ -66,13 +66,13 @@ def last_sweep(folder: Path) -> list[Path]:
 
 def _values(records: Iterable[Record], *paths: str) -> list[Any]:
     """The distinct values of the first of the paths that a record has, sorted."""
-    found: dict[Any, None] = {}
+    values: dict[Any, None] = {}
     for record in records:
         known = (run_record.get(record, path) for path in paths)
         value = next((value for value in known if value is not None), None)
         if value is not None:
-            found[value] = None
-    return sorted(found)
+            values[value] = None
+    return sorted(values)
 
 
 def _named(records: Sequence[Record], path: str, kind: str) -> str:
@@ -141,10 +141,10 @@ def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
     """What was typed for these runs: the sweeps, the last one first, and then single runs."""
     run_dirs = [run_dir for row in rows for run_dir in row.run_dirs]
     left = {run_dir.name for run_dir in run_dirs}
-    found = []
+    commands = []
     for sweep in reversed(run_record.sweep_commands(folder)):
         if left & set(sweep["runs"]):
-            found.append(str(sweep["command"]))
+            commands.append(str(sweep["command"]))
             left -= set(sweep["runs"])
     of_runs = {
         run_dir.name: str(command)
@@ -155,10 +155,10 @@ def _commands(folder: Path, rows: Sequence[Row]) -> list[str]:
     if not run_record.sweep_commands(folder) and (recorded := _of_hydra(folder)):
         named = set(run_record.read_sweep(folder)) or left
         if left & named:
-            found.append(recorded)
+            commands.append(recorded)
             left -= named
     alone = [of_runs[d.name] for d in run_dirs if d.name in left and d.name in of_runs]
-    return [*found, *dict.fromkeys(alone)]
+    return [*commands, *dict.fromkeys(alone)]
 
 
 def _of_hydra(folder: Path) -> str | None:

@@ -19,17 +19,17 @@ CONFIGURATION = Column("name", "configuration", text=True)
 
 
 def further(
-    rows: Sequence[Row], found: dict[str, Evidence], titles: Sequence[str] = ev.BUDGETS
+    rows: Sequence[Row], evidence: dict[str, Evidence], titles: Sequence[str] = ev.BUDGETS
 ) -> list[Sheet]:
     """Return every further table that the rows have something for, with the costs of `titles`."""
-    test = found.get("test")
+    test = evidence.get("test")
     made: list[Sheet | None] = []
     if test is not None and test.comparisons:
         made.append(neighbours(test))
         if test.ranks:
             made.append(matched(rows, test, titles))
     made.append(learning(rows))
-    made += [forgetting(rows, on) for text, on in found.items() if text != "test"]
+    made += [forgetting(rows, on) for text, on in evidence.items() if text != "test"]
     made.append(samples.sheet(rows))
     return [sheet for sheet in made if sheet is not None]
 
@@ -119,11 +119,11 @@ def curves(rows: Iterable[Row]) -> list[views.Curve]:
 
 def learning(rows: Sequence[Row]) -> Sheet | None:
     """Validation at equal tokens, seconds and FLOPs, and steps to a perplexity."""
-    found = curves(rows)
-    if not found:
+    row_curves = curves(rows)
+    if not row_curves:
         return None
-    levels = views.levels(found)
-    tokens, seconds, flops = (views.equal(found, axis) for axis in views.AXES)
+    levels = views.levels(row_curves)
+    tokens, seconds, flops = (views.equal(row_curves, axis) for axis in views.AXES)
     star = "*" if any(row.values[SHARED] for row in rows) else ""
     columns = [
         CONFIGURATION,
@@ -142,7 +142,7 @@ def learning(rows: Sequence[Row]) -> Sheet | None:
         *(Column(f"steps-{v:g}", f"steps to {v:g}", keep=10 + i) for i, v in enumerate(levels)),
     ]
     lines = []
-    for c in found:
+    for c in row_curves:
         line = [_text(c.name)]
         for axis, values in zip(views.AXES, (tokens, seconds, flops), strict=True):
             for value in values:
@@ -177,9 +177,9 @@ def _perplexity(nll: float, half: float | None) -> str:
     )
 
 
-def _steps(found: Sequence[views.Bracket | None]) -> Cell:
-    reached = [bracket for bracket in found if bracket is not None]
-    if not reached or len(reached) < len(found):
+def _steps(brackets: Sequence[views.Bracket | None]) -> Cell:
+    reached = [bracket for bracket in brackets if bracket is not None]
+    if not reached or len(reached) < len(brackets):
         return Cell("-")
     low, high = views.steps_interval(reached)
     return Cell(f"{low:.0f}-{high:.0f}", low)

@@ -235,8 +235,8 @@ def _alone(*evaluations: Evaluation) -> list[str]:
 
 
 def _apart(*evaluations: Evaluation) -> list[str]:
-    found = (e for e in evaluations if e.seeds_diverged)
-    return [f"{e.name}: {_told_diverged(e.seeds_diverged, len(e.seeds))}" for e in found]
+    diverged = (e for e in evaluations if e.seeds_diverged)
+    return [f"{e.name}: {_told_diverged(e.seeds_diverged, len(e.seeds))}" for e in diverged]
 
 
 def effective(tokens: NDArray[Any]) -> float:
@@ -307,7 +307,7 @@ def intervals(evaluations: Sequence[Evaluation]) -> list[Interval]:
     interval, its ends are NaN and `missing` says why. Raises as `check` does.
     """
     check(evaluations)
-    found = []
+    results = []
     for e in evaluations:
         nll, _, tokens = e.by_seed
         estimate, components = _components([nll], tokens)
@@ -320,8 +320,8 @@ def intervals(evaluations: Sequence[Evaluation]) -> list[Interval]:
             half = math.nan
         warning = "; ".join(_alone(e) + _apart(e)) or None
         counted = (len(e.seeds), nll.shape[1], components.varies_over, warning, count, why)
-        found.append(Interval(e.name, estimate, estimate - half, estimate + half, *counted))
-    return found
+        results.append(Interval(e.name, estimate, estimate - half, estimate + half, *counted))
+    return results
 
 
 def compare(a: Evaluation, b: Evaluation) -> Comparison:
@@ -372,7 +372,7 @@ def detectable(components: Components, alpha: float = ALPHA, power: float = 0.8)
     half = _half_width(drawn, components, alpha)
 
     def excess(difference: float) -> float:
-        found = sum(special.ndtr((sign * difference - half) / error) for sign in (1, -1))
-        return float(np.mean(found)) - power
+        detected = sum(special.ndtr((sign * difference - half) / error) for sign in (1, -1))
+        return float(np.mean(detected)) - power
 
     return float(optimize.brentq(excess, 0.0, half.max() + 9 * error))

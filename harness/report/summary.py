@@ -54,7 +54,7 @@ def tell(
     `full` adds the comparisons, equal budgets, learning curves and forgetting; `wide` prints every
     column whatever the terminal's width.
     """
-    folder, rows, found = findings.folder, findings.rows, findings.found
+    folder, rows, by_text = findings.folder, findings.rows, findings.found
     further = requested.find(findings)
     titles = list(dict.fromkeys([*ev.BUDGETS, *further.titles]))
     everything = findings
@@ -65,7 +65,7 @@ def tell(
         _print_first(findings, further, wide=wide)
         left = _print_table(findings, further, wide=wide)
         if full:
-            for one in sheets.further(rows, found, titles):
+            for one in sheets.further(rows, by_text, titles):
                 print(f"\n{one.title}")
                 left |= bool(sheet.show(one, wide=wide))
                 _print_notes(one.notes)
@@ -107,10 +107,10 @@ def _print_first(findings: Findings, further: Found, *, wide: bool) -> None:
         _print_notes([said])
     if test is None:
         return
-    found = choices.sheet(rows, test, choices.FEW_BUDGETS, further.titles)
-    if found is not None:
-        print(f"\n{found.title}")
-        sheet.show(found, wide=wide)
+    choice_table = choices.sheet(rows, test, choices.FEW_BUDGETS, further.titles)
+    if choice_table is not None:
+        print(f"\n{choice_table.title}")
+        sheet.show(choice_table, wide=wide)
 
 
 def _print_table(findings: Findings, further: Found, *, wide: bool) -> bool:
@@ -173,10 +173,10 @@ def _named(title: str) -> str:
 
 def _save(findings: Findings) -> list[str]:
     """Write the CSVs of all rows; returns their names. What cannot be said now is deleted."""
-    found = findings.found
+    by_text = findings.found
     files = {"results.csv": results_csv(findings)}
-    if found:
-        files["comparisons.csv"] = _csv(_comparisons(found))
+    if by_text:
+        files["comparisons.csv"] = _csv(_comparisons(by_text))
     if curves := sheets.curves(findings.rows):
         files["curves.csv"] = _csv(_points(curves))
     try:
@@ -223,8 +223,8 @@ def _columns(findings: Findings) -> dict[str, Mapping[str, Any]]:
     return columns | requested.find(findings).csv()
 
 
-def _comparisons(found: dict[str, Evidence]) -> Iterable[dict[str, Any]]:
-    for text, evidence in found.items():
+def _comparisons(by_text: dict[str, Evidence]) -> Iterable[dict[str, Any]]:
+    for text, evidence in by_text.items():
         for c in evidence.comparisons:
             yield {
                 "text": text,

@@ -84,7 +84,7 @@ def _figure(
 
 def _labels(joined: list[list[Row]], key: str) -> list[str]:
     """Names of the lines: method and targets, and of the rest what tells them apart."""
-    found = []
+    labels = []
     for members in joined:
         row = members[0]
         parts = [row.values["method.label"], row.values["method.targets"]]
@@ -96,14 +96,14 @@ def _labels(joined: list[list[Row]], key: str) -> list[str]:
             for other, name in headings([m for line in joined for m in line]).items()
             if other != key
         ]
-        found.append(" ".join(filter(None, parts)))
-    if len(set(found)) < len(found):  # they differ in alpha or the rate
-        found = [
+        labels.append(" ".join(filter(None, parts)))
+    if len(set(labels)) < len(labels):  # they differ in alpha or the rate
+        labels = [
             f"{label} alpha={setting_text(m[0].values['method.alpha'])}"
             + ("" if key == LR else f" lr={setting_text(m[0].values[LR])}")
-            for label, m in zip(found, joined, strict=True)
+            for label, m in zip(labels, joined, strict=True)
         ]
-    return found
+    return labels
 
 
 def _value(row: Row, key: str) -> Any:

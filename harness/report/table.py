@@ -145,11 +145,11 @@ def rows(folder: Path, run_dirs: Collection[Path] | None = None) -> list[Row]:
 
     Of `run_dirs` alone, if they are given: names, settings and seeds are then of nothing else.
     """
-    found = groups.find(folder, run_dirs)
-    flat = _filled([_settings(group.records[0]) for group in found])
+    grouped = groups.find(folder, run_dirs)
+    flat = _filled([_settings(group.records[0]) for group in grouped])
     others = _without_a_column(flat)
     table = []
-    for group, config in zip(found, flat, strict=True):
+    for group, config in zip(grouped, flat, strict=True):
         own = {key: config[key] for key in others if key in config} | group.content
         values = _values(group.records) | {"also": " ".join(f"{k}={v}" for k, v in own.items())}
         table.append(Row("", values, group.run_dirs, group.records, group.repeated, own))
@@ -197,14 +197,14 @@ def _values(records: list[Record]) -> dict[str, Any]:
 
 def over_seeds(records: Sequence[Record], path: str) -> Any:
     """A value of result.json as the row of these runs has it: a mean; of text, the first run's."""
-    found = [run_record.get(result, path) for result in records]
-    known = [v for v in found if isinstance(v, int | float)]
+    values = [run_record.get(result, path) for result in records]
+    known = [v for v in values if isinstance(v, int | float)]
     if path == SHARED:  # the worst of the runs
         known = [max(known)] if known else []
     if path.endswith("perplexity"):  # null where one has overflowed
         logs = [math.log(v) for v in known]
-        return math.exp(sum(logs) / len(logs)) if len(logs) == len(found) else None
-    return sum(known) / len(known) if known else found[0]
+        return math.exp(sum(logs) / len(logs)) if len(logs) == len(values) else None
+    return sum(known) / len(known) if known else values[0]
 
 
 def _place(row: Row) -> tuple[Any, ...]:
@@ -285,7 +285,7 @@ def _without_a_column(configs: list[dict[str, Any]]) -> list[str]:
     for flat in configs:
         for key, value in flat.items():
             values.setdefault(key, set()).add(json.dumps(value))
-    varying = {key for key, found in values.items() if len(found) > 1}
+    varying = {key for key, distinct in values.items() if len(distinct) > 1}
     for group in ("model.", "data."):
         if f"{group}name" in varying:  # stands for everything else in its file
             varying -= {key for key in varying if key.startswith(group) and key != f"{group}name"}
@@ -336,13 +336,13 @@ def csv_lines(
     names = [*COLUMNS, *written, *CSV_ONLY, "seeds", "also"]
     beside = {key: values for key, values in beside.items() if key not in names}
     settings = list(dict.fromkeys(key for row in table for key in row.settings))
-    found = []
+    lines = []
     for row in table:
         runs = " ".join(run_dir.name for run_dir in row.run_dirs)
         own = [row.values[name] for name in names]
         own += [row.settings.get(key) for key in settings]
-        found.append([row.name, *own, *(b.get(row.name) for b in beside.values()), runs])
-    return ["name", *names, *map(csv_name, settings), *beside, "runs"], found
+        lines.append([row.name, *own, *(b.get(row.name) for b in beside.values()), runs])
+    return ["name", *names, *map(csv_name, settings), *beside, "runs"], lines
 
 
 def csv_name(key: str) -> str:
@@ -352,9 +352,9 @@ def csv_name(key: str) -> str:
 
 def csv_text(table: Sequence[Row], beside: Mapping[str, Mapping[str, Any]]) -> str:
     """`csv_lines` as the text of a CSV file."""
-    names, found = csv_lines(table, beside)
+    names, lines = csv_lines(table, beside)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(names)
-    writer.writerows(found)
+    writer.writerows(lines)
     return stream.getvalue()

@@ -38,13 +38,13 @@ class Curve:
 
     def at(self, axis: str, value: float) -> tuple[float, float | None] | None:
         """Log-perplexity at `value` of one of AXES as `mean`; None if not there."""
-        found = []
+        readings = []
         for r, nll in enumerate(self.nll):
             x = self.along(axis)[r]
             if not x[0] <= value <= x[-1] * (1 + 1e-9):
                 return None
-            found.append(float(np.interp(value, x, nll)))
-        return mean(found)
+            readings.append(float(np.interp(value, x, nll)))
+        return mean(readings)
 
     def along(self, axis: str) -> NDArray[Any]:
         """What every point of every seed has spent of one of AXES, (R, P)."""
@@ -56,18 +56,18 @@ class Curve:
 
     def brackets(self, nll: float) -> list[Bracket | None]:
         """Of every seed, between which validations `nll` was reached; None where it was not."""
-        found: list[Bracket | None] = []
+        brackets: list[Bracket | None] = []
         for values in self.nll:
             under = np.flatnonzero(values <= nll)
             if not len(under):
-                found.append(None)
+                brackets.append(None)
             elif (p := under[0]) == 0:
-                found.append(Bracket(0.0, float(self.steps[0]), float(self.steps[0])))
+                brackets.append(Bracket(0.0, float(self.steps[0]), float(self.steps[0])))
             else:
                 before, at = float(self.steps[p - 1]), float(self.steps[p])
                 share = float((values[p - 1] - nll) / (values[p - 1] - values[p]))
-                found.append(Bracket(before, before + share * (at - before), at))
-        return found
+                brackets.append(Bracket(before, before + share * (at - before), at))
+        return brackets
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,16 @@ class Bracket:
     reached: float  # the first validation at or under it
 
 
-def steps_interval(found: Sequence[Bracket]) -> tuple[float, float]:
+def steps_interval(brackets: Sequence[Bracket]) -> tuple[float, float]:
     """Between which steps a level is reached on average over seeds (95 %).
 
     From the mean of the lower ends, less half of the t-interval over seeds of the interpolated
     steps, to the mean of the upper ends plus as much: interpolation tells how much seeds differ,
     but not where between two readings they all are. One seed has its bracket.
     """
-    half = mean([b.interpolated for b in found])[1] or 0.0
-    low = float(np.mean([b.above for b in found])) - half
-    return max(0.0, low), float(np.mean([b.reached for b in found])) + half
+    half = mean([b.interpolated for b in brackets])[1] or 0.0
+    low = float(np.mean([b.above for b in brackets])) - half
+    return max(0.0, low), float(np.mean([b.reached for b in brackets])) + half
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
@@ -144,13 +144,13 @@ def levels(curves: Sequence[Curve], count: int = 3) -> list[float]:
     best = perplexity(min(float(c.nll[:, -1].mean()) for c in curves))
     if not best < start < math.inf:
         return []
-    found = {
+    candidates = {
         digit * 10.0**power
         for power in range(math.floor(math.log10(best)), math.ceil(math.log10(start)) + 1)
         for digit in (1, 1.5, 2, 3, 4, 5, 7)
         if best < digit * 10.0**power < start
     }
-    ordered = sorted(found, reverse=True)
+    ordered = sorted(candidates, reverse=True)
     if len(ordered) <= count:
         return ordered
     return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
@@ -176,12 +176,12 @@ def _differ_in_flops(curves: Sequence[Curve]) -> bool:
 
 def budgets(costs: Sequence[float], unit: float = 1) -> list[float]:
     """Round budgets, 1, 1.5, 2, 3, 5 or 7 times a power of ten units, that divide `costs`."""
-    found = set()
+    rounded = set()
     for cost in {cost / unit for cost in costs if cost > 0}:
         power = 10.0 ** math.floor(math.log10(cost))
         digit = next(d for d in (1, 1.5, 2, 3, 5, 7, 10) if cost <= d * power * (1 + 1e-9))
-        found.add(digit * power * unit)
-    return sorted(found)
+        rounded.add(digit * power * unit)
+    return sorted(rounded)
 
 
 def within(
