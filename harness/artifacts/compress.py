@@ -89,11 +89,11 @@ def compress(
     """
     run = finished_run.load(run_dir)
     pair = updates.load(run)
-    found, beside = lowrank.decompose(pair)
-    if not found:
+    directions, beside = lowrank.decompose(pair)
+    if not directions:
         raise ConfigError(f"{run.name} changed no matrix in the layers: there is no rank to choose")
-    asked = [Asked(str(rank), lowrank.by_rank(found, rank)) for rank in ranks]
-    asked += [Asked(f"energy {e:g}", lowrank.by_energy(found, e)) for e in energies]
+    asked = [Asked(str(rank), lowrank.by_rank(directions, rank)) for rank in ranks]
+    asked += [Asked(f"energy {e:g}", lowrank.by_energy(directions, e)) for e in energies]
     if save is not None:
         _check_can_save(run, pair, save)
     kept = {name: pair.adapted.get_parameter(name).detach().clone() for name in beside}
@@ -102,19 +102,19 @@ def compress(
         module = pair.adapted.get_submodule(name.rpartition(".")[0])
         kind = updates.kind_of(name, module, pair.adapted)
         kinds[kind] = kinds.get(kind, 0) + weight.numel()
-    folders = [_save(run, pair, found, one, save) for one in asked] if save is not None else []
+    folders = [_save(run, pair, directions, one, save) for one in asked] if save is not None else []
     read = texts.read(run, test=test, only=only_texts)
-    points, documents = _measure(run, pair, found, asked, kept, read)
+    points, documents = _measure(run, pair, directions, asked, kept, read)
     names = list(read.by_name)
     beside_it = trained(run, list(dict.fromkeys([NEW, *names])))
     own = recorded(run, names)
-    return Compressed(points, documents, kinds, len(found), own, beside_it, folders)
+    return Compressed(points, documents, kinds, len(directions), own, beside_it, folders)
 
 
 def _measure(
     run: Saved,
     pair: updates.Pair,
-    found: Mapping[str, Direction],
+    directions: Mapping[str, Direction],
     asked: list[Asked],
     kept: Mapping[str, torch.Tensor],
     read: Texts,
@@ -124,12 +124,14 @@ def _measure(
     for one in asked:
         for others in (WITH, WITHOUT) if kept else (WITH,):
             own = kept if others == WITH else {}
-            lowrank.write_into(pair.adapted, pair, found, one.ranks, own)
+            lowrank.write_into(pair.adapted, pair, directions, one.ranks, own)
             for text in read.by_name:
                 nll, num_tokens = evaluator.nats(text)
                 points.append({
                     "rank": one.label, "beside": others, "text": text,
-                    "parameters": sum(found[n].num_parameters(k) for n, k in one.ranks.items()),
+                    "parameters": sum(
+                        directions[n].num_parameters(k) for n, k in one.ranks.items()
+                    ),
                     "mean_rank": float(np.mean(list(one.ranks.values()))),
                     "perplexity": perplexity((nll, num_tokens)),
                     "nll_nats": float(nll.sum()), "num_tokens": int(num_tokens.sum()),
@@ -143,8 +145,8 @@ def _measure(
 
 def recorded(run: Saved, names: list[str]) -> dict[str, float]:
     """The perplexities that the run itself measured, of the texts there are."""
-    found = {name: quality_of(run.record, name) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {name: quality_of(run.record, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def quality_of(record: Record, text: str, when: str = "after") -> float | None:
@@ -161,7 +163,7 @@ def trained(run: Saved, names: list[str]) -> pd.DataFrame:
     """
     sections = ("model", "data", "evaluate")
     own = [run.record["config"][section] for section in sections]
-    found = []
+    rows = []
     for path, record in run_record.collect(run.run_dir.resolve().parent):
         same = [record["config"][section] for section in sections] == own
         if record["status"] == "finished" and record["method"]["name"] == "lora" and same:
@@ -172,9 +174,9 @@ def trained(run: Saved, names: list[str]) -> pd.DataFrame:
                     "targets": record["method"]["targets"], "seed": record["run"]["seed"],
                     "parameters": record["parameters"]["trainable"],
                 }  # fmt: skip
-                found.append(row | {name: quality_of(record, name) for name in names})
+                rows.append(row | {name: quality_of(record, name) for name in names})
     columns = ["name", "r", "targets", "seed", "parameters", *names]
-    return pd.DataFrame(found, columns=columns)  # also where there is none
+    return pd.DataFrame(rows, columns=columns)  # also where there is none
 
 
 # --------------------------------------------------------------------------- adapters
@@ -191,7 +193,7 @@ def _check_can_save(run: Saved, pair: updates.Pair, folder: Path) -> None:
 
 
 def _save(
-    run: Saved, pair: updates.Pair, found: Mapping[str, Direction], one: Asked, out: Path
+    run: Saved, pair: updates.Pair, directions: Mapping[str, Direction], one: Asked, out: Path
 ) -> Path:
     """Write one adapter, load it onto the published base again and compare its logits."""
     folder = out / one.label.replace(" ", "-")
@@ -201,12 +203,12 @@ def _save(
     def base() -> PreTrainedModel:
         return weights.load(source, **options)[0].eval()
 
-    lowrank.save(base(), found, one.ranks, folder, source, run.run.model.revision)
+    lowrank.save(base(), directions, one.ranks, folder, source, run.run.model.revision)
     gc.collect()
     again = weights.load_adapter(base(), folder)
     merged = base().float()
     with torch.no_grad():
-        for name, direction in found.items():
+        for name, direction in directions.items():
             merged.get_parameter(name).add_(direction.delta(one.ranks[name]))
     logits, expected = export.probe(again.float()), export.probe(merged)
     apart = float((logits - expected).abs().max())
@@ -218,10 +220,10 @@ def _save(
 # --------------------------------------------------------------------------- the command
 
 
-def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str]) -> None:
+def show(results: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str]) -> None:
     """Print the curve: with and without the weights beside the matrices, beside trained LoRA."""
-    first = found[0]
-    points = pd.concat([one.points for one in found], ignore_index=True)
+    first = results[0]
+    points = pd.concat([one.points for one in results], ignore_index=True)
     names, columns = list(dict.fromkeys(points["text"])), list(dict.fromkeys(points["beside"]))
     headings = ["parameters", "mean rank"]
     for name in names:
@@ -229,7 +231,7 @@ def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str])
         headings += [f"{label}{', matrices alone' * (c == WITHOUT)}" for c in columns]
     headings += ["LoRA trained at r=k"] * (len(first.trained) > 0)
     shown = table.plain(["rank of dW"], headings)
-    rows = perplexities([one.documents for one in found], seeds, ["rank", "beside", "text"])
+    rows = perplexities([one.documents for one in results], seeds, ["rank", "beside", "text"])
     cells = {(r["rank"], r["beside"], r["text"]): curve.told(r) for _, r in rows.iterrows()}
     for label, of in points.groupby("rank", sort=False):
         line = [str(label), f"{of['parameters'].mean():,.0f}", f"{of['mean_rank'].mean():.1f}"]
@@ -237,9 +239,9 @@ def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str])
         line += [_trained_at(first, str(label))] * (len(first.trained) > 0)
         shown.add_row(*line)
     table.show(shown)
-    over = "documents" if len(found) == 1 else f"{len(found)} seeds and documents"
+    over = "documents" if len(results) == 1 else f"{len(results)} seeds and documents"
     print(f"perplexity per token, in brackets its 95 % interval over {over}")
-    for one, run in zip(found, runs, strict=True):
+    for one, run in zip(results, runs, strict=True):
         own = ", ".join(
             f"{name} {numbers.perplexity(value)}" for name, value in one.recorded.items()
         )
@@ -250,15 +252,15 @@ def show(found: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str])
             f"beside {first.matrices} matrices these moved too, and are whole: {kinds}.\n"
             "matrices alone: these as in the base"
         )
-    for folder in (folder for one in found for folder in one.folders):
+    for folder in (folder for one in results for folder in one.folders):
         print(f"saved: {folder}, a PEFT LoRA of the matrices alone")
 
 
-def _trained_at(found: Compressed, label: str) -> str:
+def _trained_at(result: Compressed, label: str) -> str:
     """Validation perplexity of the best kind of LoRA trained at this rank, mean over its seeds."""
     if not label.isdigit():
         return "-"
-    rows = found.trained[found.trained["r"] == int(label)]
+    rows = result.trained[result.trained["r"] == int(label)]
     rows = rows[rows[NEW].notna()]
     if rows.empty:
         return "-"
@@ -269,11 +271,11 @@ def _trained_at(found: Compressed, label: str) -> str:
     return f"{numbers.perplexity(best[0])} ({best[1]})"
 
 
-def write(found: Compressed, run_dir: Path) -> None:
+def write(result: Compressed, run_dir: Path) -> None:
     """Write the points and their documents into the run's folder."""
-    text = found.points.to_csv(index=False)
+    text = result.points.to_csv(index=False)
     atomic.write_atomically(run_dir / CSV, str(text))
-    atomic.write_atomically(run_dir / PARQUET, partial(found.documents.to_parquet, index=False))
+    atomic.write_atomically(run_dir / PARQUET, partial(result.documents.to_parquet, index=False))
 
 
 def parse_ranks(text: str) -> Iterator[int | str]:
@@ -328,14 +330,14 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("--ranks: name at least one, as in 1,2,4,full")
     chosen = [name for name in asked.texts.split(",") if name]
     seeds = curve.seeds_of(asked.run_dirs)
-    found = []
+    results = []
     for run_dir in asked.run_dirs:
         own = asked.save / run_dir.name if asked.save and len(seeds) > 1 else asked.save
-        found.append(
+        results.append(
             compress(run_dir, ranks, energies, test=asked.test, save=own, only_texts=chosen)
         )
-        write(found[-1], run_dir)
-    show(found, seeds, [run_dir.name for run_dir in asked.run_dirs])
+        write(results[-1], run_dir)
+    show(results, seeds, [run_dir.name for run_dir in asked.run_dirs])
     for run_dir in asked.run_dirs:
         print(f"saved in {run_dir}: {CSV}, {PARQUET}")
     return 0

@@ -149,13 +149,13 @@ def main(arguments: list[str]) -> int:
     only = [kind for kind in asked.only.split(",") if kind]
     chosen = [name for name in asked.texts.split(",") if name]
     seeds = curve.seeds_of(asked.run_dirs)
-    found = []
+    tables = []
     for run_dir in asked.run_dirs:
         points, documents = interpolate(run_dir, scales, only, test=asked.test, only_texts=chosen)
         atomic.write_atomically(run_dir / CSV, str(points.to_csv(index=False)))
         atomic.write_atomically(run_dir / PARQUET, partial(documents.to_parquet, index=False))
-        found.append(documents)
-    show(found, seeds)
+        tables.append(documents)
+    show(tables, seeds)
     for run_dir in asked.run_dirs:
         print(f"saved in {run_dir}: {CSV}, {PARQUET}")
     return 0

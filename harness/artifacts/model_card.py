@@ -113,13 +113,13 @@ def card_data(run: Saved, exported: Exported) -> ModelCardData:
     data, method = run.run.data, run.record["method"]
     window = {key: run.record["evaluation"][key] for key in ("context_length", "stride")}
     written = get(run.record, "quality.generation") or {}
-    found: list[tuple[str, str, str, Any, dict[str, Any] | None]] = [  # the last: how
+    metrics: list[tuple[str, str, str, Any, dict[str, Any] | None]] = [  # the last: how
         (split, name, name.replace("_", " "), get(run.record, f"quality.{split}.{name}"), window)
         for split in ("validation", "test")
         for name in ("perplexity", "bits_per_byte")
     ]
-    found += [("test", name, label, written.get(name), None) for name, label in METRICS.items()]
-    found += [
+    metrics += [("test", name, label, written.get(name), None) for name, label in METRICS.items()]
+    metrics += [
         (
             split,
             name,
@@ -142,7 +142,7 @@ def card_data(run: Saved, exported: Exported) -> ModelCardData:
             metric_value=value,
             metric_args=how,
         )
-        for split, name, label, value, how in found
+        for split, name, label, value, how in metrics
         if value is not None
     ]
     return ModelCardData(
@@ -188,69 +188,73 @@ def code(run: Saved, exported: Exported) -> str:
 def notes(run: Saved, exported: Exported) -> list[str]:
     """What a reader would not expect, of the folder and of how it differs from the run's model."""
     model, method = run.run.model, run.run.method
-    found = [exported.compared]
+    sentences = [exported.compared]
     if method.name == "truncate":
-        found.append("The weights are dense, as large as the base's: rank-k products, multiplied.")
+        sentences.append(
+            "The weights are dense, as large as the base's: rank-k products, multiplied."
+        )
     elif exported.whole and run.has_adapter:
-        found.append(f"The adapter is merged; on a few fixed tokens it gives {exported.logits}.")
+        sentences.append(
+            f"The adapter is merged; on a few fixed tokens it gives {exported.logits}."
+        )
     elif exported.joined_rank:
-        found.append(
+        sentences.append(
             f"The run adapted q, k, v by themselves (targets `{run.run.targets.name}`). "
             f"Here they are one adapter of rank {exported.joined_rank} on `attn.c_attn`, with "
             "zeros between the parts: the same function, for use; training that went on from it "
             f"would move the zeros. On a few fixed tokens it gives {exported.logits}."
         )
     if exported.whole and run.unfused:
-        found.append("q, k and v were three matrices in the run; they are one `c_attn` again.")
+        sentences.append("q, k and v were three matrices in the run; they are one `c_attn` again.")
     if exported.turned:
-        found.append(
+        sentences.append(
             "The adapter is on `nn.Linear`, and the published base has `Conv1D` in its place, "
             "which the loop above turns first: the same function. `--merge` exports a model that "
             "needs no such step."
         )
     elif exported.whole and run.turned:
-        found.append("`Conv1D` was `nn.Linear` in the run; here it is `Conv1D` again.")
+        sentences.append("`Conv1D` was `nn.Linear` in the run; here it is `Conv1D` again.")
     if exported.peft_type == "UDV" and not getattr(method, "store_factors", False):
-        found.append(
+        sentences.append(
             "The factors that did not train are decomposed from the base's weights on loading, "
             "which must therefore be the same. The file holds only those that the weights leave "
             "open, of singular values that are zero or equal."
         )
     if not exported.whole and (model.asset or model.path or model.package):
-        found.append(
+        sentences.append(
             f"The base, `{base_name(run.run)}`, is a folder and on no hub: put its place on your "
             "machine into the code above. `--merge` exports a model that stands by itself."
         )
     if model.quantize != "none":
-        found.append(
+        sentences.append(
             f"The base was quantised (model.quantize={model.quantize}), as the code above does "
             "with bitsandbytes."
         )
     if exported.whole and not exported.tied:
-        found.append("The head has a weight of its own, apart from the embedding's.")
+        sentences.append("The head has a weight of its own, apart from the embedding's.")
     if model.frozen_dtype == "bf16" and method.name != "full":
         held = "held in bf16 while it was frozen"
-        found.append(
+        sentences.append(
             f"The base was {held}: its rounded values are kept here, in fp32."
             if exported.whole
             else f"The base was {held}, hence the dtype above."
         )
     for name, (had, own) in exported.config_notes.items():
         if name in ACTIVATION_FIELDS:
-            found.append(
+            sentences.append(
                 f"`{name}` is `{had}`, with which it was trained, where the base has `{own}`: the "
                 "same function, in one kernel."
             )
         else:
-            found.append(
+            sentences.append(
                 f"It was trained with `{name}` {had:g}; the configuration has the base's {own:g}."
             )
     if set(ACTIVATION_FIELDS) & exported.base_options.keys():
-        found.append(
+        sentences.append(
             "The activation above is the base's own function in one kernel, with which it was "
             "trained; without it logits agree to rounding."
         )
-    return found
+    return sentences
 
 
 def _before(record: Record) -> tuple[str, bool]:

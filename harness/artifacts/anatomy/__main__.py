@@ -31,12 +31,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of conf/anatomy.yaml")
     asked = parser.parse_args(arguments)
     chosen = settings.read(asked.settings)
-    found = survey.survey(asked.folder, chosen, survey.progress)
-    out = survey.write(found, asked.folder)
-    told = summary.summarise(found, asked.folder)
+    surveyed = survey.survey(asked.folder, chosen, survey.progress)
+    out = survey.write(surveyed, asked.folder)
+    told = summary.summarise(surveyed, asked.folder)
     summary.write(told, asked.folder)
-    summary.show(told, found, chosen)
-    for name, why in found.left_out.items():
+    summary.show(told, surveyed, chosen)
+    for name, why in surveyed.left_out.items():
         print(f"left out: {name} ({why})")
     print(f"saved in {out}: summary.csv, weights.parquet, layers.parquet, overlap.parquet")
     return 0

@@ -73,5 +73,5 @@ def _outputs(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, .
     """(B, T, d) behind the embeddings and every layer."""
     inner: Any = model.base_model  # without the head, whose logits are the most of the work
     ids = ids.to(next(model.parameters()).device)
-    found = inner(input_ids=ids, output_hidden_states=True).hidden_states
-    return tuple(found) if found is not None else ()
+    hidden_states = inner(input_ids=ids, output_hidden_states=True).hidden_states
+    return tuple(hidden_states) if hidden_states is not None else ()

@@ -56,7 +56,7 @@ def decompose(pair: Pair) -> tuple[dict[str, Direction], list[str]]:
 
     The second are embeddings, positions, norms, biases and the head, which no rank is chosen for.
     """
-    found: dict[str, Direction] = {}
+    directions: dict[str, Direction] = {}
     beside: list[str] = []
     model = pair.adapted
     for name, after in model.named_parameters():
@@ -74,7 +74,7 @@ def decompose(pair: Pair) -> tuple[dict[str, Direction], list[str]]:
         update = updates.Update(name, "", None, old, new, flipped, torch.float32)
         u, s, _ = spectra.factors(update.delta)
         m, n = old.shape
-        found[name] = Direction(
+        directions[name] = Direction(
             path,
             u.float(),
             (u.t() @ update.delta).float(),
@@ -82,28 +82,30 @@ def decompose(pair: Pair) -> tuple[dict[str, Direction], list[str]]:
             flipped,
             spectra.rank_above(s, (m, n), update.error),
         )
-    return found, beside
+    return directions, beside
 
 
-def by_rank(found: Mapping[str, Direction], rank: int | str) -> dict[str, int]:
+def by_rank(directions: Mapping[str, Direction], rank: int | str) -> dict[str, int]:
     """Rank by parameter: k of every matrix, or with "full" all of dW.
 
     Raises:
         ConfigError: k is above min(m, n) of a matrix.
     """
-    for name, one in found.items():
+    for name, one in directions.items():
         if rank != "full" and int(rank) > one.full_rank:
             raise ConfigError(
                 f"rank={rank} is above min(m, n) = {one.full_rank} of {name}; the largest usable "
-                f"rank is {min(d.full_rank for d in found.values())}, or take 'full'"
+                f"rank is {min(d.full_rank for d in directions.values())}, or take 'full'"
             )
-    return {name: one.full_rank if rank == "full" else int(rank) for name, one in found.items()}
+    return {
+        name: one.full_rank if rank == "full" else int(rank) for name, one in directions.items()
+    }
 
 
-def by_energy(found: Mapping[str, Direction], share: float) -> dict[str, int]:
+def by_energy(directions: Mapping[str, Direction], share: float) -> dict[str, int]:
     """The smallest rank of each matrix whose singular values have `share` of ||dW||_F^2."""
     ranks = {}
-    for name, one in found.items():
+    for name, one in directions.items():
         energy = one.s.square()
         reached = energy.cumsum(0) >= share * energy.sum() * (1 - 1e-12)
         ranks[name] = min(int(reached.nonzero()[0, 0]) + 1, one.rank if share == 1 else len(energy))
@@ -114,7 +116,7 @@ def by_energy(found: Mapping[str, Direction], share: float) -> dict[str, int]:
 def write_into(
     model: PreTrainedModel,
     pair: Pair,
-    found: Mapping[str, Direction],
+    directions: Mapping[str, Direction],
     ranks: Mapping[str, int],
     kept: Mapping[str, torch.Tensor],
 ) -> None:
@@ -126,8 +128,8 @@ def write_into(
     for name, weight in model.named_parameters():
         before = parameter(pair.base, name)
         assert before is not None
-        if name in found:
-            delta = found[name].delta(ranks[name])
+        if name in directions:
+            delta = directions[name].delta(ranks[name])
             weight.copy_(before.to(weight.device) + delta.to(weight.device))
         else:
             weight.copy_(kept.get(name, before))
@@ -135,7 +137,7 @@ def write_into(
 
 def save(
     base: PreTrainedModel,
-    found: Mapping[str, Direction],
+    directions: Mapping[str, Direction],
     ranks: Mapping[str, int],
     folder: Path,
     source: str,
@@ -145,7 +147,7 @@ def save(
 
     Scales are 1 (alpha = rank); where matrices have ranks of their own they stand in rank_pattern.
     """
-    modules = {one.module: ranks[name] for name, one in found.items()}
+    modules = {one.module: ranks[name] for name, one in directions.items()}
     largest = max(modules.values())
     own = {} if len(set(modules.values())) == 1 else modules
     fan_in_fan_out = any(isinstance(base.get_submodule(path), Conv1D) for path in modules)
@@ -160,7 +162,7 @@ def save(
     )
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
-        for name, one in found.items():
+        for name, one in directions.items():
             k = ranks[name]
             layer: Any = model.get_submodule(f"base_model.model.{one.module}")
             scale = one.s[:k].sqrt().clamp(min=1e-12).float()

@@ -127,8 +127,8 @@ def base_left(weight: torch.Tensor, stored_in_out: bool) -> torch.Tensor:
     `stored_in_out` says that the base keeps W^T, which the cache then has the factors of.
     """
     stored = weight.t().contiguous() if stored_in_out else weight.contiguous()
-    if (found := cached_factors(stored)) is not None:
-        left, _, right_t = found
+    if (cached := cached_factors(stored)) is not None:
+        left, _, right_t = cached
         return (right_t.t() if stored_in_out else left).double()
     return left_vectors(weight)
 
@@ -145,15 +145,15 @@ def intruders(base_u: torch.Tensor, after: torch.Tensor, k: int, epsilon: float)
     return int((most < epsilon).sum())
 
 
-def amplification(before: torch.Tensor, found: Factors, r: int) -> float:
+def amplification(before: torch.Tensor, svd: Factors, r: int) -> float:
     """||[dW]_r||_F / ||U^T W V||_F with the r first singular vectors of dW (2106.09685, 7.3).
 
     For a dW of rank r, [dW]_r is dW and this is the paper's factor: how often the size that W
     itself has in the directions in which it was changed. Infinite where W has nothing there.
     """
-    u, v = found.u[:, :r], found.v[:, :r]
+    u, v = svd.u[:, :r], svd.v[:, :r]
     there = (u.t() @ before.double() @ v).norm()
-    changed = found.s[:r].norm()
+    changed = svd.s[:r].norm()
     return float(changed / there) if there > 0 else float("inf")
 
 

@@ -46,26 +46,26 @@ OF_MATRICES = ("rank", "full_rank", "effective_rank", "stable_rank", "r90", "int
                "amplification")  # fmt: skip
 
 
-def summarise(found: Survey, folder: Path) -> Frame:
+def summarise(survey: Survey, folder: Path) -> Frame:
     """A row for every configuration, kind or text or other configuration, and quantity.
 
     Columns: name (of the configuration), of (a kind of weight, ALL, a text, or another name),
     quantity, mean, low, high (over `count` runs or pairs of runs), count.
     """
-    names = named(found, folder)
-    by_run = pd.concat([_weights(found.weights), _layers(found.layers)], ignore_index=True)
+    names = named(survey, folder)
+    by_run = pd.concat([_weights(survey.weights), _layers(survey.layers)], ignore_index=True)
     by_run["name"] = by_run["run"].map(names)
     over = by_run.groupby(["name", "of", "quantity"], sort=False)["value"]
     summary = over.agg(mean="mean", low="min", high="max", count="count").reset_index()
     order = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
     summary = summary.sort_values("name", key=lambda column: column.map(order), kind="stable")
-    return pd.concat([summary, _overlap(found.overlap, names)], ignore_index=True)
+    return pd.concat([summary, _overlap(survey.overlap, names)], ignore_index=True)
 
 
-def named(found: Survey, folder: Path) -> dict[str, str]:
+def named(survey: Survey, folder: Path) -> dict[str, str]:
     """Configuration by run, named and in the order of the experiment's own table."""
-    runs = {path.name for path in found.run_dirs}
-    if folder in found.run_dirs:
+    runs = {path.name for path in survey.run_dirs}
+    if folder in survey.run_dirs:
         return {folder.name: folder.name}
     rows = table.rows(folder)
     names = {path.name: row.name for row in rows for path in row.run_dirs}
@@ -78,23 +78,23 @@ def _weights(weights: Frame) -> Frame:
     """Quantities by run and kind; the matrices in the layers also together."""
     inner = weights["is_matrix"] & ~weights["kind"].isin(BESIDE)
     parts = pd.concat([weights[inner].assign(kind=ALL), weights], ignore_index=True)
-    found = []
+    lines = []
     for (run, kind), rows in parts.groupby(["run", "kind"], sort=False):
         for quantity in QUANTITIES:
             if quantity not in OF_MATRICES or rows["is_matrix"].all():
-                found.append((run, kind, quantity, _measures(quantity)(rows)))
-    return pd.DataFrame(found, columns=["run", "of", "quantity", "value"])
+                lines.append((run, kind, quantity, _measures(quantity)(rows)))
+    return pd.DataFrame(lines, columns=["run", "of", "quantity", "value"])
 
 
 def _layers(layers: Frame) -> Frame:
     """Relative change and CKA by run and text, of the last layer and as the mean over layers."""
-    found = []
+    lines = []
     for (run, text), rows in layers.groupby(["run", "text"], sort=False) if len(layers) else ():
         last = rows[rows["layer"] == rows["layer"].max()]
         for column in ("relative_change", "cka"):
-            found.append((run, text, f"last_layer_{column}", float(last[column].iloc[0])))
-            found.append((run, text, f"layers_{column}", float(rows[column].mean())))
-    return pd.DataFrame(found, columns=["run", "of", "quantity", "value"])
+            lines.append((run, text, f"last_layer_{column}", float(last[column].iloc[0])))
+            lines.append((run, text, f"layers_{column}", float(rows[column].mean())))
+    return pd.DataFrame(lines, columns=["run", "of", "quantity", "value"])
 
 
 def _overlap(overlap: Frame, names: dict[str, str]) -> Frame:
@@ -111,19 +111,19 @@ def _overlap(overlap: Frame, names: dict[str, str]) -> Frame:
         for a, b in zip(by_pair["run_a"], by_pair["run_b"], strict=True)
     ]
     by_pair["name"], by_pair["of"] = zip(*pairs, strict=True)
-    found = []
+    lines = []
     for (name, of, side, i), group in by_pair.groupby(["name", "of", "side", "i"], sort=False):
         for column in ("phi", "chance"):
             value = group[column]
             numbers = (value.mean(), value.min(), value.max(), len(value))
-            found.append((name, of, f"{column}_{side}_{i}", *numbers))
-    return pd.DataFrame(found, columns=columns)
+            lines.append((name, of, f"{column}_{side}_{i}", *numbers))
+    return pd.DataFrame(lines, columns=columns)
 
 
 # --------------------------------------------------------------------------- what is printed
 
 
-def show(summary: Frame, found: Survey, settings: Settings) -> None:
+def show(summary: Frame, survey: Survey, settings: Settings) -> None:
     """Print the tables: sizes and ranks, kinds of weights, layers, and overlap over seeds."""
     names = list(dict.fromkeys(summary["name"]))
     known = {
@@ -149,7 +149,7 @@ def show(summary: Frame, found: Survey, settings: Settings) -> None:
     kinds = [
         k
         for k in dict.fromkeys(summary["of"])
-        if (summary["of"] == k).any() and k in set(found.weights["kind"])
+        if (summary["of"] == k).any() and k in set(survey.weights["kind"])
     ]
     print("\nShare of the squared change, and size beside the weight's own (in brackets), by kind")
     lines = []
@@ -162,7 +162,7 @@ def show(summary: Frame, found: Survey, settings: Settings) -> None:
         ]
         lines.append([name, *cells])
     _print(["configuration", *kinds], [line for line in lines if set(line[1:]) != {"-"}])
-    texts = list(dict.fromkeys(found.layers["text"])) if len(found.layers) else []
+    texts = list(dict.fromkeys(survey.layers["text"])) if len(survey.layers) else []
     if texts:
         print(
             "\nWhat layers put out, beside the base, on held-out text: relative change and CKA "
@@ -176,7 +176,7 @@ def show(summary: Frame, found: Survey, settings: Settings) -> None:
              for name in names if (name, texts[0], "last_layer_cka") in known],
         )  # fmt: skip
     _show_overlap(known, names, settings)
-    _show_rounding(found.weights)
+    _show_rounding(survey.weights)
 
 
 def _show_overlap(

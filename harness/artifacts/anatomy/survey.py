@@ -54,9 +54,9 @@ def find(folder: Path) -> tuple[list[Path], bool]:
         ConfigError: there is none; names the runs there are.
     """
     if folder.is_dir() and not (folder / run_record.FILE_NAME).exists():
-        found = [path for path, r in run_record.collect(folder) if r["status"] == "finished"]
-        if found:
-            return found, False
+        run_dirs = [path for path, r in run_record.collect(folder) if r["status"] == "finished"]
+        if run_dirs:
+            return run_dirs, False
     finished_run.finished(folder)
     return [folder], True
 
@@ -134,24 +134,24 @@ def _weight(
     }  # fmt: skip
     if not update.is_matrix:
         return row, None
-    found = spectra.factors(delta, min(settings.directions, *delta.shape))
+    factors = spectra.factors(delta, min(settings.directions, *delta.shape))
     shape = (int(delta.shape[0]), int(delta.shape[1]))
-    spectrum = spectra.spectrum(found.s, shape, update.error)
+    spectrum = spectra.spectrum(factors.s, shape, update.error)
     r = min(settings.directions, spectrum.rank)
     base_u = spectra.base_left(before, update.stored_in_out)
     row |= dataclasses.asdict(spectrum) | {
         "intruders": spectra.intruders(
             base_u, update.after, settings.intruder_k, settings.intruder_epsilon
         ),
-        "amplification": spectra.amplification(before, found, r),
+        "amplification": spectra.amplification(before, factors, r),
     }
-    return row, (found.u[:, :r].clone(), found.v[:, :r].clone())
+    return row, (factors.u[:, :r].clone(), factors.v[:, :r].clone())
 
 
 def _layers(run: str, pair: updates.Pair, read: Texts, tokens: int) -> Iterator[dict[str, Any]]:
     for name in read.by_name:
-        found = functions.distances(pair.base, pair.adapted, texts.batches(read, name, tokens))
-        for distance in found:
+        distances = functions.distances(pair.base, pair.adapted, texts.batches(read, name, tokens))
+        for distance in distances:
             yield {"run": run, "text": name} | dataclasses.asdict(distance)
 
 
@@ -185,12 +185,12 @@ def _doubling(most: int) -> list[int]:
     return [2**power for power in range(most.bit_length())]
 
 
-def write(found: Survey, folder: Path) -> Path:
+def write(surveyed: Survey, folder: Path) -> Path:
     """Write the three tables to FOLDER/anatomy; returns that folder."""
     out = folder / FOLDER
     out.mkdir(exist_ok=True)
     for name in ("weights", "layers", "overlap"):
-        table: pd.DataFrame = getattr(found, name)
+        table: pd.DataFrame = getattr(surveyed, name)
         atomic.write_atomically(out / f"{name}.parquet", partial(table.to_parquet, index=False))
     return out
 

@@ -37,9 +37,9 @@ class Texts:
 
 def key(run: Saved) -> str:
     """What two runs have in common that read the same texts in the same way."""
-    found = run.run
-    shared = [run_config.to_dict(found)[name] for name in ("data", "evaluate", "model")]
-    return json.dumps([shared, found.contents], sort_keys=True, default=str)
+    config = run.run
+    shared = [run_config.to_dict(config)[name] for name in ("data", "evaluate", "model")]
+    return json.dumps([shared, config.contents], sort_keys=True, default=str)
 
 
 def read(run: Saved, *, test: bool = False, only: Sequence[str] = ()) -> Texts:
@@ -55,18 +55,18 @@ def read(run: Saved, *, test: bool = False, only: Sequence[str] = ()) -> Texts:
         if name not in there:
             raise ConfigError(f"--texts: {run.name} has no text {name}; {nearest(name, there)}")
     disable_progress_bars()
-    found = run.run
-    contents.check(found)
-    first = prefix.find(run.tokenizer, found.evaluate.prefix)
-    most, begins = token_data.most_tokens(found), first.begins  # the part that the run evaluated
-    text = token_data.prepare(found.data, run.tokenizer, test=test, begins=begins, most=most)
+    config = run.run
+    contents.check(config)
+    first = prefix.find(run.tokenizer, config.evaluate.prefix)
+    most, begins = token_data.most_tokens(config), first.begins  # the part that the run evaluated
+    text = token_data.prepare(config.data, run.tokenizer, test=test, begins=begins, most=most)
     also: dict[str, Dataset] = {}
-    for name, cfg in found.evaluate.also.items():
+    for name, cfg in config.evaluate.also.items():
         also[name], _ = token_data.prepare_test(
             cfg, run.tokenizer, begins=begins, most=most["test"]
         )
-    context = found.evaluation_context
-    stride = found.evaluate.stride or context
+    context = config.evaluation_context
+    stride = config.evaluate.stride or context
     by_name = {name: table for name, table in (text.held_out | also).items() if name in there}
     kept = {name: by_name[name] for name in only or by_name}
     return Texts(kept, first.id, context, stride)
@@ -103,9 +103,9 @@ class Evaluator:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def perplexity(found: Nats) -> float:
+def perplexity(nats: Nats) -> float:
     """Return exp of the mean nats per predicted token; infinite where it overflows."""
-    nll, num_tokens = found
+    nll, num_tokens = nats
     with np.errstate(over="ignore"):
         return float(np.exp(nll.sum() / num_tokens.sum()))
 
