@@ -70,21 +70,21 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
 
     parser.error = refuse  # argparse would print usage and exit
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    found, unknown = parser.parse_known_args(list(arguments))
+    given, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         raise ConfigError(_unknown(unknown[0], flags))
-    shows = "--cfg" if found.cfg else "--info" if found.info else ""
-    if shows and found.multirun:
+    shows = "--cfg" if given.cfg else "--info" if given.info else ""
+    if shows and given.multirun:
         raise ConfigError(
             f"{shows} shows one configuration, and -m asks for several: harness plan "
-            f"{shlex.join(found.overrides)} lists them; without -m one is shown".replace("  ", " ")
+            f"{shlex.join(given.overrides)} lists them; without -m one is shown".replace("  ", " ")
         )
-    if found.resolve and not found.cfg:
+    if given.resolve and not given.cfg:
         raise ConfigError("--resolve goes with --cfg: --cfg job --resolve")
-    asked = [found.run, bool(found.cfg), found.multirun, found.shell_completion, bool(found.info)]
+    asked = [given.run, bool(given.cfg), given.multirun, given.shell_completion, bool(given.info)]
     if sum(asked) > 1:
         raise ConfigError("of --run, --multirun, --cfg, --info and --shell-completion give one")
-    return found
+    return given
 
 
 def _refused(message: str, arguments: Sequence[str]) -> str:
@@ -170,8 +170,8 @@ def _screen() -> str:
     for key, what in MOST_USED.items():
         group, _, name = key.rpartition(".")
         body = _with_bases(group, defaults[group]) if group else _body("config")
-        found = re.search(rf"^{name}:\s*([^#\n]*)", body, re.M)
-        default = found[1].strip() if found else defaults.get(key, "")
+        match = re.search(rf"^{name}:\s*([^#\n]*)", body, re.M)
+        default = match[1].strip() if match else defaults.get(key, "")
         default = "NAME" if key == "experiment" else default
         parts.append(f"  {f'{key}={default}':26} {what}")
     return "\n".join([*parts, "", _flags(), "", MORE])
@@ -198,8 +198,8 @@ def search_help() -> str:
 
 def _defaults() -> dict[str, str]:
     """Group -> option of conf/config.yaml."""
-    found = re.findall(r"^  - (\w+): (\w+)", _body("config"), re.M)
-    return {group: option for group, option in found if group != "override"}
+    pairs = re.findall(r"^  - (\w+): (\w+)", _body("config"), re.M)
+    return {group: option for group, option in pairs if group != "override"}
 
 
 def _body(name: str) -> str:
@@ -233,23 +233,23 @@ def _with_bases(group: str, option: str) -> str:
 
 def _keys(parts: tuple[str, str, str], prefix: str) -> list[str]:
     """Lines `key=default  what it is` of a file's body; a later value replaces an earlier."""
-    found: dict[str, list[str]] = {}
+    entries: dict[str, list[str]] = {}
     key = ""
     for line in (parts[1] + parts[2]).splitlines():
         if match := re.match(r"(\w+):\s*(.*)", line):
             key = match[1]
             value, _, comment = match[2].partition("#")
-            comment = comment.strip() or _comment(found.get(key))
+            comment = comment.strip() or _comment(entries.get(key))
             shown = f"    {prefix}{key}={value.strip()}"
-            found[key] = [f"{shown:40} {comment}".rstrip()]
-        elif line.startswith("#") and key and found.get(key):
-            found[key].append(f"{'':40} {line.lstrip('# ')}")
+            entries[key] = [f"{shown:40} {comment}".rstrip()]
+        elif line.startswith("#") and key and entries.get(key):
+            entries[key].append(f"{'':40} {line.lstrip('# ')}")
         elif match := re.match(r"  (\w+):\s*(.*)", line):
             value, _, comment = match[2].partition("#")
             shown = f"    {prefix}{key}.{match[1]}={value.strip()}"
-            found[f"{key}.{match[1]}"] = [f"{shown:40} {comment.strip()}".rstrip()]
-            found.pop(key, None)
-    return [line for lines in found.values() for line in lines]
+            entries[f"{key}.{match[1]}"] = [f"{shown:40} {comment.strip()}".rstrip()]
+            entries.pop(key, None)
+    return [line for lines in entries.values() for line in lines]
 
 
 def _comment(lines: list[str] | None) -> str:

@@ -49,7 +49,7 @@ def _kind(word: str) -> str:
         ConfigError: it is neither.
     """
     by_group = {group: kind for kind, group in KINDS.items()}
-    found = word if word in KINDS else by_group.get(word)
-    if found is None:
+    chosen = word if word in KINDS else by_group.get(word)
+    if chosen is None:
         raise ConfigError(f"harness list {word}: {nearest(word, KINDS)}")
-    return found
+    return chosen

@@ -55,28 +55,28 @@ def _table(rows: list[list[str]]) -> Table:
 
 
 def _row(
-    name: str, run: RunConfig, found: Prediction | None, rate: float, limit: int | None
+    name: str, run: RunConfig, prediction: Prediction | None, rate: float, limit: int | None
 ) -> list[str]:
     from harness.training import memory
 
-    if found is None:
+    if prediction is None:
         return [name, *["-"] * 11, "only a run can tell"]
-    main = found.train or found.evaluate
+    main = prediction.train or prediction.evaluate
     parts = dict(main["by_category"])
-    run = ending.within_flops(run, found.train_flops_per_token)
-    seconds = found.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
+    run = ending.within_flops(run, prediction.train_flops_per_token)
+    seconds = prediction.train_flops_per_token * run.train.batch_tokens * run.train.steps / rate
     padded = run.data.source == "pairs" and run.data.packing == "padded"
-    over = limit is not None and found.needed_bytes > limit
+    over = limit is not None and prediction.needed_bytes > limit
     sizes = [*(parts[category] for category in memory.CATEGORIES), main["peak_bytes"]]
-    sizes.append(found.evaluate["peak_bytes"])
+    sizes.append(prediction.evaluate["peak_bytes"])
     return [
         name,
-        f"{found.parameters.total:,}",
-        f"{found.parameters.trainable:,}",
+        f"{prediction.parameters.total:,}",
+        f"{prediction.parameters.trainable:,}",
         *(numbers.mib(size) for size in sizes),
-        f"{(found.train_flops_per_token or found.evaluate_flops_per_token) / 1e6:,.1f}",
+        f"{(prediction.train_flops_per_token or prediction.evaluate_flops_per_token) / 1e6:,.1f}",
         # A padded block is as long as its sequence: sizes are then a bound, and time is unknown.
-        "-" if not found.train or padded else f"{numbers.seconds(seconds)} s",
+        "-" if not prediction.train or padded else f"{numbers.seconds(seconds)} s",
         ("may not fit" if padded else "does not fit") if over else "",
     ]
 
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
         texts = repr((asked.model, asked.data, asked.evaluate))
         if texts not in batches:
             batches[texts] = largest_batch(asked, model_config)
-        found = predict(run, model_config, accelerator, batches[texts])
+        prediction = predict(run, model_config, accelerator, batches[texts])
         shape = (
             run.train.micro_batch * run.data.context_length,
             model_config.hidden_size,
@@ -120,12 +120,12 @@ def main(arguments: list[str]) -> int:
         )
         if shape not in rates:
             rates[shape] = gemm_rate(run, model_config.hidden_size, precision)
-        unknown_peaks += found is None
-        fits &= found is None or limit is None or found.needed_bytes <= limit
-        if found is not None:
-            of_step = found.train_flops_per_token * run.train.batch_tokens / rates[shape]
+        unknown_peaks += prediction is None
+        fits &= prediction is None or limit is None or prediction.needed_bytes <= limit
+        if prediction is not None:
+            of_step = prediction.train_flops_per_token * run.train.batch_tokens / rates[shape]
             step_seconds = max(step_seconds, of_step)
-        rows.append(_row(naming.run_name(asked), run, found, rates[shape], limit))
+        rows.append(_row(naming.run_name(asked), run, prediction, rates[shape], limit))
     show_table(_table(rows))
     if limit is not None:
         kept = "every run fits into" if fits else "the marked runs do not fit into"

@@ -96,8 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if path in ("/", "/index.html"):
                 content, kind = self.server.index(), ".html"
-            elif (found := self.server.file(path)) is not None:
-                content, kind = found.read_bytes(), found.suffix
+            elif (file := self.server.file(path)) is not None:
+                content, kind = file.read_bytes(), file.suffix
             else:
                 self.send_error(HTTPStatus.NOT_FOUND, "no such file")
                 return

@@ -115,8 +115,8 @@ def without_weights(model: str) -> str | None:
         return None
     known = OmegaConf.load(CONF_DIR / "model" / f"{model}.yaml")
     hub_id, revision = str(known.id), known.revision
-    found = (try_to_load_from_cache(hub_id, name, revision=revision) for name in WEIGHTS)
-    return None if any(isinstance(path, str) for path in found) else hub_id
+    paths = (try_to_load_from_cache(hub_id, name, revision=revision) for name in WEIGHTS)
+    return None if any(isinstance(path, str) for path in paths) else hub_id
 
 
 def measure(rows: list[Published], files: dict[str, str | None]) -> Iterator[Measured]:
@@ -150,11 +150,11 @@ def measure(rows: list[Published], files: dict[str, str | None]) -> Iterator[Mea
             continue
         print(f"{row.name}: {len(text.windows)} windows", file=sys.stderr, flush=True)
         size = sliding_window.batch_tokens(model_config)
-        found = protocols.measure(predicts, text, batch_tokens=size, precision="fp32")
-        yield Measured(row, found[found["headline"]])
+        scores = protocols.measure(predicts, text, batch_tokens=size, precision="fp32")
+        yield Measured(row, scores[scores["headline"]])
 
 
-def show(found: list[Measured]) -> None:
+def show(measured: list[Measured]) -> None:
     """The table, and below it why rows are missing."""
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("model", "protocol"):
@@ -164,7 +164,7 @@ def show(found: list[Measured]) -> None:
     for heading in ("", "source"):
         table.add_column(heading, no_wrap=True)
     verdicts = {True: "agrees", False: "DIFFERS", None: ""}
-    for m in found:
+    for m in measured:
         verdict = verdicts[m.agrees]
         if m.row.tolerance is not None and verdict:
             verdict += f" ({m.row.tolerance:g})"
@@ -176,8 +176,8 @@ def show(found: list[Measured]) -> None:
         )  # fmt: skip
     console = Console()
     Console(width=max(console.width, 140)).print(table)
-    for reason in dict.fromkeys(m.reason for m in found if m.reason):
-        names = ", ".join(m.row.name for m in found if m.reason == reason)
+    for reason in dict.fromkeys(m.reason for m in measured if m.reason):
+        names = ", ".join(m.row.name for m in measured if m.reason == reason)
         print(f"not measured: {names}: {reason}")
 
 
@@ -197,7 +197,7 @@ def main(arguments: list[str]) -> int:
     for row in PUBLISHED:
         run_of(row, files[row.text])
     network.go_offline_if_unreachable()
-    found: list[Measured] = []
+    measured: list[Measured] = []
     models = list(dict.fromkeys(asked.only or MODELS))
     missing = {model: hub_id for model in models if (hub_id := without_weights(model))}
     reason = (
@@ -207,12 +207,12 @@ def main(arguments: list[str]) -> int:
     for model in models:
         rows = [row for row in PUBLISHED if row.model == model]
         if model in missing:
-            found += [Measured(row, reason=reason) for row in rows]
+            measured += [Measured(row, reason=reason) for row in rows]
         else:
-            found += measure(rows, files)
-    if all(m.figure is None for m in found):
-        reasons = "; ".join(dict.fromkeys(m.reason for m in found))
+            measured += measure(rows, files)
+    if all(m.figure is None for m in measured):
+        reasons = "; ".join(dict.fromkeys(m.reason for m in measured))
         print(f"error: nothing to compare: {reasons}", file=sys.stderr)
         return 2
-    show(found)
-    return 1 if any(m.agrees is False for m in found) else 0
+    show(measured)
+    return 1 if any(m.agrees is False for m in measured) else 0
