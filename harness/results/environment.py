@@ -50,13 +50,13 @@ def _git(*arguments: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can move a number."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def precision(asked: str) -> str:
@@ -75,13 +75,13 @@ def precision_of(run: RunConfig) -> str:
     Raises:
         ConfigError: bf16 weights with fp32 products.
     """
-    found = precision(run.train.precision)
-    if run.model.frozen_dtype == "bf16" and found == "fp32":
+    resolved = precision(run.train.precision)
+    if run.model.frozen_dtype == "bf16" and resolved == "fp32":
         raise ConfigError(
             f"model.frozen_dtype=bf16: train.precision={run.train.precision} is fp32 here, whose "
             "products need fp32 weights; set train.precision=bf16"
         )
-    return found
+    return resolved
 
 
 def mixed_precision(chosen: str) -> str:
@@ -111,12 +111,12 @@ def hardware() -> dict[str, Any]:
     """Return the processor, its cores, the memory and accelerators of this machine."""
     cpu_info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.is_file() else None
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "cpu": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return found
+        machine["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine

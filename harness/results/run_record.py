@@ -77,11 +77,11 @@ def settings(run: RunConfig) -> dict[str, Any]:
 def describe_method(run: RunConfig) -> dict[str, Any]:
     """What tables show of the method; what it does not have is None."""
     method = run.method
-    found = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
-    rank = getattr(method, "kept", found["r"])
+    fields = {key: getattr(method, key, None) for key in ("r", "train", "residual")}
+    rank = getattr(method, "kept", fields["r"])
     if isinstance(method, LoraMethod):
         rank = naming.with_pattern(method)
-    return found | {
+    return fields | {
         "name": method.name,
         "label": naming.label(method),
         "rank": rank and str(rank),  # r of LoRA, k of the SVD methods (or "full", or a share)
@@ -193,11 +193,11 @@ def write_rank_failure(run_dir: Path, rank: int, failure: dict[str, Any]) -> Non
 
 def rank_failures(run_dir: Path) -> list[dict[str, Any]]:
     """Return what ended the ranks of this attempt, the earliest failure first."""
-    found = []
+    failures = []
     for path in run_dir.glob(f"{RANK_FAILURE}*.json"):
         with suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text("utf-8")))
-    return sorted(found, key=lambda failure: float(failure.pop("time")))
+            failures.append(json.loads(path.read_text("utf-8")))
+    return sorted(failures, key=lambda failure: float(failure.pop("time")))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -260,13 +260,13 @@ def upgraded(record: Record) -> Record:
     """
     if record["schema_version"] == SCHEMA_VERSION:
         return record
-    found: dict[str, Any] = {**record, "schema_version": SCHEMA_VERSION}
-    if "config" in found:
-        found["config"] = renamed.in_config(found["config"])
-    if "context" in (evaluation := dict(found.get("evaluation") or {})):
+    current: dict[str, Any] = {**record, "schema_version": SCHEMA_VERSION}
+    if "config" in current:
+        current["config"] = renamed.in_config(current["config"])
+    if "context" in (evaluation := dict(current.get("evaluation") or {})):
         evaluation["context_length"] = evaluation.pop("context")
-        found["evaluation"] = evaluation
-    return cast(Record, found)
+        current["evaluation"] = evaluation
+    return cast(Record, current)
 
 
 def write_sweep(folder: Path, runs: dict[str, str], command: str | None = None) -> None:
@@ -278,8 +278,8 @@ def write_sweep(folder: Path, runs: dict[str, str], command: str | None = None) 
     commands = [known for known in sweep_commands(folder) if known["command"] != command]
     if command is not None:
         commands.append({"command": command, "runs": list(runs)})
-    found = {"runs": runs} | ({"commands": commands} if commands else {})
-    write_atomically(folder / SWEEP_NAME, json.dumps(found, indent=1) + "\n")
+    sweep = {"runs": runs} | ({"commands": commands} if commands else {})
+    write_atomically(folder / SWEEP_NAME, json.dumps(sweep, indent=1) + "\n")
 
 
 def read_sweep(folder: Path) -> dict[str, str]:
@@ -321,12 +321,12 @@ def command_line(arguments: list[str]) -> str:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by dotted keys, for trackers whose parameters are a flat table; lists as JSON."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            found |= flat(value, f"{name}.")
+            by_key |= flat(value, f"{name}.")
         else:
             plain = isinstance(value, str | int | float) or value is None
-            found[name] = value if plain else json.dumps(value)
-    return found
+            by_key[name] = value if plain else json.dumps(value)
+    return by_key

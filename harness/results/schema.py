@@ -275,8 +275,8 @@ def _problems(value: dict[str, Any], prefix: str) -> Iterator[str]:
 
 def _find(path: str) -> Key | None:
     """The key of a path: by name before by `*`."""
-    found = [key for key in every_key() if _matches(key.path, path)]
-    return min(found, key=lambda key: key.path.count("*"), default=None)
+    keys = [key for key in every_key() if _matches(key.path, path)]
+    return min(keys, key=lambda key: key.path.count("*"), default=None)
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -65,19 +65,19 @@ def _close(node: dict[str, Any]) -> None:
 
 def _child(node: dict[str, Any], name: str) -> dict[str, Any]:
     if name == "*":
-        found = node.setdefault("additionalProperties", {})
+        child = node.setdefault("additionalProperties", {})
     else:
-        found = node.setdefault("properties", {}).setdefault(name, {})
-    assert isinstance(found, dict)
-    return found
+        child = node.setdefault("properties", {}).setdefault(name, {})
+    assert isinstance(child, dict)
+    return child
 
 
 def _described(key: Key) -> dict[str, Any]:
     said = "; ".join(filter(None, [key.what, key.unit and f"in {key.unit}"]))
-    found: dict[str, Any] = {"description": said} if said else {}
+    schema: dict[str, Any] = {"description": said} if said else {}
     if key.type != "any":
-        found["type"] = [key.type, "null"] if key.nullable else key.type
-    return found
+        schema["type"] = [key.type, "null"] if key.nullable else key.type
+    return schema
 
 
 def reference() -> str:
