@@ -43,10 +43,10 @@ def of(run: RunConfig) -> dict[str, str]:
     Raises:
         ConfigError: a file that cannot be read.
     """
-    found = {key: text_of(cfg) for key, cfg in texts(run)}
-    found |= {"model": model_of(run.model), "model.tokenizer": tokenizer_of(run.model)}
-    found |= dict(_of_fields(run))
-    return {key: content for key, content in found.items() if content}
+    by_key = {key: text_of(cfg) for key, cfg in texts(run)}
+    by_key |= {"model": model_of(run.model), "model.tokenizer": tokenizer_of(run.model)}
+    by_key |= dict(_of_fields(run))
+    return {key: content for key, content in by_key.items() if content}
 
 
 def _of_fields(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -82,8 +82,8 @@ def text_of(cfg: DataConfig) -> str:
         return f"sha256:{digests.of_files(_named(cfg), cfg.cache_dir)}"
     if cfg.source in ("hub", "pairs") and cfg.id:
         if (folder := Path(cfg.id)).is_dir():
-            found = sorted(f for f in folder.rglob("*") if f.is_file() and not _hidden(f, folder))
-            named = [(file.relative_to(folder).as_posix(), file) for file in found]
+            paths = sorted(f for f in folder.rglob("*") if f.is_file() and not _hidden(f, folder))
+            named = [(file.relative_to(folder).as_posix(), file) for file in paths]
             return f"sha256:{digests.of_files(named, cfg.cache_dir)}"
         return network.content_of("datasets", cfg.id, cfg.revision)
     return _versions(cfg.packages)
@@ -92,13 +92,13 @@ def text_of(cfg: DataConfig) -> str:
 def _named(cfg: DataConfig) -> list[tuple[str, Path]]:
     """The user's own files with the names that tell their documents, or their splits."""
     kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
-    found = files.find_files(cfg.path, encoding=cfg.encoding, kinds=kinds)
+    paths = files.find_files(cfg.path, encoding=cfg.encoding, kinds=kinds)
     if cfg.source == "text_files":
-        named = list(zip(files.names(found, cfg.path), found, strict=True))  # which split it
-    elif len(found) == 1 and not cfg.split_names:
-        named = [(found[0].suffix, found[0])]  # pairs are split by their place in the file
+        named = list(zip(files.names(paths, cfg.path), paths, strict=True))  # which split it
+    elif len(paths) == 1 and not cfg.split_names:
+        named = [(paths[0].suffix, paths[0])]  # pairs are split by their place in the file
     else:
-        named = [(file.name, file) for file in found]  # which tell the splits
+        named = [(file.name, file) for file in paths]  # which tell the splits
     for split, path in (("validation", cfg.validation_path), ("test", cfg.test_path)):
         if path:
             of_split = files.find_files(path, encoding=cfg.encoding, kinds=kinds)
@@ -155,15 +155,15 @@ def _folder_of_model(folder: Path, cfg: ModelConfig, *, weights: bool = True) ->
 
 def _parts_below(top: list[Path]) -> set[Path]:
     """Weights in folders below the model's own, which an index of it names."""
-    found = set()
+    below = set()
     for file in top:
         if file.name.endswith(".index.json"):
             try:
                 names = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
             except (OSError, ValueError, KeyError, AttributeError):  # which loading says
                 continue
-            found |= {file.parent / name for name in names if "/" in str(name)}
-    return {file for file in found if file.is_file()}
+            below |= {file.parent / name for name in names if "/" in str(name)}
+    return {file for file in below if file.is_file()}
 
 
 def _hidden(file: Path, folder: Path) -> bool:
@@ -171,13 +171,13 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 
 def _versions(packages: list[str]) -> str:
-    found = []
+    versions = []
     for package in packages:
         try:
-            found.append(f"{package} {version(package)}")
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:  # which reading it says
-            found.append(f"{package} missing")
-    return "packages:" + ", ".join(found) if found else ""
+            versions.append(f"{package} missing")
+    return "packages:" + ", ".join(versions) if versions else ""
 
 
 # --------------------------------------------------------------------- what was planned, and now
@@ -253,12 +253,12 @@ def _compare(
     if not planned.startswith(("sha256:", "asset:", "packages:")):
         return
     try:
-        found = now()
+        current = now()
     except ConfigError as error:
         raise ConfigError(f"{where} changed since this run was {when} ({error})") from error
-    if found != planned:
+    if current != planned:
         raise ConfigError(
-            f"{where} changed since this run was {when} ({short(planned)} then, {short(found)} "
+            f"{where} changed since this run was {when} ({short(planned)} then, {short(current)} "
             f"now): {advice}"
         )
 

@@ -46,33 +46,33 @@ def of_files(named: Iterable[tuple[str, Path]], cache_dir: str) -> str:
     stamps, newest, size = _stamps(pairs)
     folder = Path(cache_dir) / "digests"
     kept = folder / hashlib.sha256(repr(stamps).encode(errors="replace")).hexdigest()[:32]
-    if stamps and size >= LARGE_BYTES and (found := _read(kept)):
-        return found
+    if stamps and size >= LARGE_BYTES and (sha256 := _read(kept)):
+        return sha256
     began = time.time()
     digest = hashlib.sha256()
     for name, file in pairs:
         digest.update(f"{name}\0{of_file(file, cache_dir)}\n".encode(errors="surrogateescape"))
-    found = digest.hexdigest()
+    sha256 = digest.hexdigest()
     settled = size >= LARGE_BYTES and began - newest > SETTLED_SECONDS
     if stamps and settled and _stamps(pairs)[0] == stamps:
-        _keep(kept, found)
-    return found
+        _keep(kept, sha256)
+    return sha256
 
 
 def _stamps(named: list[tuple[str, Path]]) -> tuple[list[tuple[object, ...]], float, int]:
     """What tells several files as they are now, when the last one changed, and their bytes."""
-    found: list[tuple[object, ...]] = []
+    stamps: list[tuple[object, ...]] = []
     newest, size = 0.0, 0
     try:
         for name, file in named:
             path = file.resolve()
             status = path.stat()
-            found.append((name, *_stamp(path, status)))
+            stamps.append((name, *_stamp(path, status)))
             newest = max(newest, status.st_mtime, status.st_ctime)
             size += status.st_size
     except OSError:  # which reading it says
         return [], 0.0, 0
-    return found, newest, size
+    return stamps, newest, size
 
 
 def _of_file(path: Path, folder: Path) -> str:
@@ -83,8 +83,8 @@ def _of_file(path: Path, folder: Path) -> str:
         large = status.st_size >= LARGE_BYTES
         if stamp in _known:
             return _known[stamp]
-        if large and (found := _read(kept)):
-            return _known.setdefault(stamp, found)
+        if large and (sha256 := _read(kept)):
+            return _known.setdefault(stamp, sha256)
         began = time.time()
         digest = hashlib.sha256()
         with path.open("rb") as stream:
@@ -92,12 +92,12 @@ def _of_file(path: Path, folder: Path) -> str:
                 digest.update(part)
         if _stamp(path, path.stat()) != stamp:
             continue  # written to meanwhile
-        found = digest.hexdigest()
+        sha256 = digest.hexdigest()
         if began - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
-            _known[stamp] = found
+            _known[stamp] = sha256
             if large:
-                _keep(kept, found)
-        return found
+                _keep(kept, sha256)
+        return sha256
     raise ConfigError(f"{path} is being written to: wait until it is whole")
 
 
@@ -108,8 +108,8 @@ def _stamp(path: Path, s: os.stat_result) -> tuple[object, ...]:
 def _read(kept: Path) -> str | None:
     """A digest that was kept whole."""
     with suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch(r"[0-9a-f]{64}", found := kept.read_text("ascii")):
-            return found
+        if re.fullmatch(r"[0-9a-f]{64}", text := kept.read_text("ascii")):
+            return text
     return None
 
 

@@ -91,7 +91,7 @@ def none(why: str) -> Meter:
 
 def _zones(powercap: Path, left_out: dict[str, str]) -> list[Counter]:
     """RAPL's packages and their memory; none where one of them cannot be read."""
-    found = []
+    counters = []
     try:
         # Packages lie beside their zones; intel-rapl-mmio:0 counts a package a second time.
         folders = sorted(powercap.glob("intel-rapl:*"))
@@ -102,14 +102,14 @@ def _zones(powercap: Path, left_out: dict[str, str]) -> list[Counter]:
                 label = name if name.startswith("package") else f"{name}-{package}"
                 most = int((folder / "max_energy_range_uj").read_text("ascii"))
                 now = int((folder / "energy_uj").read_text("ascii"))
-                found.append(Counter(label, folder, most, now))
+                counters.append(Counter(label, folder, most, now))
     except (OSError, ValueError) as error:
         left_out["RAPL"] = f"{type(error).__name__}: {error}"
         return []
-    if not found:
+    if not counters:
         there = "has no CPU package" if powercap.is_dir() else "is not there"
         left_out["RAPL"] = f"{powercap} {there}"
-    return found
+    return counters
 
 
 def _gpus(uuids: Sequence[str], left_out: dict[str, str]) -> tuple[Any, list[Any]]:

@@ -118,13 +118,13 @@ def _chosen(root: Path, kinds: Sequence[str]) -> list[Path]:
 
 def left_out(path: Any, kinds: Sequence[str] = KINDS) -> list[Path]:
     """The files of the folders in `path` that `find_files` does not read, without hidden ones."""
-    found: list[Path] = []
+    unread: list[Path] = []
     for one in [path] if isinstance(path, str) else path or []:
         root = Path(one).expanduser()
         if root.is_dir() and not saved(root):
             read = set(_chosen(root, kinds))
-            found += [file for file in walk(root) if file not in read]
-    return found
+            unread += [file for file in walk(root) if file not in read]
+    return unread
 
 
 def saved(folder: Path) -> dict[str, list[Path]]:
@@ -143,19 +143,19 @@ def saved(folder: Path) -> dict[str, list[Path]]:
     try:
         if (folder / "dataset_dict.json").is_file():
             known = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
-            found = {str(name): tables(folder / str(name)) for name in known}
+            by_split = {str(name): tables(folder / str(name)) for name in known}
         elif (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-            found = {"train": tables(folder)}
+            by_split = {"train": tables(folder)}
         else:
             return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"data.path: {folder} is a data set that was saved in part ({error}); save it again"
         ) from error
-    for file in (file for files in found.values() for file in files):
+    for file in (file for files in by_split.values() for file in files):
         if not file.is_file():
             raise ConfigError(f"data.path: {file} is missing, which {folder} lists; save it again")
-    return found
+    return by_split
 
 
 def names(files: Sequence[Path], path: Any) -> list[str]:
@@ -190,7 +190,7 @@ def walk(root: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ConfigError(f"data.path: {error.filename} cannot be read ({error.strerror})")
 
-    found: list[Path] = []
+    paths: list[Path] = []
     links: list[Path] = []
     walked: set[str] = set()
     waiting = [root]
@@ -204,8 +204,8 @@ def walk(root: Path) -> list[Path]:
             inner[:] = [name for name in inner if not name.startswith(".")]
             waiting += [Path(folder, name) for name in sorted(inner) if _is_link(folder, name)]
             for name in sorted(name for name in files if not name.startswith(".")):
-                (links if _is_link(folder, name) else found).append(Path(folder, name))
-    return sorted(_once([*found, *sorted(links)]))
+                (links if _is_link(folder, name) else paths).append(Path(folder, name))
+    return sorted(_once([*paths, *sorted(links)]))
 
 
 def _is_link(folder: str, name: str) -> bool:
@@ -214,7 +214,7 @@ def _is_link(folder: str, name: str) -> bool:
 
 def _once(files: Iterable[Path]) -> list[Path]:
     """Of several names of a real file, the first."""
-    found: dict[str, Path] = {}
+    by_realpath: dict[str, Path] = {}
     for file in files:
-        found.setdefault(os.path.realpath(file), file)
-    return list(found.values())
+        by_realpath.setdefault(os.path.realpath(file), file)
+    return list(by_realpath.values())

@@ -35,12 +35,12 @@ class Internal:
             MissingInternalError: the installed release does not have it.
         """
         try:
-            found = importlib.import_module(self.module)
+            value = importlib.import_module(self.module)
             for part in self.name.split("."):
-                found = getattr(found, part)
+                value = getattr(value, part)
         except (ImportError, AttributeError) as error:
             raise MissingInternalError(self.sentence()) from error
-        return found
+        return value
 
     def sentence(self) -> str:
         """Return the sentence that is said where the private name is gone."""

@@ -90,14 +90,14 @@ def exclusive(path: Path) -> Iterator[None]:
 
 def holder(run_dir: Path) -> str:
     """Return who claimed `run_dir` last, as in "process 123 on host"."""
-    found = _noted(run_dir)
-    return f"process {found['pid']} on {found['host']}" if found else "another process"
+    note = _noted(run_dir)
+    return f"process {note['pid']} on {note['host']}" if note else "another process"
 
 
 def _noted(run_dir: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run_dir / CLAIM_NAME).read_text())
-        return found if found.keys() >= {"host", "pid", "worker"} else {}
+        note = json.loads((run_dir / CLAIM_NAME).read_text())
+        return note if note.keys() >= {"host", "pid", "worker"} else {}
     except (OSError, ValueError, AttributeError):
         return {}
 
@@ -109,8 +109,8 @@ def is_claimed(run_dir: Path) -> bool:
 
 def worker_at(run_dir: Path) -> int | None:
     """The process that was started for the run under way in `run_dir`, if it is of this machine."""
-    found = _noted(run_dir) if is_claimed(run_dir) else {}
-    return found.get("worker") if found.get("host") == socket.gethostname() else None
+    note = _noted(run_dir) if is_claimed(run_dir) else {}
+    return note.get("worker") if note.get("host") == socket.gethostname() else None
 
 
 def join(run_dir: Path) -> bool:
@@ -130,11 +130,11 @@ _joined: list[IO[str]] = []  # held open
 def ranks_at(run_dir: Path, *, patience_seconds: float = 0.0) -> bool:
     """Return whether ranks hold `run_dir`, and still do after so many seconds."""
     end = time.monotonic() + patience_seconds
-    while found := _is_locked(run_dir / RANKS_NAME):
+    while held := _is_locked(run_dir / RANKS_NAME):
         if time.monotonic() >= end:
             break
         time.sleep(0.05)
-    return found
+    return held
 
 
 def _is_locked(path: Path) -> bool:

@@ -66,8 +66,8 @@ def commit_of(model_id: str, revision: str | None) -> str | None:
     """The commit of a hub model that was read last: a branch's name moves."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    path = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 # ------------------------------------------------------------------------- where a branch is now
@@ -85,8 +85,8 @@ def content_of(kind: str, name: str, revision: str | None) -> str:
     branch = revision or "main"
     if re.fullmatch(r"[0-9a-f]{40}", branch):
         return f"commit:{branch}"
-    if found := _cached_commit(kind, name, branch):
-        return f"commit:{found}"
+    if commit := _cached_commit(kind, name, branch):
+        return f"commit:{commit}"
     asked = (kind, name, branch)
     at, answer = _answers.get(asked, (0.0, ""))
     if not answer or time.monotonic() - at > ANSWER_SECONDS:
@@ -100,10 +100,10 @@ def _cached_commit(kind: str, name: str, branch: str) -> str | None:
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
     try:
-        found = (folder / "refs" / branch).read_text("utf-8").strip()
+        commit = (folder / "refs" / branch).read_text("utf-8").strip()
     except (OSError, ValueError):
         return None
-    return found if re.fullmatch(r"[0-9a-f]{40}", found) else None
+    return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
 
 def _asked(kind: str, name: str, branch: str) -> str:

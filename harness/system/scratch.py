@@ -25,12 +25,12 @@ def not_ours(folder: Path) -> str | None:
     Raises:
         OSError: there is nothing, or it cannot be looked at.
     """
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        return "a link" if stat.S_ISLNK(found.st_mode) else "no folder"
-    if found.st_uid != os.getuid():
-        return f"a folder of another user (uid {found.st_uid})"
-    mode = stat.S_IMODE(found.st_mode)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        return "a link" if stat.S_ISLNK(status.st_mode) else "no folder"
+    if status.st_uid != os.getuid():
+        return f"a folder of another user (uid {status.st_uid})"
+    mode = stat.S_IMODE(status.st_mode)
     if mode != 0o700:
         return f"a folder with mode {mode:04o}"
     return None
