@@ -128,9 +128,9 @@ def _optimizer(asked: Any) -> tuple[OptimizerConfig, dict[str, Any]]:
     schema = OPTIMIZERS[name]
     shared = {key: value for key, value in asked.items() if key in schema.shared}
     own = {key: value for key, value in asked.items() if key not in schema.shared}
-    found = _typed(schema, own, "optimizer")
-    assert isinstance(found, OptimizerConfig)
-    return found, shared
+    optimizer = _typed(schema, own, "optimizer")
+    assert isinstance(optimizer, OptimizerConfig)
+    return optimizer, shared
 
 
 def _shared(of_optimizer: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +152,9 @@ def _early_stopping(asked: Any) -> EarlyStopping:
             f"train.early_stopping={asked}: expected its fields, as in "
             "train.early_stopping.patience=3"
         )
-    found = _typed(EarlyStopping, asked, "train.early_stopping")
-    assert isinstance(found, EarlyStopping)
-    return found
+    early_stopping = _typed(EarlyStopping, asked, "train.early_stopping")
+    assert isinstance(early_stopping, EarlyStopping)
+    return early_stopping
 
 
 def _latency(asked: Any) -> LatencyConfig:
@@ -163,9 +163,9 @@ def _latency(asked: Any) -> LatencyConfig:
             f"evaluate.latency={asked}: expected true, false, or its fields, as in "
             "evaluate.latency={repeats: 5}"
         )
-    found = _typed(LatencyConfig, {} if asked is True else asked, "evaluate.latency")
-    assert isinstance(found, LatencyConfig)
-    return found
+    latency = _typed(LatencyConfig, {} if asked is True else asked, "evaluate.latency")
+    assert isinstance(latency, LatencyConfig)
+    return latency
 
 
 def _groups(asked: Any) -> list[ParameterGroup]:
@@ -197,12 +197,12 @@ def expanded(path: Any, key: str = "outputs_dir") -> Any:
         return [expanded(one, key) for one in path]
     if not isinstance(path, str) or not ("$" in path or path.startswith("~")):
         return path
-    found = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - Path's raises
-    left = re.search(r"\$(\w+|\{\w+\})", found)
-    if (left or found.startswith("~")) and not os.path.exists(found):
+    expansion = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - Path's raises
+    left = re.search(r"\$(\w+|\{\w+\})", expansion)
+    if (left or expansion.startswith("~")) and not os.path.exists(expansion):
         why = f"the environment has no {left[0]}" if left else "there is no such user"
         raise ConfigError(f"{key}={path}: {why}; write the path out")
-    return found
+    return expansion
 
 
 # For Hydra's own paths, which it makes before a run is composed.
@@ -220,8 +220,8 @@ def _path_or_other(value: Any) -> Any:
     """A field of PEFT's, expanded where it is a path that exists; of a pattern `$` is its own."""
     if not isinstance(value, str) or not ("$" in value or value.startswith("~")):
         return value
-    found = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 - Path's raises
-    return found if os.path.exists(found) else value
+    expansion = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 - Path's raises
+    return expansion if os.path.exists(expansion) else value
 
 
 def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
@@ -263,14 +263,14 @@ def _parts(asked: Any, data: DataConfig) -> dict[str, Any]:
             "data.parts={kjv:0.9,docstrings:0.1}, or {mine: {weight: 0.1, source: text_files, "
             "path: FILE}}"
         )
-    found = {}
+    weighted_texts = {}
     own = {"cache_dir": data.cache_dir, "context_length": data.context_length}
     for name, part in asked.items():
         fields = dict(part) if isinstance(part, dict) else {parts.WEIGHT: part}
         weight = fields.pop(parts.WEIGHT, None)
         text = _text(str(name), fields, "data.parts", own)
-        found[str(name)] = {parts.WEIGHT: weight, **vars(text)}
-    return found
+        weighted_texts[str(name)] = {parts.WEIGHT: weight, **vars(text)}
+    return weighted_texts
 
 
 def _text(name: str, fields: dict[str, Any], where: str, own: dict[str, Any]) -> DataConfig:
@@ -290,9 +290,9 @@ def _text(name: str, fields: dict[str, Any], where: str, own: dict[str, Any]) ->
     _expand(merged, "data", f"{where}.{name}")
     if missing := [key for key, value in merged.items() if value == "???"]:
         raise ConfigError(f"{where}.{name}.{missing[0]} is missing")
-    found = _typed(DataConfig, merged, f"{where}.{name}")
-    assert isinstance(found, DataConfig)
-    return found
+    data_config = _typed(DataConfig, merged, f"{where}.{name}")
+    assert isinstance(data_config, DataConfig)
+    return data_config
 
 
 def _data_file(option: str) -> dict[str, Any]:

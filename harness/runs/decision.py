@@ -45,7 +45,7 @@ class Request:
     pause_at: int | None = None  # optimizer step after which to stop; None: at the end
 
 
-def decide(found: Found, request: Request) -> Decision:
+def decide(previous: Found, request: Request) -> Decision:
     """Return what is done about a run.
 
     Another controller of the same sweep may have done it, or tried, since the sweep began: that
@@ -54,23 +54,23 @@ def decide(found: Found, request: Request) -> Decision:
     pause where it is, or before. In a sweep what failed by itself stays
     as it is, unless `retry` is above 0 or the failure is of RETRYABLE.
     """
-    if request.since is not None and found.same and found.ended > request.since:
-        if found.status == "finished":
+    if request.since is not None and previous.same and previous.ended > request.since:
+        if previous.status == "finished":
             return Decision.SKIP
-        if found.status == "failed":
+        if previous.status == "failed":
             return Decision.LEAVE
     if request.rerun:
         return Decision.START
-    if found.status is None:
-        return Decision.REFUSE_FILES if found.other_files else Decision.START
-    if found.status == "finished":
-        return Decision.SKIP if found.same else Decision.REFUSE_FINISHED
-    if found.can_resume and not found.same:
+    if previous.status is None:
+        return Decision.REFUSE_FILES if previous.other_files else Decision.START
+    if previous.status == "finished":
+        return Decision.SKIP if previous.same else Decision.REFUSE_FINISHED
+    if previous.can_resume and not previous.same:
         return Decision.REFUSE_UNFINISHED
-    asked, there = request.pause_at, found.paused_at if found.status == "paused" else None
-    if found.same and asked is not None and there is not None and there >= asked:
+    asked, there = request.pause_at, previous.paused_at if previous.status == "paused" else None
+    if previous.same and asked is not None and there is not None and there >= asked:
         return Decision.LEAVE
-    by_itself = found.status == "failed" and found.failure_class not in RETRYABLE
-    if by_itself and found.same and request.sweep and not request.retry:
+    by_itself = previous.status == "failed" and previous.failure_class not in RETRYABLE
+    if by_itself and previous.same and request.sweep and not request.retry:
         return Decision.LEAVE
-    return Decision.RESUME if found.can_resume else Decision.START
+    return Decision.RESUME if previous.can_resume else Decision.START

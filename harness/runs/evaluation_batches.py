@@ -48,12 +48,12 @@ def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
     splits = ("validation", "test") if run.evaluate.test else ("validation",)
     asked = [(run.data, splits), *((cfg, ("test",)) for cfg in run.evaluate.also.values())]
     tokenizer = pretrained.tokenizer_at_hand(run.model, model_config)
-    found: list[Shape] = []
+    shapes: list[Shape] = []
     for cfg, wanted in asked:
         for num_tokens in token_data.held_out_sizes(
             cfg, wanted, tokenizer, token_data.most_tokens(run)
         ):
             if num_tokens is None:
                 return full
-            found += batches_of(run, model_config, num_tokens)
-    return max(found, key=lambda shape: (shape[0] * shape[1], shape), default=full)
+            shapes += batches_of(run, model_config, num_tokens)
+    return max(shapes, key=lambda shape: (shape[0] * shape[1], shape), default=full)

@@ -121,9 +121,9 @@ def load(run_dir: Path) -> Saved:
         network.go_offline_if_unreachable()
     if (cache := started / run.data.cache_dir).is_dir():
         os.environ.setdefault(CACHE_ENV, str(cache))  # the factors that the run computed
-    found = Saved(run_dir, run, record)
-    _ = found.tokenizer  # or it is refused here
-    return found
+    saved = Saved(run_dir, run, record)
+    _ = saved.tokenizer  # or it is refused here
+    return saved
 
 
 def finished(run_dir: Path) -> Record:
@@ -138,8 +138,8 @@ def finished(run_dir: Path) -> Record:
     if record is None:
         inside = next(run_record.collect(run_dir), None)
         what = "an experiment's folder, not a run's" if inside else "not a run directory"
-        found = _runs(run_dir if inside else run_dir.parent, run_dir.name)
-        raise ConfigError(f"{run_dir} is {what}: it has no {run_record.FILE_NAME} to read; {found}")
+        near = _runs(run_dir if inside else run_dir.parent, run_dir.name)
+        raise ConfigError(f"{run_dir} is {what}: it has no {run_record.FILE_NAME} to read; {near}")
     status = record["status"]
     if status != "finished":
         failure = record.get("failure") or {}
@@ -154,8 +154,8 @@ def finished(run_dir: Path) -> Record:
 
 def source(run: RunConfig) -> str:
     """What `from_pretrained` takes for the run's base: a hub id, or a folder's absolute path."""
-    found = model_files.source_of(run.model)
-    return found if run.model.id else str(Path(found).resolve())
+    base = model_files.source_of(run.model)
+    return base if run.model.id else str(Path(base).resolve())
 
 
 def original_config(run: RunConfig) -> PretrainedConfig:

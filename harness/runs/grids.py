@@ -184,10 +184,10 @@ def _clear(folder: Path, made: list[Path]) -> None:
 
 def _write_down(runs: list[RunConfig], refused: dict[Path, str]) -> None:
     """Of every experiment which runs it has to have, and why one was refused, for the report."""
-    found: dict[Path, dict[str, str]] = {}
+    experiments: dict[Path, dict[str, str]] = {}
     for run_dir in (run.run_dir for run in runs):
-        found.setdefault(run_dir.parent, {})[run_dir.name] = refused.get(run_dir, "")
-    for folder, names in found.items():
+        experiments.setdefault(run_dir.parent, {})[run_dir.name] = refused.get(run_dir, "")
+    for folder, names in experiments.items():
         run_record.write_sweep(folder, names, hydra_task.typed())
 
 

@@ -14,31 +14,31 @@ from collections.abc import Mapping, Sequence
 Found = Mapping[int, Mapping[int, float]]
 
 
-def todo(found: Found, rungs: Sequence[int], eta: int) -> dict[int, int]:
+def todo(losses: Found, rungs: Sequence[int], eta: int) -> dict[int, int]:
     """Who trains now, and to which step; {} when all is decided.
 
     A rung is decided when all who came to it are there. Ties go to the earlier candidate. What
     diverged never goes on; if all that went on have diverged, the next best take their place.
     """
-    going = sorted(found)
+    going = sorted(losses)
     for index, step in enumerate(rungs):
-        missing = {candidate: step for candidate in going if step not in found[candidate]}
+        missing = {candidate: step for candidate in going if step not in losses[candidate]}
         if missing:
             return missing
-        going = promoted(found, going, rungs[index:], eta)
+        going = promoted(losses, going, rungs[index:], eta)
     return {}
 
 
-def promoted(found: Found, going: Sequence[int], rungs: Sequence[int], eta: int) -> list[int]:
+def promoted(losses: Found, going: Sequence[int], rungs: Sequence[int], eta: int) -> list[int]:
     """Of those at rungs[0] the ones that go on to the later of `rungs`, the best first."""
     step, later = rungs[0], rungs[1:]
-    ranked = sorted(going, key=lambda candidate: (found[candidate][step], candidate))
-    fit = [candidate for candidate in ranked if math.isfinite(found[candidate][step])]
+    ranked = sorted(going, key=lambda candidate: (losses[candidate][step], candidate))
+    fit = [candidate for candidate in ranked if math.isfinite(losses[candidate][step])]
     keep = max(1, len(going) // eta)
     number = keep
 
     def lost(candidate: int) -> bool:
-        return any(found[candidate].get(rung) == math.inf for rung in later)
+        return any(losses[candidate].get(rung) == math.inf for rung in later)
 
     while number < len(fit) and all(lost(candidate) for candidate in fit[:number]):
         number += keep

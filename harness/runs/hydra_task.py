@@ -76,8 +76,8 @@ def _cores_left_by(launcher: Any) -> int | None:
         number = n_jobs if n_jobs > 0 else machine.usable_cores() + 1 + n_jobs
         return max(1, machine.usable_cores() // max(1, number))
     for key in ("ray.remote.num_cpus", "cpus_per_task"):
-        if found := OmegaConf.select(launcher, key):
-            return max(1, int(found))
+        if cores := OmegaConf.select(launcher, key):
+            return max(1, int(cores))
     return 1 if OmegaConf.select(launcher, "ray") else None  # Ray's own default
 
 

@@ -56,8 +56,8 @@ def _further_rank(run: RunConfig) -> Outcome:
     """A rank that follows the first one, which writes the files."""
     from harness.runs import worker
 
-    found = run_record.read(run.run_dir)
-    if found is not None and found["status"] == "finished" and not run.rerun:
+    record = run_record.read(run.run_dir)
+    if record is not None and record["status"] == "finished" and not run.rerun:
         return Outcome(run.run_dir, "skipped")
     run.run_dir.mkdir(parents=True, exist_ok=True)
     code = worker.main(run.run_dir, run=run)

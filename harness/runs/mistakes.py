@@ -89,8 +89,8 @@ def _name_of(cause: OmegaConfBaseException, section: str) -> str:
     if node is None:
         return ""
     root = node._get_root()
-    found = OmegaConf.select(root, f"{section}.name", default=None) if _is_container(root) else None
-    return str(found or OmegaConf.select(root, "name", default=None) or "")
+    name = OmegaConf.select(root, f"{section}.name", default=None) if _is_container(root) else None
+    return str(name or OmegaConf.select(root, "name", default=None) or "")
 
 
 def _nearest_key(key: str, last: str, names: list[str], method: str) -> str:

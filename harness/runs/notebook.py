@@ -212,18 +212,18 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     """
     from harness.report import columns, evidence, missing
 
-    found = evidence.find(folder, run_dirs)
-    left = [f"{one.status}: {one.name} ({one})" for one in missing.find(found)]
-    if not found.rows and not left:
+    results = evidence.find(folder, run_dirs)
+    left = [f"{one.status}: {one.name} ({one})" for one in missing.find(results)]
+    if not results.rows and not left:
         raise ConfigError(f"{folder}: no run; outputs/<experiment_name> has an experiment")
-    notes = [f"no intervals, places or comparisons {reason}" for reason in found.refused] + left
-    test = found.found.get("test")
+    notes = [f"no intervals, places or comparisons {reason}" for reason in results.refused] + left
+    test = results.found.get("test")
     if test is not None:
         notes = [*evidence.scope(test), *notes]
-    sheet = columns.sheet(found.rows, test)
+    sheet = columns.sheet(results.rows, test)
     num_text = len([*takewhile(lambda column: column.text, sheet.columns)])
     page, figures = folder / "report" / "index.html", []
-    if found.rows:
+    if results.rows:
         last = [] if run_dirs is None else ["--last"]
         made = subprocess.run(
             [sys.executable, "-m", "harness.report", *last, str(folder)],

@@ -55,10 +55,10 @@ def recorded(
     path = Path(run.data.cache_dir) / "predictions" / f"{digest.hexdigest()[:32]}.json"
     with suppress(OSError, ValueError):
         return dict(json.loads(path.read_text("utf-8")))
-    found = predict(run, model_config, accelerator, evaluated)
-    if found is None:
+    prediction = predict(run, model_config, accelerator, evaluated)
+    if prediction is None:
         return None
     with suppress(OSError):  # a disk without room costs the next run half a second
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found.as_record()))
-    return found.as_record()
+        write_atomically(path, json.dumps(prediction.as_record()))
+    return prediction.as_record()

@@ -178,15 +178,15 @@ class View:
         return Group(Text(", ".join(parts)), *([Text(best)] if best else []), table)
 
     def _best(self) -> str:
-        found = [
+        finished = [
             (value, seen.name)
             for seen in self._seen
             if seen.status == "finished"
             and (value := run_record.get(seen.record, "quality.validation.perplexity")) is not None
         ]
-        if not found:
+        if not finished:
             return ""
-        value, name = min(found)
+        value, name = min(finished)
         return f"best so far on validation: {numbers.perplexity(value)}, {name}"
 
 

@@ -46,23 +46,23 @@ def measure(
     `not_merged` says why.
     """
     quality = held_out.standing.quality
-    found: dict[str, Any] = {"quantized": quality["base"]["validation"]}
+    perplexities: dict[str, Any] = {"quantized": quality["base"]["validation"]}
     if adapter:
-        found["adapted"] = quality["validation"]
+        perplexities["adapted"] = quality["validation"]
     folder = held_out.standing.run_dir / ADAPTER if adapter else None
     for name, model in _models(run, config, folder):
         if isinstance(model, str):
-            found["not_merged"] = model
+            perplexities["not_merged"] = model
             continue
         with accelerator.autocast():
             predicts = NextToken(model.to(accelerator.device))
         with prepared_models_kept(accelerator):
             prepared = accelerator.prepare_model(predicts, evaluation_mode=True)
             nats = held_out.nats("validation", prepared=prepared)
-        found[name] = sliding_window.quality(*nats, held_out.texts["validation"])
+        perplexities[name] = sliding_window.quality(*nats, held_out.texts["validation"])
         del model, predicts, prepared
         gc.collect()  # or else two models are there at once
-    return found
+    return perplexities
 
 
 def _models(

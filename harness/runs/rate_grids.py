@@ -60,7 +60,7 @@ def spaces(
         print(without)
     number = len(jobs)
     jobs, runs, _ = check(jobs, compose)
-    found, keys = [], set()
+    search_spaces, keys = [], set()
     for job, run in zip(jobs, runs, strict=True):
         tuned = rates.tuned_of(run.method, run.targets.name, {}, "", run.optimizer)
         if tuned.key in keys or len(jobs) < number:
@@ -68,5 +68,5 @@ def spaces(
         keys.add(tuned.key)
         values = rates.grid_around(run.train.lr, asked.points, asked.factor)
         fixed = tuple(text for text in job if unused_keys.key_of(text) != LR)
-        found.append(Space(fixed, (search_space.by_factors(LR, values, asked.factor),)))
-    return found
+        search_spaces.append(Space(fixed, (search_space.by_factors(LR, values, asked.factor),)))
+    return search_spaces

@@ -88,8 +88,8 @@ def difference(run: Saved, model: nn.Module) -> tuple[float, float] | None:
         )
     if not np.array_equal(count, predicted):
         raise ConfigError(f"{path}: {count.tolist()} tokens were predicted, not {predicted}")
-    found = float(np.abs(nll - expected).sum() / predicted.sum())
-    return found, TOLERANCE[precision]
+    mean_difference = float(np.abs(nll - expected).sum() / predicted.sum())
+    return mean_difference, TOLERANCE[precision]
 
 
 def compare(run: Saved, model: nn.Module, what: str) -> float | None:
@@ -98,10 +98,10 @@ def compare(run: Saved, model: nn.Module, what: str) -> float | None:
     Raises:
         ConfigError: it is not, or not a number.
     """
-    found = difference(run, model)
-    if found is None:
+    measured = difference(run, model)
+    if measured is None:
         return None
-    apart, most = found
+    apart, most = measured
     if not apart <= most:  # NaN too
         raise ConfigError(
             f"{what} is not the model that the run evaluated: on a few validation documents it "

@@ -63,7 +63,7 @@ def measure(run: Saved) -> dict[str, Any]:
         precision = environment.precision_of(run.run)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         models = {name: model.to(device) for name, model in models.items()}
-        found = latency.measure(models, asked, precision == "bf16")
+        speeds = latency.measure(models, asked, precision == "bf16")
     except Exception as error:  # whatever it is, the test result stands
         log.warning("evaluate.latency failed", exc_info=True)
         return {"failure": " ".join(f"{type(error).__name__}: {error}".split())}
@@ -76,7 +76,7 @@ def measure(run: Saved) -> dict[str, Any]:
             "precision": precision,
             "threads": torch.get_num_threads(),
             "not_merged": not_merged,
-            **found,
+            **speeds,
         },
     }
 

@@ -132,7 +132,7 @@ class SearchSweeper(GridSweeper):
         settings = self.settings
         brackets = brackets_of(settings, run, grid_size(space, compose, settings))
         later = {"hyperband": settings.hyperband, "seeds": list(settings.seeds)}
-        found = study.Study(
+        search_study = study.Study(
             storage,
             name,
             space,
@@ -155,7 +155,7 @@ class SearchSweeper(GridSweeper):
             ),
         )
         return search_state.Search(
-            found, compose, run.run_dir.parent, brackets, settings.objectives,
+            search_study, compose, run.run_dir.parent, brackets, settings.objectives,
             partial(search_limits.why_not, limits=settings.constraints),
             settings.seeds, settings.grow,
         )  # fmt: skip

@@ -74,15 +74,15 @@ def why_not(run: RunConfig, limits: Sequence[Limit]) -> str | None:
 
     planned, model_config, accelerator = estimate.setting(run)
     batch = evaluation_batches.largest_batch(run, model_config)
-    found = estimate.predict(planned, model_config, accelerator, batch)
-    if found is None:
+    prediction = estimate.predict(planned, model_config, accelerator, batch)
+    if prediction is None:
         raise ConfigError(
             f"hydra.sweeper.constraints: what {run.run_dir.name} needs is not known before it runs"
         )
     needs = {
-        "memory.peak_bytes": found.needed_bytes,
-        "parameters.trainable": found.parameters.trainable,
-        "parameters.total": found.parameters.total,
+        "memory.peak_bytes": prediction.needed_bytes,
+        "parameters.trainable": prediction.parameters.trainable,
+        "parameters.total": prediction.parameters.total,
     }
     for limit in limits:
         if needs[limit.key] > limit.most:

@@ -92,10 +92,10 @@ def tuned_rates(
             record = run_record.read(search.folder / candidate.name) or {}
             records.append(record)
             settings.append(setting_of(run))
-            found = search.found(candidate)
+            losses = search.found(candidate)
             grid[run.train.lr] = _nll(search, candidate) if candidate.values else None
-            if not candidate.values and all(math.isfinite(nll) for nll in found.values()):
-                stopped.setdefault(key, {})[run.train.lr] = found
+            if not candidate.values and all(math.isfinite(nll) for nll in losses.values()):
+                stopped.setdefault(key, {})[run.train.lr] = losses
     tuned = []
     for key, (run, grid) in grids.items():
         if len(grid) >= FEWEST and all(nll is None for nll in grid.values()):
@@ -111,11 +111,11 @@ def _nll(search: Search, candidate: Candidate) -> float | None:
     """Validation nll of a candidate's best checkpoint, the mean over its seeds; None without one
     that is below its start.
     """
-    found = [
+    losses = [
         rates.found_by(run_record.read(run_dir) or {}) for run_dir in search.run_dirs(candidate)
     ]
-    there = [nll for nll in found if nll is not None]
-    return mean(there) if len(there) == len(found) else None
+    there = [nll for nll in losses if nll is not None]
+    return mean(there) if len(there) == len(losses) else None
 
 
 def setting_of(run: RunConfig) -> dict[str, Any]:
@@ -125,10 +125,10 @@ def setting_of(run: RunConfig) -> dict[str, Any]:
 
 def made_by(records: Iterable[Record]) -> str:
     """Return the commits and the hardware of runs, and today's date, in words."""
-    found = list(records)
+    all_records = list(records)
     said = []
     for path in ("environment.commit", "environment.hardware.cpu"):
-        values = dict.fromkeys(str(run_record.get(record, path)) for record in found)
+        values = dict.fromkeys(str(run_record.get(record, path)) for record in all_records)
         said.append(" and ".join(value for value in values if value != "None") or "unknown")
     return f"{said[0]} on {said[1]}, {time.strftime('%Y-%m-%d')}"
 

@@ -58,10 +58,10 @@ class Results:
         if not over:
             return
         for name, search in zip(self._names(searches), searches, strict=True):
-            if (found := search.best()) is not None:
+            if (best := search.best()) is not None:
                 path = self.folder / "experiment" / f"{name}.yaml"
                 path.parent.mkdir(exist_ok=True)
-                atomic.write_atomically(path, best_file(search, found, self.folder, name))
+                atomic.write_atomically(path, best_file(search, best, self.folder, name))
         self._write_importance(searches)
 
     @staticmethod
@@ -81,21 +81,21 @@ class Results:
     def show(self, searches: Sequence[Search]) -> None:
         """Print the best candidates, what is to be said of them, and where the files are."""
         for name, search in zip(self._names(searches), searches, strict=True):
-            found = search.best()
+            best = search.best()
             rows = table_rows(search)
             if len(searches) == 1:
                 _print_rows(rows, search)
-            if found is None:
+            if best is None:
                 print(f"{search.study.name}: no candidate came to the end")
                 continue
             over = f", mean over {len(search.seeds) + 1} seeds" if search.seeds else ""
             print(
-                f"best of {search.study.name}: {_params(found)}, validation nll "
-                f"{found.values[0]:.4f} after {search.rungs[-1]} steps{over}"
+                f"best of {search.study.name}: {_params(best)}, validation nll "
+                f"{best.values[0]:.4f} after {search.rungs[-1]} steps{over}"
             )
             for growth in search.study.growths():
                 print(f"{growth.key} has grown: {_short(growth.low)} to {_short(growth.high)}")
-            for said in edges(search, found):
+            for said in edges(search, best):
                 print(f"warning: {said}")
             command = f"harness run --config-dir {shlex.quote(str(self.folder))} experiment={name}"
             print(f"  {command}")
@@ -119,16 +119,16 @@ def table_rows(search: Search) -> list[dict[str, Any]]:
     candidates = search.study.candidates()
     front = pareto([c.values for c in candidates if c.values])
     for place, candidate in enumerate(candidates):
-        found = search.found(candidate)
+        losses = search.found(candidate)
         row: dict[str, Any] = {
             "study": search.study.name,
             "candidate": place,
             "bracket": candidate.bracket,
-            "state": _state(candidate, found),
+            "state": _state(candidate, losses),
             "steps": sum(map(_steps, search.run_dirs(candidate, so_far=True))),
         }
         for rung in search.rungs:
-            nll = found.get(rung)
+            nll = losses.get(rung)
             row[f"nll_at_{rung}"] = "" if nll is None or math.isinf(nll) else f"{nll:.6f}"
         if search.seeds:
             finite = bool(candidate.values) and math.isfinite(candidate.values[0])
@@ -148,10 +148,10 @@ def table_rows(search: Search) -> list[dict[str, Any]]:
     return rows
 
 
-def _state(candidate: Candidate, found: dict[int, float]) -> str:
+def _state(candidate: Candidate, losses: dict[int, float]) -> str:
     if candidate.state == "complete":
         return "finished"
-    if any(math.isinf(nll) for nll in found.values()):
+    if any(math.isinf(nll) for nll in losses.values()):
         return "diverged"
     return "going on" if candidate.state == "running" else "stopped"
 
@@ -174,12 +174,12 @@ def pareto(values: Sequence[tuple[float, ...]]) -> set[tuple[float, ...]]:
     }
 
 
-def edges(search: Search, found: Candidate) -> list[str]:
+def edges(search: Search, best: Candidate) -> list[str]:
     """Keys whose best value is at an end of what was searched or tried, in words."""
     said = []
     candidates = search.study.candidates()
     for own in search.study.space.dimensions:
-        if (value := found.params.get(own.name)) is None:
+        if (value := best.params.get(own.name)) is None:
             continue
         dimension = search.study.grown(own)
         tried = {c.params[dimension.name] for c in candidates if dimension.name in c.params}
@@ -236,9 +236,9 @@ def _print_rows(rows: list[dict[str, Any]], search: Search) -> None:
     table.show(shown)
 
 
-def _print_importance(search: Search, found: dict[str, tuple[float, float]]) -> None:
-    if found:
-        shares = ", ".join(f"{k} {share:.2f} ± {error:.2f}" for k, (share, error) in found.items())
+def _print_importance(search: Search, by_key: dict[str, tuple[float, float]]) -> None:
+    if by_key:
+        shares = ", ".join(f"{k} {share:.2f} ± {error:.2f}" for k, (share, error) in by_key.items())
         print(
             f"share of the variance at step {search.rungs[0]} that each key explains (fANOVA; "
             f"± over forests): {shares}"
@@ -248,9 +248,9 @@ def _print_importance(search: Search, found: dict[str, tuple[float, float]]) -> 
 # --------------------------------------------------------------------------- files to go on with
 
 
-def best_file(search: Search, found: Candidate, folder: Path, name: str) -> str:
+def best_file(search: Search, best: Candidate, folder: Path, name: str) -> str:
     """The best candidate as a file of conf/experiment, which reads the test text, too."""
-    overrides, run = search.run_of(found)
+    overrides, run = search.run_of(best)
     choices = OmegaConf.select(search.compose(overrides), "hydra.runtime.choices")
     values = run_config.to_dict(run)
     train = values["train"] | {"epochs": None}  # which are steps now
@@ -270,7 +270,7 @@ def best_file(search: Search, found: Candidate, folder: Path, name: str) -> str:
         f"# Question: what does the best of the {len(search.study.candidates())} candidates of "
         f"{search.study.name} come to on the test text?",
         f"# Command:  harness run --config-dir {shlex.quote(str(folder))} experiment={name}",
-        f"# Found:    {_params(found)}; validation nll {found.values[0]:.5f} nats per token after "
+        f"# Found:    {_params(best)}; validation nll {best.values[0]:.5f} nats per token after "
         f"{search.rungs[-1]} steps; rungs {rungs}, eta {search.eta}",
     ]
     dumped = yaml.safe_dump(body, sort_keys=False, allow_unicode=True, width=120)

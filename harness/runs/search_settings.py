@@ -211,16 +211,16 @@ def rungs_of(settings: Settings, run: RunConfig) -> tuple[int, ...]:
     """
     steps, every = run.train.steps, run.evaluate.interval
     if settings.rungs == AUTO:
-        found, exact = [steps], float(steps)
+        auto_rungs, exact = [steps], float(steps)
         while (exact := exact / settings.eta) >= every:
-            found.insert(0, int(exact + 1e-9) // every * every)
-        if len(found) == 1:
+            auto_rungs.insert(0, int(exact + 1e-9) // every * every)
+        if len(auto_rungs) == 1:
             raise ConfigError(
                 f"{KEY}.rungs=auto: validation is read every evaluate.interval={every} steps, and "
                 f"train.steps={steps} / eta={settings.eta} is before that: set evaluate.interval="
                 f"{max(1, steps // settings.eta**2)}"
             )
-        return tuple(found)
+        return tuple(auto_rungs)
     rungs = tuple(int(rung) for rung in settings.rungs)
     for rung in rungs:
         if rung >= steps:

@@ -143,21 +143,21 @@ class Search:
         self, bracket: list[Candidate], number: int, growths: Sequence[Growth]
     ) -> list[tuple[Candidate, int]]:
         """Who of a bracket trains now, and to which step; if nobody does, all are told."""
-        found = {}
+        losses = {}
         for candidate in bracket:
-            found[candidate.number] = self.found(candidate)
-            for step, nll in found[candidate.number].items():
+            losses[candidate.number] = self.found(candidate)
+            for step, nll in losses[candidate.number].items():
                 if math.isfinite(nll) and candidate.state == "running":
                     self.study.report(candidate, step, nll)
         grown = {growth.bracket for growth in growths}
         place = number - sum(other < number for other in grown)
         rungs = self.rungs if number in grown else self.brackets.of(place)[1]
-        going = halving.todo(found, rungs, self.eta)
+        going = halving.todo(losses, rungs, self.eta)
         if going:
             return [(c, going[c.number]) for c in bracket if c.number in going]
         for candidate in bracket:
             if candidate.state == "running":
-                nll = found[candidate.number].get(self.rungs[-1], math.inf)
+                nll = losses[candidate.number].get(self.rungs[-1], math.inf)
                 values = self._values(candidate, nll) if math.isfinite(nll) else None
                 self.study.tell(candidate, values)
         return []
@@ -167,16 +167,16 @@ class Search:
 
         At the last rung, with further seeds, it is the mean over all of them, once all are there.
         """
-        found = reached(self.folder / candidate.name, self.rungs)
-        found |= {step: nll for step, nll in candidate.at.items() if step in self.rungs}
+        losses = reached(self.folder / candidate.name, self.rungs)
+        losses |= {step: nll for step, nll in candidate.at.items() if step in self.rungs}
         last = self.rungs[-1]
-        if self.seeds and last in found and last not in candidate.at and found[last] < math.inf:
+        if self.seeds and last in losses and last not in candidate.at and losses[last] < math.inf:
             own = self.by_seed(candidate)
             if any(nll is None for nll in own):
-                del found[last]
+                del losses[last]
             else:
-                found[last] = mean([nll for nll in own if nll is not None])
-        return found
+                losses[last] = mean([nll for nll in own if nll is not None])
+        return losses
 
     def run_dirs(self, candidate: Candidate, *, so_far: bool = False) -> list[Path]:
         """The directories of a candidate's runs, that of the search's own seed first.
@@ -197,7 +197,7 @@ class Search:
 
     def _further_runs(self, candidate: Candidate) -> list[tuple[list[str], RunConfig]]:
         """The runs of a candidate under the further seeds."""
-        found = []
+        runs = []
         for seed in self.seeds:
             name = f"{candidate.name} {seed}"
             if name not in self._runs:
@@ -205,8 +205,8 @@ class Search:
                 kept = [text for text in overrides if unused_keys.key_of(text) != "seed"]
                 (texts,), (run,), _ = check([[*kept, f"seed={seed}"]], self.compose)
                 self._runs[name] = (texts, run)
-            found.append(self._runs[name])
-        return found
+            runs.append(self._runs[name])
+        return runs
 
     # ---------------------------------------------------------------------- the best so far
 
@@ -228,14 +228,14 @@ class Search:
         """The next part of an interval at whose end the best is, as far as it may grow."""
         if not self.grow or not candidates:
             return None
-        found = self.best()
+        best = self.best()
         for dimension in self.study.space.dimensions:
             own = [growth for growth in growths if growth.key == dimension.name]
             if len(own) >= self.grow or dimension.choices:
                 continue
             if own and not any(c.bracket == own[-1].bracket for c in candidates):
                 continue  # nothing could be tried there
-            end = self._end_of(dimension, found, candidates)
+            end = self._end_of(dimension, best, candidates)
             part = self.study.grown(dimension).beyond(end) if end else None
             if end is None or part is None:
                 continue
@@ -245,14 +245,14 @@ class Search:
         return None
 
     def _end_of(
-        self, dimension: Dimension, found: Candidate | None, candidates: Sequence[Candidate]
+        self, dimension: Dimension, best: Candidate | None, candidates: Sequence[Candidate]
     ) -> str | None:
         """At which end of an interval the best is; where every rate was too high, the lower."""
         if dimension.name == "train.lr" and all(math.isinf(self.score(c)) for c in candidates):
             return "lower"
-        if found is None or dimension.name not in found.params:
+        if best is None or dimension.name not in best.params:
             return None
-        grown, value = self.study.grown(dimension), found.params[dimension.name]
+        grown, value = self.study.grown(dimension), best.params[dimension.name]
         return end_of(grown, value) or outermost(grown, value, candidates)
 
     def _values(self, candidate: Candidate, nll: float) -> list[float]:
@@ -311,13 +311,13 @@ def reached(run_dir: Path, rungs: Sequence[int]) -> dict[int, float]:
     last = max((int(row["step"]) for row in rows), default=0)
     paused = run_record.get(record, "run.paused_at") or 0
     over = status == "finished" or (status == "failed" and failure in ANSWERS)
-    found = {}
+    losses = {}
     for rung in rungs:
         if status == "failed" and over and last <= rung and not _validated(rows, rung):
-            found[rung] = math.inf
+            losses[rung] = math.inf
         elif over or paused >= rung or last > rung:
-            found[rung] = lowest(rows, rung)
-    return found
+            losses[rung] = lowest(rows, rung)
+    return losses
 
 
 def _validated(rows: Sequence[Mapping[str, Any]], step: int) -> bool:

@@ -179,11 +179,11 @@ class Study:
 
     def candidates(self) -> list[Candidate]:
         """All candidates so far, in the order in which they were proposed."""
-        found = []
+        candidates = []
         for trial in self._study.get_trials(deepcopy=False):
             if (own := trial.user_attrs.get(CANDIDATE)) is None:
                 continue
-            found.append(
+            candidates.append(
                 Candidate(
                     trial.number,
                     tuple(own["overrides"]),
@@ -196,7 +196,7 @@ class Study:
                     tuple(trial.values or ()) if trial.state == TrialState.COMPLETE else (),
                 )
             )
-        return found
+        return candidates
 
     def rejected(self) -> list[str]:
         """Return why proposals were no candidates, a reason each."""
@@ -377,10 +377,10 @@ def importance(
         study.add_trial(
             optuna.trial.create_trial(params=own, distributions=distributions, value=value)
         )
-    found: dict[str, list[float]] = {name: [] for name in distributions}
+    shares_of: dict[str, list[float]] = {name: [] for name in distributions}
     for seed in range(forests):
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
         for name, share in evaluator.evaluate(study).items():
-            found[name].append(share)
-    means = {name: (mean(shares), pstdev(shares)) for name, shares in found.items() if shares}
+            shares_of[name].append(share)
+    means = {name: (mean(shares), pstdev(shares)) for name, shares in shares_of.items() if shares}
     return dict(sorted(means.items(), key=lambda item: -item[1][0]))

@@ -266,13 +266,13 @@ def summary(record: Record) -> dict[str, float]:
         "test/accuracy": "quality.classification.test.accuracy",
         "test/majority_accuracy": "quality.classification.test.majority_accuracy",
     } | {f"test/{name}": f"quality.generation.{name}" for name in text_metrics.METRICS}
-    found = {name: run_record.get(record, path) for name, path in paths.items()}
+    values = {name: run_record.get(record, path) for name, path in paths.items()}
     for text, quality in (run_record.get(record, "quality.also") or {}).items():
         for when, value in quality.items():
-            found[f"{text}/perplexity_{when}"] = value["perplexity"]
+            values[f"{text}/perplexity_{when}"] = value["perplexity"]
     memory = record.get("memory") or {}
     categories = memory.get("by_category") or {}
     sizes: dict[str, Any] = {"memory/peak_gib": memory.get("peak_bytes")}
     sizes |= {f"memory/{name}_gib": size for name, size in categories.items()}
-    found |= {name: size / 2**30 for name, size in sizes.items() if size is not None}
-    return {name: value for name, value in found.items() if value is not None}
+    values |= {name: size / 2**30 for name, size in sizes.items() if size is not None}
+    return {name: value for name, value in values.items() if value is not None}

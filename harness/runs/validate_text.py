@@ -293,11 +293,11 @@ def _validate_protocol(run: RunConfig, context: int, stride: int) -> None:
             f"or set it to the context of {context}"
         )
     if data.source == "text_files":
-        found = find_files(data.path, encoding=data.encoding)
-        if len(found) != 1 or files.kind(found[0]) != ".txt":
+        paths = find_files(data.path, encoding=data.encoding)
+        if len(paths) != 1 or files.kind(paths[0]) != ".txt":
             raise ConfigError(f"{where}: expected data.path to be one .txt file, the test set")
         if run.method.trains:
             raise ConfigError(
-                f"{where} reads all of {found[0]}, which method={run.method.name} trains on: use "
+                f"{where} reads all of {paths[0]}, which method={run.method.name} trains on: use "
                 "data=hub data.id=FOLDER, with train.txt, valid.txt and test.txt, or method=none"
             )

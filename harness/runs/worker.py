@@ -131,9 +131,9 @@ def _measure_costs(
     measured["failure"] = saved_costs.UNMEASURED  # of a kill, which leaves no time to say so
     with suppress(OSError):
         run_record.write(run_dir, result)
-    found = saved_costs.measure(Saved(run_dir, run, cast(Record, result)))
+    figures = saved_costs.measure(Saved(run_dir, run, cast(Record, result)))
     del measured["failure"]
-    measured |= found
+    measured |= figures
     if so_far:  # the most at any time of the run, and of this
         result["environment"]["runs_beside"] = so_far.facts()["runs_beside"]
     if failure := measured.get("failure"):
