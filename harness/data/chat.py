@@ -124,7 +124,7 @@ def _rendered(
     messages = [{"role": role, "content": content} for role, content in turns]
     fields: dict[str, Any] = dict(tokenizer.special_tokens_map)
     try:
-        found: Any = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [messages],
             chat_template=template.text,
             return_assistant_tokens_mask=marked,
@@ -136,7 +136,7 @@ def _rendered(
             f"{where}: the tokenizer's chat template refuses it ({error}): "
             f"{as_text(turns)[:60]!r}; data.chat_template=plain takes any order of turns"
         ) from error
-    (text,), spans = found
+    (text,), spans = rendered
     return text, [(start, end) for start, end in spans[0]] if marked else []
 
 
@@ -148,7 +148,7 @@ def _spans(
     where: str,
 ) -> list[tuple[int, int]]:
     """Where the assistant's turns begin and end in `whole`."""
-    found = []
+    spans = []
     for i, (role, content) in enumerate(turns):
         if role != "assistant":
             continue
@@ -169,8 +169,8 @@ def _spans(
                 f"an end: {content[:40]!r} becomes {after[len(before) : end][:60]!r}; set "
                 "data.chat_template=plain, or use a template with {% generation %}"
             )
-        found.append((len(before), end))
-    return found
+        spans.append((len(before), end))
+    return spans
 
 
 def _refuse_special(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -196,7 +196,7 @@ def to_ids(
         "".join(p.text for p in some[: i + 1]) for some in conversations for i in range(len(some))
     ]
     wholes = iter(encode(texts))
-    found = []
+    encoded = []
     for some in conversations:
         ids: list[int] = []
         marks: list[bool] = []
@@ -205,8 +205,8 @@ def to_ids(
             new = whole[len(ids) :] if whole[: len(ids)] == ids else encode([piece.text])[0]
             ids = [*ids, *new]
             marks += [piece.assistant] * len(new)
-        found.append((ids, marks))
-    return found
+        encoded.append((ids, marks))
+    return encoded
 
 
 def ends(template: Template, tokenizer: PreTrainedTokenizerBase, encode: Encode) -> tuple[int, ...]:

@@ -26,13 +26,13 @@ def docstrings(cfg: DataConfig) -> Source:
     sources: list[tuple[str, str]] = []
     for package in cfg.packages:
         try:
-            found = distribution(package)
+            installed = distribution(package)
         except PackageNotFoundError:
             raise ConfigError(
                 f"data.packages: {package} is not installed; install what constraints.txt pins"
             ) from None
-        names = sorted(str(f) for f in found.files or () if str(f).endswith(".py"))
-        sources += [(f"{package}/{name}", str(found.locate_file(name))) for name in names]
+        names = sorted(str(f) for f in installed.files or () if str(f).endswith(".py"))
+        sources += [(f"{package}/{name}", str(installed.locate_file(name))) for name in names]
     # Parsing 30 MB of docstrings out of their sources takes a minute: once per set of versions.
     versions = [f"{package} {distribution(package).version}" for package in cfg.packages]
     key = hashlib.sha256("\n".join([*versions, sys.version]).encode()).hexdigest()[:32]

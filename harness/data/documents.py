@@ -44,11 +44,11 @@ class Corpus:
         """What a document is and how they were split, in words, for the log and result.json."""
         cut = [name for name, (part, _) in self.places.items() if name != part]
         split = split_rule(self.cfg, cut, list(self.source.parts))
-        found = {"documents": self.source.unit, "split": split}
+        rule = {"documents": self.source.unit, "split": split}
         if blank := {part: n for part, n in self.source.blank.items() if n}:
             counts = ", ".join(f"{n} of {part}" for part, n in blank.items())
-            found["left_out"] = f"without text (null or white space): {counts}"
-        return found
+            rule["left_out"] = f"without text (null or white space): {counts}"
+        return rule
 
     def index(self, split: str) -> Index:
         """Return the index of the documents of a split, in the order of the split."""
@@ -57,7 +57,7 @@ class Corpus:
 
     def text(self, split: str, key: str) -> str:
         """Return the text of the document `key` of a split, as it was read."""
-        return next(text for _, _, (found, text) in self.walk([split]) if found == key)
+        return next(text for _, _, (document_id, text) in self.walk([split]) if document_id == key)
 
     def walk(self, wanted: Sequence[str]) -> Iterator[tuple[str, int, Document]]:
         """(split, place in it, document) of the splits `wanted`, in the order of the source.
@@ -158,10 +158,10 @@ def read(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Splits:
 
 def held(text: Corpus) -> Splits:
     """Read the documents of every split of a corpus into memory, in the order of the split."""
-    found: dict[str, list[tuple[int, Document]]] = {name: [] for name in text.places}
+    ranked: dict[str, list[tuple[int, Document]]] = {name: [] for name in text.places}
     for name, rank, document in text.walk(list(text.places)):
-        found[name].append((rank, document))
-    return {name: [doc for _, doc in sorted(docs)] for name, docs in found.items()}
+        ranked[name].append((rank, document))
+    return {name: [doc for _, doc in sorted(docs)] for name, docs in ranked.items()}
 
 
 def share_of(ids: Sequence[str], share: float) -> set[str]:
@@ -193,8 +193,8 @@ def split(
     from harness.data.splits import Index, assign
 
     index = Index.of(documents, document_chars, exact=True)
-    found = assign(index, validation_share, test_share, how)
-    return {name: [documents[i] for i in at] for name, at in found.items()}
+    positions = assign(index, validation_share, test_share, how)
+    return {name: [documents[i] for i in at] for name, at in positions.items()}
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {

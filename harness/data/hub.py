@@ -56,17 +56,17 @@ def _columns(rows: Any) -> list[str]:
 def hub_splits(cfg: DataConfig) -> dict[str, tuple[str, Any]]:
     """Split -> (its name on the hub, its data set); validation and test only where they are."""
     loaded = _load_hub(cfg)
-    found = {}
+    splits = {}
     for name in SPLITS:
         source = cfg.split_names.get(name, name)
         if source in loaded:
-            found[name] = (source, loaded[source])
+            splits[name] = (source, loaded[source])
         elif name in cfg.split_names or name == "train":
             raise ConfigError(
                 f"data.split_names.{name}={source}: {cfg.id} has no such split; "
                 f"{nearest(source, loaded.keys())}"
             )
-    return found
+    return splits
 
 
 def hub(cfg: DataConfig) -> Source:

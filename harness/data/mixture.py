@@ -31,7 +31,7 @@ def turns(shares: Sequence[Fraction], count: int) -> NDArray[np.int8]:
 
 @lru_cache(maxsize=4)
 def _turns(shares: tuple[int, ...], whole: int, count: int) -> NDArray[np.int8]:
-    found = np.empty(count, np.int8)
+    order = np.empty(count, np.int8)
     taken = [0] * len(shares)
     for place in range(count):
         due = [
@@ -40,17 +40,17 @@ def _turns(shares: tuple[int, ...], whole: int, count: int) -> NDArray[np.int8]:
             if share and taken[j] * whole // share <= place
         ]
         _, chosen = min(due)
-        found[place] = chosen
+        order[place] = chosen
         taken[chosen] += 1
-    return found
+    return order
 
 
 def places(shares: Sequence[Fraction], start: int, count: int) -> list[tuple[int, int]]:
     """(part, which of its blocks, from 0) of `count` blocks of training from `start` on."""
     all_turns = turns(shares, start + count)
     taken = [int((all_turns[:start] == j).sum()) for j in range(len(shares))]
-    found = []
+    blocks = []
     for part in all_turns[start:].tolist():
-        found.append((part, taken[part]))
+        blocks.append((part, taken[part]))
         taken[part] += 1
-    return found
+    return blocks

@@ -46,18 +46,18 @@ def duplicates(texts: dict[str, Index]) -> dict[str, list[str]]:
     `documents`: those whose text one before them has, in whatever split. `test_in_training` and the
     like: those of test whose text is in training.
     """
-    found: dict[str, list[str]] = {}
+    copies: dict[str, list[str]] = {}
     every = np.concatenate([index.alike for index in texts.values()])
     again = np.ones(len(every), bool)
     again[np.unique(every, return_index=True)[1]] = False
     ids = pa.chunked_array([part for index in texts.values() for part in index.ids.chunks])
-    found["documents"] = ids.filter(pa.array(again)).to_pylist()
+    copies["documents"] = ids.filter(pa.array(again)).to_pylist()
     for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         if name in texts and other in texts:
             label = f"{name}_in_{'training' if other == 'train' else other}"
             common = np.isin(texts[name].alike, texts[other].alike)
-            found[label] = texts[name].ids.filter(pa.array(common)).to_pylist()
-    return found
+            copies[label] = texts[name].ids.filter(pa.array(common)).to_pylist()
+    return copies
 
 
 # --------------------------------------------------------------------------- near-duplicates
@@ -73,11 +73,11 @@ def near(blocks: Dataset, held_out: dict[str, Dataset], cache_dir: str) -> dict[
     kept = Path(cache_dir) / "overlap" / f"{key}.json"
     with suppress(OSError, ValueError):
         return dict(json.loads(kept.read_text("utf-8")))
-    found = shared({name: _spans(table) for name, table in held_out.items()}, _Training(blocks))
+    common = shared({name: _spans(table) for name, table in held_out.items()}, _Training(blocks))
     with suppress(OSError):  # a cache that is for reading only
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(found))
-    return found
+        write_atomically(kept, json.dumps(common))
+    return common
 
 
 def shared(
@@ -87,13 +87,13 @@ def shared(
 
     `training` is one text in pieces, which are joined; it may be gone through several times.
     """
-    found: dict[str, list[str]] = {name: [] for name in held_out}
+    overlapping: dict[str, list[str]] = {name: [] for name in held_out}
     some: list[tuple[str, str, NDArray[Any]]] = []
     size = 0
 
     def look() -> None:
         for name, key in _shared(some, training):
-            found[name].append(key)
+            overlapping[name].append(key)
         some.clear()
 
     for name, documents in held_out.items():
@@ -104,7 +104,7 @@ def shared(
                 look()
                 size = 0
     look()
-    return {name: list(dict.fromkeys(keys)) for name, keys in found.items()}
+    return {name: list(dict.fromkeys(keys)) for name, keys in overlapping.items()}
 
 
 def _shared(
@@ -156,11 +156,11 @@ def _present(known: UInts, training: Iterable[NDArray[Any]]) -> NDArray[np.bool_
     for piece in training:
         ids = np.concatenate([before, piece])
         before = ids[-(SHINGLE - 1) :]
-        found = _hashes(ids)
-        found = found[some[found >> shift]]
-        at = np.searchsorted(known, found)
+        hashes = _hashes(ids)
+        hashes = hashes[some[hashes >> shift]]
+        at = np.searchsorted(known, hashes)
         at[at == len(known)] = 0
-        there[at[known[at] == found]] = True
+        there[at[known[at] == hashes]] = True
     return there
 
 
@@ -281,15 +281,15 @@ def of_further(
     """
     if not further:
         return {}, []
-    found: dict[str, list[str]] = {name: [] for name in further}
+    overlapping: dict[str, list[str]] = {name: [] for name in further}
     for blocks in training:
         for name, keys in near(blocks, further, trained_on.cache_dir).items():
-            found[name] = list(dict.fromkeys([*found[name], *keys]))
+            overlapping[name] = list(dict.fromkeys([*overlapping[name], *keys]))
     said = [
         f"evaluate.also.{name}: {len(keys)} of {len(further[name])} documents are in the training "
         f"text: they share {SPAN} tokens in a row or more with it, or are all in it; the first is "
         f"{keys[0]}"
-        for name, keys in found.items()
+        for name, keys in overlapping.items()
         if keys and cfgs[name].source not in PACKAGED
     ]
-    return {name: len(keys) for name, keys in found.items()}, said
+    return {name: len(keys) for name, keys in overlapping.items()}, said

@@ -62,20 +62,20 @@ def task(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> Task:
         ConfigError: a split would be empty, or a record cannot be read (`harness.data.forms`).
     """
     rows, form = _hub_rows(cfg) if cfg.id else _file_rows(cfg)
-    found = {name: _grouped(name, some, cfg) for name, some in rows.items()}
-    cut = [name for name in documents.SPLITS if name not in found]
+    by_split = {name: _grouped(name, some, cfg) for name, some in rows.items()}
+    cut = [name for name in documents.SPLITS if name not in by_split]
     for missing in cut:
         # By prompts: all completions of one stay together. The test's share is of what validation
         # leaves.
-        ids = [(pair.id, pair.opening) for pair in found["train"]]
+        ids = [(pair.id, pair.opening) for pair in by_split["train"]]
         held = documents.split(ids, cfg.validation_share, cfg.test_share, how=cfg.split)[missing]
         names = {name for name, _ in held}
-        found[missing] = [pair for pair in found["train"] if pair.id in names]
-        found["train"] = [pair for pair in found["train"] if pair.id not in names]
-    kept = documents.share_of([pair.id for pair in found["train"]], cfg.train_share)
-    found["train"] = [pair for pair in found["train"] if pair.id in kept]
+        by_split[missing] = [pair for pair in by_split["train"] if pair.id in names]
+        by_split["train"] = [pair for pair in by_split["train"] if pair.id not in names]
+    kept = documents.share_of([pair.id for pair in by_split["train"]], cfg.train_share)
+    by_split["train"] = [pair for pair in by_split["train"] if pair.id in kept]
     for name in splits:
-        if not found[name]:
+        if not by_split[name]:
             raise ConfigError(f"data={cfg.name}: the {name} split has no pair")
     rule = {
         "documents": forms.WORDS[form],
@@ -86,7 +86,7 @@ def task(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> Task:
         rule["left_out"] = f"{left_out} turns after the assistant's last one"
     if again := sum(row.separated_again for some in rows.values() for row in some):
         rule["separator_again"] = f"{again} completions have {cfg.separator!r} in them"
-    return Task({name: found[name] for name in splits}, rule)
+    return Task({name: by_split[name] for name in splits}, rule)
 
 
 def _grouped(split: str, rows: list[Row], cfg: DataConfig) -> list[Pair]:
@@ -120,15 +120,15 @@ def _file_rows(cfg: DataConfig) -> tuple[dict[str, list[Row]], str]:
     for split, path in (("validation", cfg.validation_path), ("test", cfg.test_path)):
         if path:
             by_split[split] = files.find_files(path, encoding=cfg.encoding, kinds=files.OF_PAIRS)
-    found: dict[str, list[Row]] = {}
+    rows: dict[str, list[Row]] = {}
     form: str | None = None
     for split in sorted(by_split, key=lambda name: name != "train"):  # whose form counts
-        found[split] = []
+        rows[split] = []
         for file in by_split[split]:
             some = _rows(file, cfg, form)
             form = form or (some[0].form if some and some[0].form != "lines" else None)
-            found[split] += some
-    return {split: found[split] for split in by_split}, form or "lines"
+            rows[split] += some
+    return {split: rows[split] for split in by_split}, form or "lines"
 
 
 def left_out(cfg: DataConfig) -> list[Path]:
@@ -142,11 +142,11 @@ def _found(cfg: DataConfig) -> list[Path]:
 
 def _files(cfg: DataConfig) -> dict[str, Path]:
     """By split, the folder's files that split_names or their own names say; or one file."""
-    found = _found(cfg)
-    if len(found) == 1 and not cfg.split_names:
-        return {"train": found[0]}
+    paths = _found(cfg)
+    if len(paths) == 1 and not cfg.split_names:
+        return {"train": paths[0]}
     by_split: dict[str, Path] = {}
-    for file in found if not cfg.split_names else []:
+    for file in paths if not cfg.split_names else []:
         if (split := STEMS.get(files.stem(file))) and (
             other := by_split.setdefault(split, file)
         ) != file:
@@ -154,7 +154,7 @@ def _files(cfg: DataConfig) -> dict[str, Path]:
                 f"data.path={cfg.path}: {other} and {file} could both be its {split} split; say "
                 "which is which: '+data.split_names={train: FILE, test: FILE}'"
             )
-    names = [file.name for file in found]
+    names = [file.name for file in paths]
     for split, name in cfg.split_names.items():
         if name not in names:
             raise ConfigError(f"data.split_names.{split}={name}: {nearest(name, names)}")
@@ -163,7 +163,7 @@ def _files(cfg: DataConfig) -> dict[str, Path]:
                 f"data.split_names.{split}={name}: {names.count(name)} files in {cfg.path} are "
                 "called so; give them names of their own"
             )
-        by_split[split] = found[names.index(name)]
+        by_split[split] = paths[names.index(name)]
     if "train" not in by_split:
         raise ConfigError(
             f"data.path={cfg.path}: no training file among {', '.join(names[:12])}; say which is "
@@ -177,7 +177,7 @@ def _rows(file: Path, cfg: DataConfig, form: str | None) -> list[Row]:
     if files.kind(file) != ".txt":
         coming = records.records(file, encoding=cfg.encoding)
         return [_filled(row, where) for where, row in forms.rows(coming, cfg, form)]
-    found: list[Row] = []
+    rows: list[Row] = []
     for number, line in enumerate(records.text(file, cfg.encoding).split("\n"), 1):
         if not line.strip():
             continue
@@ -189,8 +189,8 @@ def _rows(file: Path, cfg: DataConfig, form: str | None) -> list[Row]:
                 "set data.separator"
             )
         again = cfg.separator in completion
-        found.append(_filled(Row(prompt, [completion], separated_again=again), where))
-    return found
+        rows.append(_filled(Row(prompt, [completion], separated_again=again), where))
+    return rows
 
 
 def _filled(row: Row, where: str) -> Row:
@@ -202,12 +202,12 @@ def _filled(row: Row, where: str) -> Row:
 
 
 def _hub_rows(cfg: DataConfig) -> tuple[dict[str, list[Row]], str]:
-    found: dict[str, list[Row]] = {}
+    by_split: dict[str, list[Row]] = {}
     form: str | None = None
     for name, (source, rows) in hub.hub_splits(cfg).items():
         fetched = hub.fetched(cfg, source, rows)
         coming = ((f"{cfg.id}, {source} record {n}", row) for n, row in enumerate(fetched, 1))
         some = list(forms.rows(coming, cfg, form))
         form = form or (some[0][1].form if some else None)
-        found[name] = [row if row.form == "pair" else _filled(row, where) for where, row in some]
-    return found, form or "pair"
+        by_split[name] = [row if row.form == "pair" else _filled(row, where) for where, row in some]
+    return by_split, form or "pair"

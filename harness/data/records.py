@@ -135,11 +135,11 @@ class _RefusedError(ValueError):
 
 
 def _members(pairs: list[tuple[str, Any]]) -> Record:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         name = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise _RefusedError(f"the key {name!r} twice in an object")
-    return found
+    return record
 
 
 def _constant(name: str) -> Any:
@@ -158,8 +158,8 @@ def _decoded(text: str, begin: int, where: str) -> tuple[Record, int]:
         reason = "nested too deeply" if isinstance(error, RecursionError) else reason
         raise ConfigError(f"{where}: not JSON ({reason})") from error
     if not isinstance(value, dict):
-        found = text[begin : begin + 40]
-        raise ConfigError(f"{where}: expected a JSON object, found {found!r}")
+        excerpt = text[begin : begin + 40]
+        raise ConfigError(f"{where}: expected a JSON object, found {excerpt!r}")
     return value, end
 
 
@@ -209,12 +209,12 @@ class _Array:
     def _more(self, chars: int) -> bool:
         """Read `chars` characters or more; whether there were any."""
         parts = [self.text[self.position :]]
-        self.position, found = 0, 0
-        while found < chars and (line := next(self._lines, "")):
+        self.position, num_read = 0, 0
+        while num_read < chars and (line := next(self._lines, "")):
             parts.append(line)
-            found += len(line)
+            num_read += len(line)
         self.text = "".join(parts)
-        return found > 0
+        return num_read > 0
 
     def next(self) -> str:
         """Return the next character that is no white space, or "" at the end."""

@@ -113,21 +113,21 @@ def sequences(
     assert isinstance(end, int)
     if cfg.loss_on == "all":  # or else nothing would come before the first token
         begins = begins or (end,)
-    found: list[Example] = []
+    examples: list[Example] = []
     for first in range(0, len(pairs), BATCH):  # lists of ids take many times their bytes
         some = pairs[first : first + BATCH]
         plain = iter(_of_pairs([one for one in some if not one.turns], tokenizer, cfg, begins, end))
         chats = iter(_of_chats([one for one in some if one.turns], tokenizer, cfg, begins))
-        found += [next(chats if one.turns else plain) for one in some for _ in one.completions]
-    longest = max(found, key=lambda one: one.length)
+        examples += [next(chats if one.turns else plain) for one in some for _ in one.completions]
+    longest = max(examples, key=lambda one: one.length)
     if longest.length > cfg.context_length and cfg.too_long == "refuse":
-        more = sum(one.length > cfg.context_length for one in found)
+        more = sum(one.length > cfg.context_length for one in examples)
         raise ConfigError(
             f"{longest.pair} with its completion is {longest.length} tokens, longer than "
-            f"data.context_length={cfg.context_length}, as {more} of {len(found)} are: set "
+            f"data.context_length={cfg.context_length}, as {more} of {len(examples)} are: set "
             f"data.context_length={longest.length} or more, or data.too_long=cut, drop or window"
         )
-    return found
+    return examples
 
 
 def _of_pairs(
@@ -140,7 +140,7 @@ def _of_pairs(
     completions = [text for pair in pairs for text in pair.completions]
     prompts = _encode([pair.prompt for pair in pairs], tokenizer)
     answers = iter(_encode([f" {text}" for text in completions], tokenizer))
-    found = []
+    examples = []
     for pair, prompt in zip(pairs, prompts, strict=True):
         given = [*begins, *prompt, end]
         for text in pair.completions:
@@ -149,8 +149,8 @@ def _of_pairs(
             scored: tuple[str, ...] = (text,)
             if cfg.loss_on == "all":
                 predicted, scored = [True] * (len(ids) - 1), (pair.prompt, text)
-            found.append(Example.of(pair.id, ids, predicted, text, scored))
-    return found
+            examples.append(Example.of(pair.id, ids, predicted, text, scored))
+    return examples
 
 
 def _of_chats(
@@ -174,7 +174,7 @@ def _of_chats(
     if cfg.loss_on == "completion":
         pieces = [[*(replace(p, assistant=False) for p in some[:-1]), some[-1]] for some in pieces]
     encoded = chat.to_ids(pieces, lambda texts: _encode(texts, tokenizer))
-    found = []
+    examples = []
     for (pair, text), turns, (ids, marks) in zip(todo, conversations, encoded, strict=True):
         scored = [content for role, content in turns if role == "assistant"]
         if cfg.loss_on == "completion":
@@ -183,8 +183,8 @@ def _of_chats(
             marks = [True] * len(ids)
             scored = [content for _, content in turns]
         ids, marks = [*own_begins, *ids], [False] * len(own_begins) + marks
-        found.append(Example.of(pair.id, ids, marks[1:], text, tuple(scored)))
-    return found
+        examples.append(Example.of(pair.id, ids, marks[1:], text, tuple(scored)))
+    return examples
 
 
 def prompt_ids(
@@ -226,7 +226,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 # --------------------------------------------------------------------------- what is too long
 
 
-def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[str, Any]]:
+def fitted(examples: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[str, Any]]:
     """The sequences as training blocks hold them, by `data.too_long`, and counts for result.json.
 
     `cut` keeps the first `data.context_length` inputs, `drop` nothing, and `window` everything, in
@@ -237,12 +237,12 @@ def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[s
         ConfigError: nothing is left.
     """
     size = cfg.context_length
-    longer = [one for one in found if one.length > size]
+    longer = [one for one in examples if one.length > size]
     if not longer:
-        return found, {}
+        return examples, {}
     kept: list[Example] = []
     left_out = 0
-    for one in found:
+    for one in examples:
         starts = [0]
         if one.length > size:
             starts = {"cut": [0], "drop": [], "window": [*range(0, one.length, size)]}[cfg.too_long]
@@ -253,10 +253,10 @@ def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[s
         parts = [part for part in parts if part.counts.any()]
         left_out += not parts
         kept += parts
-    tokens = sum(one.num_predicted for one in found)
+    tokens = sum(one.num_predicted for one in examples)
     counts = {
         "choice": cfg.too_long,
-        "sequences": len(found),
+        "sequences": len(examples),
         "longer": len(longer),
         "left_out": left_out,
         "tokens": tokens,
@@ -264,7 +264,7 @@ def fitted(found: list[Example], cfg: DataConfig) -> tuple[list[Example], dict[s
     }
     if not kept:
         raise ConfigError(
-            f"data.too_long={cfg.too_long}: all {len(found)} training sequences are longer than "
+            f"data.too_long={cfg.too_long}: all {len(examples)} training sequences are longer than "
             f"data.context_length={size}, and none has a token left to predict; raise "
             "data.context_length"
         )
@@ -290,14 +290,14 @@ def blocks(
     """
     end = tokenizer.eos_token_id
     context, packing = cfg.context_length, cfg.packing
-    found, counts = fitted(sequences(pairs, tokenizer, cfg, begins), cfg)
+    kept, counts = fitted(sequences(pairs, tokenizer, cfg, begins), cfg)
     order = sorted(
-        range(len(found)),
-        key=lambda i: hashlib.sha256(f"{found[i].pair}#{found[i].completion}".encode()).digest(),
+        range(len(kept)),
+        key=lambda i: hashlib.sha256(f"{kept[i].pair}#{kept[i].completion}".encode()).digest(),
     )
     bins: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (positions left, bin), ascending
-    for one in (found[i] for i in order):
+    for one in (kept[i] for i in order):
         at = bisect_left(room, (one.length, -1)) if packing == "packed" else len(room)
         if at == len(room):
             bins.append([one])
@@ -342,17 +342,17 @@ def evaluated(
     `first` is the id before `tokens`, of which the first `skipped` are the prompt's. Where not all
     of the rest is predicted, as of several turns, `scored` says it of every token.
     """
-    found = sequences(pairs, tokenizer, cfg, begins)
+    examples = sequences(pairs, tokenizer, cfg, begins)
     columns = {
-        "id": [one.pair for one in found],
-        "first": [int(one.tokens[0]) for one in found],
-        "tokens": pa.array([one.tokens[1:] for one in found], type=pa.list_(pa.int32())),
-        "skipped": [one.num_prompt - 1 for one in found],
-        "num_words": [sum(len(text.split()) for text in one.scored) for one in found],
-        "num_bytes": [sum(len(text.encode()) for text in one.scored) for one in found],
+        "id": [one.pair for one in examples],
+        "first": [int(one.tokens[0]) for one in examples],
+        "tokens": pa.array([one.tokens[1:] for one in examples], type=pa.list_(pa.int32())),
+        "skipped": [one.num_prompt - 1 for one in examples],
+        "num_words": [sum(len(text.split()) for text in one.scored) for one in examples],
+        "num_bytes": [sum(len(text.encode()) for text in one.scored) for one in examples],
     }
-    if any(one.num_predicted < one.length - one.num_prompt + 1 for one in found):
-        marks = pa.array([one.counts for one in found], type=pa.list_(pa.bool_()))
+    if any(one.num_predicted < one.length - one.num_prompt + 1 for one in examples):
+        marks = pa.array([one.counts for one in examples], type=pa.list_(pa.bool_()))
         columns["scored"] = marks
     return pa.table(columns)
 

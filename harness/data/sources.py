@@ -66,16 +66,16 @@ def text_files(cfg: DataConfig) -> Source:
     separator of a file. Files of `validation_path` and `test_path` are these splits, and so
     are those of a saved data set.
     """
-    found = own_files(cfg)
-    whole = {name: _is_whole(some, cfg) for name, some in found.items()}
-    units = {_unit(some, cfg, whole[name]): name for name, some in found.items()}
+    by_split = own_files(cfg)
+    whole = {name: _is_whole(some, cfg) for name, some in by_split.items()}
+    units = {_unit(some, cfg, whole[name]): name for name, some in by_split.items()}
     blank: dict[str, int] = {}
     unit = "; ".join(units) if len(units) == 1 else "; ".join(f"{v}: {k}" for k, v in units.items())
 
     def documents(name: str) -> Iterator[Document]:
         path = {"validation": cfg.validation_path, "test": cfg.test_path}.get(name) or cfg.path
         count = 0
-        for called, file in zip(files.names(found[name], path), found[name], strict=True):
+        for called, file in zip(files.names(by_split[name], path), by_split[name], strict=True):
             for number, (where, value) in enumerate(_texts(file, cfg, whole[name])):
                 text = "" if value is None else records.checked(value, where, cfg.text_field)
                 if text.strip():
@@ -84,7 +84,7 @@ def text_files(cfg: DataConfig) -> Source:
                     count += 1
         blank[name] = count
 
-    return Source({name: partial(documents, name) for name in found}, unit, blank)
+    return Source({name: partial(documents, name) for name in by_split}, unit, blank)
 
 
 def _is_whole(some: list[Path], cfg: DataConfig) -> bool:
@@ -113,23 +113,23 @@ def own_files(cfg: DataConfig, kinds: Sequence[str] = files.KINDS) -> dict[str, 
     tables = files.saved(Path(cfg.path).expanduser()) if isinstance(cfg.path, str) else {}
     if "train" in tables and len(tables) == 1 and not cfg.split_names:
         tables = {}
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for name in SPLITS if tables else ():
         asked = cfg.split_names.get(name, name)
         if asked in tables:
-            found[name] = tables[asked]
+            by_split[name] = tables[asked]
         elif name in cfg.split_names or name == "train":
             raise ConfigError(
                 f"data.split_names.{name}={asked}: {cfg.path} has no such split; "
                 f"{nearest(asked, tables)}"
             )
     if not tables:
-        found["train"] = find_files(cfg.path, encoding=cfg.encoding, kinds=kinds)
+        by_split["train"] = find_files(cfg.path, encoding=cfg.encoding, kinds=kinds)
     for name, path in (("validation", cfg.validation_path), ("test", cfg.test_path)):
         if path:
-            found[name] = find_files(path, encoding=cfg.encoding, kinds=kinds)
+            by_split[name] = find_files(path, encoding=cfg.encoding, kinds=kinds)
     seen: dict[str, str] = {}
-    for name, some in found.items():
+    for name, some in by_split.items():
         for file in some:
             other = seen.setdefault(os.path.realpath(file), name)
             if other != name:
@@ -137,4 +137,4 @@ def own_files(cfg: DataConfig, kinds: Sequence[str] = files.KINDS) -> dict[str, 
                     f"data.{name}_path: {file} is also among the files of {other}: a text can be "
                     "in one split only"
                 )
-    return {name: found[name] for name in SPLITS if name in found}
+    return {name: by_split[name] for name in SPLITS if name in by_split}

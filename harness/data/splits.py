@@ -84,8 +84,8 @@ class Index:
     def take(self, at: Positions) -> Index:
         """Return the index of the documents at these positions, in their order."""
         ids = self.ids.take(pa.array(at))
-        found = (self.places[at], self.texts[at], self.alike[at], self.blank[at])
-        return Index(*found, self.num_bytes[at], ids)
+        columns = (self.places[at], self.texts[at], self.alike[at], self.blank[at])
+        return Index(*columns, self.num_bytes[at], ids)
 
     def digest(self) -> bytes:
         """What tells these documents, their ids and their order from others."""
@@ -130,19 +130,19 @@ def assign(
             ids = index.ids.take(pa.array(alike)).to_pylist()
             known_by[g] = alike[min(range(len(ids)), key=ids.__getitem__)]
         ranked = np.argsort(index.places[known_by], kind="stable")
-    found: dict[str, Positions] = {}
+    positions: dict[str, Positions] = {}
     taken = np.zeros(len(index), bool)
     for name, share in (("test", test_share), ("validation", validation_share)):
         chosen, ranked = _first(ranked, sizes, max(1, round(share * len(index))))
         at = [members[ends[g] - sizes[g] : ends[g]] for g in chosen]
-        found[name] = np.concatenate([np.empty(0, np.int64), *at])
+        positions[name] = np.concatenate([np.empty(0, np.int64), *at])
         if how == "contiguous":
-            found[name].sort()
-        taken[found[name]] = True
-    found["train"] = np.flatnonzero(~taken)
-    if not len(found["train"]):
+            positions[name].sort()
+        taken[positions[name]] = True
+    positions["train"] = np.flatnonzero(~taken)
+    if not len(positions["train"]):
         raise ConfigError(f"no training documents left of {len(index)}: lower the shares")
-    return {name: found[name] for name in SPLITS}
+    return {name: positions[name] for name in SPLITS}
 
 
 def _first(

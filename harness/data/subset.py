@@ -44,10 +44,10 @@ def num_predicted(table: Dataset) -> NDArray[np.int64]:
     if "scored" in table.column_names:  # of several turns
         marks = table.data.column("scored").to_pylist()
         return np.array([sum(some) for some in marks], np.int64)
-    found = pc.list_value_length(table.data.column("tokens")).to_numpy().astype(np.int64)
+    counts = pc.list_value_length(table.data.column("tokens")).to_numpy().astype(np.int64)
     if "skipped" in table.column_names:  # of pairs: the prompt's
-        found = found - table.data.column("skipped").to_numpy()
-    return found
+        counts = counts - table.data.column("skipped").to_numpy()
+    return counts
 
 
 def of(table: Dataset, most: int | None) -> tuple[Dataset, dict[str, Any]]:

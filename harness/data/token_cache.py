@@ -139,11 +139,11 @@ def tables_of(
     if cfg.source == "pairs" and cfg.chat_template == "auto":  # which conversations are written by
         known_by += str(tokenizer.chat_template)
     key = key_of(cfg, content, known_by, begins, wanted)
-    if found := _found(cfg, content, key):
-        return *found, False
+    if cached := _found(cfg, content, key):
+        return *cached, False
     with alone(cfg, key):
-        if found := _found(cfg, content, key):  # another run has made it meanwhile
-            return *found, False
+        if cached := _found(cfg, content, key):  # another run has made it meanwhile
+            return *cached, False
         ready, made, fresh = _made(cfg, tokenizer, vocabulary, wanted, begins)
         if _content(cfg) != content:
             raise ConfigError(
@@ -187,23 +187,23 @@ def _made(
     cache = Path(cfg.cache_dir) / "tokens"
     if cfg.source == "pairs":
         task = pairs.task(cfg, wanted)
-        found = task.splits
-        chats = any(pair.turns for some in found.values() for pair in some)
+        splits = task.splits
+        chats = any(pair.turns for some in splits.values() for pair in some)
         template = chat.template_of(tokenizer, cfg.chat_template) if chats else None
         rule = facts["rule"] = task.rule | {"loss_on": _loss_on(cfg, chats)}
         if template is not None:
             rule["chat_template"] = template.described()
             vocabulary += template.text
         log.info("records of data=%s: %s", cfg.name, rule)
-        counts = {name: len(some) for name, some in found.items()}
-        texts = {name: Index.of((one.id, one.prompt) for one in found[name]) for name in wanted}
+        counts = {name: len(some) for name, some in splits.items()}
+        texts = {name: Index.of((one.id, one.prompt) for one in splits[name]) for name in wanted}
         folders = {
-            name: cache / _key(_known(found[name]), vocabulary, _kind(cfg, name, begins))
+            name: cache / _key(_known(splits[name]), vocabulary, _kind(cfg, name, begins))
             for name in wanted
         }
 
         def text_of(split: str, key: str) -> str:
-            return next(one.prompt for one in found[split] if one.id == key)
+            return next(one.prompt for one in splits[split] if one.id == key)
 
     else:
         corpus = documents.corpus(cfg, wanted)
@@ -220,7 +220,7 @@ def _made(
     missing = [name for name, table in made.items() if table is None]
     if missing and cfg.source == "pairs":
         for name in missing:
-            _write_pairs(cfg, found[name], folders[name], name, tokenizer, begins)
+            _write_pairs(cfg, splits[name], folders[name], name, tokenizer, begins)
     elif missing:
         packing.write(
             cfg,
@@ -320,5 +320,5 @@ def _key(texts: Index, tokenizer: str, kind: str) -> str:
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of every text, no special tokens added, on all cores."""
     # Documents may be longer than the model's context: they are windowed later.
-    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(found["input_ids"])
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])

@@ -80,8 +80,8 @@ class Data:
             return block_order(seed, step, batch, self.num_blocks)
         first = [0, *accumulate(len(table) for _, table in self.parts)]
         shares = [share for share, _ in self.parts]
-        found = mixture.places(shares, step * batch, batch)
-        return [first[part] + block_at(seed, n, len(self.parts[part][1])) for part, n in found]
+        places = mixture.places(shares, step * batch, batch)
+        return [first[part] + block_at(seed, n, len(self.parts[part][1])) for part, n in places]
 
     def epochs(self, num_blocks: int) -> float:
         """How often the training text was gone through after so many blocks.
@@ -190,8 +190,8 @@ def _mixed(
     for part in mix.parts(cfg):
         if part.name == held.name or not part.share:
             continue
-        found, made, now = token_cache.tables_of(part.text, tokenizer, ("train",), begins)
-        blocks = found["train"]
+        part_tables, made, now = token_cache.tables_of(part.text, tokenizer, ("train",), begins)
+        blocks = part_tables["train"]
         tables.append((part.share, blocks))
         fresh = fresh or now
         alike = overlap.near(blocks, main.held_out, cfg.cache_dir)
@@ -278,7 +278,7 @@ def held_out_sizes(
         if cfg.source in ("text_files", "pairs") and not cfg.id:
             kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
             own = sources.own_files(cfg, kinds).values()
-            if sum(file.stat().st_size for found in own for file in found) > AT_HAND_BYTES:
+            if sum(file.stat().st_size for paths in own for file in paths) > AT_HAND_BYTES:
                 return unknown
         elif cfg.source != "kjv":
             return unknown
@@ -293,13 +293,13 @@ def held_out_sizes(
                 )
                 for name, table in zip(splits, made, strict=True)
             ]
-        found = documents.read(cfg, splits)
+        texts = documents.read(cfg, splits)
     except (ConfigError, OSError):
         return unknown
     if tokenizer is None:
-        return [[len(text.encode()) for _, text in docs] for docs in found.values()]
+        return [[len(text.encode()) for _, text in docs] for docs in texts.values()]
     sizes: list[list[int] | None] = []
-    for name, docs in found.items():
+    for name, docs in texts.items():
         counts: list[int] = []
         for start in range(0, len(docs), packing.BATCH_DOCUMENTS):
             some = [text for _, text in docs[start : start + packing.BATCH_DOCUMENTS]]
