@@ -134,10 +134,10 @@ def _file_of(model: ModelConfig) -> dict[str, Any]:
         there = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
         file = there if isinstance(there, str) else None
     try:
-        found = json.loads(Path(file).read_text("utf-8")) if file else {}
+        config = json.loads(Path(file).read_text("utf-8")) if file else {}
     except (OSError, ValueError):  # which loading says by name
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _rounded(rate: float) -> float:

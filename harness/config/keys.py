@@ -102,29 +102,29 @@ EXAMPLES = {  # where the default is no good one
 
 def schemas() -> dict[str, list[tuple[str, type]]]:
     """Section -> (whose, schema): of `method` one a method, of the root "" has the plain keys."""
-    found: dict[str, list[tuple[str, type]]] = {"": [("", RootConfig)]}
-    found |= {section: [("", schema)] for section, schema in SECTIONS.items()}
-    found["method"] = list(METHODS.items())
-    found["optimizer"] = list(OPTIMIZERS.items())
-    found["evaluate.generate"] = [("", GenerateConfig)]
-    found["evaluate.latency"] = [("", LatencyConfig)]
-    found["train.early_stopping"] = [("", EarlyStopping)]
-    return found
+    by_section: dict[str, list[tuple[str, type]]] = {"": [("", RootConfig)]}
+    by_section |= {section: [("", schema)] for section, schema in SECTIONS.items()}
+    by_section["method"] = list(METHODS.items())
+    by_section["optimizer"] = list(OPTIMIZERS.items())
+    by_section["evaluate.generate"] = [("", GenerateConfig)]
+    by_section["evaluate.latency"] = [("", LatencyConfig)]
+    by_section["train.early_stopping"] = [("", EarlyStopping)]
+    return by_section
 
 
 @cache
 def leaves() -> dict[str, dict[str, tuple[str, ...]]]:
     """Last part of a key -> the keys that end so, each with the methods that have it."""
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    by_name: dict[str, dict[str, tuple[str, ...]]] = {}
     for section, several in schemas().items():
         for whose, schema in several:
             for field in dataclasses.fields(schema):
                 key = f"{section}.{field.name}" if section else field.name
-                keys = found.setdefault(field.name, {})
+                keys = by_name.setdefault(field.name, {})
                 keys[key] = (*keys.get(key, ()), whose) if whose else ()
     for name in ("contents", "lr_from", "since", "name"):  # the harness's own, or a label
-        found.pop(name, None)
-    return found
+        by_name.pop(name, None)
+    return by_name
 
 
 def every() -> set[str]:
@@ -139,13 +139,13 @@ def elsewhere(key: str, method: str = "") -> str:
     """
     last = key.rsplit(".", 1)[-1]
     whole = key.replace("-", "_").removeprefix("train.").removeprefix("data.")
-    found = list(leaves().get(last, {}))
+    candidates = list(leaves().get(last, {}))
     for name in (whole, last.replace("-", "_").lower()):
-        found += [other for other in ALIASES.get(name, ()) if other not in found]
-    found = [other for other in found if other != key or other in leaves().get(last, {})]
-    if not found:
+        candidates += [other for other in ALIASES.get(name, ()) if other not in candidates]
+    candidates = [other for other in candidates if other != key or other in leaves().get(last, {})]
+    if not candidates:
         return ""
-    told = sorted((_with_owners(other, method) for other in found), key=lambda t: " (of " in t)
+    told = sorted((_with_owners(other, method) for other in candidates), key=lambda t: " (of " in t)
     return f"did you mean {' or '.join(told)}?"
 
 

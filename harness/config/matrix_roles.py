@@ -114,12 +114,12 @@ def modules_of(targets: TargetsConfig, model_type: str) -> list[str] | None:
     if model_type not in SUFFIXES:
         return None
     table = SUFFIXES[model_type]
-    found: list[str] = []
+    suffixes: list[str] = []
     for role in targets.roles:
         if role in table:
-            found.append(table[role])
+            suffixes.append(table[role])
         elif role == "qkv" and "q" in table:
-            found += [table[part] for part in ("q", "k", "v")]
+            suffixes += [table[part] for part in ("q", "k", "v")]
         elif role in ("q", "k", "v") and "qkv" in table:
             raise ConfigError(
                 f"targets={targets.name}: {model_type} keeps q, k and v in one matrix, "
@@ -132,7 +132,7 @@ def modules_of(targets: TargetsConfig, model_type: str) -> list[str] | None:
                 f"targets={targets.name}: {model_type} has no matrix for '{role}'{hint}; it has: "
                 f"{', '.join(table)}"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(suffixes))
 
 
 def mlp_of(model_type: str) -> set[str]:

@@ -145,7 +145,7 @@ def _configuration(model: ModelConfig) -> dict[str, Any]:
             f"saves it has{hint}"
         )
     try:
-        found = json.loads(file.read_text("utf-8"))
+        config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):  # which loading says by name
         return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}

@@ -84,11 +84,11 @@ def _values(run: RunConfig) -> dict[str, Any]:
     mixed = values["data"]["parts"] or {}
     texts |= {f"data.parts.{name}": mixed[name] for name in mixed}
     parts = [(section, values[section]) for section in _LATER if section != "data"]
-    for section, found in [*parts, *(("data", fields) for fields in texts.values())]:
+    for section, section_values in [*parts, *(("data", fields) for fields in texts.values())]:
         defaults = schema.defaults(SECTIONS[section])
         for name in _LATER[section]:
-            if found[name] in (defaults[name], []):
-                del found[name]
+            if section_values[name] in (defaults[name], []):
+                del section_values[name]
     if values["train"].get("ema") == 0:  # none, as null
         del values["train"]["ema"]
     for key, fields in texts.items():

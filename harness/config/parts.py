@@ -61,14 +61,14 @@ def held_out_part(cfg: DataConfig) -> Part:
     Raises:
         ConfigError: no part is called so.
     """
-    found = parts(cfg)
+    all_parts = parts(cfg)
     asked = cfg.held_out_part
     if asked is None:
-        return found[0]
-    for part in found:
+        return all_parts[0]
+    for part in all_parts:
         if part.name == asked:
             return part
-    names = [part.name for part in found]
+    names = [part.name for part in all_parts]
     raise ConfigError(f"data.held_out_part={asked}: {nearest(asked, names)}")
 
 

@@ -59,14 +59,14 @@ def check(method: MethodConfig) -> None:
 @cache
 def classes() -> dict[str, str]:
     """PEFT's methods and the class that configures each; empty where its source is elsewhere."""
-    found: dict[str, str] = {}
+    config_classes: dict[str, str] = {}
     for file in _folder().glob("tuners/*/__init__.py"):
         for call in REGISTERED.findall(file.read_text("utf-8")):
             name = re.search(r"name=\"(\w+)\"", call)
             configured = re.search(r"config_cls=(\w+)", call)
             if name and configured:
-                found[name[1].upper()] = configured[1]
-    return found
+                config_classes[name[1].upper()] = configured[1]
+    return config_classes
 
 
 @cache
@@ -118,13 +118,13 @@ def _of_class(name: str) -> dict[str, str] | None:
     if described is None:
         return None
     bases, own = described
-    found: dict[str, str] = {}
+    from_bases: dict[str, str] = {}
     for base in reversed(bases):
         inherited = _of_class(base)
         if inherited is None:
             return None
-        found |= inherited
-    return found | own
+        from_bases |= inherited
+    return from_bases | own
 
 
 @cache
@@ -132,7 +132,7 @@ def _sources() -> dict[str, tuple[list[str], dict[str, str]]]:
     """Class -> (what it extends, its own fields with types), of every file of configurations."""
     files = [_folder() / "config.py", *sorted(_folder().glob("tuners/**/*config.py"))]
     files += [_folder() / "tuners" / "lycoris_utils.py"]
-    found: dict[str, tuple[list[str], dict[str, str]]] = {}
+    by_class: dict[str, tuple[list[str], dict[str, str]]] = {}
     for file in files:
         for node in ast.parse(file.read_text("utf-8")).body if file.is_file() else ():
             if isinstance(node, ast.ClassDef):
@@ -144,8 +144,8 @@ def _sources() -> dict[str, tuple[list[str], dict[str, str]]]:
                     and isinstance(item.target, ast.Name)
                     and "ClassVar" not in ast.unparse(item.annotation)
                 }
-                found[node.name] = (bases, own)
-    return found
+                by_class[node.name] = (bases, own)
+    return by_class
 
 
 def _folder() -> Path:

@@ -68,8 +68,8 @@ class Tuned:
     @property
     def fields(self) -> dict[str, Any]:
         """Further fields of the method and the optimizer, by their keys, where not the default."""
-        found = {f"method.{key}": value for key, value in self.variant.items()}
-        return found | {f"optimizer.{key}": value for key, value in self.optimizer.items()}
+        fields = {f"method.{key}": value for key, value in self.variant.items()}
+        return fields | {f"optimizer.{key}": value for key, value in self.optimizer.items()}
 
     def __str__(self) -> str:
         scale = f"alpha={self.scale:g}r" if self.scale else ""
@@ -125,14 +125,14 @@ def best(grid: Grid) -> float:
 
 def edge(grid: Grid) -> str | None:
     """Whether the best rate is the "lowest" or the "highest" of its grid; None if inside."""
-    rates, found = sorted(grid), best(grid)
-    return "lowest" if found == rates[0] else "highest" if found == rates[-1] else None
+    rates, rate = sorted(grid), best(grid)
+    return "lowest" if rate == rates[0] else "highest" if rate == rates[-1] else None
 
 
 def further(grid: Grid, factor: float) -> list[float]:
     """The rate to try next: beyond the edge that the best is at, none where it is inside."""
-    where, found = edge(grid), best(grid)
-    return [_round(found / factor if where == "lowest" else found * factor)] if where else []
+    where, rate = edge(grid), best(grid)
+    return [_round(rate / factor if where == "lowest" else rate * factor)] if where else []
 
 
 def fitted(grid: Grid) -> float:
@@ -159,7 +159,7 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
 
     Fields that have their schema's default are left out.
     """
-    found: dict[str, Any] = {}
+    setting: dict[str, Any] = {}
     sections = {"model": vars(model), "data": vars(data), "train": train}
     schemas: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     same = ("shape", "cache_dir", "linear")  # which move no best rate
@@ -169,11 +169,11 @@ def setting_of(model: ModelConfig, data: DataConfig, train: Mapping[str, Any]) -
         for key, value in values.items():
             value = schema.plain(value)
             if key not in left_out[section] and value != defaults.get(key, "???"):
-                found[f"{section}.{key}"] = value
+                setting[f"{section}.{key}"] = value
     for key in ("data.context_length", "train.steps", "train.batch_tokens"):  # always there to read
         section, name = key.split(".")
-        found[key] = sections[section].get(name)
-    return found
+        setting[key] = sections[section].get(name)
+    return setting
 
 
 def tuned_of(
@@ -246,7 +246,7 @@ def read(name: str) -> Rates:
         )  # fmt: skip
         setting = renamed.in_grid(loaded["setting"])
     except FileNotFoundError:
-        there = [found.stem for found in (CONF_DIR / "rates").glob("*.yaml")]
+        there = [file.stem for file in (CONF_DIR / "rates").glob("*.yaml")]
         raise ConfigError(f"train.rates={name}: no file {path}; {nearest(name, there)}") from None
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"train.rates={name}: {path} is no file of rates ({error})") from error

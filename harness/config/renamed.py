@@ -39,14 +39,14 @@ def new_key(key: str) -> str:
 
 def in_overrides(overrides: Iterable[str]) -> list[str]:
     """Return overrides with the keys of today, and tell what to write now."""
-    found = []
+    current = []
     for text in overrides:
         marks, key, rest = re.fullmatch(r"([+~]*)([^=@]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]  # matches every text
         new = new_key(key)
         if new != key:
             tell(key, new)
-        found.append(f"{marks}{new}{rest}")
-    return found
+        current.append(f"{marks}{new}{rest}")
+    return current
 
 
 def in_grid(grid: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,20 +60,20 @@ def in_config(config: dict[str, Any], *, told: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: the old name and the new one are both set, to different values.
     """
-    found = dict(config)
+    current = dict(config)
     for section in RENAMED:
-        if isinstance(found.get(section), dict):
-            found[section] = in_section(found[section], section, told=told)
+        if isinstance(current.get(section), dict):
+            current[section] = in_section(current[section], section, told=told)
     for section, name in TEXTS:
-        texts = found[section].get(name) if isinstance(found.get(section), dict) else None
+        texts = current[section].get(name) if isinstance(current.get(section), dict) else None
         if isinstance(texts, dict):
-            found[section][name] = {
+            current[section][name] = {
                 key: in_section(fields, "data", f"{section}.{name}.{key}", told=told)
                 if isinstance(fields, dict)
                 else fields
                 for key, fields in texts.items()
             }
-    return found
+    return current
 
 
 def in_section(
@@ -83,21 +83,21 @@ def in_section(
 
     `where` is what messages call the section, if not by its name.
     """
-    found, where = dict(values), where or section
+    current, where = dict(values), where or section
     usual = schema.defaults(schema.SECTIONS[section])
     for old, new in RENAMED[section].items():
-        if old not in found:
+        if old not in current:
             continue
-        value = found.pop(old)
-        if found.get(new, value) not in (value, usual[new]):
+        value = current.pop(old)
+        if current.get(new, value) not in (value, usual[new]):
             raise ConfigError(
-                f"{where}.{old}={value} and {where}.{new}={found[new]} are two names of one "
+                f"{where}.{old}={value} and {where}.{new}={current[new]} are two names of one "
                 f"value: write {where}.{new}"
             )
-        found[new] = value
+        current[new] = value
         if told:
             tell(f"{where}.{old}", f"{where}.{new}")
-    return found
+    return current
 
 
 def as_before(values: dict[str, Any]) -> None:

@@ -242,14 +242,14 @@ SECTIONS: dict[str, type] = {
 
 def defaults(schema: type) -> dict[str, Any]:
     """The defaults of a section's fields, in plain containers; what has none is left out."""
-    found = {}
+    values = {}
     for f in dataclasses.fields(schema):
         value = f.default
         if f.default_factory is not dataclasses.MISSING:
             value = f.default_factory()
         if value is not dataclasses.MISSING:
-            found[f.name] = plain(value)
-    return found
+            values[f.name] = plain(value)
+    return values
 
 
 def plain(value: Any) -> Any:

@@ -72,8 +72,8 @@ class Dimension:
         if self.step is None:
             return None
         number = math.floor((self.high - self.low) / self.step * (1 + 1e-12)) + 1
-        found = [self.low + index * self.step for index in range(number)]
-        return [int(value) if self.integer else float(f"{value:.12g}") for value in found]
+        points = [self.low + index * self.step for index in range(number)]
+        return [int(value) if self.integer else float(f"{value:.12g}") for value in points]
 
     def ends(self) -> list[Value]:
         """Return values that stand for all of them when the key is checked."""
@@ -140,8 +140,8 @@ class Space:
 
     def with_dimension(self, other: Dimension) -> Space:
         """The space with another dimension in place of that of the same key."""
-        found = tuple(other if d.name == other.name else d for d in self.dimensions)
-        return replace(self, dimensions=found)
+        dimensions = tuple(other if d.name == other.name else d for d in self.dimensions)
+        return replace(self, dimensions=dimensions)
 
     def assemble(self, choose: Callable[[Dimension], Value], method_of: MethodOf) -> list[str]:
         """The overrides of a candidate; `choose` is asked for the keys that its method has.
@@ -170,12 +170,12 @@ class Space:
         """Return the names of the methods that candidates of this space may have."""
         fixed = [text for text in self.fixed if unused_keys.key_of(text) in unused_keys.DECIDES]
         deciding = self._deciding()
-        found: dict[unused_keys.Chosen, None] = {}
+        methods: dict[unused_keys.Chosen, None] = {}
         for values in itertools.product(*(d.ends() for d in deciding)):
             texts = [d.override(value) for d, value in zip(deciding, values, strict=True)]
             if method := method_of([*fixed, *texts]):
-                found[method] = None
-        return list(found)
+                methods[method] = None
+        return list(methods)
 
     def with_steps(self) -> Space:
         """The space with a step of 1 in intervals of whole numbers that have none."""
@@ -246,22 +246,22 @@ def read(*parts: Mapping[str, Any] | Sequence[str], loader: Any = None) -> Space
             neither choices nor an interval; a key that no search may move; nothing to search.
     """
     parser = OverridesParser.create(config_loader=loader)
-    found: dict[str, str | Dimension] = {}
+    by_key: dict[str, str | Dimension] = {}
     for part in parts:
         if isinstance(part, Mapping):
             for key, value in part.items():
-                found[unused_keys.key_of(str(key))] = _value(str(key), value, parser)
+                by_key[unused_keys.key_of(str(key))] = _value(str(key), value, parser)
         else:
             for text in part:
                 override = parser.parse_override(text)
                 several = override.is_sweep_override()
                 value = _of_override(text.partition("=")[0], override) if several else text
-                found[unused_keys.key_of(text)] = value
-    dimensions = tuple(value for value in found.values() if isinstance(value, Dimension))
+                by_key[unused_keys.key_of(text)] = value
+    dimensions = tuple(value for value in by_key.values() if isinstance(value, Dimension))
     for dimension in dimensions:
         if why := NOT_SEARCHED.get(dimension.name):
             raise ConfigError(f"{dimension.key}={dimension.text()} cannot be searched: {why}")
-    fixed = tuple(value for value in found.values() if isinstance(value, str))
+    fixed = tuple(value for value in by_key.values() if isinstance(value, str))
     if not dimensions:
         raise ConfigError(
             f"a search of {' '.join(fixed) or 'nothing'}: no key has several values; give some, as "

@@ -41,16 +41,16 @@ def of_method(
     `untargeted` names a PEFT method that adapts no matrices, if it is one.
     """
     fields = {field.name for field in dataclasses.fields(method)}
-    found = []
+    unused = []
     for override in overrides:
         group, _, rest = key_of(override).partition(".")
         if group == "targets" and (untargeted or not method.takes_targets):
-            found.append(override)
+            unused.append(override)
         if group == "method" and rest and rest.partition(".")[0] not in fields:
-            found.append(override)
+            unused.append(override)
         if group == "optimizer" and rest and optimizer and rest not in keys_of(optimizer):
-            found.append(override)
-    return found
+            unused.append(override)
+    return unused
 
 
 def refuse_targets(overrides: Iterable[str], run: RunConfig) -> None:
@@ -114,14 +114,14 @@ def left_out(
         return list(jobs), ""
     known = {deciding: chosen_by(deciding, compose) for deciding in dict.fromkeys(every)}
     chosen = [known[deciding] for deciding in every]
-    found: list[tuple[list[str], Chosen | None, list[str]]] = [
+    checked: list[tuple[list[str], Chosen | None, list[str]]] = [
         (job, both, of_method(job, *both) if both else [])
         for job, both in zip(jobs, chosen, strict=True)
     ]
-    used = {key_of(text) for job, _, not_its in found for text in job if text not in not_its}
+    used = {key_of(text) for job, _, not_its in checked for text in job if text not in not_its}
     kept: list[list[str]] = []
     said: dict[str, dict[str, None]] = {}
-    for job, both, not_its in found:
+    for job, both, not_its in checked:
         going = [text for text in not_its if key_of(text) in used]
         kept.append([text for text in job if text not in going])
         for text in going:
