@@ -109,11 +109,11 @@ def state(model: nn.Module, *, means: bool) -> dict[str, torch.Tensor]:
         return {}
     config: Any = tuner.peft_config[ADAPTER]
     kept = config.rank_pattern or {}
-    found = {f"{PATTERN}/{name}": torch.tensor(mask) for name, mask in kept.items()}
+    tensors = {f"{PATTERN}/{name}": torch.tensor(mask) for name, mask in kept.items()}
     for field in MEANS if means else ():
         values = getattr(tuner.rankallocator, field)
-        found |= {f"{field}/{name}": tensor for name, tensor in values.items()}
-    return found
+        tensors |= {f"{field}/{name}": tensor for name, tensor in values.items()}
+    return tensors
 
 
 def restore(model: nn.Module, saved: dict[str, torch.Tensor], *, means: bool) -> None:

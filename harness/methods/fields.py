@@ -71,8 +71,8 @@ def adapted_names(config: peft.PeftConfig, model: nn.Module) -> list[str]:
         return []
     config = include_all_linear_layers(copy.copy(config), model)
     rule = _rule(config)
-    found = ((name, rule(config, name)) for name, _ in model.named_modules() if name)
-    return [name for name, hit in found if hit and not isinstance(hit, ExcludedModule)]
+    hits = ((name, rule(config, name)) for name, _ in model.named_modules() if name)
+    return [name for name, hit in hits if hit and not isinstance(hit, ExcludedModule)]
 
 
 def pattern_key(config: peft.PeftConfig, pattern: Iterable[str], module: str) -> str | None:
@@ -133,10 +133,10 @@ def _each_matches(
     """Every name (or the one regular expression) matches one of the names that are there."""
     for text in [value] if isinstance(value, str) else sorted(value):
         try:
-            found = any((_by_regex if isinstance(value, str) else rule)(text, n) for n in there)
+            matched = any((_by_regex if isinstance(value, str) else rule)(text, n) for n in there)
         except re.error as error:
             raise ConfigError(f"{key}: '{text}' is no regular expression: {error}") from error
-        if not found:
+        if not matched:
             raise ConfigError(
                 f"{key}: '{text}' matches no {noun}; {nearest(text, _choices(text, there))}"
             )
@@ -201,14 +201,14 @@ def _numbered(config: peft.PeftConfig, model: nn.Module) -> list[int]:
     some.layers_to_transform = None
     names = adapted_names(some, model)
     numbers = {int(n) for name in names for n in re.findall(r"(?<=\.)\d+(?=\.)", name)}
-    rule, found = _rule(config), []
+    rule, adapted = _rule(config), []
     for number in sorted(numbers):
         some.layers_to_transform = [number]
         if any(
             hit and not isinstance(hit, ExcludedModule) for hit in (rule(some, n) for n in names)
         ):
-            found.append(number)
-    return found
+            adapted.append(number)
+    return adapted
 
 
 def _check_layers(config: peft.PeftConfig, model: nn.Module, value: Any, key: str) -> None:

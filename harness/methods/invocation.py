@@ -60,8 +60,8 @@ def check(model: nn.Module, data: DataConfig, text: Data, further: dict[str, Dat
                 "than once, and aLoRA would act from the last place only; expected them once, in "
                 "the prompt"
             )
-    found = (_further(f"evaluate.also.{name}", rows, tokens) for name, rows in further.items())
-    return [said for said in found if said]
+    messages = (_further(f"evaluate.also.{name}", rows, tokens) for name, rows in further.items())
+    return [said for said in messages if said]
 
 
 def _further(key: str, rows: Dataset, tokens: list[int]) -> str | None:
@@ -90,14 +90,14 @@ def _further(key: str, rows: Dataset, tokens: list[int]) -> str | None:
 
 def _prompts_and_rest(rows: Dataset) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """The ids of every row, up to where its completion begins and from there on."""
-    found = []
+    parts = []
     for row in rows:
         if "inputs" in row:  # of training: the first target that counts is the completion's first
             ids, first = row["inputs"], int((row["targets"] != IGNORE).argmax()) + 1
         else:
             ids, first = np.append(row["first"], row["tokens"]), int(row["skipped"]) + 1
-        found.append((ids[:first], ids[first:]))
-    return found
+        parts.append((ids[:first], ids[first:]))
+    return parts
 
 
 def _count(ids: NDArray[Any], tokens: list[int]) -> int:

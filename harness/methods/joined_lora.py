@@ -67,16 +67,16 @@ def join(config: peft.LoraConfig, tensors: Tensors) -> tuple[peft.LoraConfig, Te
             )
         else:
             joined[name] = tensor
-    for at, found in parts.items():
-        letters = [letter for letter in "qkv" if letter in found]
-        width, rank = found[letters[0]]["B"].shape
-        b = found[letters[0]]["B"].new_zeros(3 * width, len(letters) * rank)
+    for at, factors in parts.items():
+        letters = [letter for letter in "qkv" if letter in factors]
+        width, rank = factors[letters[0]]["B"].shape
+        b = factors[letters[0]]["B"].new_zeros(3 * width, len(letters) * rank)
         for column, letter in enumerate(letters):
             row = "qkv".index(letter) * width
-            b[row : row + width, column * rank : (column + 1) * rank] = found[letter]["B"]
-        joined[f"{at}.lora_A.weight"] = torch.cat([found[letter]["A"] for letter in letters])
+            b[row : row + width, column * rank : (column + 1) * rank] = factors[letter]["B"]
+        joined[f"{at}.lora_A.weight"] = torch.cat([factors[letter]["A"] for letter in letters])
         joined[f"{at}.lora_B.weight"] = b
-    (number,) = {len(found) for found in parts.values()}
+    (number,) = {len(factors) for factors in parts.values()}
     config = copy.deepcopy(config)
     kept = set(config.target_modules or ()) - set(UNFUSED_TARGETS.values())
     config.target_modules = sorted(kept | {FUSED})

@@ -13,8 +13,8 @@ from harness.methods import adalora, starts, svd, train_only, udv
 
 def rank_facts(model: nn.Module) -> dict[str, Any]:
     """The rank of every matrix where a LoRA has several, and AdaLoRA's budget; {} elsewhere."""
-    found = starts.ranks(model)
-    return {"ranks": found} if found else adalora.facts(model)
+    ranks = starts.ranks(model)
+    return {"ranks": ranks} if ranks else adalora.facts(model)
 
 
 def svd_facts(model: nn.Module) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def svd_facts(model: nn.Module) -> dict[str, Any]:
     return {
         "svd_seconds": svd.svd_seconds(),
         "svd_decompositions": svd.svd_counts(),
-        "ranks": {kind: sorted(found) for kind, found in ranks.items()},
+        "ranks": {kind: sorted(values) for kind, values in ranks.items()},
     }
 
 

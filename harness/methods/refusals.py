@@ -325,17 +325,17 @@ def _added_loss(adapted: PeftModel, with_labels: bool) -> float:
             adapted.eval()
             for parameter in trained:
                 parameter.add_(1e-2)
-            found = adapted(input_ids=ids, use_cache=False, **given)
+            outputs = adapted(input_ids=ids, use_cache=False, **given)
     finally:
         for parameter, old in zip(trained, before, strict=True):
             parameter.copy_(old)
         for module, mode in training:
             module.training = mode
         transformers_logging.set_verbosity(verbosity)
-    if device.type == "meta" or not with_labels or found.loss is None:
+    if device.type == "meta" or not with_labels or outputs.loss is None:
         return 0.0
-    logits = found.logits[:, -ids.shape[1] : -1].float().flatten(0, 1)
-    return float(found.loss.float() - F.cross_entropy(logits, labels[:, 1:].flatten()))
+    logits = outputs.logits[:, -ids.shape[1] : -1].float().flatten(0, 1)
+    return float(outputs.loss.float() - F.cross_entropy(logits, labels[:, 1:].flatten()))
 
 
 def check_biases(config: Any, adapted: PeftModel, given: dict[str, Any], where: str) -> None:

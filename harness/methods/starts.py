@@ -124,18 +124,18 @@ def read(config: LoraConfig, model: nn.Module, text: TrainingText | None) -> Sta
         tensors = READERS[init](config, model, reader)
     factor = WITH_BACKWARD if init == "lora_ga" else FORWARD_ALONE
     seconds = time.perf_counter() - began
-    found = Statistic(tensors, reader.tokens, reader.passes, seconds, factor)
-    _keep(found, text)
-    log.info("init=%s: read %d tokens in %.1f s", init, found.tokens, found.seconds)
-    return found
+    statistic = Statistic(tensors, reader.tokens, reader.passes, seconds, factor)
+    _keep(statistic, text)
+    log.info("init=%s: read %d tokens in %.1f s", init, statistic.tokens, statistic.seconds)
+    return statistic
 
 
-def before(config: LoraConfig, base: nn.Module, found: Statistic) -> None:
+def before(config: LoraConfig, base: nn.Module, statistic: Statistic) -> None:
     """Hang on the base's modules what CorDA and LoRA-GA make A and B of, where PEFT looks."""
     from peft.tuners.lora.corda import CordaEigens
 
     grouped: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in found.tensors.items():
+    for key, tensor in statistic.tensors.items():
         name, _, part = key.rpartition("/")
         grouped.setdefault(name, {})[part] = tensor
     for name, parts in grouped.items():
@@ -160,9 +160,9 @@ def started(
     from peft import initialize_lora_eva_weights
 
     adapted: Any = wrap()
-    found = read(config, adapted, text)
+    statistic = read(config, adapted, text)
     device = next(adapted.parameters()).device
-    directions = {name: t.to(device, copy=True) for name, t in found.tensors.items()}
+    directions = {name: t.to(device, copy=True) for name, t in statistic.tensors.items()}
     initialize_lora_eva_weights(adapted, eva_state_dict=directions)
     return cast(nn.Module, adapted)
 
@@ -172,11 +172,11 @@ def facts_of(text: TrainingText | None) -> Statistic | None:
     return _kept(text) if text else None
 
 
-def flops_of(found: Statistic | None, forward: float | None) -> float | None:
+def flops_of(statistic: Statistic | None, forward: float | None) -> float | None:
     """FLOPs of reading, from those of a token's forward pass; None where these are not known."""
-    if found is None:
+    if statistic is None:
         return 0.0
-    return found.tokens * found.flops_factor * forward if forward else None
+    return statistic.tokens * statistic.flops_factor * forward if forward else None
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -246,10 +246,10 @@ def _eva(config: LoraConfig, model: nn.Module, reader: _Reader) -> dict[str, tor
     def forward(adapted: nn.Module, row: dict[str, torch.Tensor]) -> None:
         reader.logits(adapted, reader.text.batches[int(row["index"])])
 
-    found = get_eva_state_dict(
+    by_matrix = get_eva_state_dict(
         model, rows, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
     )
-    return {name: directions.clone().contiguous() for name, directions in found.items()}
+    return {name: directions.clone().contiguous() for name, directions in by_matrix.items()}
 
 
 def _corda(config: LoraConfig, model: nn.Module, reader: _Reader) -> dict[str, torch.Tensor]:
@@ -269,14 +269,14 @@ def _corda(config: LoraConfig, model: nn.Module, reader: _Reader) -> dict[str, t
     was_training = model.training
     preprocess_corda(model, config, run_model=run)
     model.train(was_training)
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     targeted: Any = target_modules(model, config)
     for name, module in targeted:
         eigens = module.eigens
         parts = {"S": eigens.S_WC, "U": eigens.U_WC, "V": eigens.V_WC}
-        found |= {f"{name}/{part}": t.clone().contiguous() for part, t in parts.items()}
+        tensors |= {f"{name}/{part}": t.clone().contiguous() for part, t in parts.items()}
         del module.eigens
-    return found
+    return tensors
 
 
 def _lora_ga(config: LoraConfig, model: nn.Module, reader: _Reader) -> dict[str, torch.Tensor]:
@@ -292,11 +292,11 @@ def _lora_ga(config: LoraConfig, model: nn.Module, reader: _Reader) -> dict[str,
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing")  # the first layer's
         preprocess_loraga(model, config, step)
-    found = {}
+    gradients = {}
     for name, module in get_target_modules(model, config):
-        found[f"{name}/gradient"] = module._peft_loraga_grad.clone().contiguous()
+        gradients[f"{name}/gradient"] = module._peft_loraga_grad.clone().contiguous()
         del module._peft_loraga_grad
-    return found
+    return gradients
 
 
 READERS: dict[str, Callable[[LoraConfig, Any, _Reader], dict[str, torch.Tensor]]] = {
@@ -322,15 +322,15 @@ def _of_outputs(config: LoraConfig, module: nn.Module) -> float:
 # --------------------------------------------------------------------------- the run's file
 
 
-def _keep(found: Statistic, text: TrainingText) -> None:
+def _keep(statistic: Statistic, text: TrainingText) -> None:
     facts = {
         "identity": text.identity,
-        "tokens": str(found.tokens),
-        "passes": str(found.passes),
-        "seconds": repr(found.seconds),
-        "flops_factor": repr(found.flops_factor),
+        "tokens": str(statistic.tokens),
+        "passes": str(statistic.passes),
+        "seconds": repr(statistic.seconds),
+        "flops_factor": repr(statistic.flops_factor),
     }
-    tensors = {name: tensor.cpu() for name, tensor in found.tensors.items()}
+    tensors = {name: tensor.cpu() for name, tensor in statistic.tensors.items()}
     write_atomically(text.path, lambda scratch: save_file(tensors, scratch, metadata=facts))
 
 

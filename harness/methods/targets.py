@@ -56,7 +56,7 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
     for suffix in named:
         split = suffix == "attn.c_attn" and is_unfused(model)
         suffixes += UNFUSED_TARGETS.values() if split else [suffix]
-    found: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for suffix in dict.fromkeys(suffixes):
         matches = [name for name in there if name == suffix or name.endswith(f".{suffix}")]
         if not matches:
@@ -85,6 +85,6 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
                 f"targets={targets.name}: '{suffix}' is in {len(in_layers)} of {len(layers)} "
                 f"layers (not in {missing}); there are: {', '.join(kinds)}"
             )
-        found |= {name: there[name] for name in matches}
-    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in found)
-    return Targets(list(dict.fromkeys(suffixes)), found, conv1d)
+        shapes |= {name: there[name] for name in matches}
+    conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in shapes)
+    return Targets(list(dict.fromkeys(suffixes)), shapes, conv1d)

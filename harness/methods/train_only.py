@@ -40,23 +40,23 @@ def select(model: PreTrainedModel, entries: list[str]) -> dict[str, nn.Parameter
     """
     there = names(model)
     wanted = {id(parameter) for entry in entries for parameter in _matches(model, entry)}
-    return {found[0]: parameter for parameter, found in there.items() if id(parameter) in wanted}
+    return {keys[0]: parameter for parameter, keys in there.items() if id(parameter) in wanted}
 
 
 def names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Every parameter with all of its names: a tied one has several."""
-    found: dict[nn.Parameter, list[str]] = defaultdict(list)
+    by_parameter: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        found[parameter].append(name)
-    return dict(found)
+        by_parameter[parameter].append(name)
+    return dict(by_parameter)
 
 
 def tied(model: nn.Module) -> list[str]:
     """A sentence for every parameter that trains under more names than one."""
     return [
-        f"{' and '.join(found)} are one weight: it trains, and counts once"
-        for parameter, found in names(model).items()
-        if parameter.requires_grad and len(found) > 1
+        f"{' and '.join(keys)} are one weight: it trains, and counts once"
+        for parameter, keys in names(model).items()
+        if parameter.requires_grad and len(keys) > 1
     ]
 
 
@@ -64,7 +64,7 @@ def _matches(model: PreTrainedModel, entry: str) -> list[nn.Parameter]:
     """The parameters of one entry, at least one."""
     if entry in ("embeddings", "head"):
         module = getattr(model, f"get_{'in' if entry == 'embeddings' else 'out'}put_embeddings")()
-        found = [] if module is None else [module.weight]
+        weights = [] if module is None else [module.weight]
     elif entry in matrix_roles.ROLES or entry == "matrices":
         named = TargetsConfig(entry, roles=MATRICES if entry == "matrices" else [entry])
         try:
@@ -72,29 +72,29 @@ def _matches(model: PreTrainedModel, entry: str) -> list[nn.Parameter]:
         except ConfigError as error:
             reason = str(error).removeprefix(f"targets={entry}: ")
             raise ConfigError(f"method.train_only: {entry}: {reason}") from error
-        found = [model.get_parameter(f"{name}.weight") for name in modules]
+        weights = [model.get_parameter(f"{name}.weight") for name in modules]
     elif entry == "positions":
-        found = [
+        weights = [
             parameter
             for name, module in model.named_modules()
             if isinstance(module, nn.Embedding) and re.search(r"wpe$|position", name)
             for parameter in module.parameters()
         ]
     elif entry == "norms":
-        found = [
+        weights = [
             parameter
             for module in model.modules()
             if "Norm" in type(module).__name__
             for parameter in module.parameters()
         ]
     elif entry == "biases":
-        found = [p for name, p in _all(model) if name.rpartition(".")[2].startswith("bias")]
+        weights = [p for name, p in _all(model) if name.rpartition(".")[2].startswith("bias")]
     else:
         pattern = re.escape(entry.strip(".")).replace(r"\*", "[^.]*")
-        found = [p for name, p in _all(model) if re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name)]
-    if not found:
+        weights = [p for name, p in _all(model) if re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name)]
+    if not weights:
         raise ConfigError(f"method.train_only: '{entry}' matches no weight; {_hint(model, entry)}")
-    return found
+    return weights
 
 
 def _all(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
