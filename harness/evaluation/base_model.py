@@ -59,10 +59,10 @@ class Base:
         if isinstance(bare.model, PeftModel):
             try:
                 with switched_off(bare.model):
-                    found = self.is_at(bare)
+                    same = self.is_at(bare)
             except FAILED:
-                found = False
-            if found:
+                same = False
+            if same:
                 return lambda: _without_adapter(bare.model, prepared)
         return lambda: _loaded_again(self.run, config, accelerator)
 

@@ -68,7 +68,7 @@ class Task:
 
         `prepared` is a `NextToken`; the rest is as in `evaluate.document_nll`.
         """
-        found: dict[str, Any] = {"labels": self.labels, "majority": self.majority}
+        results: dict[str, Any] = {"labels": self.labels, "majority": self.majority}
         tables = {}
         for split, rows in self.sequences.items():
             nats, _ = sliding_window.document_nll(
@@ -85,10 +85,10 @@ class Task:
         if accelerator is None or accelerator.is_main_process:  # no rank needs another from here on
             for split, nats in tables.items():
                 examples = scored(self.prompts[split], self.labels, nats)
-                found[split] = quality(examples, self.labels, self.majority)
+                results[split] = quality(examples, self.labels, self.majority)
                 path = run_dir / f"classified-{split}.parquet"
                 atomic.write_atomically(path, partial(examples.to_parquet, index=False))
-        return found
+        return results
 
 
 def read(
@@ -112,9 +112,9 @@ def read(
     if asked == "never" or cfg.source != "pairs":
         return None
     held_out = ("validation", "test") if run.evaluate.test else ("validation",)
-    found = pairs.read(replace(cfg, train_share=1.0), ("train", *held_out))
-    count = _count(found["train"])
-    labels = sorted(count.keys() | _count(found["validation"]).keys())
+    by_split = pairs.read(replace(cfg, train_share=1.0), ("train", *held_out))
+    count = _count(by_split["train"])
+    labels = sorted(count.keys() | _count(by_split["validation"]).keys())
     few = 2 <= len(labels) <= MOST_LABELS and count.total() >= TIMES_EACH * len(labels)
     if asked == "auto" and not few:
         return None
@@ -124,7 +124,7 @@ def read(
             "there is nothing to choose from: set it to auto"
         )
     prompts = {
-        split: [one for one in found[split] if evaluated is None or one.id in evaluated[split]]
+        split: [one for one in by_split[split] if evaluated is None or one.id in evaluated[split]]
         for split in held_out
     }
     every_label = {

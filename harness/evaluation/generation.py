@@ -110,7 +110,7 @@ def complete(
     order = sorted(range(len(todo)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     was_training = model.training
     model.eval()
-    found: list[tuple[int, str, int]] = []
+    completions: list[tuple[int, str, int]] = []
     start = time.perf_counter()
     first = 0
     with ranks.together(accelerator):
@@ -122,14 +122,16 @@ def complete(
             rows = _completions(model, stops, [prompts[i] for i in part], cfg, accelerator)
             for index, ids in zip(part, rows, strict=True):
                 text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-                found.append((index, text, len(ids)))
+                completions.append((index, text, len(ids)))
     seconds = time.perf_counter() - start
     model.train(was_training)
     if world > 1:
-        found = gather_object(found)
+        completions = gather_object(completions)
         seconds = max(gather_object([seconds]))
-    found.sort()
-    return Completed([text for _, text, _ in found], sum(n for _, _, n in found), seconds)
+    completions.sort()
+    return Completed(
+        [text for _, text, _ in completions], sum(n for _, _, n in completions), seconds
+    )
 
 
 def _completions(
@@ -195,11 +197,11 @@ def _batching(
         device = next(model.parameters()).device
         ids = torch.tensor([[end] * (width - len(row)) + row for row in rows])
         given = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        found = model.generate(
+        output = model.generate(
             input_ids=ids.to(device), attention_mask=given.to(device), max_new_tokens=1,
             do_sample=False, pad_token_id=end, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-        logits: torch.Tensor = found.logits[0].float()
+        logits: torch.Tensor = output.logits[0].float()
         return logits
 
     with probes.evaluating(model), probes.full_precision(model):

@@ -64,7 +64,7 @@ def measure(models: Mapping[str, nn.Module], asked: LatencyConfig, bf16: bool) -
     `bf16` computes under autocast, as training and evaluation did.
     """
     device = next(models[BASE].parameters()).device
-    found: dict[str, Any] = {"generate": {}, "score": {}}
+    speeds: dict[str, Any] = {"generate": {}, "score": {}}
     scorers = {name: NextToken(model.eval()) for name, model in models.items()}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for size in asked.batch_sizes:
@@ -79,14 +79,14 @@ def measure(models: Mapping[str, nn.Module], asked: LatencyConfig, bf16: bool) -
             by = {name: generating(model) for name, model in models.items()}
             cached = {name: _keeps_cache(models[name], by[name]) for name in by}
             timed = _compared(_in_turn(by, asked.repeats, device), size * asked.new_tokens)
-            found["generate"][f"batch_{size}"] = {
+            speeds["generate"][f"batch_{size}"] = {
                 name: timed[name] | {"kv_cache": cached[name]} for name in by
             }
             by = {name: scoring(scorer) for name, scorer in scorers.items()}
-            found["score"][f"batch_{size}"] = _compared(
+            speeds["score"][f"batch_{size}"] = _compared(
                 _in_turn(by, asked.repeats, device), size * asked.prompt_tokens
             )
-    return found
+    return speeds
 
 
 def generated(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
@@ -111,8 +111,8 @@ def generated(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
 def _invocation(models: Iterable[nn.Module]) -> list[int]:
     """The tokens from which on an adapter acts (aLoRA); none of an adapter that always does."""
     configs = [model.active_peft_config for model in models if isinstance(model, PeftModel)]
-    found = (getattr(config, "alora_invocation_tokens", None) for config in configs)
-    return next((list(tokens) for tokens in found if tokens), [])
+    invocations = (getattr(config, "alora_invocation_tokens", None) for config in configs)
+    return next((list(tokens) for tokens in invocations if tokens), [])
 
 
 def _prompts(model: Any, size: int, length: int, first: Sequence[int] = ()) -> torch.Tensor:
@@ -155,16 +155,16 @@ def _in_turn(
     by: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every repeat by name; who comes first changes from repeat to repeat."""
-    found: dict[str, list[float]] = {name: [] for name in by}
+    seconds: dict[str, list[float]] = {name: [] for name in by}
     for run in by.values():  # untimed: kernels are chosen, memory is found
         run()
     names = list(by)
     for repeat in range(repeats):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            with _timed(found[name], device):
+            with _timed(seconds[name], device):
                 by[name]()
-    return found
+    return seconds
 
 
 @contextmanager
@@ -181,18 +181,18 @@ def _timed(seconds: list[float], device: torch.device) -> Iterator[None]:
 
 def _compared(seconds: Mapping[str, list[float]], num_tokens: int) -> dict[str, dict[str, Any]]:
     """Of every model its seconds, tokens a second at their median, and times those of BASE."""
-    found = {}
+    compared = {}
     for name, values in seconds.items():
         ratios = [one / base for one, base in zip(values, seconds[BASE], strict=True)]
         low, high = median_interval(ratios) if name != BASE else (None, None)
-        found[name] = {
+        compared[name] = {
             "seconds": values,
             "tokens_per_second": num_tokens / statistics.median(values),
             "times_base": statistics.median(ratios),
             "times_base_low": low,
             "times_base_high": high,
         }
-    return found
+    return compared
 
 
 def median_interval(values: list[float]) -> tuple[float | None, float | None]:

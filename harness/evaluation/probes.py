@@ -220,8 +220,8 @@ def same_up_to(config: PretrainedConfig) -> float:
     it does so beyond max_position_embeddings, which no context here may exceed.
     """
     text = config.get_text_config()
-    found = getattr(text, "rope_parameters", None) or {}
-    kinds = [found, *(kind for kind in found.values() if isinstance(kind, dict))]
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     limits = [
         kind.get("original_max_position_embeddings") or 0
         for kind in kinds

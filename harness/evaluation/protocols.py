@@ -116,14 +116,14 @@ def hf_guide(
 
 def grid(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, end, new): ids [begin, end) of n, of which the last `new` were in none before."""
-    found, done = [], 0
+    windows, done = [], 0
     for begin in range(0, n, stride):
         end = min(begin + context, n)
-        found.append((begin, end, end - done))
+        windows.append((begin, end, end - done))
         done = end
         if end == n:
             break
-    return found
+    return windows
 
 
 # --------------------------------------------------------------------------- lm-evaluation-harness
@@ -131,13 +131,13 @@ def grid(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
 
 def lm_eval(rows: list[str], tokenizer: PreTrainedTokenizerBase, context: int, stride: int) -> Text:
     """Pages, detokenised, each after the prefix token; divided by what the page was before."""
-    found = pages(rows)
+    raw_pages = pages(rows)
     # HFLM's prefix_token_id.
     first = tokenizer.bos_token_id
     if first is None:
         first = tokenizer.eos_token_id
     begin = str(tokenizer.decode([first]))
-    texts = [detokenise_as_lm_eval(page) for page in found]
+    texts = [detokenise_as_lm_eval(page) for page in raw_pages]
     sequences = [
         np.array([first, *_ids(tokenizer, text, special=not text.startswith(begin))])
         for text in texts
@@ -149,8 +149,8 @@ def lm_eval(rows: list[str], tokenizer: PreTrainedTokenizerBase, context: int, s
         "bos": True,
         "context": context,
         "stride": stride,
-        "num_words": sum(len(re.split(r"\s+", page)) for page in found),
-        "num_bytes": sum(len(page.encode()) for page in found),
+        "num_words": sum(len(re.split(r"\s+", page)) for page in raw_pages),
+        "num_bytes": sum(len(page.encode()) for page in raw_pages),
     }
     lengths = [len(sequence) - 1 for sequence in sequences]
     return Text(sequences, list(sliding_window.windows(lengths, context, stride)), None, facts)
@@ -162,16 +162,16 @@ def pages(rows: list[str]) -> list[str]:
     There an empty row was a space; what comes before the first title is a page if it has text.
     """
     lines = [row.removesuffix("\n") or " " for row in rows] + [""]
-    found: list[str] = []
+    whole_pages: list[str] = []
     page: list[str] = []
     for line in lines:
         heading = line.replace("= = =", "===").replace("= =", "==").strip()
         if heading.startswith("= ") and heading.endswith(" ="):
             if (text := "\n".join(page)).strip():
-                found.append(text)
+                whole_pages.append(text)
             page = []
         page.append(line)
-    return [*found, "\n".join(page)]
+    return [*whole_pages, "\n".join(page)]
 
 
 _AS_LM_EVAL = [

@@ -50,19 +50,19 @@ def together(accelerator: Accelerator | None, *, divided: bool = False) -> Itera
         yield
     except Exception as error:  # whatever it is, the others must hear of it
         own = error
-    found: list[str | None] = [None] * accelerator.num_processes
+    failures: list[str | None] = [None] * accelerator.num_processes
     told = f"{type(own).__name__}: {own}" if own else None
     if own and out_of_memory(own):
         told = f"out of memory: {told}"
     try:
-        distributed.all_gather_object(found, told, group=_group(DIVIDED if divided else WHOLE))
+        distributed.all_gather_object(failures, told, group=_group(DIVIDED if divided else WHOLE))
     except RuntimeError as error:
         if own:
             raise RanksApartError(f"one rank alone failed ({told})") from own
         raise error
     if own:
         raise own
-    for rank, failure in enumerate(found):
+    for rank, failure in enumerate(failures):
         if failure:
             raise OtherRankError(f"rank {rank} failed ({failure})")
 

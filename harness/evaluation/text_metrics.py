@@ -162,9 +162,9 @@ def nist(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
     for candidate, texts in zip(candidates, references, strict=True):
         most: Counter[tuple[str, ...]] = Counter()
         for text in texts:
-            found = _ngrams(text)
-            counts.update(found)
-            most |= found
+            ngrams = _ngrams(text)
+            counts.update(ngrams)
+            most |= ngrams
             num_words += len(text)
         reference_length += sum(map(len, texts)) / len(texts)
         matched.append(_ngrams(candidate) & most)
