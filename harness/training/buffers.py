@@ -47,23 +47,23 @@ class BufferState:
         """
         own = _owned(self.model)
         kept = own["state"] | (own["dict"] & self.model.state_dict().keys() if factors else set())
-        found = {
+        tensors = {
             BUFFER + name: buffer.detach()
             for name, buffer in self.model.named_buffers()
             if name in kept or self._has_moved(name, buffer)
         }
         for name, sampler in _samplers(self.model):
-            found[f"{SAMPLER}{name}/index"] = torch.tensor(sampler.index)
+            tensors[f"{SAMPLER}{name}/index"] = torch.tensor(sampler.index)
             for key in sampler.buffer[0]:
                 drawn = torch.stack([sample[key] for sample in sampler.buffer])
-                found[f"{SAMPLER}{name}/{key}"] = drawn.detach()
+                tensors[f"{SAMPLER}{name}/{key}"] = drawn.detach()
         for name, generator in _generators(self.model):
-            found[GENERATOR + name] = generator.get_state()
+            tensors[GENERATOR + name] = generator.get_state()
         for name, held, key in _numbers(self.model):
             if self._numbers.get(name) != held[key]:
-                found[NUMBER + name] = torch.tensor(held[key])
+                tensors[NUMBER + name] = torch.tensor(held[key])
         allocated = adalora.state(self.model, means=factors)
-        return found | {ALLOCATOR + name: tensor for name, tensor in allocated.items()}
+        return tensors | {ALLOCATOR + name: tensor for name, tensor in allocated.items()}
 
     def restore(self, tensors: dict[str, torch.Tensor], *, factors: bool = False) -> None:
         """Put back what `tensors` returned with the same `factors`; other names are left alone."""
@@ -113,7 +113,7 @@ def _digest(buffer: torch.Tensor) -> bytes:
 
 def _owned(model: nn.Module) -> dict[str, set[str]]:
     """Names of the buffers of adapter layers: their `state`, and those in a `BufferDict`."""
-    found: dict[str, set[str]] = {"state": set(), "dict": set()}
+    names: dict[str, set[str]] = {"state": set(), "dict": set()}
     for at, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -123,8 +123,8 @@ def _owned(model: nn.Module) -> dict[str, set[str]]:
                 continue
             kind = "dict" if isinstance(module, BufferDict) else "state"
             path = ".".join(part for part in (at, inside) if part)
-            found[kind] |= {f"{path}.{leaf}" for leaf in module._buffers}
-    return found
+            names[kind] |= {f"{path}.{leaf}" for leaf in module._buffers}
+    return names
 
 
 def _samplers(model: nn.Module) -> list[tuple[str, Any]]:

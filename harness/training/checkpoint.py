@@ -61,12 +61,12 @@ def save_trained(
 
 def _gathered(tensors: dict[str, torch.Tensor], *, keep: bool) -> dict[str, torch.Tensor]:
     """The tensors on the CPU, made whole one by one by all ranks; nothing if not `keep`."""
-    found = {}
+    gathered = {}
     for name, tensor in tensors.items():
         full = sharding.full_tensor(tensor.detach())
         if keep:
-            found[name] = full.cpu().contiguous()
-    return found
+            gathered[name] = full.cpu().contiguous()
+    return gathered
 
 
 def load_trained(model: nn.Module, path: Path, *, buffers: BufferState | None = None) -> None:

@@ -50,7 +50,7 @@ class Evaluator:
         joules_before = self.standing.meter.read()
         start = time.perf_counter()
         with self.standing.process.phase("evaluate"):
-            found = sliding_window.document_nll(
+            nats = sliding_window.document_nll(
                 prepared or self.prepared,
                 self.texts[name],
                 context=self.context,
@@ -66,7 +66,7 @@ class Evaluator:
         if joules is not None and joules_before is not None:
             self.standing.state.evaluate_joules += joules - joules_before
         self.standing.state.evaluated_positions += self._positions(name)
-        return found
+        return nats
 
     def _positions(self, name: str) -> int:
         """Tokens of all windows of a text, with what shorter ones of a batch are filled up by."""
@@ -100,9 +100,9 @@ class Evaluator:
                 now.quality["base"] = {"validation": quality}
         return float(nll.sum() / num_tokens.sum())
 
-    def summarize(self, name: str, found: Nats, when: str = "after") -> dict[str, Any]:
+    def summarize(self, name: str, nats: Nats, when: str = "after") -> dict[str, Any]:
         """Quality on a text, and its table of nats per document in RUN_DIR."""
-        documents, (nll, num_tokens) = self.texts[name], found
+        documents, (nll, num_tokens) = self.texts[name], nats
         if self.standing.accelerator.is_main_process:
             table = pd.DataFrame({"id": documents["id"], "nll_nats": nll, "num_tokens": num_tokens})
             for column in ("num_words", "num_bytes"):
@@ -121,8 +121,8 @@ class Evaluator:
                 self._log(name, self._evaluate_extra(name, "before", self.nats(name)))
             return
         with self.unadapted() as base:
-            found = self.nats("validation", prepared=base)
-            quality = sliding_window.quality(*found, self.texts["validation"])
+            nats = self.nats("validation", prepared=base)
+            quality = sliding_window.quality(*nats, self.texts["validation"])
             now.quality["base"] = {"validation": quality}
             for name in self.further:
                 self._evaluate_extra(name, "before", self.nats(name, prepared=base))
@@ -136,8 +136,8 @@ class Evaluator:
         for name in self.further:
             self._log(name, self._evaluate_extra(name, "after", self.nats(name)))
 
-    def _evaluate_extra(self, name: str, when: str, found: Nats) -> dict[str, Any]:
-        quality = self.summarize(name, found, when)
+    def _evaluate_extra(self, name: str, when: str, nats: Nats) -> dict[str, Any]:
+        quality = self.summarize(name, nats, when)
         self.standing.quality["also"].setdefault(name, {})[when] = quality
         return quality
 

@@ -129,13 +129,13 @@ def accumulate(
     for index, batch in enumerate(todo):
         last = index == len(todo) - 1
         with nullcontext() if last else accelerator.no_sync(prepared):
-            found = prepared(*batch.to(accelerator.device))
-            objective = found.objective / num_tokens
+            nll = prepared(*batch.to(accelerator.device))
+            objective = nll.objective / num_tokens
             if (own := language_model.own_loss()) is not None:  # of this pass, so a share of it
                 objective = objective + own / len(todo)
             accelerator.backward(objective)
-        total += found.nats.sum()
-        del found
+        total += nll.nats.sum()
+        del nll
     return total
 
 

@@ -24,7 +24,7 @@ TABLES = ("qmap1", "qmap2")  # values of 8-bit codes, which all of bitsandbytes'
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state, by the names of parameters, of its own and of groups."""
-    found: dict[str, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
     names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
     for place, part in enumerate(parts_of(optimizer)):
         for owner, values in part.state.items():
@@ -35,14 +35,14 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tor
                 name = owner if isinstance(owner, str) else names[owner]
                 if isinstance(value, torch.Tensor):
                     # A file has no two names of one tensor.
-                    found[f"{tensor}/{field}/{name}"] = value.clone() if field in TABLES else value
+                    state[f"{tensor}/{field}/{name}"] = value.clone() if field in TABLES else value
                 elif value is not None:
-                    found[f"{number}/{field}/{name}"] = _number(value)
+                    state[f"{number}/{field}/{name}"] = _number(value)
         for index, group in enumerate(part.param_groups if _counts_in_groups(part) else ()):
             for field, value in group.items():
                 if isinstance(value, bool | int | float):
-                    found[f"{GROUP}/{field}/{place}.{index}"] = _number(value)
-    return found
+                    state[f"{GROUP}/{field}/{place}.{index}"] = _number(value)
+    return state
 
 
 def restore(

@@ -209,7 +209,7 @@ def _groups(
     first, and within a group parameters are in the model's order.
     """
     asked = matches(model, train.groups)
-    found: dict[tuple[bool, float, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or not wanted(name, parameter):
             continue
@@ -219,7 +219,7 @@ def _groups(
         if own := asked.get(name):
             decay = decay if own.weight_decay is None else own.weight_decay
             times *= own.lr_scale
-        group = found.setdefault(
+        group = groups.setdefault(
             (not matrix, times, decay),
             {
                 "params": [],
@@ -231,7 +231,7 @@ def _groups(
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    return [found[key] for key in sorted(found)]
+    return [groups[key] for key in sorted(groups)]
 
 
 def matches(model: nn.Module, groups: Sequence[ParameterGroup]) -> dict[str, ParameterGroup]:
@@ -241,18 +241,18 @@ def matches(model: nn.Module, groups: Sequence[ParameterGroup]) -> dict[str, Par
         ConfigError: an entry that matches nothing that trains, or nothing that is left for it.
     """
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    found: dict[str, ParameterGroup] = {}
+    by_name: dict[str, ParameterGroup] = {}
     for i, group in enumerate(groups):
         pattern = re.escape(group.match.strip(".")).replace(r"\*", "[^.]*")
         own = [name for name in trains if re.fullmatch(rf"(.*\.)?{pattern}(\..*)?", name)]
-        left = [name for name in own if name not in found]
+        left = [name for name in own if name not in by_name]
         if not left:
             why = _nearest_end(group.match, trains)
             if own:
                 why = "the entries before it have all that it matches: put it in front of them"
             raise ConfigError(f"train.groups[{i}].match={group.match} matches nothing: {why}")
-        found |= dict.fromkeys(left, group)
-    return found
+        by_name |= dict.fromkeys(left, group)
+    return by_name
 
 
 def _nearest_end(match: str, trains: Sequence[str]) -> str:

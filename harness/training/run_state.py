@@ -94,10 +94,10 @@ class RunState:
         nothing = (np.zeros(0), np.zeros(0, np.int64))
         self.newest: Nats = nothing  # of validation documents, when they were read last
         self.best: Nats = nothing  # and after the step that is the best so far
-        found = checkpoint.latest(run_dir)
-        if found is not None and optimizer is not None:
-            check_ranks(run, found.facts["processes"], accelerator.num_processes)
-            self._go_on(found, halved, optimizer)
+        latest = checkpoint.latest(run_dir)
+        if latest is not None and optimizer is not None:
+            check_ranks(run, latest.facts["processes"], accelerator.num_processes)
+            self._go_on(latest, halved, optimizer)
         self.metrics = run_record.Metrics(
             run_dir, self.state.step, self.state.validated, write=accelerator.is_main_process
         )
@@ -121,11 +121,11 @@ class RunState:
 
     def _go_on(
         self,
-        found: checkpoint.Checkpoint,
+        latest: checkpoint.Checkpoint,
         halved: int | None,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        facts, tensors = found.facts, found.tensors
+        facts, tensors = latest.facts, latest.tensors
         self.so_far.go_on(facts["so_far"])
         self.state = State(**facts["state"])
         self.state.micro_batch = min(halved or self.state.micro_batch, self.state.micro_batch)
@@ -140,9 +140,9 @@ class RunState:
         self.buffers.restore(tensors, factors=True)
         if self.average:
             self.average.restore(tensors)
-        checkpoint.restore_generators(found, self.accelerator.process_index)
+        checkpoint.restore_generators(latest, self.accelerator.process_index)
         if self.accelerator.is_main_process:
-            checkpoint.load_best(found, self._best_path)
+            checkpoint.load_best(latest, self._best_path)
         log.info("goes on after step %d", self.state.step)
 
     def energy(self) -> dict[str, Any]:
