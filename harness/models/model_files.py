@@ -72,13 +72,13 @@ def from_source(read: Callable[..., Any], cfg: ModelConfig, source: str, **optio
 def _refuse_code_of_others(source: str, revision: dict[str, Any]) -> None:
     """Raise ConfigError where a model's code is that of another repository, which nobody named."""
     try:
-        found = [
+        configs = [
             PretrainedConfig.get_config_dict(source, **revision)[0],
             get_tokenizer_config(source, **revision),
         ]
     except (OSError, ValueError):
         return  # no such model, which loading says better
-    for auto_map in (one.get("auto_map") or {} for one in found):
+    for auto_map in (one.get("auto_map") or {} for one in configs):
         if others := set(re.findall(r"([\w./-]+)--", str(auto_map))) - {source}:
             raise ConfigError(
                 f"model.remote_code={source}: its code is that of {', '.join(sorted(others))}, "

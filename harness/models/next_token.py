@@ -77,19 +77,19 @@ class NextToken(nn.Module):
         """
         if not self._owner:
             logits = self._logits(inputs, positions)
-            found = module_nll(
+            nll = module_nll(
                 nn.Identity(), logits.flatten(0, 1), targets.flatten(),
                 self.label_smoothing,
             )  # fmt: skip
-            return Nll(found.objective, found.nats.view_as(targets))
+            return Nll(nll.objective, nll.nats.view_as(targets))
         hidden, head = self._hidden(inputs, positions)
         plain = type(head) is nn.Linear and head.bias is None and not head._forward_hooks
         flat = hidden.flatten(0, 1)
         if plain:
-            found = linear_nll(flat, head.weight, targets.flatten(), self.label_smoothing)
+            nll = linear_nll(flat, head.weight, targets.flatten(), self.label_smoothing)
         else:
-            found = module_nll(head, flat, targets.flatten(), self.label_smoothing)
-        return Nll(found.objective, found.nats.view_as(targets))
+            nll = module_nll(head, flat, targets.flatten(), self.label_smoothing)
+        return Nll(nll.objective, nll.nats.view_as(targets))
 
     def own_loss(self) -> torch.Tensor | None:
         """What PEFT asks training to add to the mean nats of the last forward pass, or None.
@@ -97,8 +97,8 @@ class NextToken(nn.Module):
         A term of KaSA or MonteCLoRA, with its weight in it: PEFT names such a method of a tuner
         `_get_…_loss`, and leaves it to the caller.
         """
-        found = [loss for loss in (get() for get in self._own) if isinstance(loss, torch.Tensor)]
-        return torch.stack(found).sum() if found else None
+        losses = [loss for loss in (get() for get in self._own) if isinstance(loss, torch.Tensor)]
+        return torch.stack(losses).sum() if losses else None
 
     @torch.no_grad()
     def supports_packing(self) -> bool:

@@ -69,13 +69,13 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedMo
     import bitsandbytes as bnb
 
     linear.turn(model)
-    found = _packable(model)
-    if not found:
+    matrices = _packable(model)
+    if not matrices:
         raise ConfigError(
             f"model.quantize: {type(model).__name__} has no linear layer beside its head, and "
             "nothing else is quantised; set model.quantize=none"
         )
-    for name, matrix in found.items():
+    for name, matrix in matrices.items():
         size = (matrix.in_features, matrix.out_features, matrix.bias is not None)
         new: Any
         with torch.device("meta"):

@@ -128,12 +128,12 @@ def is_unfused(model: nn.Module) -> bool:
 
 def _self_attentions(model: nn.Module) -> Iterator[tuple[str, GPT2Attention]]:
     """(name, module) of GPT-2's self-attentions; a model without any is an error."""
-    found = [
+    attentions = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, GPT2Attention) and not module.is_cross_attention
     ]
-    if not found:
+    if not attentions:
         matrices = {
             name.rpartition(".")[2]: None
             for name, module in model.named_modules()
@@ -144,7 +144,7 @@ def _self_attentions(model: nn.Module) -> Iterator[tuple[str, GPT2Attention]]:
             f"matrices are {', '.join(matrices) or 'none'}. Only GPT-2 (model_type gpt2, any head) "
             "can be unfused; name q, k and v by the model's own layers where it keeps them apart"
         )
-    yield from found
+    yield from attentions
 
 
 def _check_fused(name: str, attention: GPT2Attention) -> None:

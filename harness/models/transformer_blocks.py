@@ -38,13 +38,13 @@ def compile_blocks(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: an architecture that names no blocks.
     """
-    found = blocks(model)
-    if not found:
+    model_blocks = blocks(model)
+    if not model_blocks:
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         raise ConfigError(
             f"train.compile=true: {type(base).__name__} names no blocks to compile; set it to false"
         )
-    for block in found:
+    for block in model_blocks:
         block.compile()
     return model
 

@@ -94,7 +94,7 @@ def load(
         if _is_of_memory(error):
             raise
         raise ConfigError(f"the weights in {source} cannot be read ({_line(error)})") from error
-    found = Misfits(
+    misfits = Misfits(
         sorted(info["missing_keys"]),
         sorted(k for k in info["unexpected_keys"] if not CAUSAL_MASK.search(k)),
         sorted(
@@ -102,9 +102,9 @@ def load(
             for name, there, own in info["mismatched_keys"]
         ),
     )
-    if strict and found:
-        raise ConfigError(f"the weights in {source} are not those of its model: {found}")
-    return model, found
+    if strict and misfits:
+        raise ConfigError(f"the weights in {source} are not those of its model: {misfits}")
+    return model, misfits
 
 
 # What damaged files make readers raise, beside what `from_pretrained` says of wrong names.
@@ -126,7 +126,7 @@ def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
             raise
         raise ConfigError(f"the adapter in {folder} cannot be loaded ({_line(error)})") from error
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    found = Misfits(
+    misfits = Misfits(
         sorted(own.keys() - there.keys()),
         sorted(there.keys() - own.keys()),
         sorted(
@@ -135,8 +135,8 @@ def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
             if own[name].shape != there[name].shape
         ),
     )
-    if found:
-        raise ConfigError(f"the weights in {folder} are not those of its adapter: {found}")
+    if misfits:
+        raise ConfigError(f"the weights in {folder} are not those of its adapter: {misfits}")
     return model.eval()
 
 
@@ -183,9 +183,9 @@ def check_files(source: str | Path) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
-    found = weight_files(folder)
-    refuse_pointers(found)
-    for path in found:
+    paths = weight_files(folder)
+    refuse_pointers(paths)
+    for path in paths:
         if not path.is_file():
             raise ConfigError(f"{path}, which the index of its folder names, is not there")
         if path.suffix == ".safetensors":
@@ -219,13 +219,13 @@ def refuse_adapter(source: str | Path, revision: str | None = None) -> None:
     if not str(source):
         return
     try:
-        found = find_adapter_config_file(str(source), revision=revision)
+        path = find_adapter_config_file(str(source), revision=revision)
     except (OSError, ValueError):
         return  # no such model, which loading says better
-    if found is None:
+    if path is None:
         return
     try:
-        base = json.loads(Path(found).read_text("utf-8")).get("base_model_name_or_path")
+        base = json.loads(Path(path).read_text("utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError):
         base = None
     raise ConfigError(
