@@ -35,7 +35,7 @@ def write(findings: Findings) -> Path:
     table = columns.sheet(findings.rows, findings.found.get("test"), further)
     line = setting.find(findings.folder, findings.rows).line
     said = "\n".join(
-        f"{note}  " for note in [*columns.notes(findings.rows, found.headings), *further.notes()]
+        f"{note}  " for note in [*columns.notes(findings.rows, table.headings), *further.notes()]
     )
     for name, text in (
         (
