@@ -7,7 +7,7 @@ import numpy as np
 from harness.report import stats
 
 TRUTH = 3.0  # nats/token
-SETTINGS = {"context": 256, "stride": 256, "tokenizer": "gpt2_mini"}
+SETTINGS = {"context_length": 256, "stride": 256, "tokenizer": "gpt2_mini"}
 
 
 def simulate(

@@ -41,7 +41,7 @@ def put(
             "model": {"architecture": {}},
         } | fields,
         "data": {"name": "kjv"},
-        "evaluation": {"context": 256, "stride": 256, "tokenizer": "abc"} | dict(evaluation),
+        "evaluation": {"context_length": 256, "stride": 256, "tokenizer": "abc"} | dict(evaluation),
         "environment": {"runs_beside": beside},
         "method": {
             "name": method, "label": method, "targets": "all", "rank": str(r),

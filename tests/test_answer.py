@@ -309,7 +309,7 @@ def test_on_80_columns_a_row_is_a_line_and_wide_has_every_column(tmp_path, capsy
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if re.match(r" (lora|a-met)", line)]
     assert len(lines) > 5 * 3 and all(len(line.rstrip()) <= 80 for line in lines)
-    results_of = shown[shown.index(" method") : shown.index("%: the parameters")]
+    results_of = shown[shown.index(" method") : shown.index(": test perplexity per token")]
     assert len(re.findall(r"^ (?:lora|a-met).* \d+\.\d\d", results_of, re.M)) == 5
     assert "not shown: " in shown and f"every column: harness report --wide {folder}" in shown
     summary.tell(evidence.find(folder), full=True, wide=True)

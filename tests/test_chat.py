@@ -435,7 +435,7 @@ def test_what_is_longer_than_a_block_is_refused_cut_dropped_or_windowed(cfg, tok
     some = [*pairs_of(TALKS), *[replace(p, id=f"s{p.id}") for p in pairs_of(SHORT)]]
     whole = sequences.sequences(some, tokenizer, cfg)
     size = 40
-    small = replace(cfg, context=size, packing="padded")
+    small = replace(cfg, context_length=size, packing="padded")
     with pytest.raises(ConfigError, match=r"as 12 of 24 are: .*too_long=cut, drop or window"):
         sequences.blocks(some, tokenizer, small)
     total = sum(one.num_predicted for one in whole)
@@ -463,13 +463,13 @@ def test_what_is_longer_than_a_block_is_refused_cut_dropped_or_windowed(cfg, tok
         assert (counts["tokens_left_out"] == 0) == (choice == "window")
     with pytest.raises(ConfigError, match="all 12 training sequences are longer"):
         sequences.blocks(some[:12], tokenizer, replace(small, too_long="drop"))
-    cut = replace(small, context=8, too_long="cut")  # the prompts alone are longer
+    cut = replace(small, context_length=8, too_long="cut")  # the prompts alone are longer
     with pytest.raises(ConfigError, match="none has a token left to predict"):
         sequences.blocks(some[:12], tokenizer, cut)
 
 
 def test_what_is_too_long_is_counted_and_found_again(cfg, tokenizer):
-    asked = replace(cfg, context=40, too_long="cut")
+    asked = replace(cfg, context_length=40, too_long="cut")
     for tokenized in (True, False):
         text = token_data.prepare(asked, tokenizer)
         assert text.tokenized is tokenized

@@ -78,7 +78,7 @@ def write(folder, run, *, better=False, slower=1.5):
             name: size * 2**20 for name, size in parts.items()}},
         "predicted": {"peak_bytes": sum(parts.values()) * 2**20},
         "quality": {"test": quality, "validation": quality, "also": also},
-        "evaluation": {"context": 256, "stride": 256, "tokenizer": "abc"},
+        "evaluation": {"context_length": 256, "stride": 256, "tokenizer": "abc"},
         "environment": {"commit": "abcdef012345", "hardware": {"cpu": "a CPU"}, "runs_beside": 0},
     }  # fmt: skip
     run_record.write(run_dir, run_record.describe(run, run_dir) | record)

@@ -181,7 +181,7 @@ def test_labels_that_look_alike_and_labels_that_are_new_are_warned_of(
 def test_a_label_that_does_not_fit_is_refused_before_training(task_run, tokenizer):
     """Every prompt fits with its own label; the longest prompt does not fit with the longest."""
     longest = max(lengths(task_run, tokenizer))
-    tight = replace(task_run, data=replace(task_run.data, context=longest - 1))
+    tight = replace(task_run, data=replace(task_run.data, context_length=longest - 1))
     with pytest.raises(ConfigError, match=f"longer than data.context_length={longest - 1}"):
         classification.read(tight, tokenizer)
 

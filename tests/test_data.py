@@ -59,7 +59,7 @@ def test_text_shorter_than_a_block_is_refused(tmp_path, tokenizer):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"short {i}")
     cfg = DataConfig("m", "text_files", path=str(tmp_path), cache_dir=str(tmp_path / "c"))
-    with pytest.raises(ConfigError, match=r"shorter than one block of data\.context=256"):
+    with pytest.raises(ConfigError, match=r"shorter than one block of data\.context_length=256"):
         token_data.prepare(cfg, tokenizer)
 
 

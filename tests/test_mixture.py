@@ -42,7 +42,7 @@ def three(tmp_path):
 
 
 def mix(folder, paths, weights, **more):
-    base = {"context": 32, "cache_dir": str(folder / "cache")}
+    base = {"context_length": 32, "cache_dir": str(folder / "cache")}
     parts = {
         name: {"weight": w, **vars(DataConfig(name, "text_files", path=paths[name], **base))}
         for name, w in weights.items()
@@ -278,7 +278,7 @@ def test_what_makes_another_run_of_a_mixture(make_run, tmp_path, three):
         make_run("data=kjv"),
     ]
     assert len({naming.identity(one) for one in [first, *others]}) == 4
-    assert first.data.parts["mine"]["context"] == first.data.context_length
+    assert first.data.parts["mine"]["context_length"] == first.data.context_length
 
 
 def test_a_part_that_does_not_exist_is_a_line_and_exit_status_2(harness, tmp_path):

@@ -216,7 +216,7 @@ def test_a_sequence_is_prompt_end_completion_end(cfg, tokenizer):
     assert first.ids == prompt + completion and first.num_prompt == len(prompt)
     assert sequences.prompt_ids(pair, tokenizer) == prompt
     with pytest.raises(ConfigError, match=r"set data.context_length=\d+ or more"):
-        sequences.sequences([pair], tokenizer, replace(cfg, context=20))
+        sequences.sequences([pair], tokenizer, replace(cfg, context_length=20))
 
 
 def test_packing_holds_every_sequence_once_and_cuts_none(cfg, tokenizer):

@@ -200,7 +200,7 @@ def test_our_runs_are_files_that_their_app_reads(tmp_path, capsys):
     for r in (1, 8):
         run_dir = put(
             folder, f"lora-r{r}", r=r, also=(2.0, 2.5), nll=3.0,
-            train={"batch_tokens": 2048}, data={"context": 256},
+            train={"batch_tokens": 2048}, data={"context_length": 256},
         )  # fmt: skip
         result = json.loads((run_dir / "result.json").read_text())
         result |= {"date": "2026-11-29T17:41:26Z", "wall_seconds": 12.5}

@@ -74,7 +74,7 @@ def test_a_later_run_finds_the_text_without_reading_it(cfg, tokenizer, unread):
     assert same(first, again) and again.num_documents == first.num_documents
     assert first.tokenized and not again.tokenized and again.facts["rule"]
     assert repr(token_data.prepare_test(cfg, tokenizer)[0][:]) == repr(alone[:])
-    for change in ({"context": 16}, {"test_share": 0.2}, {"split": "contiguous"}):
+    for change in ({"context_length": 16}, {"test_share": 0.2}, {"split": "contiguous"}):
         with pytest.raises(AssertionError, match="read again"):
             token_data.prepare(replace(cfg, **change), tokenizer)
     with pytest.raises(AssertionError, match="read again"):

@@ -103,7 +103,7 @@ def test_differences_are_those_of_the_runs_and_their_tests_those_of_scipy(tmp_pa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"evaluation": {"context": 128}}, "context is 256 and 128"),
+        ({"evaluation": {"context_length": 128}}, "context_length is 256 and 128"),
         ({"evaluation": {"stride": 64}}, "stride is 256 and 64"),
         ({"evaluation": {"tokenizer": "other"}}, "tokenizer is abc and other"),
     ],
@@ -416,7 +416,7 @@ def test_the_csvs_hold_all_rows_and_never_what_is_no_longer_true(tmp_path, capsy
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 3 and all(row["quality.test.perplexity_low"] for row in rows)
     assert len(list(csv.DictReader((tmp_path / "comparisons.csv").open()))) == 3
-    put(tmp_path, "four", r=8, evaluation={"context": 64})
+    put(tmp_path, "four", r=8, evaluation={"context_length": 64})
     summary.show(tmp_path, [tmp_path / "four"])
     assert not (tmp_path / "comparisons.csv").exists()
     assert "perplexity_low" not in (tmp_path / "results.csv").read_text()

@@ -27,8 +27,8 @@ def root(tmp_path_factory):
     for name, context in (("ranks", 256), ("seeds", 256), ("long", 512)):
         for seed in range(2):
             put(
-                root / name, f"r8-s{seed}", seed=seed, nll=3.0, evaluation={"context": context},
-                train={"steps": 100},
+                root / name, f"r8-s{seed}", seed=seed, nll=3.0, train={"steps": 100},
+                evaluation={"context_length": context},
             )  # fmt: skip
     put(root / "ranks", "evil", method=EVIL, r=2, nll=3.5)
     put(root / "ranks", "dead", r=4, status="failed")
@@ -73,9 +73,9 @@ def test_only_rows_that_were_evaluated_alike_have_the_same_mark(root, tmp_path):
     assert alike["ranks"] == alike["seeds"] != alike["long"]
     for n, change in enumerate(
         ({"run": {"contents": {"data": "sha256:1"}}}, {"data": {"name": "other"}},
-         {"evaluation": {"context": 256, "stride": 256, "tokenizer": "another"}})
+         {"evaluation": {"context_length": 256, "stride": 256, "tokenizer": "another"}})
     ):  # fmt: skip
-        run_dir = put(tmp_path / f"exp{n}", "r8-s0", evaluation={"context": 256})
+        run_dir = put(tmp_path / f"exp{n}", "r8-s0", evaluation={"context_length": 256})
         record = json.loads((run_dir / run_record.FILE_NAME).read_text())
         for key, value in change.items():
             record[key] = record.get(key, {}) | value

@@ -264,7 +264,7 @@ def bad(index, value, field="nll"):
     ("change", "said"),
     [
         (lambda e: replace(e, settings=SETTINGS | {"stride": 128}), "stride is 256 and 128"),
-        (lambda e: replace(e, settings={"context": 256}), "stride is 256 and not given"),
+        (lambda e: replace(e, settings={"context_length": 256}), "stride is 256 and not given"),
         (lambda e: replace(e, documents=("x", *e.documents[1:])), r"differ, by \['doc0', 'x'\]"),
         (lambda e: replace(e, documents=e.documents[::-1]), "by their order"),
         (bad(2, 1, "tokens"), r"document doc2 has \d+ and 1 tokens"),

@@ -77,7 +77,7 @@ def test_a_part_is_another_run_and_all_of_it_the_run_that_it_was(make_run):
 
 def test_runs_that_read_other_parts_are_not_compared():
     def evaluation(name, part):
-        settings = {"context": 64} | ({"part": part} if part else {})
+        settings = {"context_length": 64} | ({"part": part} if part else {})
         one = np.array([[1.0, 2.0]]), np.array([3, 4])
         return stats.Evaluation(name, *one, (0,), ("a", "b"), settings)
 
