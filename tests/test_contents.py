@@ -385,3 +385,22 @@ def test_other_weights_are_another_run_and_the_old_one_is_not_exported(mine, har
         finished_run.load(run_dir)
     refused = harness("export", str(run_dir), "out")
     assert refused.returncode == 2 and "changed since this run was done" in refused.stderr
+
+
+def test_a_source_that_was_added_counts_by_the_files_of_its_path(tmp_path):
+    """CONTRIBUTING's way to add a source needs no more than its function and its file."""
+    (tmp_path / "a.log").write_text("one")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.log").write_text("two")
+    both = [str(tmp_path / "a.log"), str(tmp_path / "b")]
+
+    def content(path):
+        cfg = DataConfig("logs", "logs", path=path, cache_dir=str(tmp_path / "cache"))
+        return contents.text_of(cfg)
+
+    before = [content(both[0]), content(both[1]), content(both)]
+    assert len(set(before)) == 3 and all(text.startswith("sha256:") for text in before)
+    (tmp_path / "b" / "c.log").write_text("three")
+    after = [content(both[0]), content(both[1]), content(both)]
+    assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]
+    assert content(str(tmp_path / "nowhere")) == ""

@@ -1,8 +1,9 @@
 """Text to tokens: sources, splits, packing, and the tables of tokens that runs share.
 
-A text passes through these modules in order: `sources` and `documents` read it (`records` and
-`encodings` strictly), `splits` divides it into train, validation and test, `packing` and
-`token_tables` make tokens of it, `token_cache` finds them again, `token_data` hands them to a run.
+A text passes through these modules in order: `documents` has the sources by name (SOURCES),
+`sources` reads files, strictly (`records`, `encodings`), `splits` divides the documents into train,
+validation and test, `packing` and `token_tables` make tokens of them, `token_cache` finds these
+again, `token_data` hands them to a run.
 `pairs` is the same for prompts with completions.
 
 Imports `results`, `system` and `config`.

@@ -66,7 +66,7 @@ class Task:
     ) -> dict[str, Any]:
         """Accuracy and its like by split, for result.json; writes classified-SPLIT.parquet.
 
-        `prepared` is a `NextToken`; the rest is as in `evaluate.document_nll`.
+        `prepared` is a `NextToken`; the rest is as in `sliding_window.document_nll`.
         """
         results: dict[str, Any] = {"labels": self.labels, "majority": self.majority}
         tables = {}

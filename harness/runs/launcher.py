@@ -23,7 +23,7 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False, quiet: bool = F
     The worker of a run by itself draws a bar, unless it is to be `quiet`.
 
     A run that was cut goes on from its last checkpoint. In a sweep, one that failed before is left
-    as it is, unless `retry` asks for further attempts or it is of `results.RETRYABLE`.
+    as it is, unless `retry` asks for further attempts or it is of `run_record.RETRYABLE`.
 
     Raises:
         ConfigError: the directory cannot be written, or holds another configuration's run.

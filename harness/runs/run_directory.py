@@ -1,4 +1,7 @@
-"""The directory of a run: what is in it, made ready for a worker, and taken away again."""
+"""The directory of a run: what is in it, made ready for a worker, and taken away again.
+
+Where it is, `RunConfig.run_dir` says (harness/config/run_config.py).
+"""
 
 from __future__ import annotations
 

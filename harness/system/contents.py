@@ -58,9 +58,13 @@ def _of_fields(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _all_of(path: Path, cache_dir: str) -> str:
     """The digest of a file, or of all files of a folder that are not hidden."""
+    return digests.of_files(_below(path), cache_dir)
+
+
+def _below(path: Path) -> list[tuple[str, Path]]:
+    """A file, or all files of a folder that are not hidden, with their names in it."""
     parts = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
-    named = [(f.relative_to(path).as_posix(), f) for f in parts if not _hidden(f, path)]
-    return digests.of_files(named, cache_dir)
+    return [(f.relative_to(path).as_posix(), f) for f in parts if not _hidden(f, path)]
 
 
 def texts(run: RunConfig) -> Iterator[tuple[str, DataConfig]]:
@@ -86,6 +90,10 @@ def text_of(cfg: DataConfig) -> str:
             named = [(file.relative_to(folder).as_posix(), file) for file in paths]
             return f"sha256:{digests.of_files(named, cfg.cache_dir)}"
         return network.content_of("datasets", cfg.id, cfg.revision)
+    paths = cfg.path if isinstance(cfg.path, list) else [cfg.path] if cfg.path else []
+    if cfg.source != "docstrings" and paths:  # a source that was added
+        named = [pair for path in map(Path, paths) if path.exists() for pair in _below(path)]
+        return f"sha256:{digests.of_files(named, cfg.cache_dir)}" if named else ""
     return _versions(cfg.packages)
 
 

@@ -43,7 +43,7 @@ class Evaluator:
         following: Callable[[], AbstractContextManager[None]] = nullcontext,
         prepared: nn.Module | None = None,
     ) -> Nats:
-        """Nats and predicted tokens of every document of a text (`evaluate.document_nll`).
+        """Nats and predicted tokens of every document of a text (`sliding_window.document_nll`).
 
         By the run's model, or by another one that is `prepared`.
         """

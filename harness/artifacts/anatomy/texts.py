@@ -87,7 +87,7 @@ class Evaluator:
             self.batching = probes.batching(self.predicts, name, settings, widest)
 
     def nats(self, text: str) -> Nats:
-        """Nats and predicted tokens of every document of a text (`evaluate.document_nll`)."""
+        """Nats and predicted tokens of every document of a text (`sliding_window.document_nll`)."""
         with self._autocast():
             return sliding_window.document_nll(
                 self.predicts,

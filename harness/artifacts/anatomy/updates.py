@@ -3,7 +3,7 @@
 The two are read off whole models: the base as the run loaded it, and the run's own model with its
 adapter merged in fp32. So dW is what the run's model adds whatever the method: a product of LoRA's
 factors, a scaling by IA3, a truncation, the start of PiSSA taken off the base. Merging rounds
-W + dW to fp32, and `rounding` says how large that makes the error of dW.
+W + dW to fp32, and `error` says how large that makes the noise of dW.
 """
 
 from __future__ import annotations
