@@ -110,9 +110,11 @@ def of_search(folder: Path, axes: list[plt.Axes]) -> None:
     plans = ["random", "tpe", "random + halving", "tpe + halving"]
     for plan, color in zip(plans, [PALETTE[0], PALETTE[1]] * 2, strict=True):
         rows = replays[replays.plan == plan].sort_values("share")
-        style = {"fmt": "o-" if "halving" in plan else "s:", "capsize": 2, "color": color}
-        name = plan.replace("tpe", "TPE").replace(" + ", " with ")
-        right.errorbar(rows.share, rows.regret, rows.standard_error, label=name, **style)
+        right.errorbar(
+            rows.share, rows.regret, rows.standard_error, capsize=2, color=color,
+            fmt="o-" if "halving" in plan else "s:",
+            label=plan.replace("tpe", "TPE").replace(" + ", " with "),
+        )  # fmt: skip
     right.set(
         xlabel="share of the full grid's steps",
         ylabel="nats per token above the best",

@@ -8,9 +8,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness.api import compose
-from harness.config import keys, naming, renamed, run_config, schema
+from harness.config import keys, naming, rates, renamed, run_config, schema
 from harness.config.errors import ConfigError
+from harness.config.paths import REPOSITORY
+from harness.report import requested
 from harness.results import run_record
+from harness.results import schema as schema_of_records
 from harness.runs import composition
 from harness.runs.grids import GridSweeper
 
@@ -105,6 +108,67 @@ def test_two_values_under_two_names_are_refused():
     config.train.clip = 3
     with pytest.raises(ConfigError, match=r"train\.clip=3 and train\.max_grad_norm=2\.0 are two"):
         composition.from_hydra(config)
+
+
+OWN_FILE = """# @package _global_
+train: {clip: 0.5, lr: 1e-3}
+evaluate: {every: 20, stride: "${data.context}"}
+data: {context: 64}
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "clip", "interval"),
+    [
+        ([], 0.5, 20),
+        (["train.clip=1.0"], 1.0, 20),  # the default, and typed
+        (["train.max_grad_norm=1.0", "evaluate.interval=50"], 1.0, 50),
+        (["train.clip=null", "evaluate.every=10"], None, 10),
+    ],
+)
+def test_the_command_line_comes_before_an_old_name_in_a_file(tmp_path, typed, clip, interval):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(OWN_FILE)
+    where = f"hydra.searchpath=[file://{tmp_path}]"
+    (run,) = compose(where, "experiment=mine", "method=lora", *typed)
+    assert (run.train.max_grad_norm, run.evaluate.interval) == (clip, interval)
+    assert run.evaluate.stride == run.data.context_length == 64  # an interpolation
+
+
+def test_rates_that_a_search_found_on_a_mixture_are_still_its_own(tmp_path):
+    parts = ["data=mix", "data.parts={docstrings: 0.5, kjv: 0.5}"]
+    (run,) = compose("method=lora", "method.r=8", *parts, "train.lr=1e-3")
+    setting = rates.setting_of(run.model, run.data, vars(run.train)) | {"seed": 0}
+    grid = {0.01: 3.1, 0.02: 3.0, 0.04: 3.2}
+    found = rates.tuned_of(run.method, run.targets.name, grid, "today")
+    text = rates.text(setting, [found])
+    assert text.count("context_length") == 3
+    (tmp_path / "old.yaml").write_text(text.replace("context_length", "context"))
+    (tuned,) = compose("method=lora", "method.r=8", *parts, f"train.rates={tmp_path}/old.yaml")
+    assert (tuned.train.lr, tuned.train.lr_from) == (0.02, "tuned")
+
+
+def test_two_names_in_one_grid_are_refused():
+    with pytest.raises(ConfigError, match=r"two names of one key: write train\.max_grad_norm"):
+        renamed.in_grid({"train.clip": "1,2", "train.max_grad_norm": 3})
+
+
+def test_a_search_from_before_is_the_same_search():
+    before = "data.path='a b.txt' evaluate.every=20 experiment_name=mine method=lora"
+    now = "data.path='a b.txt' evaluate.interval=20 experiment_name=mine method=lora"
+    assert renamed.is_same(before, now) and renamed.is_same(now, now)
+    assert not renamed.is_same(before, now.replace("20", "30"))
+
+
+def test_a_column_is_found_by_its_old_path():
+    requested.check(["evaluation.context", "evaluation.context_length"])
+    with pytest.raises(ConfigError, match="contxt"):
+        requested.check(["evaluation.contxt"])
+
+
+def test_the_recorded_result_of_version_1_is_one_of_today():
+    record = run_record.read(REPOSITORY / "experiments" / "pretrain_gpt2_mini")
+    assert record["schema_version"] == 2 and schema_of_records.problems(record) == []
 
 
 def old_names(run):

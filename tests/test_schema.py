@@ -70,6 +70,11 @@ def test_a_failed_run(harness, tmp_path):
         ("parameters.total", True, "parameters.total is bool, expected integer"),
         ("parameters.totl", 3, "parameters.totl is no key of result.json"),
         ("newkey", {"a": 1}, "newkey is no key of result.json"),
+        (
+            "status",
+            "whatever",
+            "status is 'whatever', expected one of finished, failed, interrupted, paused, running",
+        ),
         ("saved", {}, "saved is dict, expected array"),
     ],
 )

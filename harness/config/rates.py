@@ -244,7 +244,7 @@ def read(name: str) -> Rates:
             )
             for t in loaded["tuned"]
         )  # fmt: skip
-        setting = renamed.in_grid(loaded["setting"])
+        setting = renamed.in_setting(loaded["setting"])
     except FileNotFoundError:
         there = [file.stem for file in (CONF_DIR / "rates").glob("*.yaml")]
         raise ConfigError(f"train.rates={name}: no file {path}; {nearest(name, there)}") from None

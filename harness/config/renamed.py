@@ -6,10 +6,13 @@ keeps the identity that it had before its keys were renamed.
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from harness.config import schema
 from harness.config.errors import ConfigError
@@ -37,33 +40,58 @@ def new_key(key: str) -> str:
     return ".".join(parts)
 
 
-def in_overrides(overrides: Iterable[str]) -> list[str]:
-    """Return overrides with the keys of today, and tell what to write now."""
-    current = []
-    for text in overrides:
-        marks, key, rest = re.fullmatch(r"([+~]*)([^=@]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]  # matches every text
-        new = new_key(key)
-        if new != key:
-            tell(key, new)
-        current.append(f"{marks}{new}{rest}")
-    return current
+def in_overrides(overrides: Iterable[str], *, told: bool = True) -> list[str]:
+    """Return overrides with the keys of today; `told`: say which changed."""
+    return [_renamed(text, told=told) for text in overrides]
 
 
-def in_grid(grid: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a grid of a sweep, values by key, with the keys of today."""
-    return {new_key(str(key)): value for key, value in grid.items()}
+def _renamed(text: str, *, told: bool = False) -> str:
+    marks, key, rest = re.fullmatch(r"([+~]*)([^=@]*)(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]  # matches every text
+    new = new_key(key)
+    if told and new != key:
+        tell(key, new)
+    return f"{marks}{new}{rest}"
 
 
-def in_config(config: dict[str, Any], *, told: bool = False) -> dict[str, Any]:
-    """Return a configuration as plain containers with the keys of today; `told`: say which changed.
+def in_grid(grid: Mapping[str, Any], *, told: bool = True) -> dict[str, Any]:
+    """Return a grid of a sweep, values by key, with the keys of today; `told`: say which changed.
 
     Raises:
-        ConfigError: the old name and the new one are both set, to different values.
+        ConfigError: the old name and the new one are both there.
+    """
+    values: dict[str, Any] = {}
+    for key, value in grid.items():
+        new = new_key(str(key))
+        if new in values or (new != key and new in grid):
+            raise ConfigError(f"{key} and {new} are two names of one key: write {new} alone")
+        if told and new != key:
+            tell(str(key), new)
+        values[new] = value
+    return values
+
+
+def in_setting(setting: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting of a file of conf/rates, by dotted keys, with the keys of today."""
+    values = in_grid(setting, told=False)
+    if isinstance(texts := values.get("data.parts"), dict):
+        values["data.parts"] = {name: in_section(text, "data") for name, text in texts.items()}
+    return values
+
+
+def in_config(
+    config: dict[str, Any], *, told: bool = False, typed: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return a configuration as plain containers with the keys of today; `told`: say which changed.
+
+    An old name comes from a file: `typed` has the keys of the command line, which come before it.
+
+    Raises:
+        ConfigError: the old name and the new one are both set in files, to different values.
     """
     current = dict(config)
     for section in RENAMED:
         if isinstance(current.get(section), dict):
-            current[section] = in_section(current[section], section, told=told)
+            current[section] = in_section(current[section], section, told=told, typed=typed)
     for section, name in TEXTS:
         texts = current[section].get(name) if isinstance(current.get(section), dict) else None
         if isinstance(texts, dict):
@@ -77,7 +105,12 @@ def in_config(config: dict[str, Any], *, told: bool = False) -> dict[str, Any]:
 
 
 def in_section(
-    values: dict[str, Any], section: str, where: str = "", *, told: bool = False
+    values: dict[str, Any],
+    section: str,
+    where: str = "",
+    *,
+    told: bool = False,
+    typed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the fields of one section with the names of today, as `in_config` does.
 
@@ -89,15 +122,30 @@ def in_section(
         if old not in current:
             continue
         value = current.pop(old)
+        if told:
+            tell(f"{where}.{old}", f"{where}.{new}")
+        if f"{where}.{new}" in typed:
+            continue
         if current.get(new, value) not in (value, usual[new]):
             raise ConfigError(
                 f"{where}.{old}={value} and {where}.{new}={current[new]} are two names of one "
                 f"value: write {where}.{new}"
             )
         current[new] = value
-        if told:
-            tell(f"{where}.{old}", f"{where}.{new}")
     return current
+
+
+def with_reference(config: DictConfig, key: str) -> DictConfig:
+    """Return a copy of a configuration in which an old name refers to the new one, as ${train.clip}
+    in a file of one's own needs."""
+    config = copy.deepcopy(config)
+    OmegaConf.update(config, key, f"${{{new_key(key)}}}", force_add=True)
+    return config
+
+
+def is_same(before: str, now: str) -> bool:
+    """Whether overrides, joined by blanks in any order, are the same but for renamed keys."""
+    return sorted(map(_renamed, before.split(" "))) == sorted(now.split(" "))
 
 
 def as_before(values: dict[str, Any]) -> None:

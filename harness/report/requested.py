@@ -120,6 +120,7 @@ def _number_keys() -> list[schema.Key]:
 
 def _named(name: str) -> Requested | None:
     """The column of a name that is no group's."""
+    name = run_record.new_path(name)
     if name in COLUMNS:
         return COLUMNS[name]
     if costs.latency_path(name) and "_base_" not in name:

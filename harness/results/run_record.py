@@ -256,7 +256,8 @@ def read(run_dir: Path) -> Record | None:
 def upgraded(record: Record) -> Record:
     """Return a record of an older schema version as one of today's; today's is returned as it is.
 
-    Version 1 has the old names of `harness.config.renamed`, and `evaluation.context`.
+    Version 1 has the old names of `harness.config.renamed`, and `evaluation.context`; `saved` may
+    be one folder.
     """
     if record["schema_version"] == SCHEMA_VERSION:
         return record
@@ -266,7 +267,16 @@ def upgraded(record: Record) -> Record:
     if "context" in (evaluation := dict(current.get("evaluation") or {})):
         evaluation["context_length"] = evaluation.pop("context")
         current["evaluation"] = evaluation
+    if isinstance(saved := current.get("saved"), str):
+        current["saved"] = [saved]
     return cast(Record, current)
+
+
+def new_path(path: str) -> str:
+    """Return the dotted path that a number of a record has today."""
+    if path.startswith("config."):
+        return f"config.{renamed.new_key(path.removeprefix('config.'))}"
+    return {"evaluation.context": "evaluation.context_length"}.get(path, path)
 
 
 def write_sweep(folder: Path, runs: dict[str, str], command: str | None = None) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -213,6 +214,7 @@ KEYS = """
     saved_check.nats_per_token | number? | nats/token | saved model less the evaluated one
     saved_check.failure | string? | |
 """
+STATUSES = ("finished", "failed", "interrupted", "paused", "running")
 JSON_TYPES = {
     "string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list,
     "object": dict,
@@ -250,7 +252,10 @@ def expanded(table: str, prefix: str = "") -> Iterator[Key]:
 
 def problems(record: dict[str, Any]) -> list[str]:
     """What of a result.json is no key of KEYS, or of another type; empty where all is well."""
-    return list(_problems(record, ""))
+    wrong = list(_problems(record, ""))
+    if record.get("status") not in STATUSES:
+        wrong.append(f"status is {record.get('status')!r}, expected one of {', '.join(STATUSES)}")
+    return wrong
 
 
 def _problems(value: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -291,3 +296,8 @@ def _is_below(pattern: str, path: str) -> bool:
     return _matches(".".join(pattern.split(".")[: path.count(".") + 1]), path) and (
         pattern.count(".") > path.count(".")
     )
+
+
+if __name__ == "__main__":
+    print("python -m harness.results.schema is now: python -m harness.results.schema_files")
+    importlib.import_module("harness.results.schema_files").main()  # which imports this one

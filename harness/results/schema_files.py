@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.config.paths import CONF_DIR
 from harness.results.run_record import FILE_NAME, SCHEMA_VERSION
-from harness.results.schema import PARTS, Key, every_key, expanded
+from harness.results.schema import PARTS, STATUSES, Key, every_key, expanded
 
 PAGE, SCHEMA = CONF_DIR / "RESULT.md", CONF_DIR / "result.schema.json"
 TYPES = Path(__file__).with_name("record_types.py")
@@ -43,6 +43,8 @@ def json_schema() -> dict[str, Any]:
                 node["type"] = "object"
         _child(node, last).update(_described(key))
     _close(root)
+    root["properties"]["schema_version"]["const"] = SCHEMA_VERSION
+    root["properties"]["status"]["enum"] = list(STATUSES)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": FILE_NAME,

@@ -9,14 +9,15 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from harness.config import ending, parts, rate_lookup, rates, renamed
+from harness.config import ending, parts, rate_lookup, rates, renamed, unused_keys
 from harness.config.errors import ConfigError, nearest
 from harness.config.matrix_roles import resolved
 from harness.config.method_schema import METHODS, AdaloraMethod, LoraMethod
@@ -47,11 +48,18 @@ PATHS = {
 }
 
 
-def from_hydra(cfg: DictConfig, *, validated: bool = True, recorded: bool = False) -> RunConfig:
+def from_hydra(
+    cfg: DictConfig,
+    overrides: Iterable[str] = (),
+    *,
+    validated: bool = True,
+    recorded: bool = False,
+) -> RunConfig:
     """Resolve, type-check and, unless `validated` is false, validate a composed config.
 
     What its text and weights hold is fixed here (`harness.system.contents`), unless it says so
-    already. One that was `recorded` has old names of keys without a word.
+    already. `overrides` are those of the command line, which come before old names of keys in
+    files; a config that was `recorded` has old names without a word.
 
     Raises:
         ConfigError: naming the key, its value and what was expected.
@@ -59,12 +67,11 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True, recorded: bool = Fals
     if "hydra" in cfg:  # a sweep's own composition carries Hydra's section along
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        values = _resolved(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
-    assert isinstance(plain, dict)
-    values: dict[str, Any] = {str(key): value for key, value in plain.items()}
-    values = renamed.in_config(values, told=not recorded)
+    given = {unused_keys.key_of(text) for text in overrides}
+    values = renamed.in_config(values, told=not recorded, typed=given)
     tracker = values.pop("tracker", None) or {}
     method = values.pop("method", None)
     name = method.get("name") if isinstance(method, dict) else method
@@ -118,6 +125,21 @@ def from_hydra(cfg: DictConfig, *, validated: bool = True, recorded: bool = Fals
     if run.train.epochs is not None and asked.get("steps") is None:
         run = _with_epochs(run, asked, sections)
     return run
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    """A config as plain containers; an interpolation may have the old name of a key."""
+    while True:
+        try:
+            plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        except InterpolationKeyError as error:
+            key = re.search(r"'([\w.]+)'", str(error))
+            if key is None or renamed.new_key(key[1]) == key[1] or OmegaConf.select(cfg, key[1]):
+                raise
+            cfg = renamed.with_reference(cfg, key[1])
+        else:
+            assert isinstance(plain, dict)
+            return {str(key): value for key, value in plain.items()}
 
 
 def _optimizer(asked: Any) -> tuple[OptimizerConfig, dict[str, Any]]:

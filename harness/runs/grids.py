@@ -225,7 +225,7 @@ def check(
     for overrides in jobs:
         shown = " ".join(own_overrides.without_own(overrides))
         try:
-            run = composition.from_hydra(compose(list(overrides)))
+            run = composition.from_hydra(compose(list(overrides)), overrides)
             unused_keys.refuse_targets(overrides, run)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             raise ConfigError(f"[{shown}] {mistakes.explain(error)}") from error

@@ -39,7 +39,7 @@ def task(cfg: DictConfig) -> Outcome:
     command = command_line(["run", *own]) if sweep else typed()  # which makes this run alone
     try:
         _go_to(hydra_config.runtime.cwd)
-        run = composition.from_hydra(cfg)
+        run = composition.from_hydra(cfg, hydra_config.overrides.task)
         unused_keys.refuse_targets(hydra_config.overrides.task, run)
         cores = run.launch.cores or _cores_left_by(hydra_config.launcher)
         run = replace(run, launch=replace(run.launch, cores=cores))

@@ -29,6 +29,7 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from harness.config import renamed
 from harness.config.errors import ConfigError
 from harness.config.search_space import Dimension, MethodOf, Space, Value
 from harness.runs.proposals import Given, Sobol, distribution, suggest
@@ -161,6 +162,9 @@ class Study:
             there = self._study.user_attrs.get(SEARCH)
             if there is None:
                 self._study.set_user_attr(SEARCH, dict(rules))
+        if there is not None:
+            same = renamed.is_same(there.get("fixed", ""), rules.get("fixed", ""))
+            there = there | ({"fixed": rules.get("fixed", "")} if same else {})
         if there is not None and there != dict(rules):
             keys = [k for k in [*rules, *there] if rules.get(k) != there.get(k)]
             apart = [
@@ -186,7 +190,7 @@ class Study:
             candidates.append(
                 Candidate(
                     trial.number,
-                    tuple(own["overrides"]),
+                    tuple(renamed.in_overrides(own["overrides"], told=False)),
                     own["name"],
                     own["bracket"],
                     own["size"],

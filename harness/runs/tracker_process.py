@@ -12,7 +12,6 @@ the step axis; the summary has plain names (test/perplexity, parameters/trainabl
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import logging
 import math
@@ -236,7 +235,8 @@ def summarise(spec: dict[str, Any]) -> None:
         job_type="summary", reinit="create_new", save_code=False,
         settings=wandb.Settings(init_timeout=15, x_disable_stats=True, console="off"),
     )  # fmt: skip
-    table = pd.read_csv(io.StringIO(tables.results_csv(findings)))
+    names, lines = tables.results_lines(findings)
+    table = pd.DataFrame(lines, columns=names)  # not by way of CSV, where a label 'NA' is no text
     pictures = {
         f"figures/{path.stem}": wandb.Image(str(path))
         for path in sorted((page.parent / "figures").glob("*.png"))

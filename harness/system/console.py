@@ -63,8 +63,8 @@ def tracked(items: Sequence[T], what: str) -> Iterable[T]:
     from rich.console import Console  # rich takes a while to import
     from rich.progress import track
 
-    console = Console(stderr=True)
-    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+    console, shown = Console(stderr=True), sys.stderr.isatty()
+    return track(items, what, console=console, transient=True, disable=not shown)
 
 
 @contextmanager
@@ -72,8 +72,7 @@ def busy(what: str) -> Iterator[None]:
     """Say on standard error what is being done, where that is a terminal, until it is done."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status(f"{what} …") if console.is_terminal else nullcontext():
+    with Console(stderr=True).status(f"{what} …") if sys.stderr.isatty() else nullcontext():
         yield
 
 
