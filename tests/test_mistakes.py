@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from harness import compose
 from harness.commands import arguments, count, plan
 from harness.config import keys, model_shapes, peft_fields
 from harness.config.errors import ConfigError
@@ -315,3 +316,29 @@ def test_plan_and_count_find_a_mistake_without_torch():
     )
     assert done.stdout == "[2, 2] []\n"
     assert done.stderr == "error: unknown key 'method.rr': did you mean 'method.r'?\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("targets=[c_attn,c_proj]", r"expected one option .*all of them.*roles=\[qkv,mlp_out\]"),
+        ("targets=[q,v]", r"sweep targets=q,v; for all of them at once, targets\.roles=\[q,v\]$"),
+        ("targets=[attn,mlp]", r"targets\.roles=\[…\] or targets\.modules=\[…\]"),
+        ("method=[udv,full]", r"expected one option of conf/method, as in method=udv"),
+        ("data=[kjv,docstrings]", r"harness sweep data=kjv,docstrings"),
+    ],
+)
+def test_a_list_of_options_is_refused_and_not_the_last_one_taken(override, said):
+    """Hydra merges them, and the last one wins: targets=[q,v] trained v alone."""
+    with pytest.raises(ConfigError, match=said):
+        compose("method=lora", override)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [("q_proj", "q"), ("v_proj", "v"), ("fc1", "c_fc"), ("down_proj", "c_proj"), ("qkv", "c_attn")],
+)
+def test_what_other_models_call_a_matrix_is_told_by_what_it_does(option, meant):
+    with pytest.raises(ConfigError, match=f"no such option; did you mean targets={meant}[?]$"):
+        compose("method=lora", f"targets={option}")
+    assert meant in options("targets")

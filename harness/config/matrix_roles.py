@@ -8,6 +8,7 @@ One table for all architectures. Imports no torch: the controller names runs by 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,35 @@ ROLES = {
     "embeddings": "token embeddings",
     "head": "output head",
 }
+
+# Options of conf/targets of one role each, and what other models call these matrices.
+OPTION_ROLES = {
+    "q": "q", "k": "k", "v": "v", "c_attn": "qkv", "o": "o", "c_fc": "mlp_in", "gate": "gate",
+    "c_proj": "mlp_out", "embeddings": "embeddings", "head": "head",
+}  # fmt: skip
+OF_OTHER_MODELS = {
+    **dict.fromkeys(("q_proj", "query", "wq", "q_lin"), "q"),
+    **dict.fromkeys(("k_proj", "key", "wk", "k_lin"), "k"),
+    **dict.fromkeys(("v_proj", "value", "wv", "v_lin"), "v"),
+    **dict.fromkeys(("qkv", "query_key_value", "qkv_proj"), "c_attn"),
+    **dict.fromkeys(("o_proj", "out_proj", "wo", "dense"), "o"),
+    **dict.fromkeys(("up_proj", "fc1", "fc_in", "dense_h_to_4h", "mlp_in", "w1"), "c_fc"),
+    **dict.fromkeys(("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp_out", "w2"), "c_proj"),
+    "gate_proj": "gate",
+    **dict.fromkeys(("attention", "self_attn"), "attn"),
+    **dict.fromkeys(("all_linear", "all-linear"), "all"),
+    **dict.fromkeys(("wte", "embed_tokens"), "embeddings"),
+    "lm_head": "head",
+}  # fmt: skip
+
+
+def combined(options: Sequence[str]) -> str:
+    """Return the override that takes the matrices of several options of conf/targets together."""
+    roles = [OPTION_ROLES.get(OF_OTHER_MODELS.get(name, name)) for name in options]
+    if None in roles:
+        return "targets.roles=[…] or targets.modules=[…]"
+    return f"targets.roles=[{','.join(map(str, roles))}]"
+
 
 _QKV = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 _ENDS = {"embeddings": "embed_tokens", "head": "lm_head"}

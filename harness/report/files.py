@@ -75,7 +75,8 @@ def _paper(findings: Findings, table: sheet.Sheet) -> str:
     facts = setting.find(findings.folder, findings.rows).facts
     caption = f"Test perplexity per token. {'; '.join(facts)}."
     if test is not None and len(test.intervals) > 1:
-        caption += " Bold: the lowest, and rows that are not significantly higher."
+        ties = ", and rows that are not significantly higher" if test.num_seeds[0] != 2 else ""
+        caption += f" Bold: the lowest{ties}."
     return sheet.latex(replace(own, columns=shown), caption, findings.folder.name, best)
 
 

@@ -80,6 +80,7 @@ def text(
         filters=[{"name": f.name, "heading": f.heading, "values_": f.values} for f in filters],
         legend=" ".join([*columns.notes(rows, table.headings), *further.notes()]) if rows else "",
         table_notes=test is not None and len(test.intervals) > 1,
+        ties=test is not None and test.num_seeds[0] != 2,  # two seeds show hardly any difference
         heroes=[figure_of(f, shown) for f in drawn if f.axes.key == hero],
         figures=[
             figure_of(f, shown)
@@ -105,6 +106,7 @@ def text(
             }
         ),
         comparisons=test is not None and bool(test.comparisons),
+        whole=findings.rows == findings.everything,  # the files beside the page have every row
         missing=left_out,
         fates=", ".join(f"{n} {status}" for status, n in fates.items()),
         provenance=provenance(rows),

@@ -199,7 +199,7 @@ def _page(
         drawn, setting.commands[0], title=report.parent.name, setting=setting,
         answer=answer(comparison), choices=None, table=table,
         question="Which of PEFT's methods can these results tell apart?",
-        notes=table.notes, tolerances=(), costs=[], sorted_by="",
+        notes=table.notes, tolerances=(), costs=[], sorted_by="", whole=True, ties=True,
         kinds=page_columns.kinds_of(table),
         rows=rows, filters=[], legend="", heroes=[figure_of(f) for f in drawn[:1]],
         table_notes=False, figures=[figure_of(f) for f in drawn[1:]], parts=[], alike=[],

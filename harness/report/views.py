@@ -57,16 +57,17 @@ class Curve:
     def brackets(self, nll: float) -> list[Bracket | None]:
         """Of every seed, between which validations `nll` was reached; None where it was not."""
         brackets: list[Bracket | None] = []
+        end = float(self.steps[-1])
         for values in self.nll:
             under = np.flatnonzero(values <= nll)
             if not len(under):
                 brackets.append(None)
             elif (p := under[0]) == 0:
-                brackets.append(Bracket(0.0, float(self.steps[0]), float(self.steps[0])))
+                brackets.append(Bracket(0.0, float(self.steps[0]), float(self.steps[0]), end))
             else:
                 before, at = float(self.steps[p - 1]), float(self.steps[p])
                 share = float((values[p - 1] - nll) / (values[p - 1] - values[p]))
-                brackets.append(Bracket(before, before + share * (at - before), at))
+                brackets.append(Bracket(before, before + share * (at - before), at, end))
         return brackets
 
 
@@ -77,6 +78,7 @@ class Bracket:
     above: float  # the last validation above the level (0: there was none before)
     interpolated: float  # on the line between the two readings
     reached: float  # the first validation at or under it
+    end: float = math.inf  # the last validation of the run
 
 
 def steps_interval(brackets: Sequence[Bracket]) -> tuple[float, float]:
@@ -88,7 +90,8 @@ def steps_interval(brackets: Sequence[Bracket]) -> tuple[float, float]:
     """
     half = mean([b.interpolated for b in brackets])[1] or 0.0
     low = float(np.mean([b.above for b in brackets])) - half
-    return max(0.0, low), float(np.mean([b.reached for b in brackets])) + half
+    high = float(np.mean([b.reached for b in brackets])) + half
+    return max(0.0, low), min(high, max(b.end for b in brackets))  # no run reaches it later
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:

@@ -17,7 +17,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from harness.config import ending, parts, rate_lookup, rates, renamed, unused_keys
+from harness.config import (
+    ending,
+    keys,
+    matrix_roles,
+    parts,
+    rate_lookup,
+    rates,
+    renamed,
+    unused_keys,
+)
 from harness.config.errors import ConfigError, nearest
 from harness.config.matrix_roles import resolved
 from harness.config.method_schema import METHODS, AdaloraMethod, LoraMethod
@@ -66,6 +75,7 @@ def from_hydra(
     """
     if "hydra" in cfg:  # a sweep's own composition carries Hydra's section along
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    _refuse_lists_of_options(overrides := list(overrides))
     try:
         values = _resolved(cfg)
     except OmegaConfBaseException as error:
@@ -125,6 +135,19 @@ def from_hydra(
     if run.train.epochs is not None and asked.get("steps") is None:
         run = _with_epochs(run, asked, sections)
     return run
+
+
+def _refuse_lists_of_options(overrides: list[str]) -> None:
+    """Hydra merges the options of a list into one, of which the last wins: `targets=[q,v]` is v."""
+    for text in overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        if key in keys.GROUPS and value.startswith("["):
+            names = [name.strip() for name in value.strip("[]").split(",")]
+            both = f"; for all of them at once, {matrix_roles.combined(names)}"
+            raise ConfigError(
+                f"{text}: expected one option of conf/{key}, as in {key}={names[0]}; several are a "
+                f"sweep: harness sweep {key}={','.join(names)}{both if key == 'targets' else ''}"
+            )
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from harness.config import keys
+from harness.config import keys, matrix_roles
 from harness.config.errors import ConfigError, nearest
 from harness.config.optimizers import OPTIMIZERS, keys_of
 from harness.config.paths import LAUNCHERS, options
@@ -139,6 +139,8 @@ def no_option(group: str, option: str) -> str:
     if group == "hydra/launcher" and option in LAUNCHERS:
         return f"{group}={option} is not installed: pip install -e '.[{LAUNCHERS[option]}]'"
     hint = nearest(option, options(group))
+    if group == "targets" and (meant := matrix_roles.OF_OTHER_MODELS.get(option)):
+        hint = f"did you mean {group}={meant}?"
     if not hint.startswith("did you mean"):
         hint = _of_a_path(group, option) or hint
     return f"{group}={option}: no such option; {hint}"
@@ -167,7 +169,10 @@ def several(override: str) -> str:
     key, _, value = override.partition("=")
     if key.lstrip("+") in _LISTS:
         return f"{override}: expected a list, {key}=[{value}]"
-    return f"{override}: several values are a sweep: harness sweep {override}"
+    both = matrix_roles.combined(value.split(",")) if key == "targets" else ""
+    return f"{override}: several values are a sweep: harness sweep {override}" + (
+        f"; for all of them at once, {both}" if both else ""
+    )
 
 
 _LISTS = ("data.packages", "targets.modules", "targets.roles", "method.train_only", "evaluate.also")
