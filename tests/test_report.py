@@ -700,3 +700,21 @@ def test_only_columns_that_are_shown_are_explained(tmp_path, monkeypatch, capsys
     explained = {name for name, what in columns.LEGEND.items() if f"{name}: {what}" in text}
     assert explained == columns.LEGEND.keys() - set(left_out) and "test" in explained
     assert (explained != columns.LEGEND.keys()) == (width == 50)
+
+
+@pytest.mark.parametrize(("held_out", "compared"), [(None, True), ("docstrings", False)])
+def test_a_mixture_is_compared_with_the_text_whose_documents_it_is_evaluated_on(
+    tmp_path, held_out, compared
+):
+    parts = {"kjv": {"weight": 9}, "docstrings": {"weight": 1}}
+    for seed in range(3):
+        put(tmp_path, f"alone-s{seed}", seed=seed, nll=3.0, data={"parts": None})
+        mixture = {"parts": parts, "held_out_part": held_out}
+        run_dir = put(tmp_path, f"mix-s{seed}", seed=seed, nll=3.1, data=mixture)
+        record = run_record.read(run_dir)
+        record["data"]["name"] = "kjv 9 + docstrings 1"
+        run_record.write(run_dir, record)
+    findings = evidence.find(tmp_path)
+    assert len(findings.rows) == 2
+    assert bool(findings.found.get("test") and findings.found["test"].comparisons) == compared
+    assert bool(findings.refused) != compared

@@ -287,10 +287,17 @@ def _of_run(run_dir: Path, record: Record, text: str, when: str) -> stats.Evalua
     # Of runs from before it could be asked for it is the end-of-text token.
     settings["prefix"] = run_record.get(settings, "prefix.name") or "eos"
     if text == "test":
-        settings["data"] = record["data"]["name"]
+        settings["data"] = _held_out_text(record)
     tokens = table["num_tokens"].to_numpy(np.int64)
     ids = tuple(table["id"].astype(str))
     return stats.Evaluation(str(run_dir), nll[None], tokens, (0,), ids, settings)
+
+
+def _held_out_text(record: Record) -> str:
+    """The text that is evaluated; of a mixture the part whose held-out documents are."""
+    data = record.get("config", {}).get("data") or {}
+    parts = data.get("parts")
+    return data.get("held_out_part") or next(iter(parts)) if parts else record["data"]["name"]
 
 
 def _quality(record: Record, text: str, when: str = "after") -> dict[str, Any] | None:
