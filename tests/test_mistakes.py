@@ -99,8 +99,8 @@ def test_every_other_name_leads_to_a_key_that_there_is_and_hides_none():
         ("smoke", "smoke: expected key=value, did you mean experiment=smoke?"),
         ("nothing", "nothing: expected key=value, as in method.r=8"),
         ("method", "method: expected key=value, as in method="),
-        ("targets=query", "targets=query: no such option; choose one of: all, attn"),
-        ("targets=query", ", o, q, qk"),  # all of them
+        ("targets=wrongly", "targets=wrongly: no such option; choose one of: all, attn"),
+        ("targets=wrongly", ", o, q, qk"),  # all of them
         ("train.max_seconds=10m", "train.max_seconds=10m: expected a number of seconds or null"),
     ],
 )

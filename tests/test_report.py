@@ -558,11 +558,13 @@ def test_curves_are_read_at_equal_tokens_and_seconds(tmp_path):
     interval = scipy_stats.t.interval(0.95, 1, value, scipy_stats.sem([3.5, 3.6]))
     assert half == pytest.approx(interval[1] - value)
     assert found.at("seconds", 4.5) is None
-    assert found.brackets(4.5) == [views.Bracket(0, 1, 2)] * 2
-    assert found.brackets(5.5) == [views.Bracket(0, 0, 0)] * 2
+    assert found.brackets(4.5) == [views.Bracket(0, 1, 2, 4)] * 2
+    assert found.brackets(5.5) == [views.Bracket(0, 0, 0, 4)] * 2
     first, second = found.brackets(3.1)
     assert (first.above, first.reached, second) == (2, 4, None)
     assert first.interpolated == pytest.approx(3.8)
+    late = [views.Bracket(2, 3, 4, 4), views.Bracket(0, 1, 2, 4)]  # wide, as seeds differ
+    assert views.steps_interval(late) == (0.0, 4.0)
     known = [views.Bracket(30, 33, 40), views.Bracket(30, 37, 40), views.Bracket(20, 29, 30)]
     half = scipy_stats.t.ppf(0.975, 2) * scipy_stats.sem([33, 37, 29])
     assert views.steps_interval(known) == pytest.approx((80 / 3 - half, 110 / 3 + half))

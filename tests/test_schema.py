@@ -113,6 +113,7 @@ OURS = "run|parameters|memory|predicted|speed|costs|quality|evaluation|environme
 OF_TABLES = {  # a row's own values, which are made of several records
     r"quality\.test\.interval", r"quality\.test\.rank", r"quality\.test\.value",
     r"memory\.file_bytes", r"quality\.forgetting",
+    r"evaluation\.context",  # of schema version 1
 }  # fmt: skip
 
 

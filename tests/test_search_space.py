@@ -306,6 +306,13 @@ def test_a_study_of_another_search_is_refused_with_the_difference(tmp_path):
         opened(tmp_path, WIDE, "random", rules={"a": "2"})
 
 
+def test_a_study_from_before_keys_were_renamed_is_the_same(tmp_path):
+    opened(tmp_path, WIDE, "random", rules={"fixed": "evaluate.every=20 seed=1"})
+    opened(tmp_path, WIDE, "random", rules={"fixed": "evaluate.interval=20 seed=1"})
+    with pytest.raises(ConfigError, match=r"fixed: evaluate\.every=20 seed=1 then, "):
+        opened(tmp_path, WIDE, "random", rules={"fixed": "evaluate.interval=30 seed=1"})
+
+
 def test_a_journal_that_a_crash_has_cut_goes_on(tmp_path):
     before = asked(opened(tmp_path, WIDE, "random"), 3)
     with (tmp_path / "journal.log").open("a") as stream:

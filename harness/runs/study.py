@@ -162,9 +162,8 @@ class Study:
             there = self._study.user_attrs.get(SEARCH)
             if there is None:
                 self._study.set_user_attr(SEARCH, dict(rules))
-        if there is not None:
-            same = renamed.is_same(there.get("fixed", ""), rules.get("fixed", ""))
-            there = there | ({"fixed": rules.get("fixed", "")} if same else {})
+        if there and renamed.is_same(there.get("fixed", ""), rules.get("fixed", "")):
+            there |= {key: rules[key] for key in ("fixed",) if key in there.keys() & rules.keys()}
         if there is not None and there != dict(rules):
             keys = [k for k in [*rules, *there] if rules.get(k) != there.get(k)]
             apart = [
