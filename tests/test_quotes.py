@@ -73,6 +73,44 @@ def pair(file: str, a: str, b: str, column: str = "difference_nats_per_token") -
     return cell(file, column, a=a, b=b, text="test")
 
 
+ALONE_KJV, A_TENTH, A_THIRD = "kjv", "kjv 9 + docstrings 1", "kjv 2 + docstrings 1"
+DOCSTRINGS = "docstrings_held_out"
+
+
+def replayed(label: str, text: str) -> float:
+    """Perplexity on held-out docstrings after training on a text of the experiment replay."""
+    column = f"quality.also.{DOCSTRINGS}.after.perplexity"
+    return cell("replay/results.csv", column, label=label, also=f"data.name={text}")
+
+
+def replay_pair(text: str, a: tuple[str, str], b: tuple[str, str]) -> tuple[float, float, float]:
+    """Difference of a less b in nats per token, and its ends; each by its label and its text."""
+    names = [f"{'full' if one == 'full' else 'lora all r=8'} text={of}" for one, of in (a, b)]
+    columns = ("difference_nats_per_token", "low", "high")
+    for sign, (first, second) in ((1, names), (-1, names[::-1])):
+        lines = [line for line in records("replay/comparisons.csv") if line["text"] == text
+                 and (line["a"], line["b"]) == (first, second)]  # fmt: skip
+        if lines:
+            middle, low, high = (sign * float(lines[0][column]) for column in columns)
+            return (middle, low, high) if sign == 1 else (middle, high, low)
+    raise AssertionError(names)
+
+
+def kept(label: str, before: str, after: str) -> tuple[float, float, float]:
+    """How much lower the nats on docstrings are with replay, and the ends of it."""
+    return replay_pair(DOCSTRINGS, (label, before), (label, after))
+
+
+def paid(label: str, text: str) -> tuple[float, float, float]:
+    """How much higher the nats on the new text are with replay."""
+    return replay_pair("test", (label, text), (label, ALONE_KJV))
+
+
+def full_less_lora(full: str, lora: str, text: str = DOCSTRINGS) -> tuple[float, float, float]:
+    """Full fine-tuning on one text less LoRA on another."""
+    return replay_pair(text, ("full", full), ("lora", lora))
+
+
 def step(side: str, method: str, precision: str, column: str, shape: str = "gpt2") -> float:
     """A number of the bench of the training step."""
     return cell("bench/training_step/results.csv", column, shape=shape, side=side, method=method,
@@ -543,6 +581,36 @@ QUOTES = (
           lambda: ends(R64, "full", 45, "claims")),
     Quote(page("claims"), "better than LoRA r=1, 8 and 64 by {:.3f}, {:.3f} and {:.3f} nats",
           lambda: tuple(split(r)[3] for r in (1, 8, 64))),
+    # replay
+    Quote(page("replay"), "at perplexity {:.1f} on held-out docstrings where it ends at {:.1f} "
+          "without, {:.3f} nats per token lower ({:.3f} to {:.3f}), for {:.3f} nats ({:.3f} to "
+          "{:.3f}) on the King James text; with a third at {:.1f}, for {:.3f} ({:.3f} to {:.3f})",
+          lambda: (replayed("full", A_TENTH), replayed("full", ALONE_KJV),
+                   *kept("full", ALONE_KJV, A_TENTH), *paid("full", A_TENTH),
+                   replayed("full", A_THIRD), *paid("full", A_THIRD))),
+    Quote(page("replay"), "LoRA r=8: {:.1f} for {:.1f}, {:.3f} lower ({:.3f} to {:.3f}), for "
+          "{:.3f} ({:.3f} to {:.3f}); with a third {:.1f}, for {:.3f} ({:.3f} to {:.3f})",
+          lambda: (replayed("lora", A_TENTH), replayed("lora", ALONE_KJV),
+                   *kept("lora", ALONE_KJV, A_TENTH), *paid("lora", A_TENTH),
+                   replayed("lora", A_THIRD), *paid("lora", A_THIRD))),
+    Quote(page("replay"), "forgets more ({:.3f} nats, {:.3f} to {:.3f})",
+          lambda: full_less_lora(ALONE_KJV, ALONE_KJV)),
+    Quote(page("replay"), "by {:.3f} (a tenth; {:.3f} to {:.3f}) and {:.3f} nats (a third; {:.3f} "
+          "to {:.3f}), and is behind on the new text by {:.3f} and {:.3f}",
+          lambda: (*full_less_lora(A_TENTH, A_TENTH),
+                   *full_less_lora(A_THIRD, A_THIRD),
+                   -full_less_lora(A_TENTH, A_TENTH, "test")[0],
+                   -full_less_lora(A_THIRD, A_THIRD, "test")[0])),
+    Quote(page("replay"), "with a tenth ({:.3f}, {:.3f} to {:.3f}), and is {:.3f} nats ahead",
+          lambda: (*full_less_lora(A_THIRD, A_TENTH),
+                   -full_less_lora(A_THIRD, A_TENTH, "test")[0])),
+    Quote(INDEX, "{:.1f} instead of {:.1f} on held-out docstrings for {:.3f} nats on kjv (full), "
+          "{:.1f} instead of {:.1f} for {:.3f} (LoRA r=8); a third: {:.1f} for {:.3f}, and {:.1f} "
+          "for {:.3f}",
+          lambda: (replayed("full", A_TENTH), replayed("full", ALONE_KJV), paid("full", A_TENTH)[0],
+                   replayed("lora", A_TENTH), replayed("lora", ALONE_KJV), paid("lora", A_TENTH)[0],
+                   replayed("full", A_THIRD), paid("full", A_THIRD)[0],
+                   replayed("lora", A_THIRD), paid("lora", A_THIRD)[0])),
     # equal_parameters
     Quote(page("equal_parameters"), "has {:.1f} and LoRA r=1 on the MLP's last matrix in layers 1 "
           "to 3 ({:,.0f}) has {:.1f}, where D has {:.1f}. D is ahead of the better of the two by "
@@ -794,7 +862,7 @@ def test_a_number_that_is_another_would_be_seen():
 # Tables of the pages, and the file that each is of; the columns that are checked, by their heading.
 TABLES = {
     "main": {10: "results.csv", 15: "results-tuned.csv", 1: "results-control.csv"},
-    "equal_parameters": {3: "results.csv"},
+    "equal_parameters": {3: "results.csv"}, "replay": {6: "results.csv"},
     "main_seeds": {15: "results.csv"}, "main_seeds_control": {5: "results.csv"},
     "udv_rank": {15: "results.csv"},
     "targets_sweep": {7: "results.csv"}, "lstm_lora": {8: "results.csv"},
