@@ -53,7 +53,7 @@ LONGER := test_config.py::test_every_ test_config.py::test_the_name_tells_runs_a
   test_stats.py::test_intervals_tests_and_families test_stats.py::test_a_true_null_is_rejected \
   test_columns.py::test_a_column_is_on_the_terminal methods/test_methods.py::test_every_method_can_be_checked
 
-test-fast: setup ## the quickest broad answer (under a minute)
+test-fast: setup ## the quickest broad answer (about 80 seconds)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(FAST) $(LONGER:%=--deselect tests/%)
 
 test-faults: setup ## kills, damage, ranks and all that takes long (about 20 minutes)
