@@ -88,6 +88,11 @@ def test_epochs_are_steps_of_the_training_text(make_run):
     assert naming.run_name(same) == naming.run_name(one)
 
 
+def test_epochs_go_with_completions_of_prompts(make_run, task):
+    run = make_run(*SHORT[1:], *task, "train.epochs=2")
+    assert run.train.steps >= 2 and run.evaluate.generate.num_beams == 2
+
+
 def naming_blocks(run):
     """Blocks of training text, counted from the documents and not by `prepare`."""
     from harness.data import documents

@@ -117,8 +117,8 @@ def from_hydra(
         if mixed is not None:
             sections[key] = replace(sections[key], parts=_parts(mixed, sections[key]))
         if completing:
-            asked = _typed(GenerateConfig, completing, "evaluate.generate")
-            sections[key] = replace(sections[key], generate=asked)
+            completions = _typed(GenerateConfig, completing, "evaluate.generate")
+            sections[key] = replace(sections[key], generate=completions)
         if timing not in (None, False):
             sections[key] = replace(sections[key], latency=_latency(timing))
     values["outputs_dir"] = expanded(values.get("outputs_dir"), "outputs_dir")
