@@ -120,16 +120,16 @@ def sweep(*overrides: str) -> notebook.Report:
             "give one experiment_name and one outputs_dir"
         )
     (folder,) = folders
-    told = {run.run_dir.name: "" for run in runs}
-    run_record.write_sweep(folder, told)
+    messages = {run.run_dir.name: "" for run in runs}
+    run_record.write_sweep(folder, messages)
     with tracking.TrackerProcesses(runs, sweep=True), notebook.shown(runs, alone=False):
-        for one in runs:
+        for config in runs:
             try:
-                launcher.launch(one, COMMAND, sweep=True)
+                launcher.launch(config, COMMAND, sweep=True)
             except ConfigError as error:
-                told[one.run_dir.name] = str(error)
-    if any(told.values()):
-        run_record.write_sweep(folder, told)
+                messages[config.run_dir.name] = str(error)
+    if any(messages.values()):
+        run_record.write_sweep(folder, messages)
     return notebook.report(folder, [run.run_dir for run in runs])
 
 
@@ -141,8 +141,8 @@ def report(folder: str | Path) -> notebook.Report:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        there = [p.name for p in path.parent.glob("*") if p.is_dir()]
-        raise ConfigError(f"no folder {path}; {nearest(path.name, there)}")
+        folders = [p.name for p in path.parent.glob("*") if p.is_dir()]
+        raise ConfigError(f"no folder {path}; {nearest(path.name, folders)}")
     return notebook.report(path)
 
 
@@ -175,11 +175,11 @@ def collect(folder: str | Path) -> pd.DataFrame:
 def _typed(column: pd.Series[Any]) -> pd.Series[Any]:
     """A column of results.csv by what it is; of counts, means over seeds may be no whole number."""
     last = str(column.name).rpartition(".")[2]
-    there = [value for value in column if value is not None and value == value]
-    if last in TEXTS or any(isinstance(value, str) for value in there):
+    known = [value for value in column if value is not None and value == value]
+    if last in TEXTS or any(isinstance(value, str) for value in known):
         return column.astype("string")
     numbers = column.astype("float64")
-    whole = all(value == int(value) for value in there)
+    whole = all(value == int(value) for value in known)
     return numbers.astype("Int64") if last in COUNTS and whole else numbers
 
 

@@ -92,8 +92,8 @@ def compress(
     directions, beside = lowrank.decompose(pair)
     if not directions:
         raise ConfigError(f"{run.name} changed no matrix in the layers: there is no rank to choose")
-    asked = [Asked(str(rank), lowrank.by_rank(directions, rank)) for rank in ranks]
-    asked += [Asked(f"energy {e:g}", lowrank.by_energy(directions, e)) for e in energies]
+    choices = [Asked(str(rank), lowrank.by_rank(directions, rank)) for rank in ranks]
+    choices += [Asked(f"energy {e:g}", lowrank.by_energy(directions, e)) for e in energies]
     if save is not None:
         _check_can_save(run, pair, save)
     kept = {name: pair.adapted.get_parameter(name).detach().clone() for name in beside}
@@ -102,9 +102,13 @@ def compress(
         module = pair.adapted.get_submodule(name.rpartition(".")[0])
         kind = updates.kind_of(name, module, pair.adapted)
         kinds[kind] = kinds.get(kind, 0) + weight.numel()
-    folders = [_save(run, pair, directions, one, save) for one in asked] if save is not None else []
+    folders = (
+        [_save(run, pair, directions, choice, save) for choice in choices]
+        if save is not None
+        else []
+    )
     read = texts.read(run, test=test, only=only_texts)
-    points, documents = _measure(run, pair, directions, asked, kept, read)
+    points, documents = _measure(run, pair, directions, choices, kept, read)
     names = list(read.by_name)
     beside_it = trained(run, list(dict.fromkeys([NEW, *names])))
     own = recorded(run, names)
@@ -115,29 +119,29 @@ def _measure(
     run: Saved,
     pair: updates.Pair,
     directions: Mapping[str, Direction],
-    asked: list[Asked],
+    choices: list[Asked],
     kept: Mapping[str, torch.Tensor],
     read: Texts,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     evaluator = Evaluator(run, pair.adapted, read)  # the model that is written into from here on
     points, documents = [], []
-    for one in asked:
+    for choice in choices:
         for others in (WITH, WITHOUT) if kept else (WITH,):
             own = kept if others == WITH else {}
-            lowrank.write_into(pair.adapted, pair, directions, one.ranks, own)
+            lowrank.write_into(pair.adapted, pair, directions, choice.ranks, own)
             for text in read.by_name:
                 nll, num_tokens = evaluator.nats(text)
                 points.append({
-                    "rank": one.label, "beside": others, "text": text,
+                    "rank": choice.label, "beside": others, "text": text,
                     "parameters": sum(
-                        directions[n].num_parameters(k) for n, k in one.ranks.items()
+                        directions[n].num_parameters(k) for n, k in choice.ranks.items()
                     ),
-                    "mean_rank": float(np.mean(list(one.ranks.values()))),
+                    "mean_rank": float(np.mean(list(choice.ranks.values()))),
                     "perplexity": perplexity((nll, num_tokens)),
                     "nll_nats": float(nll.sum()), "num_tokens": int(num_tokens.sum()),
                 })  # fmt: skip
                 documents.append(pd.DataFrame({
-                    "rank": one.label, "beside": others, "text": text,
+                    "rank": choice.label, "beside": others, "text": text,
                     "id": read.by_name[text]["id"], "nll_nats": nll, "num_tokens": num_tokens,
                 }))  # fmt: skip
     return pd.DataFrame(points), pd.concat(documents, ignore_index=True)
@@ -193,24 +197,24 @@ def _check_can_save(run: Saved, pair: updates.Pair, folder: Path) -> None:
 
 
 def _save(
-    run: Saved, pair: updates.Pair, directions: Mapping[str, Direction], one: Asked, out: Path
+    run: Saved, pair: updates.Pair, directions: Mapping[str, Direction], choice: Asked, out: Path
 ) -> Path:
     """Write one adapter, load it onto the published base again and compare its logits."""
-    folder = out / one.label.replace(" ", "-")
+    folder = out / choice.label.replace(" ", "-")
     folder.mkdir(parents=True)
     source, options = finished_run.source(run.run), export.base_options(run)
 
     def base() -> PreTrainedModel:
         return weights.load(source, **options)[0].eval()
 
-    lowrank.save(base(), directions, one.ranks, folder, source, run.run.model.revision)
+    lowrank.save(base(), directions, choice.ranks, folder, source, run.run.model.revision)
     gc.collect()
-    again = weights.load_adapter(base(), folder)
+    reloaded = weights.load_adapter(base(), folder)
     merged = base().float()
     with torch.no_grad():
         for name, direction in directions.items():
-            merged.get_parameter(name).add_(direction.delta(one.ranks[name]))
-    logits, expected = export.probe(again.float()), export.probe(merged)
+            merged.get_parameter(name).add_(direction.delta(choice.ranks[name]))
+    logits, expected = export.probe(reloaded.float()), export.probe(merged)
     apart = float((logits - expected).abs().max())
     if not apart <= export.ROUNDING * float(expected.abs().max()):
         raise ConfigError(f"{folder}: the adapter, loaded again, differs by {apart:.3g} in logits")
@@ -223,7 +227,7 @@ def _save(
 def show(results: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str]) -> None:
     """Print the curve: with and without the weights beside the matrices, beside trained LoRA."""
     first = results[0]
-    points = pd.concat([one.points for one in results], ignore_index=True)
+    points = pd.concat([result.points for result in results], ignore_index=True)
     names, columns = list(dict.fromkeys(points["text"])), list(dict.fromkeys(points["beside"]))
     headings = ["parameters", "mean rank"]
     for name in names:
@@ -231,19 +235,23 @@ def show(results: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str
         headings += [f"{label}{', matrices alone' * (c == WITHOUT)}" for c in columns]
     headings += ["LoRA trained at r=k"] * (len(first.trained) > 0)
     shown = table.plain(["rank of dW"], headings)
-    rows = perplexities([one.documents for one in results], seeds, ["rank", "beside", "text"])
+    rows = perplexities([result.documents for result in results], seeds, ["rank", "beside", "text"])
     cells = {(r["rank"], r["beside"], r["text"]): curve.told(r) for _, r in rows.iterrows()}
-    for label, of in points.groupby("rank", sort=False):
-        line = [str(label), f"{of['parameters'].mean():,.0f}", f"{of['mean_rank'].mean():.1f}"]
+    for label, group in points.groupby("rank", sort=False):
+        line = [
+            str(label),
+            f"{group['parameters'].mean():,.0f}",
+            f"{group['mean_rank'].mean():.1f}",
+        ]
         line += [cells[label, column, name] for name in names for column in columns]
         line += [_trained_at(first, str(label))] * (len(first.trained) > 0)
         shown.add_row(*line)
     table.show(shown)
     over = "documents" if len(results) == 1 else f"{len(results)} seeds and documents"
     print(f"perplexity per token, in brackets its 95 % interval over {over}")
-    for one, run in zip(results, runs, strict=True):
+    for result, run in zip(results, runs, strict=True):
         own = ", ".join(
-            f"{name} {numbers.perplexity(value)}" for name, value in one.recorded.items()
+            f"{name} {numbers.perplexity(value)}" for name, value in result.recorded.items()
         )
         print(f"{run} itself: {own}")
     if first.beside:
@@ -252,7 +260,7 @@ def show(results: Sequence[Compressed], seeds: Sequence[int], runs: Sequence[str
             f"beside {first.matrices} matrices these moved too, and are whole: {kinds}.\n"
             "matrices alone: these as in the base"
         )
-    for folder in (folder for one in results for folder in one.folders):
+    for folder in (folder for result in results for folder in result.folders):
         print(f"saved: {folder}, a PEFT LoRA of the matrices alone")
 
 
@@ -322,22 +330,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="write PEFT LoRA adapters")
     parser.add_argument("--test", action="store_true", help="the test split, too")
     parser.add_argument("--texts", default="", help="of these texts alone, as in validation,test")
-    asked = parser.parse_args(arguments)
-    energies = list(parse_shares(asked.energy))
+    args = parser.parse_args(arguments)
+    energies = list(parse_shares(args.energy))
     default = "" if energies else RANKS
-    ranks = list(parse_ranks(default if asked.ranks is None else asked.ranks))
+    ranks = list(parse_ranks(default if args.ranks is None else args.ranks))
     if not ranks and not energies:
         raise ConfigError("--ranks: name at least one, as in 1,2,4,full")
-    chosen = [name for name in asked.texts.split(",") if name]
-    seeds = curve.seeds_of(asked.run_dirs)
+    chosen = [name for name in args.texts.split(",") if name]
+    seeds = curve.seeds_of(args.run_dirs)
     results = []
-    for run_dir in asked.run_dirs:
-        own = asked.save / run_dir.name if asked.save and len(seeds) > 1 else asked.save
+    for run_dir in args.run_dirs:
+        own = args.save / run_dir.name if args.save and len(seeds) > 1 else args.save
         results.append(
-            compress(run_dir, ranks, energies, test=asked.test, save=own, only_texts=chosen)
+            compress(run_dir, ranks, energies, test=args.test, save=own, only_texts=chosen)
         )
         write(results[-1], run_dir)
-    show(results, seeds, [run_dir.name for run_dir in asked.run_dirs])
-    for run_dir in asked.run_dirs:
+    show(results, seeds, [run_dir.name for run_dir in args.run_dirs])
+    for run_dir in args.run_dirs:
         print(f"saved in {run_dir}: {CSV}, {PARQUET}")
     return 0

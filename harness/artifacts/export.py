@@ -137,15 +137,15 @@ def _write_whole(run: Saved, folder: Path) -> Exported:
     model.save_pretrained(folder)
     del model
     gc.collect()
-    again, _ = weights.load(folder)
-    _compare(probe(again), logits, "the saved model, loaded again,", share=0.0)
-    measured = saved_check.compare(run, again.eval(), "the saved model, loaded again,")
+    reloaded, _ = weights.load(folder)
+    _compare(probe(reloaded), logits, "the saved model, loaded again,", share=0.0)
+    measured = saved_check.compare(run, reloaded.eval(), "the saved model, loaded again,")
     return Exported(
         whole=True,
-        model_type=again.config.model_type,
+        model_type=reloaded.config.model_type,
         config_notes=trained_with,
         moved=moved,
-        tied=bool(getattr(again.config, "tie_word_embeddings", False)),
+        tied=bool(getattr(reloaded.config, "tie_word_embeddings", False)),
         measured=measured,
     )
 
@@ -187,9 +187,9 @@ def _restore(run: Saved, model: PreTrainedModel) -> dict[str, tuple[Any, Any]]:
     differs: dict[str, tuple[Any, Any]] = {}
     for name in (*pretrained.dropout_fields(original), *pretrained.ACTIVATION_FIELDS):
         if hasattr(original, name):
-            there, own = getattr(model.config, name), getattr(original, name)
-            if there != own:
-                differs[name] = (there, own)
+            had, own = getattr(model.config, name), getattr(original, name)
+            if had != own:
+                differs[name] = (had, own)
                 if name not in pretrained.ACTIVATION_FIELDS:
                     setattr(model.config, name, own)
     return differs
@@ -220,12 +220,12 @@ def _write_adapter(run: Saved, folder: Path) -> Exported:
     options = base_options(run)
     plain, _ = weights.load(finished_run.source(run.run), **options)
     quantized.keep_differentiable(plain)
-    again = weights.load_adapter(linear.turn(plain) if turns else plain, folder)
+    reloaded = weights.load_adapter(linear.turn(plain) if turns else plain, folder)
     # q, k and v apart are rounded as one where kernels depend on the number of columns.
     share = ROUNDING if joins or run.unfused or turned else 0.0
     what = "the adapter, loaded onto the published base,"
-    moved = _compare(probe(again), logits, what, share)
-    measured = saved_check.compare(run, again, what)
+    moved = _compare(probe(reloaded), logits, what, share)
+    measured = saved_check.compare(run, reloaded, what)
     return Exported(
         whole=False,
         model_type=plain.config.model_type,
@@ -244,9 +244,9 @@ def base_options(run: Saved) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": str(pretrained.dtype_of(run.run)).removeprefix("torch.")}
     if model.revision and model.id:
         options["revision"] = model.revision
-    there, own = pretrained.load_config(model), finished_run.original_config(run.run)
+    config, own = pretrained.load_config(model), finished_run.original_config(run.run)
     for name in pretrained.ACTIVATION_FIELDS:
-        if (had := getattr(there, name, None)) != getattr(own, name, None):
+        if (had := getattr(config, name, None)) != getattr(own, name, None):
             options[name] = had
     if packed := quantize.options(run.run):
         options["quantization_config"] = packed
@@ -290,9 +290,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run_dir", type=Path, help="outputs/EXPERIMENT/RUN_NAME")
     parser.add_argument("out", type=Path, help="the folder to write, new or empty")
     parser.add_argument("--merge", action="store_true", help="a whole model, without PEFT")
-    asked = parser.parse_args(arguments)
-    exported = export(asked.run_dir, asked.out, merge=asked.merge)
-    size = sum(path.stat().st_size for path in asked.out.iterdir())
-    print(f"{asked.out}: {exported.what}, {numbers.mib(size)} MiB, loads with {exported.logits}")
+    args = parser.parse_args(arguments)
+    exported = export(args.run_dir, args.out, merge=args.merge)
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {exported.what}, {numbers.mib(size)} MiB, loads with {exported.logits}")
     print(exported.compared)
     return 0

@@ -101,8 +101,8 @@ def show(documents: Sequence[pd.DataFrame], seeds: Sequence[int]) -> None:
     shown = table.plain(
         ["lambda"], [f"new text ({name})" if name in (NEW, "test") else name for name in names]
     )
-    for scale, of in rows.groupby("scale", sort=False):
-        cells = {row["text"]: curve.told(row) for _, row in of.iterrows()}
+    for scale, group in rows.groupby("scale", sort=False):
+        cells = {row["text"]: curve.told(row) for _, row in group.iterrows()}
         shown.add_row(f"{scale:g}", *(cells[name] for name in names))
     table.show(shown)
     kinds = rows["kinds"].iloc[0]
@@ -142,20 +142,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", help="kinds of weights, as in q,v,mlp_in,embeddings")
     parser.add_argument("--test", action="store_true", help="the test split, too")
     parser.add_argument("--texts", default="", help="of these texts alone, as in validation,test")
-    asked = parser.parse_args(arguments)
-    scales = list(dict.fromkeys(parse_scales(asked.scales)))
+    args = parser.parse_args(arguments)
+    scales = list(dict.fromkeys(parse_scales(args.scales)))
     if not scales:
         raise ConfigError(f"--scales: name at least one, as in {SCALES}")
-    only = [kind for kind in asked.only.split(",") if kind]
-    chosen = [name for name in asked.texts.split(",") if name]
-    seeds = curve.seeds_of(asked.run_dirs)
+    only = [kind for kind in args.only.split(",") if kind]
+    chosen = [name for name in args.texts.split(",") if name]
+    seeds = curve.seeds_of(args.run_dirs)
     tables = []
-    for run_dir in asked.run_dirs:
-        points, documents = interpolate(run_dir, scales, only, test=asked.test, only_texts=chosen)
+    for run_dir in args.run_dirs:
+        points, documents = interpolate(run_dir, scales, only, test=args.test, only_texts=chosen)
         atomic.write_atomically(run_dir / CSV, str(points.to_csv(index=False)))
         atomic.write_atomically(run_dir / PARQUET, partial(documents.to_parquet, index=False))
         tables.append(documents)
     show(tables, seeds)
-    for run_dir in asked.run_dirs:
+    for run_dir in args.run_dirs:
         print(f"saved in {run_dir}: {CSV}, {PARQUET}")
     return 0

@@ -233,11 +233,11 @@ def notes(run: Saved, exported: Exported) -> list[str]:
     if exported.whole and not exported.tied:
         sentences.append("The head has a weight of its own, apart from the embedding's.")
     if model.frozen_dtype == "bf16" and method.name != "full":
-        held = "held in bf16 while it was frozen"
+        note = "held in bf16 while it was frozen"
         sentences.append(
-            f"The base was {held}: its rounded values are kept here, in fp32."
+            f"The base was {note}: its rounded values are kept here, in fp32."
             if exported.whole
-            else f"The base was {held}, hence the dtype above."
+            else f"The base was {note}, hence the dtype above."
         )
     for name, (had, own) in exported.config_notes.items():
         if name in ACTIVATION_FIELDS:

@@ -148,10 +148,10 @@ def side_by_side(run: Saved, decoding: Decoding, prompts: Iterator[str], console
             )
         above: list[Any] = [_text(prompt, "bold")]
         if dropped:
-            said = (
+            message = (
                 f"{dropped} of {dropped + len(ids)} tokens of the prompt are left out at its start"
             )
-            above.append(Text(said, "yellow"))
+            above.append(Text(message, "yellow"))
         console.print(Group(*above, table))
     console.print(f"{decoding.label}, at most {decoding.max_new_tokens} new tokens", style="dim")
 
@@ -188,17 +188,17 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def decoding_of(asked: argparse.Namespace) -> Decoding:
+def decoding_of(args: argparse.Namespace) -> Decoding:
     """What the command line asks for.
 
     Raises:
         ConfigError: a number out of range.
     """
-    temperature = 0.8 if asked.temperature is None else asked.temperature
+    temperature = 0.8 if args.temperature is None else args.temperature
     for name, value, least in (
-        ("--max-new-tokens", asked.max_new_tokens, 1),
-        ("--num-beams", asked.num_beams, 1),
-        ("--seed", asked.seed, 0),
+        ("--max-new-tokens", args.max_new_tokens, 1),
+        ("--num-beams", args.num_beams, 1),
+        ("--seed", args.seed, 0),
     ):
         if value < least:
             raise ConfigError(f"{name}={value}: expected {least} or more")
@@ -207,20 +207,20 @@ def decoding_of(asked: argparse.Namespace) -> Decoding:
             f"--temperature={temperature}: expected a number above 0; --greedy takes the most "
             "likely token"
         )
-    sampled = not asked.greedy and asked.num_beams == 1
+    sampled = not args.greedy and args.num_beams == 1
     return Decoding(
-        asked.max_new_tokens, temperature if sampled else None, asked.num_beams, asked.seed
+        args.max_new_tokens, temperature if sampled else None, args.num_beams, args.seed
     )
 
 
 @quiet_command
 def main(argv: list[str]) -> int:
     """The command line; returns its exit status."""
-    asked = arguments_of(argv)
+    args = arguments_of(argv)
     console = Console()
     console = Console(width=max(console.width, 80))
-    decoding = decoding_of(asked)
-    run = finished_run.load(asked.run_dir)
-    prompts = iter(asked.prompt) if asked.prompt else lines(sys.stdin)
+    decoding = decoding_of(args)
+    run = finished_run.load(args.run_dir)
+    prompts = iter(args.prompt) if args.prompt else lines(sys.stdin)
     side_by_side(run, decoding, prompts, console)
     return 0

@@ -81,8 +81,8 @@ def read(arguments: Sequence[str]) -> argparse.Namespace:
         )
     if given.resolve and not given.cfg:
         raise ConfigError("--resolve goes with --cfg: --cfg job --resolve")
-    asked = [given.run, bool(given.cfg), given.multirun, given.shell_completion, bool(given.info)]
-    if sum(asked) > 1:
+    modes = [given.run, bool(given.cfg), given.multirun, given.shell_completion, bool(given.info)]
+    if sum(modes) > 1:
         raise ConfigError("of --run, --multirun, --cfg, --info and --shell-completion give one")
     return given
 

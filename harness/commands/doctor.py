@@ -112,10 +112,10 @@ def packages(advice: list[str]) -> Iterator[tuple[str, str]]:
 def _has_extra(extra: str) -> bool:
     """Whether every package of an extra of pyproject.toml is installed."""
     try:
-        asked = [Requirement(text) for text in requires("peft-harness") or []]
+        requirements = [Requirement(text) for text in requires("peft-harness") or []]
     except PackageNotFoundError:  # a checkout that was not installed
         return False
-    wanted = [r for r in asked if r.marker and r.marker.evaluate({"extra": extra})]
+    wanted = [r for r in requirements if r.marker and r.marker.evaluate({"extra": extra})]
     for requirement in wanted:
         try:
             version(requirement.name)

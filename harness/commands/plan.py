@@ -106,12 +106,12 @@ def main(arguments: list[str]) -> int:
         from harness.runs.evaluation_batches import largest_batch
         from harness.runs.flops import gemm_rate
 
-    for asked in tracked(runs, "planning"):
-        run, model_config, accelerator = setting(asked)
+    for composed in tracked(runs, "planning"):
+        run, model_config, accelerator = setting(composed)
         precision = environment.precision_of(run)
-        texts = repr((asked.model, asked.data, asked.evaluate))
+        texts = repr((composed.model, composed.data, composed.evaluate))
         if texts not in batches:
-            batches[texts] = largest_batch(asked, model_config)
+            batches[texts] = largest_batch(composed, model_config)
         prediction = predict(run, model_config, accelerator, batches[texts])
         shape = (
             run.train.micro_batch * run.data.context_length,
@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> int:
         if prediction is not None:
             of_step = prediction.train_flops_per_token * run.train.batch_tokens / rates[shape]
             step_seconds = max(step_seconds, of_step)
-        rows.append(_row(naming.run_name(asked), run, prediction, rates[shape], limit))
+        rows.append(_row(naming.run_name(composed), run, prediction, rates[shape], limit))
     show_table(_table(rows))
     if limit is not None:
         kept = "every run fits into" if fits else "the marked runs do not fit into"

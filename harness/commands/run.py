@@ -47,9 +47,9 @@ def _main(overrides: list[str], listens: bool) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind
         if listens:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        asked = arguments.read(overrides)
-        if asked.help:
-            print(arguments.help_text(asked.overrides))
+        args = arguments.read(overrides)
+        if args.help:
+            print(arguments.help_text(args.overrides))
             return 0
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(
             hydra_task.task
@@ -60,7 +60,7 @@ def _main(overrides: list[str], listens: bool) -> int:
     except ValueError as error:
         if "Config group override" not in str(error):  # Hydra's own answer to method=null
             raise
-        print(f"error: {mistakes.of_groups(asked.overrides)}", file=sys.stderr)
+        print(f"error: {mistakes.of_groups(args.overrides)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         raise
@@ -77,12 +77,12 @@ def _main(overrides: list[str], listens: bool) -> int:
     if launcher.rank():
         return status
     # A run by itself that failed has nothing for a table.
-    there = [o.run_dir for o in outcomes if o.status not in ("refused", "busy")]
-    if there and (several or any(o.status in ("finished", "skipped") for o in outcomes)):
+    run_dirs = [o.run_dir for o in outcomes if o.status not in ("refused", "busy")]
+    if run_dirs and (several or any(o.status in ("finished", "skipped") for o in outcomes)):
         from harness.report import summary  # which needs pandas and scipy: not before the runs
 
-        for folder in dict.fromkeys(run_dir.parent for run_dir in there):  # an experiment each
-            summary.show(folder, [run_dir for run_dir in there if run_dir.parent == folder])
+        for folder in dict.fromkeys(run_dir.parent for run_dir in run_dirs):  # an experiment each
+            summary.show(folder, [run_dir for run_dir in run_dirs if run_dir.parent == folder])
     for outcome in outcomes:  # the table has told of what failed in a sweep
         wrong = outcome.status == "refused" or outcome.failure_class == "config"
         if wrong or (outcome.exit_code and not several):

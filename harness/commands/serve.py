@@ -55,12 +55,12 @@ class Server(ThreadingHTTPServer):
                 self._until = time.monotonic() + SECONDS
             return self._page
 
-    def file(self, asked: str) -> Path | None:
+    def file(self, url_path: str) -> Path | None:
         """The file that a URL's path names, or None where it may not have one.
 
         It lies below `root`, links followed, is of one of KINDS, and no part of its path is hidden.
         """
-        parts = [part for part in unquote(asked).split("/") if part]
+        parts = [part for part in unquote(url_path).split("/") if part]
         if any(part.startswith(".") or "\\" in part or "\0" in part for part in parts):
             return None
         try:
@@ -126,9 +126,9 @@ def main(arguments: list[str]) -> int:
         return 0
     port, rest = str(PORT), list(arguments)
     if "--port" in rest:
-        at = rest.index("--port")
-        port = rest[at + 1] if at + 1 < len(rest) else ""
-        del rest[at : at + 2]
+        position = rest.index("--port")
+        port = rest[position + 1] if position + 1 < len(rest) else ""
+        del rest[position : position + 2]
     if len(rest) != 1 or rest[0].startswith("-"):
         print("usage: harness serve OUTPUTS [--port N]", file=sys.stderr)
         return 2
@@ -137,8 +137,8 @@ def main(arguments: list[str]) -> int:
         return 2
     root = Path(rest[0]).expanduser()
     if not root.is_dir():
-        there = [p.name for p in root.parent.glob("[!.]*") if p.is_dir()]
-        print(f"error: no folder {root}; {nearest(root.name, there)}", file=sys.stderr)
+        folders = [p.name for p in root.parent.glob("[!.]*") if p.is_dir()]
+        print(f"error: no folder {root}; {nearest(root.name, folders)}", file=sys.stderr)
         return 2
     try:
         server = Server(root, int(port))

@@ -192,13 +192,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", action="append", choices=MODELS, help="a model; may be repeated")
     parser.add_argument("--raw", metavar="FILE", help="raw test set, a .txt file")
     parser.add_argument("--tokenised", metavar="FILE", help="test set with <unk>, a .txt file")
-    asked = parser.parse_args(arguments)
-    files = {RAW: asked.raw, TOKENISED: asked.tokenised}
+    args = parser.parse_args(arguments)
+    files = {RAW: args.raw, TOKENISED: args.tokenised}
     for row in PUBLISHED:
         run_of(row, files[row.text])
     network.go_offline_if_unreachable()
     measured: list[Measured] = []
-    models = list(dict.fromkeys(asked.only or MODELS))
+    models = list(dict.fromkeys(args.only or MODELS))
     missing = {model: hub_id for model in models if (hub_id := without_weights(model))}
     reason = (
         f"no weights of {', '.join(missing.values())} in the local hub cache, and the hub is out "

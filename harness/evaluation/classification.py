@@ -108,15 +108,15 @@ def read(
         ConfigError: a prompt with a label is longer than `data.context_length`; with
             evaluate.classify=always, fewer than two labels.
     """
-    cfg, asked = run.data, run.evaluate.classify
-    if asked == "never" or cfg.source != "pairs":
+    cfg, classify = run.data, run.evaluate.classify
+    if classify == "never" or cfg.source != "pairs":
         return None
     held_out = ("validation", "test") if run.evaluate.test else ("validation",)
     by_split = pairs.read(replace(cfg, train_share=1.0), ("train", *held_out))
     count = _count(by_split["train"])
     labels = sorted(count.keys() | _count(by_split["validation"]).keys())
     few = 2 <= len(labels) <= MOST_LABELS and count.total() >= TIMES_EACH * len(labels)
-    if asked == "auto" and not few:
+    if classify == "auto" and not few:
         return None
     if len(labels) < 2:
         raise ConfigError(
@@ -124,7 +124,11 @@ def read(
             "there is nothing to choose from: set it to auto"
         )
     prompts = {
-        split: [one for one in by_split[split] if evaluated is None or one.id in evaluated[split]]
+        split: [
+            example
+            for example in by_split[split]
+            if evaluated is None or example.id in evaluated[split]
+        ]
         for split in held_out
     }
     every_label = {
@@ -147,24 +151,24 @@ def _count(todo: Sequence[Pair]) -> Counter[str]:
 
 
 def _warnings(labels: list[str], prompts: dict[str, list[Pair]]) -> list[str]:
-    said = []
+    warnings = []
     alike: dict[str, list[str]] = {}
     for label in labels:
         alike.setdefault(" ".join(label.casefold().split()), []).append(label)
     for same in alike.values():
         if len(same) > 1:
-            said.append(
+            warnings.append(
                 f"the labels {', '.join(map(repr, same))} differ in case or blanks alone, and count"
                 " as different answers"
             )
     for split, todo in prompts.items():
         unseen = sorted(_count(todo).keys() - set(labels))
         if unseen:
-            said.append(
+            warnings.append(
                 f"the {split} split has {len(unseen)} completion(s) that training and validation "
                 f"have not, as {unseen[0]!r}: no answer to such a prompt counts as right"
             )
-    return said
+    return warnings
 
 
 def scored(todo: Sequence[Pair], labels: Sequence[str], nats: NDArray[np.float64]) -> pd.DataFrame:

@@ -30,17 +30,17 @@ BASE = "base"  # of the models, to which the others are compared
 COVERED = 0.95  # of an interval of the median
 
 
-def check(model: Any, asked: LatencyConfig, room: int | None) -> None:
+def check(model: Any, cfg: LatencyConfig, room: int | None) -> None:
     """Refuse what cannot be measured, before training; `room` is the model's positions for tokens.
 
     Raises:
         ConfigError: prompt and new tokens do not fit, or the model cannot generate.
     """
-    most = asked.prompt_tokens + asked.new_tokens
-    if room is not None and most > room:
+    num_tokens = cfg.prompt_tokens + cfg.new_tokens
+    if room is not None and num_tokens > room:
         raise ConfigError(
-            f"evaluate.latency: prompt_tokens={asked.prompt_tokens} and new_tokens="
-            f"{asked.new_tokens} are {most} tokens, and the model has {room} positions: take "
+            f"evaluate.latency: prompt_tokens={cfg.prompt_tokens} and new_tokens="
+            f"{cfg.new_tokens} are {num_tokens} tokens, and the model has {room} positions: take "
             f"{room} or fewer together"
         )
     was_training = model.training
@@ -58,7 +58,7 @@ def check(model: Any, asked: LatencyConfig, room: int | None) -> None:
         model.train(was_training)
 
 
-def measure(models: Mapping[str, nn.Module], asked: LatencyConfig, bf16: bool) -> dict[str, Any]:
+def measure(models: Mapping[str, nn.Module], cfg: LatencyConfig, bf16: bool) -> dict[str, Any]:
     """Tokens a second of `models` by name, BASE among them, and seconds times those of BASE.
 
     `bf16` computes under autocast, as training and evaluation did.
@@ -67,24 +67,24 @@ def measure(models: Mapping[str, nn.Module], asked: LatencyConfig, bf16: bool) -
     speeds: dict[str, Any] = {"generate": {}, "score": {}}
     scorers = {name: NextToken(model.eval()) for name, model in models.items()}
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for size in asked.batch_sizes:
-            ids = _prompts(models[BASE], size, asked.prompt_tokens, _invocation(models.values()))
+        for size in cfg.batch_sizes:
+            ids = _prompts(models[BASE], size, cfg.prompt_tokens, _invocation(models.values()))
 
             def generating(model: nn.Module, ids: torch.Tensor = ids) -> Callable[[], Any]:
-                return lambda: generated(model, ids, asked.new_tokens)
+                return lambda: generated(model, ids, cfg.new_tokens)
 
             def scoring(scorer: nn.Module, ids: torch.Tensor = ids) -> Callable[[], Any]:
                 return lambda: scorer(ids, ids).nats.sum().item()
 
             by = {name: generating(model) for name, model in models.items()}
             cached = {name: _keeps_cache(models[name], by[name]) for name in by}
-            timed = _compared(_in_turn(by, asked.repeats, device), size * asked.new_tokens)
+            timed = _compared(_in_turn(by, cfg.repeats, device), size * cfg.new_tokens)
             speeds["generate"][f"batch_{size}"] = {
                 name: timed[name] | {"kv_cache": cached[name]} for name in by
             }
             by = {name: scoring(scorer) for name, scorer in scorers.items()}
             speeds["score"][f"batch_{size}"] = _compared(
-                _in_turn(by, asked.repeats, device), size * asked.prompt_tokens
+                _in_turn(by, cfg.repeats, device), size * cfg.prompt_tokens
             )
     return speeds
 
@@ -141,7 +141,7 @@ def _keeps_cache(model: nn.Module, generate: Callable[[], Any]) -> bool:
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        widths.append(next(one.shape[1] for one in given if one is not None))
+        widths.append(next(tensor.shape[1] for tensor in given if tensor is not None))
 
     handle = _bare(model).register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -183,7 +183,7 @@ def _compared(seconds: Mapping[str, list[float]], num_tokens: int) -> dict[str, 
     """Of every model its seconds, tokens a second at their median, and times those of BASE."""
     compared = {}
     for name, values in seconds.items():
-        ratios = [one / base for one, base in zip(values, seconds[BASE], strict=True)]
+        ratios = [value / base for value, base in zip(values, seconds[BASE], strict=True)]
         low, high = median_interval(ratios) if name != BASE else (None, None)
         compared[name] = {
             "seconds": values,

@@ -36,7 +36,7 @@ class Prefix:
         return {"name": self.name, "id": self.id}
 
 
-def find(tokenizer: PreTrainedTokenizerBase, asked: str = "auto") -> Prefix:
+def find(tokenizer: PreTrainedTokenizerBase, choice: str = "auto") -> Prefix:
     """The prefix by `evaluate.prefix`.
 
     Raises:
@@ -44,11 +44,11 @@ def find(tokenizer: PreTrainedTokenizerBase, asked: str = "auto") -> Prefix:
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert isinstance(eos, int)
-    if asked == "none":
+    if choice == "none":
         return Prefix("none", None)
-    if asked == "auto":
-        asked = "bos" if puts_bos(tokenizer) else "eos"
-    if asked == "eos":
+    if choice == "auto":
+        choice = "bos" if puts_bos(tokenizer) else "eos"
+    if choice == "eos":
         return Prefix("eos", eos)
     if not isinstance(bos, int):
         raise ConfigError(

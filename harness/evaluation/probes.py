@@ -85,18 +85,18 @@ class Reaction:
 
 
 def check_causal(
-    predicts: NextToken, name: str, config: PretrainedConfig, most: int | None
+    predicts: NextToken, name: str, config: PretrainedConfig, positions: int | None
 ) -> bool:
     """Whether the nats of a prefix are known not to depend on what follows it.
 
     Tried with CAUSAL_LENGTH tokens, or as many as there is room for; longer texts are not tried.
-    `most` is the positions that the model has for tokens, if it has a limit. False where it cannot
-    be told: the model reacts to no context (weights of zero), or less than its precision shows.
+    `positions` is how many the model has for tokens, if it has a limit. False where it cannot be
+    told: the model reacts to no context (weights of zero), or less than its precision shows.
 
     Raises:
         ConfigError: they depend on it.
     """
-    length = min(CAUSAL_LENGTH, most or CAUSAL_LENGTH)
+    length = min(CAUSAL_LENGTH, positions or CAUSAL_LENGTH)
     leaks = _leaks(predicts, length) if length >= 3 else None
     parameters = sum(p.numel() for p in predicts.parameters())
     if leaks is None and length >= 3 and parameters <= COPIED:
@@ -239,21 +239,21 @@ def reaction(predicts: NextToken, ids: torch.Tensor, nats: torch.Tensor) -> Reac
     return Reaction(_rms((nats - changed)[:, rest]), _rounding(predicts) * _rms(nats))
 
 
-def start_nats(predicts: NextToken, most: int | None) -> tuple[torch.Tensor, Reaction]:
+def start_nats(predicts: NextToken, positions: int | None) -> tuple[torch.Tensor, Reaction]:
     """The nats of the probe's tokens, on the CPU, and the model's reaction to context."""
-    ids = _tokens(predicts, min(LENGTH, most or LENGTH))
+    ids = _tokens(predicts, min(LENGTH, positions or LENGTH))
     nats = _nats(predicts, ids)
     return nats.cpu(), reaction(predicts, ids, nats)
 
 
 def _not_told(name: str) -> bool:
-    said = (
+    message = (
         f"model={name}: whether it sees what it is to predict could not be told, since what it "
         "predicts hardly depends on the tokens before; its perplexity is to be trusted only if "
         "its attention is causal"
     )
-    log.warning(said)
-    print(f"warning: {said}", file=sys.stderr)
+    log.warning(message)
+    print(f"warning: {message}", file=sys.stderr)
     return False
 
 

@@ -51,14 +51,14 @@ def together(accelerator: Accelerator | None, *, divided: bool = False) -> Itera
     except Exception as error:  # whatever it is, the others must hear of it
         own = error
     failures: list[str | None] = [None] * accelerator.num_processes
-    told = f"{type(own).__name__}: {own}" if own else None
+    text = f"{type(own).__name__}: {own}" if own else None
     if own and out_of_memory(own):
-        told = f"out of memory: {told}"
+        text = f"out of memory: {text}"
     try:
-        distributed.all_gather_object(failures, told, group=_group(DIVIDED if divided else WHOLE))
+        distributed.all_gather_object(failures, text, group=_group(DIVIDED if divided else WHOLE))
     except RuntimeError as error:
         if own:
-            raise RanksApartError(f"one rank alone failed ({told})") from own
+            raise RanksApartError(f"one rank alone failed ({text})") from own
         raise error
     if own:
         raise own

@@ -160,14 +160,14 @@ def nist(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> 
     num_words = 0
     reference_length = 0.0
     for candidate, texts in zip(candidates, references, strict=True):
-        most: Counter[tuple[str, ...]] = Counter()
+        reference_counts: Counter[tuple[str, ...]] = Counter()
         for text in texts:
             ngrams = _ngrams(text)
             counts.update(ngrams)
-            most |= ngrams
+            reference_counts |= ngrams
             num_words += len(text)
         reference_length += sum(map(len, texts)) / len(texts)
-        matched.append(_ngrams(candidate) & most)
+        matched.append(_ngrams(candidate) & reference_counts)
     counts[()] = num_words
     information = [0.0] * NIST_ORDER
     for hits in matched:
@@ -345,10 +345,10 @@ def _watched(process: subprocess.Popen[str]) -> Iterator[None]:
         timer.cancel()
 
 
-def _why(status: int | None, said: str) -> str:
+def _why(status: int | None, output: str) -> str:
     if status == -9:
         return f"java was killed: no answer for {JAVA_SECONDS:g} s, or the machine's memory is full"
-    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
     errors = (line for line in lines if "Error" in line or "Exception" in line)
     return f"java ended with status {status}: {next(errors, lines[-1])}"
 

@@ -78,17 +78,17 @@ def as_asked(model: M, run: RunConfig) -> M:
     Raises:
         ConfigError: true for a model without `Conv1D`, or false with a method that needs it.
     """
-    asked, there = run.model.linear, [name for name, _ in _of_type(model, Conv1D)]
-    if asked is True and not there:
+    setting, names = run.model.linear, [name for name, _ in _of_type(model, Conv1D)]
+    if setting is True and not names:
         raise ConfigError(
             f"model.linear=true: {type(model).__name__} has no Conv1D to turn, its matrices are "
             "nn.Linear already; leave it at auto"
         )
     why = peft_fields.needs_linear(run.method)
-    needed = bool(why) and bool(list(_targeted(there, run, _type_of(model))))
-    if asked is False and needed:
+    needed = bool(why) and bool(list(_targeted(names, run, _type_of(model))))
+    if setting is False and needed:
         raise ConfigError(f"model.linear=false: {why}; {peft_fields.TURN}")
-    wanted = asked is True or (asked == "auto" and needed)
+    wanted = setting is True or (setting == "auto" and needed)
     return turn(model) if wanted else model
 
 
@@ -108,12 +108,12 @@ def needs_turned_base(model: nn.Module) -> bool:
     return holds or bool(peft_fields.why_linear(kind, init, kasa))
 
 
-def _targeted(there: list[str], run: RunConfig, model_type: str) -> Iterator[str]:
-    """Of the `Conv1D` modules `there` those that the run's targets name, as far as can be told."""
+def _targeted(names: list[str], run: RunConfig, model_type: str) -> Iterator[str]:
+    """Of the `Conv1D` modules `names` those that the run's targets name, as far as can be told."""
     named: Any = getattr(run.method, "fields", {}).get("target_modules")
     if named is None:
         named = matrix_roles.modules_of(run.targets, model_type)
-    for name in there:
+    for name in names:
         whole = name
         for part in UNFUSED_TARGETS.values():  # which c_attn stands for
             whole = whole.removesuffix(part.removeprefix("attn.c_attn")) if part in name else whole

@@ -165,10 +165,10 @@ def module_nll(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, e: 
     for start in range(0, len(targets), size):
         part = slice(start, start + size)
         if torch.is_grad_enabled():
-            one, nats[part] = checkpoint(
+            chunk_objective, nats[part] = checkpoint(
                 chunk_nll, hidden[part], targets[part], use_reentrant=False
             )
         else:
-            one, nats[part] = chunk_nll(hidden[part], targets[part])
-        objective = objective + one
+            chunk_objective, nats[part] = chunk_nll(hidden[part], targets[part])
+        objective = objective + chunk_objective
     return Nll(objective, nats)

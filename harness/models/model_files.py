@@ -58,12 +58,14 @@ def from_source(read: Callable[..., Any], cfg: ModelConfig, source: str, **optio
                 f"model={cfg.name}: {source!r} brings code of its own, which is run only where it "
                 f"is asked for by name: model.remote_code={source}"
             ) from error
-        at = f" at revision {cfg.revision}" if revision else ""
-        there = ", ".join(network.revisions(source)) if revision else ""
-        other = f"Of it the local hub cache has revision {there}: model.revision=…. " * bool(there)
+        where = f" at revision {cfg.revision}" if revision else ""
+        cached = ", ".join(network.revisions(source)) if revision else ""
+        other = f"Of it the local hub cache has revision {cached}: model.revision=…. " * bool(
+            cached
+        )
         shipped = ", ".join(p.name for p in sorted(ASSETS_DIR.iterdir()) if p.is_dir())
         raise ConfigError(
-            f"model={cfg.name}: {source!r}{at} could not be loaded ({reason}). {other}"
+            f"model={cfg.name}: {source!r}{where} could not be loaded ({reason}). {other}"
             f"Models that ship with the harness: {shipped}. In the local hub cache: "
             f"{', '.join(network.cached('models')) or 'none'}. Or give a folder: model.path=…"
         ) from error
@@ -78,7 +80,7 @@ def _refuse_code_of_others(source: str, revision: dict[str, Any]) -> None:
         ]
     except (OSError, ValueError):
         return  # no such model, which loading says better
-    for auto_map in (one.get("auto_map") or {} for one in configs):
+    for auto_map in (config.get("auto_map") or {} for config in configs):
         if others := set(re.findall(r"([\w./-]+)--", str(auto_map))) - {source}:
             raise ConfigError(
                 f"model.remote_code={source}: its code is that of {', '.join(sorted(others))}, "

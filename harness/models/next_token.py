@@ -232,8 +232,8 @@ class _Probe(_StandIn):
     """A head whose output no function of logits leaves alone but the identity."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        made = torch.linspace(-100, 100, hidden.numel(), device=hidden.device)
-        self.__dict__["made"] = made.view(hidden.shape).to(hidden.dtype)
+        values = torch.linspace(-100, 100, hidden.numel(), device=hidden.device)
+        self.__dict__["made"] = values.view(hidden.shape).to(hidden.dtype)
         return self.__dict__["made"]
 
 

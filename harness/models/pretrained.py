@@ -55,10 +55,10 @@ def load_config(cfg: ModelConfig) -> PretrainedConfig:
             "conf/README.md shows under Models, and give the folder: model=local model.path=…"
         )
     _check_packed(cfg, config)
-    if cfg.quantize != "none" and (there := packed.packing_of(config)):
+    if cfg.quantize != "none" and (packing := packed.packing_of(config)):
         raise ConfigError(
             f"model.quantize={cfg.quantize}: the weights of model={cfg.name} are quantised already "
-            f"({there}): set model.quantize=none, or give a folder of weights that are not"
+            f"({packing}): set model.quantize=none, or give a folder of weights that are not"
         )
     for name in dropout_fields(config):
         setattr(config, name, cfg.dropout)

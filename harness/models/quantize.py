@@ -43,19 +43,19 @@ def options(run: RunConfig) -> dict[str, Any]:
 
 def scheme(run: RunConfig) -> BitsAndBytesConfig | None:
     """The same as transformers has it, or None."""
-    if not (asked := options(run)):
+    if not (settings := options(run)):
         return None
     # It says at every product of 8 bits that it rounds the inputs.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(**asked)
+    return BitsAndBytesConfig(**settings)
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
     """What products with weights of 4 bits are computed in: by default the run's precision."""
-    asked = run.train.precision if run.model.compute_dtype == "auto" else run.model.compute_dtype
-    if asked == "auto":
-        asked = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return torch.bfloat16 if asked == "bf16" else torch.float32
+    dtype = run.train.precision if run.model.compute_dtype == "auto" else run.model.compute_dtype
+    if dtype == "auto":
+        dtype = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedModel:
@@ -93,9 +93,9 @@ def quantize(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedMo
         if matrix.weight.is_meta:
             new.weight = _shapes_alone(new, matrix.weight)
         else:
-            held = {key: value for key, value in vars(new.weight).items() if key != "data"}
+            extra = {key: value for key, value in vars(new.weight).items() if key != "data"}
             plain = matrix.weight.detach().contiguous()  # a view, where `linear` has turned it
-            new.weight = type(new.weight)(plain, **(held | {"requires_grad": False})).to(_device())
+            new.weight = type(new.weight)(plain, **(extra | {"requires_grad": False})).to(_device())
         new.bias = matrix.bias
         model.set_submodule(name, new.train(matrix.training))
     model.requires_grad_(False)
@@ -179,7 +179,7 @@ def _shapes_alone(new: Any, weight: torch.Tensor) -> nn.Parameter:
     """
     import bitsandbytes as bnb
 
-    held = new.weight
+    parameter = new.weight
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -193,10 +193,10 @@ def _shapes_alone(new: Any, weight: torch.Tensor) -> nn.Parameter:
         shape=weight.shape,
         code=empty(16),
         blocksize=BLOCK,
-        quant_type=held.quant_type,
+        quant_type=parameter.quant_type,
         dtype=weight.dtype,
     )
-    if held.compress_statistics:
+    if parameter.compress_statistics:
         state.absmax, state.offset, state.nested = empty(blocks, dtype=torch.uint8), empty(), True
         state.state2 = bnb.functional.QuantState(
             absmax=empty(-(-blocks // OF_SCALES)),
@@ -209,8 +209,8 @@ def _shapes_alone(new: Any, weight: torch.Tensor) -> nn.Parameter:
         empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8),
         requires_grad=False,
         quant_state=state,
-        compress_statistics=held.compress_statistics,
-        quant_type=held.quant_type,
+        compress_statistics=parameter.compress_statistics,
+        quant_type=parameter.quant_type,
         bnb_quantized=True,
         module=new,
     )

@@ -37,7 +37,7 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
         names, _ = cast(Any, tensor).__tensor_flatten__()
         inner = [getattr(tensor, name) for name in names]
-        return [plain for one in inner for plain in (parts(one) or [one])]
+        return [plain for part in inner for plain in (parts(part) or [part])]
     if not isinstance(tensor, nn.Parameter):
         return []
     beside = list(_beside(tensor))
@@ -46,31 +46,34 @@ def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def _beside(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
     """The scales and codes of a parameter of bitsandbytes."""
-    held = vars(parameter)
-    for state in (held.get("quant_state"), getattr(held.get("quant_state"), "state2", None)):
+    attributes = vars(parameter)
+    for state in (
+        attributes.get("quant_state"),
+        getattr(attributes.get("quant_state"), "state2", None),
+    ):
         for name in ("absmax", "code", "offset"):
             if isinstance(value := getattr(state, name, None), torch.Tensor):
                 yield value
     for name in ("CB", "SCB"):
-        if isinstance(value := held.get(name), torch.Tensor):
+        if isinstance(value := attributes.get(name), torch.Tensor):
             yield value
 
 
-def as_packed(plain: nn.Parameter, packed: Any, made: Callable[[torch.Tensor], Any]) -> Any:
-    """Give `plain` what lies beside `packed`, a parameter of bitsandbytes, as `made` makes it.
+def as_packed(plain: nn.Parameter, packed: Any, make: Callable[[torch.Tensor], Any]) -> Any:
+    """Give `plain` what lies beside `packed`, a parameter of bitsandbytes, as `make` makes it.
 
     Layers ask their parameter for its scales, whatever its class is. Of others nothing changes.
     """
     for name, value in vars(packed).items():
         if name in ("CB", "SCB") and isinstance(value, torch.Tensor):
-            setattr(plain, name, made(value) if name == "SCB" else plain.data)
+            setattr(plain, name, make(value) if name == "SCB" else plain.data)
         if name == "quant_state" and value is not None:
             state = copy.copy(value)
             state.state2 = copy.copy(value.state2)
-            for one in filter(None, (state, state.state2)):
+            for quant_state in filter(None, (state, state.state2)):
                 for part in ("absmax", "code", "offset"):
-                    if isinstance(tensor := getattr(one, part, None), torch.Tensor):
-                        setattr(one, part, made(tensor))
+                    if isinstance(tensor := getattr(quant_state, part, None), torch.Tensor):
+                        setattr(quant_state, part, make(tensor))
             plain.quant_state = state  # type: ignore[attr-defined]  # as on bitsandbytes' own
     return plain
 
@@ -78,8 +81,8 @@ def as_packed(plain: nn.Parameter, packed: Any, made: Callable[[torch.Tensor], A
 def held_by_modules(model: nn.Module) -> list[torch.Tensor]:
     """The scales of 8-bit weights, which a layer takes from its parameter at its first product."""
     states = (getattr(module, "state", None) for module in model.modules())
-    held = (getattr(state, name, None) for state in states for name in ("CB", "SCB"))
-    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+    scales = (getattr(state, name, None) for state in states for name in ("CB", "SCB"))
+    return [tensor for tensor in scales if isinstance(tensor, torch.Tensor)]
 
 
 def keep_differentiable(model: nn.Module) -> None:

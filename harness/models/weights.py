@@ -98,8 +98,8 @@ def load(
         sorted(info["missing_keys"]),
         sorted(k for k in info["unexpected_keys"] if not CAUSAL_MASK.search(k)),
         sorted(
-            f"{name} {_shape(there)}, the model has {_shape(own)}"
-            for name, there, own in info["mismatched_keys"]
+            f"{name} {_shape(stored)}, the model has {_shape(own)}"
+            for name, stored, own in info["mismatched_keys"]
         ),
     )
     if strict and misfits:
@@ -120,19 +120,19 @@ def load_adapter(base: nn.Module, folder: Path) -> PeftModel:
     refuse_pointers(folder.glob("adapter_model.*"))
     try:
         model = PeftModel.from_pretrained(base, str(folder))
-        there = load_peft_weights(str(folder), device="cpu")
+        stored = load_peft_weights(str(folder), device="cpu")
     except (*UNREADABLE, ValueError, OSError, KeyError) as error:
         if _is_of_memory(error):
             raise
         raise ConfigError(f"the adapter in {folder} cannot be loaded ({_line(error)})") from error
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     misfits = Misfits(
-        sorted(own.keys() - there.keys()),
-        sorted(there.keys() - own.keys()),
+        sorted(own.keys() - stored.keys()),
+        sorted(stored.keys() - own.keys()),
         sorted(
-            f"{name} {_shape(there[name].shape)}, the adapter has {_shape(own[name].shape)}"
-            for name in own.keys() & there.keys()
-            if own[name].shape != there[name].shape
+            f"{name} {_shape(stored[name].shape)}, the adapter has {_shape(own[name].shape)}"
+            for name in own.keys() & stored.keys()
+            if own[name].shape != stored[name].shape
         ),
     )
     if misfits:

@@ -59,13 +59,13 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def precision(asked: str) -> str:
+def precision(requested: str) -> str:
     """fp32 or bf16; `auto` is bf16 on a GPU that has it, and fp32 on a CPU.
 
     There bf16 pays for wide models only: at width 256 fp32 is as fast.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
 
 

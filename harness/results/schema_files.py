@@ -75,8 +75,8 @@ def _child(node: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _described(key: Key) -> dict[str, Any]:
-    said = "; ".join(filter(None, [key.what, key.unit and f"in {key.unit}"]))
-    schema: dict[str, Any] = {"description": said} if said else {}
+    description = "; ".join(filter(None, [key.what, key.unit and f"in {key.unit}"]))
+    schema: dict[str, Any] = {"description": description} if description else {}
     if key.type != "any":
         schema["type"] = [key.type, "null"] if key.nullable else key.type
     return schema
@@ -110,17 +110,17 @@ def _group(key: Key) -> str:
 
 def types() -> str:
     """Return the source of harness/results/record_types.py: a TypedDict for each mapping."""
-    made: dict[str, tuple[str, str]] = {}  # fields -> name and path: equal mappings are one class
+    known: dict[str, tuple[str, str]] = {}  # fields -> name, path: equal mappings are one class
     for part, name in PART_NAMES.items():
-        _class_of(_tree(expanded(PARTS[part])), name, "", made)
-    _class_of(_tree(every_key()), "Record", "", made)
+        _class_of(_tree(expanded(PARTS[part])), name, "", known)
+    _class_of(_tree(every_key()), "Record", "", known)
     head = (
         '"""Types of result.json, made by `python -m harness.results.schema_files`.\n\n'
         "What a run did not come to is not there. A mapping that also has free names, as `method`\n"
         'has, is read at these by `run_record.get`.\n"""\n\n'
         "from __future__ import annotations\n\nfrom typing import Any, TypedDict\n"
     )
-    classes = (_source(name, path, fields) for fields, (name, path) in made.items())
+    classes = (_source(name, path, fields) for fields, (name, path) in known.items())
     return "\n\n".join([head, *classes])
 
 
@@ -135,28 +135,28 @@ def _tree(keys: Iterable[Key]) -> dict[str, Any]:
     return tree
 
 
-def _annotation(node: dict[str, Any], name: str, path: str, made: Made) -> str:
+def _annotation(node: dict[str, Any], name: str, path: str, known: Made) -> str:
     """The type of a value: of its own where nothing is listed below it."""
     key = node.get("")
     below = {part: inner for part, inner in node.items() if part}
     if below:
-        kind = _class_of(below, name, path, made)
+        kind = _class_of(below, name, path, known)
         return f"{kind} | None" if key is not None and key.nullable else kind
     assert key is not None
     kind = PYTHON_TYPES[key.type]
     return f"{kind} | None" if key.nullable and kind != "Any" else kind
 
 
-def _class_of(tree: dict[str, Any], name: str, path: str, made: Made) -> str:
-    """The type of a mapping; a class is added to `made` unless an equal one is there."""
+def _class_of(tree: dict[str, Any], name: str, path: str, known: Made) -> str:
+    """The type of a mapping; a class is added to `known` unless an equal one is there."""
     if list(tree) == ["*"]:
-        return f"dict[str, {_annotation(tree['*'], name, f'{path}.*', made)}]"
+        return f"dict[str, {_annotation(tree['*'], name, f'{path}.*', known)}]"
     fields = "".join(
-        f"    {part}: {_annotation(node, _name(name, part), f'{path}.{part}'.lstrip('.'), made)}\n"
+        f"    {part}: {_annotation(node, _name(name, part), f'{path}.{part}'.lstrip('.'), known)}\n"
         for part, node in tree.items()
         if part != "*"
     )
-    return made.setdefault(fields, (name, path))[0]
+    return known.setdefault(fields, (name, path))[0]
 
 
 def _name(parent: str, part: str) -> str:

@@ -101,10 +101,10 @@ def from_hydra(
             section |= _shared(shared, section)
             stopping = _early_stopping(section.pop("early_stopping", None) or {})
             groups = _groups(section.pop("groups", None) or [])
-            asked = section | {"early_stopping": stopping, "groups": groups}
+            requested = section | {"early_stopping": stopping, "groups": groups}
             section["steps"] = ending.asked_steps(section, planned=bool(values.get("contents")))
             if section.get("lr") in ("auto", "tuned"):
-                section |= _rate(asked | section, sections)
+                section |= _rate(requested | section, sections)
         further = section.pop("also", None) if key == "evaluate" else None
         mixed = section.pop("parts", None) if key == "data" else None
         completing = section.pop("generate", None) if key == "evaluate" else None
@@ -132,8 +132,8 @@ def from_hydra(
         early_checks.check(run)
         run = replace(run, contents=contents.of(run))
         contents.check_apart(run)
-    if run.train.epochs is not None and asked.get("steps") is None:
-        run = _with_epochs(run, asked, sections)
+    if run.train.epochs is not None and requested.get("steps") is None:
+        run = _with_epochs(run, requested, sections)
     return run
 
 
@@ -165,14 +165,14 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
             return {str(key): value for key, value in plain.items()}
 
 
-def _optimizer(asked: Any) -> tuple[OptimizerConfig, dict[str, Any]]:
+def _optimizer(section: Any) -> tuple[OptimizerConfig, dict[str, Any]]:
     """The optimizer's own fields, and those of TrainConfig that its file of conf/optimizer has."""
-    name = asked.get("name") if isinstance(asked, dict) else asked
-    if name not in OPTIMIZERS or not isinstance(asked, dict):
+    name = section.get("name") if isinstance(section, dict) else section
+    if name not in OPTIMIZERS or not isinstance(section, dict):
         raise ConfigError(f"optimizer={name}: {nearest(str(name), OPTIMIZERS)}")
     schema = OPTIMIZERS[name]
-    shared = {key: value for key, value in asked.items() if key in schema.shared}
-    own = {key: value for key, value in asked.items() if key not in schema.shared}
+    shared = {key: value for key, value in section.items() if key in schema.shared}
+    own = {key: value for key, value in section.items() if key not in schema.shared}
     optimizer = _typed(schema, own, "optimizer")
     assert isinstance(optimizer, OptimizerConfig)
     return optimizer, shared
@@ -182,53 +182,53 @@ def _shared(of_optimizer: dict[str, Any], train: dict[str, Any]) -> dict[str, An
     """What the optimizer's keys say of the values that TrainConfig holds; ConfigError."""
     usual = defaults(TrainConfig)
     for key, value in of_optimizer.items():
-        asked = train.get(key, value)
-        if value != asked and asked != usual[key]:
+        train_value = train.get(key, value)
+        if value != train_value and train_value != usual[key]:
             raise ConfigError(
-                f"optimizer.{key}={value} and train.{key}={asked} are two names of one value: "
-                "give one of them"
+                f"optimizer.{key}={value} and train.{key}={train_value} are two names of one "
+                "value: give one of them"
             )
     return of_optimizer
 
 
-def _early_stopping(asked: Any) -> EarlyStopping:
-    if not isinstance(asked, dict):
+def _early_stopping(fields: Any) -> EarlyStopping:
+    if not isinstance(fields, dict):
         raise ConfigError(
-            f"train.early_stopping={asked}: expected its fields, as in "
+            f"train.early_stopping={fields}: expected its fields, as in "
             "train.early_stopping.patience=3"
         )
-    early_stopping = _typed(EarlyStopping, asked, "train.early_stopping")
+    early_stopping = _typed(EarlyStopping, fields, "train.early_stopping")
     assert isinstance(early_stopping, EarlyStopping)
     return early_stopping
 
 
-def _latency(asked: Any) -> LatencyConfig:
-    if asked is not True and not isinstance(asked, dict):
+def _latency(fields: Any) -> LatencyConfig:
+    if fields is not True and not isinstance(fields, dict):
         raise ConfigError(
-            f"evaluate.latency={asked}: expected true, false, or its fields, as in "
+            f"evaluate.latency={fields}: expected true, false, or its fields, as in "
             "evaluate.latency={repeats: 5}"
         )
-    latency = _typed(LatencyConfig, {} if asked is True else asked, "evaluate.latency")
+    latency = _typed(LatencyConfig, {} if fields is True else fields, "evaluate.latency")
     assert isinstance(latency, LatencyConfig)
     return latency
 
 
-def _groups(asked: Any) -> list[ParameterGroup]:
-    if not isinstance(asked, list) or not all(isinstance(one, dict) for one in asked):
+def _groups(entries: Any) -> list[ParameterGroup]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(
-            f"train.groups={asked}: expected a list of mappings, as in "
+            f"train.groups={entries}: expected a list of mappings, as in "
             "train.groups=[{match: wte, lr_scale: 0.1}]"
         )
-    return [_typed(ParameterGroup, one, f"train.groups[{i}]") for i, one in enumerate(asked)]
+    return [_typed(ParameterGroup, entry, f"train.groups[{i}]") for i, entry in enumerate(entries)]
 
 
-def _with_epochs(run: RunConfig, asked: dict[str, Any], sections: dict[str, Any]) -> RunConfig:
+def _with_epochs(run: RunConfig, requested: dict[str, Any], sections: dict[str, Any]) -> RunConfig:
     """The run with the steps of its epochs, and the rate for so many."""
     from harness.training import epochs  # transformers, which takes seconds to import
 
     fields: dict[str, Any] = {"steps": epochs.steps_of_epochs(run)}
-    if asked.get("lr") in ("auto", "tuned"):
-        fields |= _rate(asked | fields, sections)
+    if requested.get("lr") in ("auto", "tuned"):
+        fields |= _rate(requested | fields, sections)
     return replace(run, train=replace(run.train, **fields))
 
 
@@ -239,7 +239,7 @@ def expanded(path: Any, key: str = "outputs_dir") -> Any:
         ConfigError: no such user or variable, and no such file either.
     """
     if isinstance(path, list):
-        return [expanded(one, key) for one in path]
+        return [expanded(entry, key) for entry in path]
     if not isinstance(path, str) or not ("$" in path or path.startswith("~")):
         return path
     expansion = os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - Path's raises
@@ -286,31 +286,31 @@ def _rate(train: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
     return {"lr": lr, "lr_from": lr_from}
 
 
-def _also(asked: Any, data: DataConfig) -> dict[str, DataConfig]:
+def _also(texts: Any, data: DataConfig) -> dict[str, DataConfig]:
     """The texts of evaluate.also: names of conf/data, or fields by name on top of such a file."""
-    names = [asked] if isinstance(asked, str) else asked
+    names = [texts] if isinstance(texts, str) else texts
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         names = {name: {} for name in names}
     if not isinstance(names, dict) or not all(isinstance(v, dict) for v in names.values()):
         raise ConfigError(
-            f"evaluate.also={asked}: expected names of conf/data, as in [docstrings_held_out], or "
+            f"evaluate.also={texts}: expected names of conf/data, as in [docstrings_held_out], or "
             "{mine: {source: text_files, path: FILE}}"
         )
     own = {"cache_dir": data.cache_dir}
     return {name: _text(name, fields, "evaluate.also", own) for name, fields in names.items()}
 
 
-def _parts(asked: Any, data: DataConfig) -> dict[str, Any]:
+def _parts(entries: Any, data: DataConfig) -> dict[str, Any]:
     """The parts of data=mix, with a weight and all fields of their texts each."""
-    if not isinstance(asked, dict) or not asked:
+    if not isinstance(entries, dict) or not entries:
         raise ConfigError(
-            f"data.parts={asked}: expected weights by name of conf/data, as in "
+            f"data.parts={entries}: expected weights by name of conf/data, as in "
             "data.parts={kjv:0.9,docstrings:0.1}, or {mine: {weight: 0.1, source: text_files, "
             "path: FILE}}"
         )
     weighted_texts = {}
     own = {"cache_dir": data.cache_dir, "context_length": data.context_length}
-    for name, part in asked.items():
+    for name, part in entries.items():
         fields = dict(part) if isinstance(part, dict) else {parts.WEIGHT: part}
         weight = fields.pop(parts.WEIGHT, None)
         text = _text(str(name), fields, "data.parts", own)
@@ -323,10 +323,10 @@ def _text(name: str, fields: dict[str, Any], where: str, own: dict[str, Any]) ->
 
     `own` has what it shares with the text of the run.
     """
-    there = [option for option in options("data") if option not in ("source", "mix")]
-    base = name if name in there else str(fields.get("source", name))
-    if base not in there:
-        raise ConfigError(f"{where}: no data set {base}; {nearest(base, there)}")
+    available = [option for option in options("data") if option not in ("source", "mix")]
+    base = name if name in available else str(fields.get("source", name))
+    if base not in available:
+        raise ConfigError(f"{where}: no data set {base}; {nearest(base, available)}")
     known = [f.name for f in dataclasses.fields(DataConfig)]
     if unknown := [key for key in fields if key not in known]:
         raise ConfigError(f"{where}.{name}.{unknown[0]}: {nearest(unknown[0], known)}")

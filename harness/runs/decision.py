@@ -67,8 +67,9 @@ def decide(previous: Found, request: Request) -> Decision:
         return Decision.SKIP if previous.same else Decision.REFUSE_FINISHED
     if previous.can_resume and not previous.same:
         return Decision.REFUSE_UNFINISHED
-    asked, there = request.pause_at, previous.paused_at if previous.status == "paused" else None
-    if previous.same and asked is not None and there is not None and there >= asked:
+    pause_at = request.pause_at
+    paused_at = previous.paused_at if previous.status == "paused" else None
+    if previous.same and pause_at is not None and paused_at is not None and paused_at >= pause_at:
         return Decision.LEAVE
     by_itself = previous.status == "failed" and previous.failure_class not in RETRYABLE
     if by_itself and previous.same and request.sweep and not request.retry:

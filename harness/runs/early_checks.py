@@ -31,7 +31,7 @@ def check(run: RunConfig) -> None:
     for key, cfg in contents.texts(run):
         if cfg.source in ("text_files", "pairs") and cfg.path:
             kinds = files.OF_PAIRS if cfg.source == "pairs" else files.KINDS
-            own = [file for some in sources.own_files(cfg, kinds).values() for file in some]
+            own = [file for group in sources.own_files(cfg, kinds).values() for file in group]
             stamp = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in own)
             trained: tuple[str, ...] = (
                 documents.SPLITS if run.evaluate.test else documents.SPLITS[:2]
@@ -54,6 +54,6 @@ def _check_text(
         return
     for file in (Path(name) for name, _, _ in stamp):
         if files.kind(file) not in (*files.TEXTS, ".json"):
-            some = islice(records.records(file, None, cfg.encoding), RECORDS)
-            for _ in forms.rows(some, cfg, None) if cfg.source == "pairs" else some:
+            sample = islice(records.records(file, None, cfg.encoding), RECORDS)
+            for _ in forms.rows(sample, cfg, None) if cfg.source == "pairs" else sample:
                 pass

@@ -154,7 +154,7 @@ def _followed(
         with prepared_models_kept(accelerator):
             prepared = accelerator.prepare_model(bare, device_placement=False, evaluation_mode=True)
         optimizer = None
-        held: list[torch.Tensor] = []
+        averages: list[torch.Tensor] = []
         trainable = [p for p in model.parameters() if p.requires_grad]
         if run.train.steps and trainable:
             prepared.train()
@@ -175,10 +175,10 @@ def _followed(
             num_tokens = followed * micro * length
             penalty = objective.penalty(model, run)
             average = Average(model, run.train.ema) if run.train.ema else None
-            held = average.held() if average else []
+            averages = average.held() if average else []
             if run.train.neftune_alpha:
                 Noise(model, run.train.neftune_alpha, run.seed)
-            with memory.measured(model, optimizer, on_training, held), Flops() as flops:
+            with memory.measured(model, optimizer, on_training, averages), Flops() as flops:
                 batches = [_batch(run, micro, length) for _ in range(count)]  # all are held
                 train.accumulate(prepared, batches[:followed], num_tokens, accelerator, penalty)
                 train.apply(
@@ -193,7 +193,7 @@ def _followed(
         with (
             optimizers.evaluation(optimizer),
             torch.no_grad(),
-            memory.measured(model, optimizer, on_evaluation, held),
+            memory.measured(model, optimizer, on_evaluation, averages),
             Flops() as flops,
         ):
             prepared(ids, ids)
@@ -231,21 +231,21 @@ def library_bytes(device: torch.device) -> int:
 
 def _as_fake(model: nn.Module, device: torch.device) -> None:
     """Put a model of the meta device on a fake `device`, tied parameters tied, in place."""
-    made: dict[int, Any] = {}
+    fakes: dict[int, Any] = {}
 
     def fake(tensor: torch.Tensor) -> Any:
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.empty_strided(
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
             )
-        return made[id(tensor)]
+        return fakes[id(tensor)]
 
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is None:
                     continue
-                if isinstance(tensor, nn.Parameter) and id(tensor) not in made:
+                if isinstance(tensor, nn.Parameter) and id(tensor) not in fakes:
                     plain = nn.Parameter(fake(tensor), requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = quantized.as_packed(plain, tensor, fake)
+                    fakes[id(tensor)] = quantized.as_packed(plain, tensor, fake)
                 store[name] = fake(tensor)

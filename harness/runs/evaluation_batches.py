@@ -46,10 +46,10 @@ def largest_batch(run: RunConfig, model_config: PretrainedConfig) -> Shape:
     if run.evaluate.protocol != "documents":
         return full
     splits = ("validation", "test") if run.evaluate.test else ("validation",)
-    asked = [(run.data, splits), *((cfg, ("test",)) for cfg in run.evaluate.also.values())]
+    texts = [(run.data, splits), *((cfg, ("test",)) for cfg in run.evaluate.also.values())]
     tokenizer = pretrained.tokenizer_at_hand(run.model, model_config)
     shapes: list[Shape] = []
-    for cfg, wanted in asked:
+    for cfg, wanted in texts:
         for num_tokens in token_data.held_out_sizes(
             cfg, wanted, tokenizer, token_data.most_tokens(run)
         ):

@@ -70,9 +70,9 @@ class Saved:
         """
         path = self.run_dir / name
         if not path.is_dir():
-            there = ", ".join(sorted(p.name for p in self.run_dir.iterdir() if p.is_dir()))
+            folders = ", ".join(sorted(p.name for p in self.run_dir.iterdir() if p.is_dir()))
             raise ConfigError(
-                f"{path}, which the run wrote, is not there (folders there: {there or 'none'}): "
+                f"{path}, which the run wrote, is not there (folders there: {folders or 'none'}): "
                 "the same command with rerun=true makes it again"
             )
         return path
@@ -144,9 +144,9 @@ def finished(run_dir: Path) -> Record:
     if status != "finished":
         failure = record.get("failure") or {}
         why = (failure.get("message") or "").splitlines()
-        told = f" ({failure.get('class')}: {why[0]})" if why and status == "failed" else ""
+        detail = f" ({failure.get('class')}: {why[0]})" if why and status == "failed" else ""
         raise ConfigError(
-            f"{run_dir} is not finished: its status is {status}{told}; "
+            f"{run_dir} is not finished: its status is {status}{detail}; "
             f"{_runs(run_dir.parent, run_dir.name)}"
         )
     return record
@@ -169,8 +169,8 @@ def original_config(run: RunConfig) -> PretrainedConfig:
 
 def _runs(folder: Path, name: str) -> str:
     """Names of the finished runs in `folder`, for the end of a message."""
-    there = [p.name for p, record in run_record.collect(folder) if record["status"] == "finished"]
-    return f"finished runs in {folder}: {nearest(name, there)}"
+    names = [p.name for p, record in run_record.collect(folder) if record["status"] == "finished"]
+    return f"finished runs in {folder}: {nearest(name, names)}"
 
 
 def _started(run_dir: Path, record: Record) -> Path:
@@ -191,9 +191,9 @@ def _with_folders(run: RunConfig, started: Path) -> RunConfig:
     """
     model = run.model
     if model.asset and not (ASSETS_DIR / model.asset).is_dir():
-        there = [p.name for p in ASSETS_DIR.iterdir() if p.is_dir()]
+        assets = [p.name for p in ASSETS_DIR.iterdir() if p.is_dir()]
         raise ConfigError(
-            f"model.asset={model.asset!r} is not there: {nearest(model.asset, there)}"
+            f"model.asset={model.asset!r} is not there: {nearest(model.asset, assets)}"
         )
     places = list(dict.fromkeys((started, Path.cwd())))
     if model.path:

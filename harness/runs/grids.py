@@ -98,12 +98,12 @@ class GridSweeper(Sweeper):
         """What `do` returns, with the sweep's own record in its folder."""
         assert self.config is not None
         folder = Path(self.config.hydra.sweep.dir)
-        made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_atomically(folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         done = do()
-        if folder in made and all(outcome.status == "refused" for outcome in done):
-            _clear(folder, made)
+        if folder in created and all(outcome.status == "refused" for outcome in done):
+            _clear(folder, created)
         return done
 
     def _do(self, jobs: list[list[str]], runs: list[RunConfig]) -> list[Outcome]:
@@ -111,8 +111,8 @@ class GridSweeper(Sweeper):
         folders = dict.fromkeys(str(run.run_dir.parent) for run in runs)
         many = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
         print(f"{many} -> {', '.join(folders)}", flush=True)
-        if said := _warn_of_few_seeds(runs):
-            print(f"warning: {said}", flush=True)
+        if warning := _warn_of_few_seeds(runs):
+            print(f"warning: {warning}", flush=True)
         done = self._launch(jobs, runs)
         OUTCOMES.extend(done)
         return done
@@ -135,9 +135,9 @@ class GridSweeper(Sweeper):
             nullcontext() if here else forward_signals(workers),
         ):
             while todo:
-                asked = [[*jobs[i], since, own_overrides.planned(runs[i])] for i in todo]
+                overrides = [[*jobs[i], since, own_overrides.planned(runs[i])] for i in todo]
                 try:
-                    returned = self.launcher.launch(asked, initial_job_idx=0)
+                    returned = self.launcher.launch(overrides, initial_job_idx=0)
                 except Exception as error:  # no cluster, no connection: a launcher's own trouble
                     log.debug("launcher", exc_info=True)
                     name = type(self.launcher).__name__
@@ -148,11 +148,11 @@ class GridSweeper(Sweeper):
                 if todo == before:  # only other controllers' runs are left
                     time.sleep(BUSY_SECONDS)
         done = [outcomes[index] for index in range(len(jobs))]
-        told = {
+        refused = {
             r.run_dir: o.message for r, o in zip(runs, done, strict=True) if o.status == "refused"
         }
-        if told:  # which leaves nothing in their own directories
-            _write_down(runs, told)
+        if refused:  # which leaves nothing in their own directories
+            _write_down(runs, refused)
         return done
 
 
@@ -173,11 +173,11 @@ def _warn_of_few_seeds(runs: list[RunConfig]) -> str | None:
     return ranking.warn_of_few_seeds((naming.configuration(run), run.seed) for run in moved)
 
 
-def _clear(folder: Path, made: list[Path]) -> None:
+def _clear(folder: Path, created: list[Path]) -> None:
     """Leave nothing of a sweep whose every run was refused, in folders that were made for it."""
     for name in ("multirun.yaml", run_record.SWEEP_NAME):
         (folder / name).unlink(missing_ok=True)
-    for parent in made:
+    for parent in created:
         with suppress(OSError):  # a tracker's log is there
             parent.rmdir()
 

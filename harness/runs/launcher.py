@@ -32,7 +32,7 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False, quiet: bool = F
     run_dir = run.run_dir
     if rank():
         return _further_rank(run)
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    created = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         claim = lock.claim(run_dir)
@@ -42,7 +42,9 @@ def launch(run: RunConfig, command: str, *, sweep: bool = False, quiet: bool = F
         return Outcome(run_dir, "busy", f"{lock.holder(run_dir)} is at {run_dir}")
     try:
         outcome = _launch(run, command, claim, sweep, quiet)
-        return run_directory.undone(outcome, made) if outcome.failure_class == "config" else outcome
+        return (
+            run_directory.undone(outcome, created) if outcome.failure_class == "config" else outcome
+        )
     finally:
         claim.release()
 
@@ -68,8 +70,8 @@ def _launch(run: RunConfig, command: str, claim: lock.Claim, sweep: bool, quiet:
     run_dir = run.run_dir
     record = run_record.read(run_dir)
     launching = run.launch
-    asked = Request(run.rerun, run.retry, sweep, launching.since or None, launching.pause_at)
-    decided = decide(run_directory.found(run, record), asked)
+    request = Request(run.rerun, run.retry, sweep, launching.since or None, launching.pause_at)
+    decided = decide(run_directory.found(run, record), request)
     if decided is Decision.REFUSE_FILES:
         raise ConfigError(
             f"{run_dir} holds files and no result.json that can be read: choose another run_name, "

@@ -96,7 +96,7 @@ def _name_of(cause: OmegaConfBaseException, section: str) -> str:
 def _nearest_key(key: str, last: str, names: list[str], method: str) -> str:
     owners = keys.leaves().get(last, {}).get(key, ())
     if key.startswith("optimizer."):
-        owners = tuple(name for name, one in OPTIMIZERS.items() if last in keys_of(one))
+        owners = tuple(name for name, schema in OPTIMIZERS.items() if last in keys_of(schema))
         if owners and method and method not in owners:
             return f"optimizer={method} has no such key; optimizer={' and '.join(owners)} has"
     if owners and method and method not in owners:
@@ -182,9 +182,9 @@ def unparsed(override: str) -> str:
     """An argument that is no override: without `=`, or with characters that need quotes."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        there = [f"{group}={key}" for group in keys.GROUPS if key in options(group)]
+        choices = [f"{group}={key}" for group in keys.GROUPS if key in options(group)]
         own = f"as in {key}={min(options(key))}" if key in keys.GROUPS else "as in method.r=8"
-        hint = f"did you mean {' or '.join(there)}?" if there and key else own
+        hint = f"did you mean {' or '.join(choices)}?" if choices and key else own
         return f"{override}: expected key=value, {hint}"
     if value[:1] in ("[", "{") and not value.endswith("]" if value[0] == "[" else "}"):
         return f"{override}: the value begins with {value[0]} and does not end with its other half"
@@ -205,6 +205,6 @@ def of_groups(arguments: Iterable[str]) -> str:
         if not equals or not key:
             return unparsed(text)
         if options(key) and value not in options(key):
-            asked = "" if value == "null" else value  # which is near to nothing
-            return f"{text}: expected an option of conf/{key}; {nearest(asked, options(key))}"
+            wanted = "" if value == "null" else value  # which is near to nothing
+            return f"{text}: expected an option of conf/{key}; {nearest(wanted, options(key))}"
     return f"{' '.join(arguments)}: expected the name of an option for each group"

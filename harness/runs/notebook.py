@@ -213,7 +213,7 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     from harness.report import columns, evidence, missing
 
     results = evidence.find(folder, run_dirs)
-    left = [f"{one.status}: {one.name} ({one})" for one in missing.find(results)]
+    left = [f"{run.status}: {run.name} ({run})" for run in missing.find(results)]
     if not results.rows and not left:
         raise ConfigError(f"{folder}: no run; outputs/<experiment_name> has an experiment")
     notes = [f"no intervals, places or comparisons {reason}" for reason in results.refused] + left
@@ -225,14 +225,14 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     page, figures = folder / "report" / "index.html", []
     if results.rows:
         last = [] if run_dirs is None else ["--last"]
-        made = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "harness.report", *last, str(folder)],
             capture_output=True, text=True,
         )  # fmt: skip
-        if made.returncode not in (0, 2) or not page.is_file():
-            said = (made.stderr.strip().splitlines() or ["unknown"])[-1]
-            notes.append(f"the page was not made: {said}")
+        if process.returncode not in (0, 2) or not page.is_file():
+            message = (process.stderr.strip().splitlines() or ["unknown"])[-1]
+            notes.append(f"the page was not made: {message}")
         else:
             figures = sorted((page.parent / "figures").glob("*.svg"))
-    there = page if figures or page.is_file() else None
-    return Report(folder, sheet.headings, sheet.texts, num_text, notes, figures, there)
+    existing_page = page if figures or page.is_file() else None
+    return Report(folder, sheet.headings, sheet.texts, num_text, notes, figures, existing_page)

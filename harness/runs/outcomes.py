@@ -33,8 +33,10 @@ class Outcome:
             return f"{self.status} ({self.failure_class}): {self.message} (see {log})"
         result = run_record.read(self.run_dir) or {}
         if self.status == "paused":
-            at, steps = (run_record.get(result, k) for k in ("run.paused_at", "config.train.steps"))
-            return f"paused after step {at} of {steps}; a later or no launch.pause_at goes on"
+            step, steps = (
+                run_record.get(result, k) for k in ("run.paused_at", "config.train.steps")
+            )
+            return f"paused after step {step} of {steps}; a later or no launch.pause_at goes on"
         perplexity = run_record.get(result, "quality.test.perplexity")
         seconds = result.get("wall_seconds") or 0
         done = "already finished" if self.status == "skipped" else f"finished in {seconds:.0f} s"

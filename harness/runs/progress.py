@@ -86,12 +86,12 @@ class _Seen:
         """What became of it."""
         if self.status == "finished":
             value = run_record.get(self.record, "quality.test.perplexity")
-            said = f"finished in {self.record.get('wall_seconds') or 0:.0f} s"
-            said = "already finished" if self.before == "finished" else said
-            return f"{said}, test perplexity {numbers.perplexity(value)}" if value else said
+            text = f"finished in {self.record.get('wall_seconds') or 0:.0f} s"
+            text = "already finished" if self.before == "finished" else text
+            return f"{text}, test perplexity {numbers.perplexity(value)}" if value else text
         if self.status == "paused":
-            at, steps = run_record.get(self.record, "run.paused_at"), self.run.train.steps
-            return f"paused after step {at} of {steps}"
+            step, steps = run_record.get(self.record, "run.paused_at"), self.run.train.steps
+            return f"paused after step {step} of {steps}"
         failure = self.record.get("failure") or {}
         message = (failure.get("message") or "").splitlines()
         return f"{self.status} ({failure.get('class')}): {message[0] if message else ''}"

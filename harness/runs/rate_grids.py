@@ -47,7 +47,7 @@ def spaces(
     arguments: Sequence[str],
     compose: Callable[[list[str]], DictConfig],
     loader: Any,
-    asked: Rates,
+    settings: Rates,
 ) -> list[Space]:
     """A space for every configuration of the grids and the command line.
 
@@ -66,7 +66,7 @@ def spaces(
         if tuned.key in keys or len(jobs) < number:
             raise ConfigError(f"two grids are for the same configuration, {tuned}")
         keys.add(tuned.key)
-        values = rates.grid_around(run.train.lr, asked.points, asked.factor)
+        values = rates.grid_around(run.train.lr, settings.points, settings.factor)
         fixed = tuple(text for text in job if unused_keys.key_of(text) != LR)
-        search_spaces.append(Space(fixed, (search_space.by_factors(LR, values, asked.factor),)))
+        search_spaces.append(Space(fixed, (search_space.by_factors(LR, values, settings.factor),)))
     return search_spaces

@@ -74,17 +74,17 @@ def prepare(
     run_record.write(run_dir, record)
 
 
-def undone(outcome: Outcome, made: list[Path]) -> Outcome:
+def undone(outcome: Outcome, created: list[Path]) -> Outcome:
     """What a mistake in the configuration leaves: no directory that was made for it.
 
     One that was there before stays, and so does what was measured before the mistake was found.
     """
     run_dir = outcome.run_dir
     by_hand = os.environ.get("WORLD_SIZE", "1") != "1"  # further ranks write to it
-    if run_dir not in made or by_hand or run_record.read_metrics(run_dir):
+    if run_dir not in created or by_hand or run_record.read_metrics(run_dir):
         return outcome
     shutil.rmtree(run_dir, ignore_errors=True)
-    for folder in made[1:]:
+    for folder in created[1:]:
         with suppress(OSError):  # another run is in it
             folder.rmdir()
     return replace(outcome, status="refused")

@@ -101,12 +101,12 @@ def compare(run: Saved, model: nn.Module, what: str) -> float | None:
     measured = difference(run, model)
     if measured is None:
         return None
-    apart, most = measured
-    if not apart <= most:  # NaN too
+    apart, tolerance = measured
+    if not apart <= tolerance:  # NaN too
         raise ConfigError(
             f"{what} is not the model that the run evaluated: on a few validation documents it "
-            f"differs by {apart:.3g} nats a token (at most {most:g} is rounding): the base, or "
-            f"what the run saved, has changed since"
+            f"differs by {apart:.3g} nats a token (at most {tolerance:g} is rounding): the base, "
+            f"or what the run saved, has changed since"
         )
     return apart
 

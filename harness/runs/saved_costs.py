@@ -55,24 +55,24 @@ def bytes_to_ship(run_dir: Path, saved: list[str]) -> int:
 
 def measure(run: Saved) -> dict[str, Any]:
     """The seconds and speeds of `costs` in result.json; a failure is noted, not raised."""
-    asked = run.run.evaluate.latency
-    assert asked is not None
+    cfg = run.run.evaluate.latency
+    assert cfg is not None
     gc.collect()  # the model that trained
     try:
         load_seconds, models, not_merged = _models(run)
         precision = environment.precision_of(run.run)
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         models = {name: model.to(device) for name, model in models.items()}
-        speeds = latency.measure(models, asked, precision == "bf16")
+        speeds = latency.measure(models, cfg, precision == "bf16")
     except Exception as error:  # whatever it is, the test result stands
         log.warning("evaluate.latency failed", exc_info=True)
         return {"failure": " ".join(f"{type(error).__name__}: {error}".split())}
     return {
         "load_seconds": load_seconds,
         "latency": {
-            "prompt_tokens": asked.prompt_tokens,
-            "new_tokens": asked.new_tokens,
-            "repeats": asked.repeats,
+            "prompt_tokens": cfg.prompt_tokens,
+            "new_tokens": cfg.new_tokens,
+            "repeats": cfg.repeats,
             "precision": precision,
             "threads": torch.get_num_threads(),
             "not_merged": not_merged,
@@ -148,11 +148,11 @@ def _share(model: nn.Module, base: nn.Module) -> None:
     weights from a colder cache than the others.
     """
     bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    there = dict(base.named_parameters(remove_duplicate=False))
+    base_parameters = dict(base.named_parameters(remove_duplicate=False))
     for prefix, module in bare.named_modules():
         for name, parameter in module._parameters.items():
             key = f"{prefix}.{name}".replace("base_layer.", "").removeprefix(".")
-            same = there.get(key)
+            same = base_parameters.get(key)
             if parameter is None or same is None or type(same.data) is not torch.Tensor:
                 continue
             if same.shape == parameter.shape and torch.equal(same, parameter):

@@ -204,10 +204,10 @@ def methods_by(compose: Callable[[list[str]], DictConfig]) -> search_space.Metho
     """What the overrides of `unused_keys.DECIDES` choose; each is composed once."""
 
     @cache
-    def of(deciding: tuple[str, ...]) -> unused_keys.Chosen | None:
+    def chosen(deciding: tuple[str, ...]) -> unused_keys.Chosen | None:
         return unused_keys.chosen_by(deciding, compose)
 
-    return lambda overrides: of(tuple(overrides))
+    return lambda overrides: chosen(tuple(overrides))
 
 
 def _answers(outcome: Outcome) -> bool:

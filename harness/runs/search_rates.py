@@ -39,17 +39,17 @@ def write(searches: Sequence[Search], folder: Path, file: str | None) -> None:
     if any(setting != settings[0] for setting in settings):
         print("no rates were written: a file of rates is for one setting, and these are several")
         return
-    made = made_by(records)
+    origin = made_by(records)
     if seeds := searches[0].seeds:
         own = ", ".join(map(str, (settings[0]["seed"], *seeds)))
-        made += f", nll the mean over seeds {own}"
-    tuned = [replace(one, made=made) for one in tuned]
+        origin += f", nll the mean over seeds {own}"
+    tuned = [replace(entry, made=origin) for entry in tuned]
     kept: tuple[rates.Tuned, ...] = ()
     path = folder / "rates.yaml"
     name = None if file is None else name_of(file, settings[0])
     if name is not None:
         path, kept = target(name, settings[0])
-    new = {one.key for one in tuned}
+    new = {entry.key for entry in tuned}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = rates.text(settings[0], [t for t in kept if t.key not in new] + tuned)
     atomic.write_atomically(path, text)
@@ -102,8 +102,8 @@ def tuned_rates(
             what = rates.tuned_of(run.method, run.targets.name, {}, "", run.optimizer)
             print(f"no rate of {what}: every one diverged, or never was below its start")
         elif len(grid) >= FEWEST:
-            one = rates.tuned_of(run.method, run.targets.name, grid, "", run.optimizer)
-            tuned.append(replace(one, stopped=stopped.get(key, {})))
+            entry = rates.tuned_of(run.method, run.targets.name, grid, "", run.optimizer)
+            tuned.append(replace(entry, stopped=stopped.get(key, {})))
     return tuned, settings, records
 
 
@@ -114,8 +114,8 @@ def _nll(search: Search, candidate: Candidate) -> float | None:
     losses = [
         rates.found_by(run_record.read(run_dir) or {}) for run_dir in search.run_dirs(candidate)
     ]
-    there = [nll for nll in losses if nll is not None]
-    return mean(there) if len(there) == len(losses) else None
+    known = [nll for nll in losses if nll is not None]
+    return mean(known) if len(known) == len(losses) else None
 
 
 def setting_of(run: RunConfig) -> dict[str, Any]:
@@ -126,11 +126,11 @@ def setting_of(run: RunConfig) -> dict[str, Any]:
 def made_by(records: Iterable[Record]) -> str:
     """Return the commits and the hardware of runs, and today's date, in words."""
     all_records = list(records)
-    said = []
+    parts = []
     for path in ("environment.commit", "environment.hardware.cpu"):
         values = dict.fromkeys(str(run_record.get(record, path)) for record in all_records)
-        said.append(" and ".join(value for value in values if value != "None") or "unknown")
-    return f"{said[0]} on {said[1]}, {time.strftime('%Y-%m-%d')}"
+        parts.append(" and ".join(value for value in values if value != "None") or "unknown")
+    return f"{parts[0]} on {parts[1]}, {time.strftime('%Y-%m-%d')}"
 
 
 def target(name: str, setting: dict[str, Any]) -> tuple[Path, tuple[rates.Tuned, ...]]:
@@ -142,15 +142,15 @@ def target(name: str, setting: dict[str, Any]) -> tuple[Path, tuple[rates.Tuned,
     path, own = rates.path_of(name), rates.own_path(name)
     if not path.exists():
         return own, ()
-    there = rates.read(str(path))
-    if apart := _difference(there.setting, setting):
+    existing = rates.read(str(path))
+    if apart := _difference(existing.setting, setting):
         raise ConfigError(
             f"{path} holds rates for another setting ({apart}): choose another file, "
             "hydra.sweeper.file=NAME"
         )
-    return own, there.tuned
+    return own, existing.tuned
 
 
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    keys = [k for k in sorted(one.keys() | other.keys()) if one.get(k) != other.get(k)]
-    return ", ".join(f"{k} {one.get(k)} and {other.get(k)}" for k in keys)
+def _difference(setting: dict[str, Any], other: dict[str, Any]) -> str:
+    keys = [k for k in sorted(setting.keys() | other.keys()) if setting.get(k) != other.get(k)]
+    return ", ".join(f"{k} {setting.get(k)} and {other.get(k)}" for k in keys)

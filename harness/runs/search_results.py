@@ -95,8 +95,8 @@ class Results:
             )
             for growth in search.study.growths():
                 print(f"{growth.key} has grown: {_short(growth.low)} to {_short(growth.high)}")
-            for said in edges(search, best):
-                print(f"warning: {said}")
+            for warning in edges(search, best):
+                print(f"warning: {warning}")
             command = f"harness run --config-dir {shlex.quote(str(self.folder))} experiment={name}"
             print(f"  {command}")
             if len(searches) == 1:
@@ -165,10 +165,10 @@ def _steps(run_dir: Path) -> int:
 def pareto(values: Sequence[tuple[float, ...]]) -> set[tuple[float, ...]]:
     """Those of which no other is as low in everything and lower in something."""
     return {
-        one
-        for one in values
+        point
+        for point in values
         if not any(
-            other != one and all(b <= a for a, b in zip(one, other, strict=True))
+            other != point and all(b <= a for a, b in zip(point, other, strict=True))
             for other in values
         )
     }
@@ -176,7 +176,7 @@ def pareto(values: Sequence[tuple[float, ...]]) -> set[tuple[float, ...]]:
 
 def edges(search: Search, best: Candidate) -> list[str]:
     """Keys whose best value is at an end of what was searched or tried, in words."""
-    said = []
+    messages = []
     candidates = search.study.candidates()
     for own in search.study.space.dimensions:
         if (value := best.params.get(own.name)) is None:
@@ -185,11 +185,11 @@ def edges(search: Search, best: Candidate) -> list[str]:
         tried = {c.params[dimension.name] for c in candidates if dimension.name in c.params}
         shown = f"the best {dimension.name}={_short(value)}"
         if end := end_of(dimension, value):
-            said.append(f"{shown} is at the {end} end of {dimension.text()}")
+            messages.append(f"{shown} is at the {end} end of {dimension.text()}")
         elif end := outermost(dimension, value, candidates):
             end = {"lower": "lowest", "upper": "highest"}[end]
-            said.append(f"{shown} is the {end} of the {len(tried)} tried in {dimension.text()}")
-    return [f"{text}: a better one may lie beyond it" for text in said]
+            messages.append(f"{shown} is the {end} of the {len(tried)} tried in {dimension.text()}")
+    return [f"{text}: a better one may lie beyond it" for text in messages]
 
 
 def importance(search: Search) -> dict[str, tuple[float, float]]:
@@ -198,11 +198,11 @@ def importance(search: Search) -> dict[str, tuple[float, float]]:
     What diverged there counts as the worst that did not.
     """
     candidates = search.study.candidates()
-    at = {c.number: search.found(c).get(search.rungs[0], math.inf) for c in candidates}
-    finite = [nll for nll in at.values() if math.isfinite(nll)]
+    losses = {c.number: search.found(c).get(search.rungs[0], math.inf) for c in candidates}
+    finite = [nll for nll in losses.values() if math.isfinite(nll)]
     if not finite:
         return {}
-    values = [min(at[c.number], max(finite)) for c in candidates]
+    values = [min(losses[c.number], max(finite)) for c in candidates]
     space = search.study.space
     for dimension in space.dimensions:
         space = space.with_dimension(search.study.grown(dimension))

@@ -264,8 +264,8 @@ def budget(settings: Settings, several: Sequence[Brackets]) -> str:
     spaces = f" in {len(several)} spaces" if len(several) > 1 else ""
     share = f", {steps / whole:.2f} of all of them in full" if whole else ""
     seeds = f", {len(settings.seeds) + 1} seeds at the end" if settings.seeds else ""
-    said = f"{number} candidates{spaces}, rungs {rungs}{seeds}: {steps:,} optimizer steps{share}"
-    return said + ("; more where an interval grows" if settings.grow else "")
+    text = f"{number} candidates{spaces}, rungs {rungs}{seeds}: {steps:,} optimizer steps{share}"
+    return text + ("; more where an interval grows" if settings.grow else "")
 
 
 def most_steps(settings: Settings, several: Sequence[Brackets]) -> int:

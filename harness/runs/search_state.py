@@ -239,8 +239,8 @@ class Search:
             part = self.study.grown(dimension).beyond(end) if end else None
             if end is None or part is None:
                 continue
-            one = part.low == part.high
-            size = 1 if one else -(-self.brackets.trials // 2)
+            single = part.low == part.high
+            size = 1 if single else -(-self.brackets.trials // 2)
             return Growth(number, size, dimension.name, end, part.low, part.high)
         return None
 
@@ -290,8 +290,8 @@ class Search:
         overrides, run = self.run_of(candidate)
         if step == self.rungs[-1]:
             runs = [(overrides, run), *self._further_runs(candidate)]
-            there = self.by_seed(candidate) if self.seeds else [None]
-            return [Task(*one) for one, nll in zip(runs, there, strict=True) if nll is None]
+            losses = self.by_seed(candidate) if self.seeds else [None]
+            return [Task(*job) for job, nll in zip(runs, losses, strict=True) if nll is None]
         paused = replace(run, launch=replace(run.launch, pause_at=step))
         return [Task([*overrides, f"{own_overrides.PAUSE}{step}"], paused)]
 
@@ -327,7 +327,7 @@ def _validated(rows: Sequence[Mapping[str, Any]], step: int) -> bool:
 def lowest(rows: Sequence[Mapping[str, Any]], step: int) -> float:
     """The lowest validation nll up to `step`, before the first step only if there is no other."""
     read = {row["step"]: row["eval/validation/nll"] for row in rows if "eval/validation/nll" in row}
-    after = [nll for at, nll in read.items() if 0 < at <= step] or [read.get(0)]
+    after = [nll for evaluated, nll in read.items() if 0 < evaluated <= step] or [read.get(0)]
     return min((nll for nll in after if nll is not None), default=math.inf)
 
 
@@ -338,8 +338,8 @@ def outermost(dimension: Dimension, value: Any, candidates: Sequence[Candidate])
     tried = [float(c.params[dimension.name]) for c in candidates if dimension.name in c.params]
     if len(set(tried)) < 3:
         return None
-    at = float(value)
-    return "lower" if at == min(tried) else "upper" if at == max(tried) else None
+    position = float(value)
+    return "lower" if position == min(tried) else "upper" if position == max(tried) else None
 
 
 def end_of(dimension: Dimension, value: Any) -> str | None:
@@ -348,17 +348,17 @@ def end_of(dimension: Dimension, value: Any) -> str | None:
     Of an interval that is the last EDGE of it, on a log scale where it is one. Choices have ends
     where they are three numbers or more.
     """
-    if (there := dimension.values()) is not None:
+    if (choices := dimension.values()) is not None:
         try:
-            numbers = sorted(float(choice) for choice in there)
-            at = float(value)
+            numbers = sorted(float(choice) for choice in choices)
+            position = float(value)
         except ValueError:
             return None
         if len(numbers) < 3:
             return None
-        return "lower" if at == numbers[0] else "upper" if at == numbers[-1] else None
-    low, high, at = dimension.low, dimension.high, float(value)
+        return "lower" if position == numbers[0] else "upper" if position == numbers[-1] else None
+    low, high, position = dimension.low, dimension.high, float(value)
     if dimension.log:
-        low, high, at = math.log(low), math.log(high), math.log(at)
-    place = (at - low) / (high - low)
+        low, high, position = math.log(low), math.log(high), math.log(position)
+    place = (position - low) / (high - low)
     return "lower" if place < EDGE else "upper" if place > 1 - EDGE else None

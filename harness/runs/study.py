@@ -159,15 +159,17 @@ class Study:
                 sampler=self._make(0),
                 pruner=optuna.pruners.NopPruner(),
             )
-            there = self._study.user_attrs.get(SEARCH)
-            if there is None:
+            existing = self._study.user_attrs.get(SEARCH)
+            if existing is None:
                 self._study.set_user_attr(SEARCH, dict(rules))
-        if there and renamed.is_same(there.get("fixed", ""), rules.get("fixed", "")):
-            there |= {key: rules[key] for key in ("fixed",) if key in there.keys() & rules.keys()}
-        if there is not None and there != dict(rules):
-            keys = [k for k in [*rules, *there] if rules.get(k) != there.get(k)]
+        if existing and renamed.is_same(existing.get("fixed", ""), rules.get("fixed", "")):
+            existing |= {
+                key: rules[key] for key in ("fixed",) if key in existing.keys() & rules.keys()
+            }
+        if existing is not None and existing != dict(rules):
+            keys = [k for k in [*rules, *existing] if rules.get(k) != existing.get(k)]
             apart = [
-                f"{key}: {there.get(key, 'not there')} then, {rules.get(key, 'not there')} now"
+                f"{key}: {existing.get(key, 'not there')} then, {rules.get(key, 'not there')} now"
                 for key in dict.fromkeys(keys)
             ]
             raise ConfigError(
@@ -208,12 +210,12 @@ class Study:
 
     def growths(self) -> list[Growth]:
         """Return how the intervals have grown, the first growth first."""
-        return [Growth(**one) for one in self._study.user_attrs.get(GROWN, [])]
+        return [Growth(**growth) for growth in self._study.user_attrs.get(GROWN, [])]
 
     def add_growth(self, growth: Growth) -> None:
         """Write down that an interval grows, before the first candidate of the new part."""
-        there = self._study.user_attrs.get(GROWN, [])
-        self._study.set_user_attr(GROWN, [*there, vars(growth)])
+        existing = self._study.user_attrs.get(GROWN, [])
+        self._study.set_user_attr(GROWN, [*existing, vars(growth)])
 
     def grown(self, dimension: Dimension) -> Dimension:
         """A dimension of the space with all that it has grown by."""
@@ -285,8 +287,10 @@ class Study:
     def report(self, candidate: Candidate, step: int, nll: float) -> None:
         """Write down what was found at a rung; Optuna's samplers read it, too."""
         if step not in candidate.at:
-            of = self._storage.get_study_id_from_name(self.name)
-            trial = self._storage.get_trial_id_from_study_id_trial_number(of, candidate.number)
+            study_id = self._storage.get_study_id_from_name(self.name)
+            trial = self._storage.get_trial_id_from_study_id_trial_number(
+                study_id, candidate.number
+            )
             self._storage.set_trial_intermediate_value(trial, step, nll)
             candidate.at[step] = nll
 
@@ -350,9 +354,9 @@ def _readable_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # of any kind, from a driver
         log.debug("study", exc_info=True)
-        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        message = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(
-            f"the study {name} cannot be opened ({type(error).__name__}: {said}): see "
+            f"the study {name} cannot be opened ({type(error).__name__}: {message}): see "
             "hydra.sweeper.storage"
         ) from error
 
@@ -370,13 +374,13 @@ def importance(
     Optuna's fANOVA (Hutter et al., ICML 2014), of the keys that all of `params` have; the spread is
     the standard deviation over forests of different seeds. Values are finite.
     """
-    shared = [d for d in space.dimensions if all(d.name in one for one in params)]
+    shared = [d for d in space.dimensions if all(d.name in trial_params for trial_params in params)]
     if len(shared) < 2 or len(values) < 4 or importlib.util.find_spec("sklearn") is None:
         return {}
     distributions = {d.name: distribution(d) for d in shared}
     study = optuna.create_study()
-    for one, value in zip(params, values, strict=True):
-        own = {name: one[name] for name in distributions}
+    for trial_params, value in zip(params, values, strict=True):
+        own = {name: trial_params[name] for name in distributions}
         study.add_trial(
             optuna.trial.create_trial(params=own, distributions=distributions, value=value)
         )

@@ -94,57 +94,58 @@ class Follower:
         self.make = make
         self.one_at_a_time = name in trackers.ONE_AT_A_TIME
         self.followed = [Followed(Path(d), Path(d) / f".tracked-{name}.json") for d in spec["runs"]]
-        for one in self.followed:
-            one.load()
+        for followed in self.followed:
+            followed.load()
 
     def look(self, *, last: bool = False) -> None:
         """Read what is new of every run; the `last` time, what is open then is left as it is."""
-        for one in sorted(self.followed, key=lambda one: one.tracker is None):
-            waits = self.one_at_a_time and one.tracker is None
+        for followed in sorted(self.followed, key=lambda followed: followed.tracker is None):
+            waits = self.one_at_a_time and followed.tracker is None
             if waits and any(other.tracker is not None for other in self.followed):
                 continue
             try:
-                self._look(one)
+                self._look(followed)
             except FileNotFoundError:
                 continue  # a run directory that is being cleared
-            if last and self.one_at_a_time and one.tracker is not None:
-                one.tracker.leave()
-                one.tracker = None
+            if last and self.one_at_a_time and followed.tracker is not None:
+                followed.tracker.leave()
+                followed.tracker = None
 
-    def _look(self, one: Followed) -> None:
-        path = one.run_dir / run_record.FILE_NAME
+    def _look(self, followed: Followed) -> None:
+        path = followed.run_dir / run_record.FILE_NAME
         modified = path.stat().st_mtime_ns
-        record = run_record.read(one.run_dir)
+        record = run_record.read(followed.run_dir)
         if record is None:
             return
         status = record["status"]
-        if one.ended == "finished" and one.tracker is None:
-            if one.marker.exists():
+        if followed.ended == "finished" and followed.tracker is None:
+            if followed.marker.exists():
                 return
-            one.ended, one.last, one.id = "", {}, uuid.uuid4().hex[:8]  # replaced: another run
-        new = modified != one.modified
-        if one.tracker is None:
-            if not new or (one.ended == status and status in ENDED):
+            # Replaced: another run.
+            followed.ended, followed.last, followed.id = "", {}, uuid.uuid4().hex[:8]
+        new = modified != followed.modified
+        if followed.tracker is None:
+            if not new or (followed.ended == status and status in ENDED):
                 return
-            one.tracker = self.make(record, one)
-            one.ended = ""
-        for row in one.rows():
-            self._log(one, row)
+            followed.tracker = self.make(record, followed)
+            followed.ended = ""
+        for row in followed.rows():
+            self._log(followed, row)
         if status in ENDED:
-            self._end(one, record)
-        one.modified = modified
-        if one.run_dir.is_dir():
-            one.save()
+            self._end(followed, record)
+        followed.modified = modified
+        if followed.run_dir.is_dir():
+            followed.save()
 
-    def _log(self, one: Followed, row: dict[str, Any]) -> None:
+    def _log(self, followed: Followed, row: dict[str, Any]) -> None:
         values = {k: v for k, v in row.items() if v is not None}
         if (nll := values.get("eval/validation/nll")) is not None:
             values["eval/validation/perplexity"] = math.exp(min(nll, 700))
-        one.tracker.log(values, row["tokens"])
+        followed.tracker.log(values, row["tokens"])
 
-    def _end(self, one: Followed, record: Record) -> None:
-        one.tracker.end(one.run_dir, record)
-        one.ended, one.tracker = record["status"], None
+    def _end(self, followed: Followed, record: Record) -> None:
+        followed.tracker.end(followed.run_dir, record)
+        followed.ended, followed.tracker = record["status"], None
 
 
 def unreachable() -> str | None:
@@ -185,7 +186,9 @@ def main(name: str) -> int:
             spec["mode"] = "offline"
         if spec["sweep"]:  # loaded while the runs leave a core idle, and not when all wait for it
             importlib.import_module("harness.report.files")
-    follower = Follower(name, spec, lambda record, one: trackers.Adapter(name, spec, record, one))
+    follower = Follower(
+        name, spec, lambda record, followed: trackers.Adapter(name, spec, record, followed)
+    )
     last = False
     while True:
         follower.look(last=last)
@@ -194,7 +197,7 @@ def main(name: str) -> int:
         last = over.wait(PERIOD_SECONDS)
     if name == "wandb" and spec["sweep"]:
         summarise(spec)
-    count = sum(bool(one.ended) for one in follower.followed)
+    count = sum(bool(followed.ended) for followed in follower.followed)
     folder = Path(spec["folder"])
     if name == "wandb" and spec["mode"] == "offline":
         why = f" since W&B could not be reached ({reason})" if reason else ""
@@ -202,17 +205,17 @@ def main(name: str) -> int:
         upload = (
             f"cd {shlex.quote(str(folder))} && {shlex.quote(sys.executable)} -m wandb sync --yes"
         )
-        said = f"{count} runs offline in {folder / 'wandb'}{why}; to upload: {upload}"
+        message = f"{count} runs offline in {folder / 'wandb'}{why}; to upload: {upload}"
     elif name == "tensorboard":
-        said = f"{count} runs; tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"
+        message = f"{count} runs; tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"
     elif name == "trackio":
         here = f"TRACKIO_DIR={shlex.quote(os.environ.get('TRACKIO_DIR', str(folder / 'trackio')))}"
-        said = f"{count} runs; {here} trackio show --project {spec['options']['project']}"
+        message = f"{count} runs; {here} trackio show --project {spec['options']['project']}"
     elif name == "wandb":
-        said = f"{count} runs in project {spec['options']['project']}"
+        message = f"{count} runs in project {spec['options']['project']}"
     else:
-        said = f"{count} runs; {trackers.where(name, spec)}"
-    print(f"tracked: {said}", flush=True)
+        message = f"{count} runs; {trackers.where(name, spec)}"
+    print(f"tracked: {message}", flush=True)
     return 0
 
 

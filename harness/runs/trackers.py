@@ -26,15 +26,15 @@ OF_A_RUN = ("method", "model", "data", "train", "targets", "seed")  # settings f
 class Adapter:
     """Accelerate's tracker for one run; `one` is what is kept of it (`follow.Followed`)."""
 
-    def __init__(self, name: str, spec: dict[str, Any], record: Record, one: Any) -> None:
+    def __init__(self, name: str, spec: dict[str, Any], record: Record, followed: Any) -> None:
         from accelerate import PartialState  # imports torch: here, at idle priority
 
         PartialState(cpu=True)  # which Accelerate's logging asks for
         self.name, self.options, self.record = name, spec["options"], record
         settings = {**record["config"], "method": record["config"]["method"] | record["method"]}
         if name not in RESUMES:
-            one.last = {}
-        self.inner = STARTS[name](spec, record, one, settings)
+            followed.last = {}
+        self.inner = STARTS[name](spec, record, followed, settings)
 
     def log(self, values: dict[str, Any], tokens: int) -> None:
         """Send one row of metrics to the tracker."""
@@ -85,13 +85,13 @@ class Adapter:
 # ------------------------------------------------------------------------------- one start a name
 
 
-def _wandb(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _wandb(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     import wandb
     from accelerate import tracking
 
     inner = tracking.WandBTracker(
         spec["options"]["project"], entity=spec["options"]["entity"], mode=spec["mode"],
-        dir=spec["folder"], id=one.id, resume="allow", name=record["run"]["name"],
+        dir=spec["folder"], id=followed.id, resume="allow", name=record["run"]["name"],
         group=spec["experiment"], job_type=record["method"]["label"], tags=_tags(record),
         config=settings, reinit="create_new", save_code=False,
         settings=wandb.Settings(init_timeout=15, x_disable_stats=True, console="off"),
@@ -102,7 +102,7 @@ def _wandb(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any
     return inner
 
 
-def _tensorboard(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _tensorboard(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     folder = Path(spec["folder"]) / "tensorboard"
@@ -112,21 +112,21 @@ def _tensorboard(spec: dict[str, Any], record: Record, one: Any, settings: Any) 
     return inner
 
 
-def _trackio(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _trackio(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     from accelerate import tracking
     from trackio import context_vars
 
     context_vars.current_run.set(None)  # or it ends the run that is under way beside it
     inner = tracking.TrackioTracker(
         spec["options"]["project"], name=record["run"]["name"], group=spec["experiment"],
-        config=settings, resume="allow" if one.last else "never", auto_log_cpu=False,
+        config=settings, resume="allow" if followed.last else "never", auto_log_cpu=False,
         auto_log_gpu=False,
     )  # fmt: skip
     inner.start()
     return inner
 
 
-def _mlflow(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _mlflow(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     import mlflow
     from accelerate import tracking
 
@@ -135,15 +135,15 @@ def _mlflow(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> An
     artifacts = None
     if uri.startswith("sqlite:"):  # or the server's own place
         artifacts = (Path(spec["folder"]) / "mlflow-artifacts").as_uri()
-    goes_on = bool(one.last)
+    goes_on = bool(followed.last)
     tags = {"method": record["method"]["label"], "group": spec["experiment"]}
     inner = tracking.MLflowTracker(
         experiment_name=spec["experiment"], logging_dir=artifacts,
-        run_id=one.id if goes_on else None, run_name=record["run"]["name"],
+        run_id=followed.id if goes_on else None, run_name=record["run"]["name"],
         tags=tags | dict(zip(("model", "data"), _tags(record), strict=True)),
     )  # fmt: skip
     inner.start()
-    one.id = inner.tracker.info.run_id
+    followed.id = inner.tracker.info.run_id
     if not goes_on:
         inner.store_init_configuration(flat(settings))
     return inner
@@ -155,7 +155,7 @@ def mlflow_uri(spec: dict[str, Any]) -> str:
     return str(spec["options"].get("uri") or os.environ.get("MLFLOW_TRACKING_URI") or own)
 
 
-def _comet_ml(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _comet_ml(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.CometMLTracker(spec["options"]["project"], **spec["options"]["init"])
@@ -166,7 +166,7 @@ def _comet_ml(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> 
     return inner
 
 
-def _clearml(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _clearml(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.ClearMLTracker(
@@ -179,7 +179,7 @@ def _clearml(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> A
     return inner
 
 
-def _aim(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _aim(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.AimTracker(
@@ -192,7 +192,7 @@ def _aim(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
     return inner
 
 
-def _swanlab(spec: dict[str, Any], record: Record, one: Any, settings: Any) -> Any:
+def _swanlab(spec: dict[str, Any], record: Record, followed: Any, settings: Any) -> Any:
     from accelerate import tracking
 
     inner = tracking.SwanLabTracker(

@@ -87,10 +87,10 @@ def _start(method: LoraMethod) -> None:
             f"method.start_sequences={count}: method.init={init} reads no training text; leave it "
             f"out, or set method.init to one of {', '.join(FROM_TEXT)}"
         )
-    for name, of in CONFIG_OF.items():
-        if method.fields.get(name) and of in FROM_TEXT and init != of:
+    for name, start in CONFIG_OF.items():
+        if method.fields.get(name) and start in FROM_TEXT and init != start:
             raise ConfigError(
-                f"method.fields.{name}: it is for method.init={of}, and this is "
+                f"method.fields.{name}: it is for method.init={start}, and this is "
                 f"method.init={init}; leave it out"
             )
     files: dict[str, Any] = method.fields.get("corda_config") or {}

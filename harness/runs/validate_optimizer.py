@@ -84,9 +84,9 @@ def _validate_numbers(run: RunConfig) -> None:
         check("ns_coefficients", len(optimizer.ns_coefficients) == 3, "three numbers")
         check("ns_eps", 0 < optimizer.ns_eps < math.inf, "a finite number above 0")
         check("rest_ratio", 0 < optimizer.rest_ratio < math.inf, "a finite number above 0")
-        asked, choices = optimizer.adjust_lr, ("match_rms_adamw", "original")
-        if asked not in choices:
-            raise ConfigError(f"optimizer.adjust_lr={asked}: {nearest(asked, choices)}")
+        adjust_lr, choices = optimizer.adjust_lr, ("match_rms_adamw", "original")
+        if adjust_lr not in choices:
+            raise ConfigError(f"optimizer.adjust_lr={adjust_lr}: {nearest(adjust_lr, choices)}")
     if isinstance(optimizer, Adamw8bitOptimizer):
         check("min_8bit_size", optimizer.min_8bit_size > 0, "1 or more elements")
     if isinstance(optimizer, ScheduleFreeOptimizer):

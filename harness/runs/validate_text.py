@@ -67,8 +67,8 @@ def validate_data(run: RunConfig) -> None:
     for where, text in {"data": data, **also}.items():
         _validate_split(text, where)
         _refuse_unread(text, where)
-        most = text.document_chars
-        require(most is None or most > 0, f"{where}.document_chars", most, "1 or more, or null")
+        limit = text.document_chars
+        require(limit is None or limit > 0, f"{where}.document_chars", limit, "1 or more, or null")
         _validate_rows(text, where)
     for key in ("validation_share", "test_share"):
         require(
@@ -150,8 +150,8 @@ def validate_evaluation(run: RunConfig) -> None:
                 "once, at the end: name another"
             )
         if text.source not in CHOICES["data.source"]:
-            there = [str(choice) for choice in CHOICES["data.source"]]
-            raise ConfigError(f"{where}.source={text.source}: {nearest(text.source, there)}")
+            choices = [str(choice) for choice in CHOICES["data.source"]]
+            raise ConfigError(f"{where}.source={text.source}: {nearest(text.source, choices)}")
         if text.source == "text_files":
             _validate_files(text, where)
         for key in ("validation_share", "test_share"):
@@ -172,8 +172,8 @@ def validate_evaluation(run: RunConfig) -> None:
             "data set of pairs (data=pairs), or evaluate.classify=auto"
         )
     for key in ("validation_tokens", "test_tokens"):
-        most = getattr(ev, key)
-        require(most is None or most > 0, f"evaluate.{key}", most, "1 or more tokens, or null")
+        limit = getattr(ev, key)
+        require(limit is None or limit > 0, f"evaluate.{key}", limit, "1 or more tokens, or null")
     if ev.test_tokens is not None and (ev.protocol != "documents" or ev.generate is not None):
         other = "generate" if ev.generate is not None else f"protocol={ev.protocol}"
         raise ConfigError(
@@ -205,8 +205,8 @@ def _validate_split(data: DataConfig, where: str) -> None:
                 f"predicted: expected data=pairs, and this is data={data.name}"
             )
     if data.split not in CHOICES["data.split"]:
-        there = map(str, CHOICES["data.split"])
-        raise ConfigError(f"{where}.split={data.split}: {nearest(data.split, there)}")
+        choices = map(str, CHOICES["data.split"])
+        raise ConfigError(f"{where}.split={data.split}: {nearest(data.split, choices)}")
     if data.encoding:
         encodings.check_name(data.encoding)
     for key in ("validation_path", "test_path"):
@@ -222,7 +222,7 @@ def _validate_files(data: DataConfig, where: str) -> None:
     for key in ("path", "validation_path", "test_path"):
         value = getattr(data, key)
         several = value if isinstance(value, list) else [value] if value else []
-        if not all(isinstance(one, str) and one for one in several):
+        if not all(isinstance(entry, str) and entry for entry in several):
             raise ConfigError(
                 f"{where}.{key}={value}: expected a file, a folder, a glob or a list of them"
             )
@@ -239,8 +239,8 @@ def _validate_pairs(data: DataConfig, where: str) -> None:
         _validate_files(data, where)
     for key in ("packing", "prompt_style", *OF_PAIRS):
         if (value := getattr(data, key)) not in CHOICES[f"data.{key}"]:
-            there = map(str, CHOICES[f"data.{key}"])
-            raise ConfigError(f"{where}.{key}={value}: {nearest(value, there)}")
+            choices = map(str, CHOICES[f"data.{key}"])
+            raise ConfigError(f"{where}.{key}={value}: {nearest(value, choices)}")
     require(bool(data.separator), f"{where}.separator", repr(data.separator), "some characters")
     if unknown := set(data.split_names) - set(SPLITS):
         name = sorted(unknown)[0]
@@ -248,8 +248,8 @@ def _validate_pairs(data: DataConfig, where: str) -> None:
 
 
 def _validate_generate(run: RunConfig) -> None:
-    asked = run.evaluate.generate
-    assert asked is not None
+    cfg = run.evaluate.generate
+    assert cfg is not None
     if run.data.source != "pairs":
         raise ConfigError(
             f"evaluate.generate completes prompts, and data={run.data.name} has none: use a data "
@@ -258,19 +258,19 @@ def _validate_generate(run: RunConfig) -> None:
     if not run.evaluate.test:
         raise ConfigError("evaluate.generate completes the test set, and evaluate.test=false")
     for key in ("num_beams", "max_new_tokens", "batch"):
-        value = getattr(asked, key)
+        value = getattr(cfg, key)
         require(value > 0, f"evaluate.generate.{key}", value, "1 or more")
-    n, most = asked.no_repeat_ngram, asked.prompts
+    n, limit = cfg.no_repeat_ngram, cfg.prompts
     require(n >= 0, "evaluate.generate.no_repeat_ngram", n, "a length, or 0 for off")
-    require(most is None or most > 0, "evaluate.generate.prompts", most, "1 or more, or null")
+    require(limit is None or limit > 0, "evaluate.generate.prompts", limit, "1 or more, or null")
 
 
-def _validate_latency(asked: LatencyConfig) -> None:
+def _validate_latency(cfg: LatencyConfig) -> None:
     for key in ("prompt_tokens", "new_tokens"):
-        value = getattr(asked, key)
+        value = getattr(cfg, key)
         require(value >= 2, f"evaluate.latency.{key}", value, "2 or more tokens")
-    require(asked.repeats >= 1, "evaluate.latency.repeats", asked.repeats, "1 or more")
-    sizes = asked.batch_sizes
+    require(cfg.repeats >= 1, "evaluate.latency.repeats", cfg.repeats, "1 or more")
+    sizes = cfg.batch_sizes
     fine = bool(sizes) and min(sizes) >= 1 and len(set(sizes)) == len(sizes)
     require(fine, "evaluate.latency.batch_sizes", sizes, "different numbers of 1 or more, as [1,8]")
 

@@ -109,9 +109,9 @@ def _validate_model(run: RunConfig) -> None:
             f"of {', '.join(kinds)}" + "; set model.id=…" * (model.name == "hub")
         )
     if model.asset and not (ASSETS_DIR / model.asset).is_dir():
-        there = [p.name for p in ASSETS_DIR.glob("*") if p.is_dir()]
+        assets = [p.name for p in ASSETS_DIR.glob("*") if p.is_dir()]
         raise ConfigError(
-            f"model.asset={model.asset!r} is not there: {nearest(model.asset, there)}"
+            f"model.asset={model.asset!r} is not there: {nearest(model.asset, assets)}"
         )
     if model.path and not Path(model.path).is_dir():
         raise ConfigError(f"model.path={model.path!r}: no such folder")
@@ -224,16 +224,16 @@ def _validate_steps(run: RunConfig) -> None:
 
 
 def _validate_tracker(run: RunConfig) -> None:
-    for name, asked in run.tracker.items():
+    for name, fields in run.tracker.items():
         if name not in TRACKERS:
             raise ConfigError(f"tracker.{name}: {nearest(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             what = f"-e '.[{name}]'" if name in WITH_AN_EXTRA else name
             raise ConfigError(f"tracker={name} is not installed: pip install {what}")
         known = TRACKERS[name]
-        if not isinstance(asked, dict):
-            raise ConfigError(f"tracker.{name}={asked}: expected options: {', '.join(known)}")
-        for key in asked:
+        if not isinstance(fields, dict):
+            raise ConfigError(f"tracker.{name}={fields}: expected options: {', '.join(known)}")
+        for key in fields:
             if key not in known:
                 raise ConfigError(f"tracker.{name}.{key}: {nearest(key, known)}")
     mode = (run.tracker.get("wandb") or {}).get("mode", "online")
@@ -272,14 +272,14 @@ def _validate_launch(run: RunConfig) -> None:
 
 def _validate_pause(run: RunConfig) -> None:
     """A pause is where validation is read anyway, or else the run would be another one."""
-    at, every = run.launch.pause_at, run.evaluate.interval
-    if at is None or (at >= run.train.steps and run.train.epochs is None):
+    pause_at, every = run.launch.pause_at, run.evaluate.interval
+    if pause_at is None or (pause_at >= run.train.steps and run.train.epochs is None):
         return  # it finishes
-    require(at > 0, "launch.pause_at", at, "1 or more optimizer steps, or null")
-    if every > 0 and at % every:
-        near = [step for step in (at // every * every, -(-at // every) * every) if step]
+    require(pause_at > 0, "launch.pause_at", pause_at, "1 or more optimizer steps, or null")
+    if every > 0 and pause_at % every:
+        near = [step for step in (pause_at // every * every, -(-pause_at // every) * every) if step]
         raise ConfigError(
-            f"launch.pause_at={at} is not a multiple of evaluate.interval={every}, and a run "
+            f"launch.pause_at={pause_at} is not a multiple of evaluate.interval={every}, and a run "
             f"pauses where validation is read: try {' or '.join(map(str, near))}"
         )
 
@@ -303,10 +303,10 @@ def _validate_sharded(run: RunConfig) -> None:
         ),
         "method.orthogonality": (getattr(run.method, "orthogonality", 0), whole, "0"),
     }
-    for asked, (there, why, instead) in refused.items():
-        if there:
-            key = asked.partition("=")[0]
+    for setting, (given, why, instead) in refused.items():
+        if given:
+            key = setting.partition("=")[0]
             raise ConfigError(
-                f"launch.accelerate=fsdp: {asked} {why}; set {key}={instead}, or "
+                f"launch.accelerate=fsdp: {setting} {why}; set {key}={instead}, or "
                 "launch.accelerate=ddp"
             )

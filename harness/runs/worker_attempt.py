@@ -56,8 +56,8 @@ def attempt(run: RunConfig, claim: lock.Claim, *, quiet: bool) -> Outcome:
         }
         if machine.oom_kills() > kills and (ranks or code == -signal.SIGKILL):
             gone |= {"class": "oom", "message": KILLED_FOR_MEMORY}
-        elif told := run_record.rank_failures(run_dir):
-            gone = told[0]
+        elif rank_failures := run_record.rank_failures(run_dir):
+            gone = rank_failures[0]
         elif by_hand:
             gone = dict(failure) or gone
         failure = gone

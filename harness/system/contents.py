@@ -194,22 +194,24 @@ def _versions(packages: list[str]) -> str:
 def pinned(run: RunConfig) -> RunConfig:
     """`run` with the commits of its plan in place of branches of the hub, which move."""
 
-    def at(content: str, asked: str | None) -> str | None:
+    def revision_of(content: str, requested: str | None) -> str | None:
         kind, _, commit = content.partition(":")
-        return commit if kind == "commit" else asked
+        return commit if kind == "commit" else requested
 
     planned = run.contents
-    model = replace(run.model, revision=at(planned.get("model", ""), run.model.revision))
-    data = replace(run.data, revision=at(planned.get("data", ""), run.data.revision))
+    model = replace(run.model, revision=revision_of(planned.get("model", ""), run.model.revision))
+    data = replace(run.data, revision=revision_of(planned.get("data", ""), run.data.revision))
     if data.parts:
         now = {
             name: fields
-            | {"revision": at(planned.get(f"data.parts.{name}", ""), fields["revision"])}
+            | {"revision": revision_of(planned.get(f"data.parts.{name}", ""), fields["revision"])}
             for name, fields in data.parts.items()
         }
         data = replace(data, parts=now)
     also = {
-        name: replace(cfg, revision=at(planned.get(f"evaluate.also.{name}", ""), cfg.revision))
+        name: replace(
+            cfg, revision=revision_of(planned.get(f"evaluate.also.{name}", ""), cfg.revision)
+        )
         for name, cfg in run.evaluate.also.items()
     }
     return replace(run, model=model, data=data, evaluate=replace(run.evaluate, also=also))
@@ -218,15 +220,15 @@ def pinned(run: RunConfig) -> RunConfig:
 def check(run: RunConfig) -> None:
     """Raise ConfigError where what `run` reads from this machine is no longer what was planned."""
     for key, cfg in texts(run):
-        again = "the same command again plans a run of the text as it is now"
+        hint = "the same command again plans a run of the text as it is now"
         where = f"the text at {cfg.path or cfg.id or ', '.join(cfg.packages) or cfg.name}"
-        _compare(run, key, partial(text_of, cfg), where, again)
-    again = "the same command again plans a run of the files as they are now"
-    check_model(run, again)
+        _compare(run, key, partial(text_of, cfg), where, hint)
+    hint = "the same command again plans a run of the files as they are now"
+    check_model(run, hint)
     for key, _ in _of_fields(run):
         path = run.method.fields[key.removeprefix("method.fields.")]  # type: ignore[attr-defined]
         now = partial(dict(_of_fields(run)).__getitem__, key)
-        _compare(run, key, now, f"{key}, the files at {path}", again)
+        _compare(run, key, now, f"{key}, the files at {path}", hint)
 
 
 def check_apart(run: RunConfig) -> None:

@@ -140,16 +140,16 @@ def chunks(file: Path, encoding: str | None = None) -> Iterator[str]:
     Raises:
         ConfigError: the file is not text in its encoding, or holds a NUL.
     """
-    held, line = "", 1
+    pending, line = "", 1
     for number, piece in enumerate(_decoded(file, of_file(file, encoding))):
-        if (at := piece.find("\0")) >= 0:
-            line += piece.count("\n", 0, at)
+        if (position := piece.find("\0")) >= 0:
+            line += piece.count("\n", 0, position)
             raise ConfigError(f"{file}, line {line}: a NUL byte; the file is not text")
         line += piece.count("\n")
-        text = held + (piece if number else piece.removeprefix("\ufeff"))
-        held = "\r" if text.endswith("\r") else ""  # whose "\n" may be the next piece's first
+        text = pending + (piece if number else piece.removeprefix("\ufeff"))
+        pending = "\r" if text.endswith("\r") else ""  # whose "\n" may be the next piece's first
         yield unified(text.removesuffix("\r"))
-    if held:
+    if pending:
         yield "\n"
 
 
@@ -184,13 +184,15 @@ def _refused(
 ) -> ConfigError:
     """What is said of bytes that are no text; they come after `offset` bytes of the file."""
     shown = {"utf-8": "UTF-8", "utf-16": "UTF-16", "utf-32": "UTF-32"}.get(name, name)
-    at = offset + error.start
-    said = f"{where}: not {shown} text (byte 0x{error.object[error.start]:02x} at offset {at:,}"
-    said += f": {error.reason})"
+    position = offset + error.start
+    message = (
+        f"{where}: not {shown} text (byte 0x{error.object[error.start]:02x} at offset {position:,}"
+    )
+    message += f": {error.reason})"
     guess = likely(sample[-SAMPLE_BYTES:] if len(sample) > SAMPLE_BYTES else sample)
     if codecs.lookup(guess).name != name:
-        said += f"; it looks like {guess}: if it is, set data.encoding={guess}"
-    return ConfigError(said)
+        message += f"; it looks like {guess}: if it is, set data.encoding={guess}"
+    return ConfigError(message)
 
 
 def likely(sample: bytes) -> str:

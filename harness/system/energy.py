@@ -100,15 +100,15 @@ def _zones(powercap: Path, left_out: dict[str, str]) -> list[Counter]:
             if COUNTED.fullmatch(name):
                 package = folder.name.split(":")[1]
                 label = name if name.startswith("package") else f"{name}-{package}"
-                most = int((folder / "max_energy_range_uj").read_text("ascii"))
+                limit = int((folder / "max_energy_range_uj").read_text("ascii"))
                 now = int((folder / "energy_uj").read_text("ascii"))
-                counters.append(Counter(label, folder, most, now))
+                counters.append(Counter(label, folder, limit, now))
     except (OSError, ValueError) as error:
         left_out["RAPL"] = f"{type(error).__name__}: {error}"
         return []
     if not counters:
-        there = "has no CPU package" if powercap.is_dir() else "is not there"
-        left_out["RAPL"] = f"{powercap} {there}"
+        reason = "has no CPU package" if powercap.is_dir() else "is not there"
+        left_out["RAPL"] = f"{powercap} {reason}"
     return counters
 
 

@@ -56,7 +56,9 @@ def find_files(
         raise ConfigError("data=text_files needs data.path: a file, a folder, a glob or a list")
     if not isinstance(path, str):
         return _once(
-            file for one in path for file in find_files(str(one), encoding=encoding, kinds=kinds)
+            file
+            for entry in path
+            for file in find_files(str(entry), encoding=encoding, kinds=kinds)
         )
     root = Path(path).expanduser()
     if root.is_file():
@@ -104,8 +106,8 @@ def _refuse_binary(file: Path, beginning: bytes, encoding: str | None) -> None:
             f"data.path: {file} looks like {guess} without a byte-order mark: if it is, set "
             f"data.encoding={guess}"
         )
-    at = beginning.index(0)
-    raise ConfigError(f"data.path: {file} is binary, not text (a NUL byte at offset {at})")
+    position = beginning.index(0)
+    raise ConfigError(f"data.path: {file} is binary, not text (a NUL byte at offset {position})")
 
 
 def _chosen(root: Path, kinds: Sequence[str]) -> list[Path]:
@@ -119,8 +121,8 @@ def _chosen(root: Path, kinds: Sequence[str]) -> list[Path]:
 def left_out(path: Any, kinds: Sequence[str] = KINDS) -> list[Path]:
     """The files of the folders in `path` that `find_files` does not read, without hidden ones."""
     unread: list[Path] = []
-    for one in [path] if isinstance(path, str) else path or []:
-        root = Path(one).expanduser()
+    for entry in [path] if isinstance(path, str) else path or []:
+        root = Path(entry).expanduser()
         if root.is_dir() and not saved(root):
             read = set(_chosen(root, kinds))
             unread += [file for file in walk(root) if file not in read]
@@ -164,8 +166,8 @@ def names(files: Sequence[Path], path: Any) -> list[str]:
     It is that of the real file, or of the link where the real file is outside of `path`: it does
     not depend on where the folder is, or on how `path` is spelled.
     """
-    asked = [path] if isinstance(path, str) else path or []
-    folders = [root for one in asked if (root := Path(one).expanduser()).is_dir()]
+    entries = [path] if isinstance(path, str) else path or []
+    folders = [root for entry in entries if (root := Path(entry).expanduser()).is_dir()]
     places = []
     for file in files:
         place = file.resolve()

@@ -26,8 +26,8 @@ def file_of(cfg: ModelConfig) -> Path:
     else:
         raise ConfigError(f"model.gguf={name} needs model.path or model.package, where the file is")
     if not (folder / name).is_file():
-        there = (path.name for path in folder.glob("*.gguf"))
-        raise ConfigError(f"model.gguf={name} is not in {folder}: {nearest(name, there)}")
+        names = (path.name for path in folder.glob("*.gguf"))
+        raise ConfigError(f"model.gguf={name} is not in {folder}: {nearest(name, names)}")
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError("model.gguf needs the package gguf: pip install gguf")
     refuse_pointers([folder / name])

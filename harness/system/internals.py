@@ -93,7 +93,7 @@ INTERNALS = (
     ),
     Internal("hydra-core", f"{HYDRA}.utils", "get_args_parser", "the flags of harness run"),
 )  # fmt: skip
-_BY_NAME = {one.name: one for one in INTERNALS}
+_BY_NAME = {entry.name: entry for entry in INTERNALS}
 
 
 def internal(name: str) -> Any:
@@ -126,11 +126,11 @@ def prepared_models_kept(accelerator: Any) -> Iterator[None]:
     if models is None:
         gone = Internal("accelerate", "accelerate", "Accelerator._models", "evaluating the base")
         raise MissingInternalError(gone.sentence())
-    there = len(models)
+    count = len(models)
     try:
         yield
     finally:
-        del models[there:]
+        del models[count:]
 
 
 @contextmanager

@@ -130,11 +130,11 @@ _joined: list[IO[str]] = []  # held open
 def ranks_at(run_dir: Path, *, patience_seconds: float = 0.0) -> bool:
     """Return whether ranks hold `run_dir`, and still do after so many seconds."""
     end = time.monotonic() + patience_seconds
-    while held := _is_locked(run_dir / RANKS_NAME):
+    while locked := _is_locked(run_dir / RANKS_NAME):
         if time.monotonic() >= end:
             break
         time.sleep(0.05)
-    return held
+    return locked
 
 
 def _is_locked(path: Path) -> bool:

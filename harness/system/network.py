@@ -87,11 +87,11 @@ def content_of(kind: str, name: str, revision: str | None) -> str:
         return f"commit:{branch}"
     if commit := _cached_commit(kind, name, branch):
         return f"commit:{commit}"
-    asked = (kind, name, branch)
-    at, answer = _answers.get(asked, (0.0, ""))
-    if not answer or time.monotonic() - at > ANSWER_SECONDS:
-        answer = _asked(*asked)
-        _answers[asked] = (time.monotonic(), answer)
+    question = (kind, name, branch)
+    answered, answer = _answers.get(question, (0.0, ""))
+    if not answer or time.monotonic() - answered > ANSWER_SECONDS:
+        answer = _asked(*question)
+        _answers[question] = (time.monotonic(), answer)
     return answer
 
 

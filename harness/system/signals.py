@@ -24,16 +24,16 @@ def forward_signals(workers: Callable[[], set[int]]) -> Iterator[None]:
     Then, or at a second order, it raises KeyboardInterrupt: whoever keeps those processes may kill
     them at that. Outside the main thread, which signals go to, nothing changes.
     """
-    told: set[int] | None = None
+    signalled: set[int] | None = None
 
     def heard(number: int, frame: Any) -> None:
-        nonlocal told
-        if told is None:
-            told = workers()
-            for pid in told:
+        nonlocal signalled
+        if signalled is None:
+            signalled = workers()
+            for pid in signalled:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-            while workers() & told:
+            while workers() & signalled:
                 time.sleep(0.1)
         raise KeyboardInterrupt
 

@@ -36,7 +36,7 @@ class BufferState:
         self.model = model
         fixed = _owned(model)["dict"]
         self._start = {n: _digest(b) for n, b in model.named_buffers() if n not in fixed}
-        self._numbers = {name: held[key] for name, held, key in _numbers(model)}
+        self._numbers = {name: container[key] for name, container, key in _numbers(model)}
 
     def tensors(self, *, factors: bool) -> dict[str, torch.Tensor]:
         """Return the state by name: what moved or what an adapter owns, samples and generators.
@@ -59,9 +59,9 @@ class BufferState:
                 tensors[f"{SAMPLER}{name}/{key}"] = drawn.detach()
         for name, generator in _generators(self.model):
             tensors[GENERATOR + name] = generator.get_state()
-        for name, held, key in _numbers(self.model):
-            if self._numbers.get(name) != held[key]:
-                tensors[NUMBER + name] = torch.tensor(held[key])
+        for name, container, key in _numbers(self.model):
+            if self._numbers.get(name) != container[key]:
+                tensors[NUMBER + name] = torch.tensor(container[key])
         allocated = adalora.state(self.model, means=factors)
         return tensors | {ALLOCATOR + name: tensor for name, tensor in allocated.items()}
 
@@ -94,9 +94,9 @@ class BufferState:
         for name, generator in _generators(self.model):
             if GENERATOR + name in tensors:
                 generator.set_state(tensors[GENERATOR + name].cpu())
-        for name, held, key in _numbers(self.model):
+        for name, container, key in _numbers(self.model):
             if NUMBER + name in tensors:
-                held[key] = tensors[NUMBER + name].item()
+                container[key] = tensors[NUMBER + name].item()
 
     def _has_moved(self, name: str, buffer: torch.Tensor) -> bool:
         """Whether a buffer, unless in a `BufferDict`, holds other values than at the start."""
@@ -114,7 +114,7 @@ def _digest(buffer: torch.Tensor) -> bytes:
 def _owned(model: nn.Module) -> dict[str, set[str]]:
     """Names of the buffers of adapter layers: their `state`, and those in a `BufferDict`."""
     names: dict[str, set[str]] = {"state": set(), "dict": set()}
-    for at, layer in model.named_modules():
+    for prefix, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         assert isinstance(layer, nn.Module)
@@ -122,7 +122,7 @@ def _owned(model: nn.Module) -> dict[str, set[str]]:
             if inside.split(".")[0] == "base_layer":
                 continue
             kind = "dict" if isinstance(module, BufferDict) else "state"
-            path = ".".join(part for part in (at, inside) if part)
+            path = ".".join(part for part in (prefix, inside) if part)
             names[kind] |= {f"{path}.{leaf}" for leaf in module._buffers}
     return names
 
@@ -152,17 +152,17 @@ def _generators(model: nn.Module) -> list[tuple[str, torch.Generator]]:
 
     return [
         pair
-        for at, module in model.named_modules()
+        for prefix, module in model.named_modules()
         for attribute, value in vars(module).items()
-        for pair in within(f"{at}/{attribute}", value)
+        for pair in within(f"{prefix}/{attribute}", value)
     ]
 
 
 def _numbers(model: nn.Module) -> list[tuple[str, dict[Any, Any], Any]]:
     """Numbers and truth values that adapter layers hold in dicts: (name, dict, key)."""
     return [
-        (f"{at}/{attribute}/{key}", value, key)
-        for at, layer in model.named_modules()
+        (f"{prefix}/{attribute}/{key}", value, key)
+        for prefix, layer in model.named_modules()
         if isinstance(layer, BaseTunerLayer)
         for attribute, value in vars(layer).items()
         if type(value) is dict and not attribute.startswith("_")

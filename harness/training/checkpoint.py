@@ -175,11 +175,11 @@ def save(
     (scratch / "manifest.json").write_text(json.dumps(manifest), "utf-8")
     for path in [*scratch.iterdir(), scratch]:
         _sync(path)
-    there = _complete(folder)
-    number = int(there[-1].name) + 1 if there else 1
+    complete = _complete(folder)
+    number = int(complete[-1].name) + 1 if complete else 1
     scratch.rename(folder / f"{number:06d}")
     _sync(folder)
-    for old in there[: max(0, len(there) + 1 - KEPT)]:
+    for old in complete[: max(0, len(complete) + 1 - KEPT)]:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -87,8 +87,8 @@ class Evaluator:
         now = self.standing
 
         def following() -> AbstractContextManager[None]:
-            held = now.average.held() if now.average else ()
-            return memory.measured(now.model, now.optimizer, now.at_evaluation, held)
+            averages = now.average.held() if now.average else ()
+            return memory.measured(now.model, now.optimizer, now.at_evaluation, averages)
 
         first = now.state.validated <= 0
         now.newest = self.nats("validation", following if first else nullcontext)

@@ -311,8 +311,8 @@ def train(
             start = time.perf_counter()
             follow = state.step == min(MEMORY_STEP, steps - 1)
             try:
-                held = average.held() if average else ()
-                following = memory.measured(model, optimizer, state.memory, held)
+                averages = average.held() if average else ()
+                following = memory.measured(model, optimizer, state.memory, averages)
                 with following if follow else nullcontext():
                     total, norm, num_tokens = optimizer_step(
                         training, state.step, state.micro_batch
@@ -329,10 +329,10 @@ def train(
                     torch.cuda.empty_cache()
                 continue
             # The one place where the host waits for what the device has computed.
-            asked = torch.full_like(total, float(stop.requested))
+            stop_requested = torch.full_like(total, float(stop.requested))
             seconds = state.start_seconds + state.train_seconds + time.perf_counter() - start
             spent = torch.full_like(total, seconds)
-            summed = accelerator.reduce(torch.stack([total, asked, spent]), "sum")
+            summed = accelerator.reduce(torch.stack([total, stop_requested, spent]), "sum")
             nats, asked_to_stop, spent_by_all, grad_norm = torch.cat(
                 [summed, norm.reshape(1)]
             ).tolist()

@@ -45,6 +45,6 @@ class Noise:
             text = f"neftune {self._seed} {self._step} {self._rank}"
             drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
             self._generator = torch.Generator(output.device).manual_seed(drawn)
-        most = self._alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        bound = self._alpha / math.sqrt(output.shape[-2] * output.shape[-1])
         noise = torch.empty_like(output, requires_grad=False)
-        return output + noise.uniform_(-most, most, generator=self._generator)
+        return output + noise.uniform_(-bound, bound, generator=self._generator)

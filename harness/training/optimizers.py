@@ -87,13 +87,13 @@ def _lora_fa(
     """PEFT's, its one group divided into ours: a pair of A and B stays together."""
     assert isinstance(optimizer, schemas.LoraFaOptimizer)
     config = cast(Any, model).active_peft_config
-    made = of_peft.create_lorafa_optimizer(
+    built = of_peft.create_lorafa_optimizer(
         cast(Any, model), r=config.r, lora_alpha=config.lora_alpha, lr=train.lr
     )
-    (whole,) = made.param_groups
+    (whole,) = built.param_groups
     known = dict(zip(whole["names"], whole["scaling_factors"], strict=True))
     parameters = dict(model.named_parameters())
-    made.param_groups.clear()
+    built.param_groups.clear()
     for group in _groups(model, train):
         names = []
         for name in group.pop("names"):
@@ -106,21 +106,21 @@ def _lora_fa(
             "scaling_factors": [known[name] for name in names],
             "correct_bias": optimizer.correct_bias,
         }
-        made.add_param_group(group | _adam(train) | own)
-    return made
+        built.add_param_group(group | _adam(train) | own)
+    return built
 
 
 def _riemannian(
     model: nn.Module, train: TrainConfig, optimizer: OptimizerConfig
 ) -> torch.optim.Optimizer:
     assert isinstance(optimizer, schemas.RiemannianOptimizer)
-    made = of_peft.create_riemannian_optimizer(
+    built = of_peft.create_riemannian_optimizer(
         cast(Any, model), torch.optim.AdamW, reg=optimizer.reg, fused=True, **_adam(train)
     )
-    made.param_groups.clear()  # all in one group, without our weight decay
+    built.param_groups.clear()  # all in one group, without our weight decay
     for group in _groups(model, train):
-        made.add_param_group(group)
-    return made
+        built.add_param_group(group)
+    return built
 
 
 def _muon(
@@ -208,7 +208,7 @@ def _groups(
     The multiple is what the optimizer's `scale` says times that of `train.groups`. Matrices come
     first, and within a group parameters are in the model's order.
     """
-    asked = matches(model, train.groups)
+    group_of = matches(model, train.groups)
     groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or not wanted(name, parameter):
@@ -216,7 +216,7 @@ def _groups(
         matrix = is_matrix(model, name, parameter)
         decay = train.weight_decay if matrix else 0.0
         times = scale(name, parameter)
-        if own := asked.get(name):
+        if own := group_of.get(name):
             decay = decay if own.weight_decay is None else own.weight_decay
             times *= own.lr_scale
         group = groups.setdefault(

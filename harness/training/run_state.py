@@ -47,9 +47,9 @@ class Elapsed:
 
     def facts(self) -> dict[str, Any]:
         """Of all parts together; runs beside are None where they are not counted."""
-        most = max(self.runs_beside, self.beside.most()) if self.beside else None
+        runs_beside = max(self.runs_beside, self.beside.most()) if self.beside else None
         seconds = self.wall_seconds + time.time() - self.started
-        return {"wall_seconds": seconds, "runs_beside": most}
+        return {"wall_seconds": seconds, "runs_beside": runs_beside}
 
     def end(self) -> None:
         """No longer count as a run that is under way."""

@@ -95,13 +95,13 @@ def unshard(model: nn.Module, *, keep: bool) -> None:
 
     All ranks must call it. The model that is kept is not to be run any more.
     """
-    made: dict[int, nn.Parameter] = {}  # id of a divided parameter -> the whole one
+    whole: dict[int, nn.Parameter] = {}  # id of a divided parameter -> the whole one
     for parameter in model.parameters():
         full = full_tensor(parameter.detach())
         if keep:
-            made[id(parameter)] = nn.Parameter(full.cpu(), parameter.requires_grad)
+            whole[id(parameter)] = nn.Parameter(full.cpu(), parameter.requires_grad)
     for module in model.modules() if keep else ():
-        for name, held in module._parameters.items():
-            module._parameters[name] = None if held is None else made[id(held)]
+        for name, divided in module._parameters.items():
+            module._parameters[name] = None if divided is None else whole[id(divided)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.cpu()

@@ -64,9 +64,9 @@ def distances(
     for ids in batches:
         x, y = (_outputs(model, ids) for model in (base, adapted))
         sums = sums or [Sums() for _ in x]
-        for one, before, after in zip(sums, x, y, strict=True):
-            one.add(before, after)
-    return [one.distance(layer) for layer, one in enumerate(sums)]
+        for layer_sums, before, after in zip(sums, x, y, strict=True):
+            layer_sums.add(before, after)
+    return [layer_sums.distance(layer) for layer, layer_sums in enumerate(sums)]
 
 
 def _outputs(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -91,24 +91,27 @@ def by_rank(directions: Mapping[str, Direction], rank: int | str) -> dict[str, i
     Raises:
         ConfigError: k is above min(m, n) of a matrix.
     """
-    for name, one in directions.items():
-        if rank != "full" and int(rank) > one.full_rank:
+    for name, direction in directions.items():
+        if rank != "full" and int(rank) > direction.full_rank:
             raise ConfigError(
-                f"rank={rank} is above min(m, n) = {one.full_rank} of {name}; the largest usable "
-                f"rank is {min(d.full_rank for d in directions.values())}, or take 'full'"
+                f"rank={rank} is above min(m, n) = {direction.full_rank} of {name}; the largest "
+                f"usable rank is {min(d.full_rank for d in directions.values())}, or take 'full'"
             )
     return {
-        name: one.full_rank if rank == "full" else int(rank) for name, one in directions.items()
+        name: direction.full_rank if rank == "full" else int(rank)
+        for name, direction in directions.items()
     }
 
 
 def by_energy(directions: Mapping[str, Direction], share: float) -> dict[str, int]:
     """The smallest rank of each matrix whose singular values have `share` of ||dW||_F^2."""
     ranks = {}
-    for name, one in directions.items():
-        energy = one.s.square()
+    for name, direction in directions.items():
+        energy = direction.s.square()
         reached = energy.cumsum(0) >= share * energy.sum() * (1 - 1e-12)
-        ranks[name] = min(int(reached.nonzero()[0, 0]) + 1, one.rank if share == 1 else len(energy))
+        ranks[name] = min(
+            int(reached.nonzero()[0, 0]) + 1, direction.rank if share == 1 else len(energy)
+        )
     return ranks
 
 
@@ -147,7 +150,7 @@ def save(
 
     Scales are 1 (alpha = rank); where matrices have ranks of their own they stand in rank_pattern.
     """
-    modules = {one.module: ranks[name] for name, one in directions.items()}
+    modules = {direction.module: ranks[name] for name, direction in directions.items()}
     largest = max(modules.values())
     own = {} if len(set(modules.values())) == 1 else modules
     fan_in_fan_out = any(isinstance(base.get_submodule(path), Conv1D) for path in modules)
@@ -162,12 +165,12 @@ def save(
     )
     model = peft.get_peft_model(base, config)
     with torch.no_grad():
-        for name, one in directions.items():
+        for name, direction in directions.items():
             k = ranks[name]
-            layer: Any = model.get_submodule(f"base_model.model.{one.module}")
-            scale = one.s[:k].sqrt().clamp(min=1e-12).float()
-            layer.lora_A["default"].weight.copy_(one.rows[:k] / scale[:, None])
-            layer.lora_B["default"].weight.copy_(one.basis[:, :k] * scale)
+            layer: Any = model.get_submodule(f"base_model.model.{direction.module}")
+            scale = direction.s[:k].sqrt().clamp(min=1e-12).float()
+            layer.lora_A["default"].weight.copy_(direction.rows[:k] / scale[:, None])
+            layer.lora_B["default"].weight.copy_(direction.basis[:, :k] * scale)
     model.peft_config["default"].base_model_name_or_path = source
     model.peft_config["default"].revision = revision
     model.save_pretrained(str(folder))

@@ -141,8 +141,8 @@ def intruders(base_u: torch.Tensor, after: torch.Tensor, k: int, epsilon: float)
     below epsilon.
     """
     top = left_vectors(after, min(k, *after.shape))
-    most = (top.t() @ base_u.double()).abs().amax(1)
-    return int((most < epsilon).sum())
+    largest = (top.t() @ base_u.double()).abs().amax(1)
+    return int((largest < epsilon).sum())
 
 
 def amplification(before: torch.Tensor, svd: Factors, r: int) -> float:
@@ -152,9 +152,9 @@ def amplification(before: torch.Tensor, svd: Factors, r: int) -> float:
     itself has in the directions in which it was changed. Infinite where W has nothing there.
     """
     u, v = svd.u[:, :r], svd.v[:, :r]
-    there = (u.t() @ before.double() @ v).norm()
+    before_norm = (u.t() @ before.double() @ v).norm()
     changed = svd.s[:r].norm()
-    return float(changed / there) if there > 0 else float("inf")
+    return float(changed / before_norm) if before_norm > 0 else float("inf")
 
 
 def phi(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -112,11 +112,11 @@ def _overlap(overlap: Frame, names: dict[str, str]) -> Frame:
     ]
     by_pair["name"], by_pair["of"] = zip(*pairs, strict=True)
     lines = []
-    for (name, of, side, i), group in by_pair.groupby(["name", "of", "side", "i"], sort=False):
+    for (name, other, side, i), group in by_pair.groupby(["name", "of", "side", "i"], sort=False):
         for column in ("phi", "chance"):
             value = group[column]
             numbers = (value.mean(), value.min(), value.max(), len(value))
-            lines.append((name, of, f"{column}_{side}_{i}", *numbers))
+            lines.append((name, other, f"{column}_{side}_{i}", *numbers))
     return pd.DataFrame(lines, columns=columns)
 
 
@@ -131,8 +131,8 @@ def show(summary: Frame, survey: Survey, settings: Settings) -> None:
         for row in (_Row(values) for values in summary.to_dict("records"))
     }
 
-    def cell(name: str, of: str, quantity: str, form: str) -> str:
-        row = known.get((name, of, quantity))
+    def cell(name: str, other: str, quantity: str, form: str) -> str:
+        row = known.get((name, other, quantity))
         return "-" if row is None else row.text(form)
 
     _print(
@@ -185,13 +185,13 @@ def _show_overlap(
     """Phi between seeds of one configuration, at i = j = 1 and the largest there is."""
     lines = []
     for name in names:
-        own = [q for n, of, q in known if n == name == of and q.startswith("phi_out_")]
+        own = [q for n, other, q in known if n == name == other and q.startswith("phi_out_")]
         for i in sorted({int(q.rpartition("_")[2]) for q in own})[-1:]:
             cells = []
             for side in ("out", "in"):
-                for at in dict.fromkeys((1, i)):
-                    phi = known[name, name, f"phi_{side}_{at}"]
-                    chance = known[name, name, f"chance_{side}_{at}"]
+                for index in dict.fromkeys((1, i)):
+                    phi = known[name, name, f"phi_{side}_{index}"]
+                    chance = known[name, name, f"chance_{side}_{index}"]
                     cells.append(f"{phi.mean:.3f} ({chance.mean:.3f})")
                 if i == 1:
                     cells.append("-")
@@ -205,10 +205,10 @@ def _show_overlap(
 def _show_rounding(weights: Frame) -> None:
     near = weights[weights["relative_change"] < 10 * weights["rounding"]]
     if len(near):
-        some = ", ".join(dict.fromkeys(near["weight"].head(3)))
+        examples = ", ".join(dict.fromkeys(near["weight"].head(3)))
         print(
             f"\n{len(near)} weights changed by less than 10 times what rounding to the base's "
-            f"dtype does ({some}{', …' if len(near) > 3 else ''}): such a dW is partly noise, "
+            f"dtype does ({examples}{', …' if len(near) > 3 else ''}): such a dW is partly noise, "
             "and merging it in that dtype loses some of it."
         )
 

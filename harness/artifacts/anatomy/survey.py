@@ -61,7 +61,7 @@ def find(folder: Path) -> tuple[list[Path], bool]:
     return [folder], True
 
 
-def survey(folder: Path, settings: Settings, said: Callable[[str], None] = print) -> Survey:
+def survey(folder: Path, settings: Settings, log: Callable[[str], None] = print) -> Survey:
     """Measure every finished run of `folder`; writes nothing.
 
     Raises:
@@ -92,7 +92,7 @@ def survey(folder: Path, settings: Settings, said: Callable[[str], None] = print
         directions[run_dir] = (_base(run), own)
         del pair
         gc.collect()
-        said(f"{count}/{len(run_dirs)} {run_dir.name}")
+        log(f"{count}/{len(run_dirs)} {run_dir.name}")
     if not weights:
         why = "; ".join(dict.fromkeys(left_out.values())) or "no weight has changed"
         raise ConfigError(f"{folder}: no run with a change of weights ({why})")
@@ -181,8 +181,8 @@ def overlaps(directions: dict[Path, tuple[str, Directions]]) -> Iterator[dict[st
                     }  # fmt: skip
 
 
-def _doubling(most: int) -> list[int]:
-    return [2**power for power in range(most.bit_length())]
+def _doubling(limit: int) -> list[int]:
+    return [2**power for power in range(limit.bit_length())]
 
 
 def write(surveyed: Survey, folder: Path) -> Path:

@@ -50,24 +50,24 @@ def read(run: Saved, *, test: bool = False, only: Sequence[str] = ()) -> Texts:
     Raises:
         ConfigError: a text is not there, or not as it was, or the run has none of that name.
     """
-    there = [NEW, *(["test"] if test else []), *run.run.evaluate.also]
+    available = [NEW, *(["test"] if test else []), *run.run.evaluate.also]
     for name in only:
-        if name not in there:
-            raise ConfigError(f"--texts: {run.name} has no text {name}; {nearest(name, there)}")
+        if name not in available:
+            raise ConfigError(f"--texts: {run.name} has no text {name}; {nearest(name, available)}")
     disable_progress_bars()
     config = run.run
     contents.check(config)
     first = prefix.find(run.tokenizer, config.evaluate.prefix)
-    most, begins = token_data.most_tokens(config), first.begins  # the part that the run evaluated
-    text = token_data.prepare(config.data, run.tokenizer, test=test, begins=begins, most=most)
+    limits, begins = token_data.most_tokens(config), first.begins  # the part that the run evaluated
+    text = token_data.prepare(config.data, run.tokenizer, test=test, begins=begins, most=limits)
     also: dict[str, Dataset] = {}
     for name, cfg in config.evaluate.also.items():
         also[name], _ = token_data.prepare_test(
-            cfg, run.tokenizer, begins=begins, most=most["test"]
+            cfg, run.tokenizer, begins=begins, most=limits["test"]
         )
     context = config.evaluation_context
     stride = config.evaluate.stride or context
-    by_name = {name: table for name, table in (text.held_out | also).items() if name in there}
+    by_name = {name: table for name, table in (text.held_out | also).items() if name in available}
     kept = {name: by_name[name] for name in only or by_name}
     return Texts(kept, first.id, context, stride)
 

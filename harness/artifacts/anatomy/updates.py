@@ -99,8 +99,8 @@ def load(run: Saved) -> Pair:
     try:
         adapted, _ = export.merged(run)
     except ConfigError as error:
-        said = str(error).removeprefix("--merge: ").removesuffix("; leave out --merge")
-        raise ConfigError(f"{run.name} has no change of weights to look at: {said}") from error
+        reason = str(error).removeprefix("--merge: ").removesuffix("; leave out --merge")
+        raise ConfigError(f"{run.name} has no change of weights to look at: {reason}") from error
     saved_check.compare(run, adapted, f"what {run.run_dir} holds")
     base: Any = linear.as_published(run.base())
     dtypes = {name: p.dtype for name, p in base.named_parameters(remove_duplicate=False)}

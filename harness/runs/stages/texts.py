@@ -50,7 +50,9 @@ def read(setup: Setup) -> Texts:
         task = classification.read(run, tokenizer, begins, ids)
     texts = Texts(own, further, by_protocol, task)
     _record(setup, texts, evaluated, in_training)
-    left_out = [said for cfg in run.evaluate.also.values() for said in token_data.left_out(cfg)[1]]
+    left_out = [
+        message for cfg in run.evaluate.also.values() for message in token_data.left_out(cfg)[1]
+    ]
     setup.warn([*own.warnings, *left_out, *copies, *(task.warnings if task else [])])
     return texts
 
