@@ -110,8 +110,8 @@ def from_adamw(lr: float, lr_from: str, optimizer: OptimizerConfig) -> tuple[flo
     ratio = ratio if ratio > 0 else 1.0  # or else validation refuses it
     rate = float(f"{lr / 2 / math.sqrt(ratio):.3g}")
     root = f", over the root of optimizer.ratio={ratio:g}" if ratio != 1 else ""
-    said = lr_from.removeprefix("default: ")
-    return rate, f"default: half of AdamW's rate ({said}){root}"
+    origin = lr_from.removeprefix("default: ")
+    return rate, f"default: half of AdamW's rate ({origin}){root}"
 
 
 def width_of(model: ModelConfig) -> int | None:
@@ -131,8 +131,8 @@ def _file_of(model: ModelConfig) -> dict[str, Any]:
     if not folder and model.id:
         from huggingface_hub import try_to_load_from_cache
 
-        there = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
-        file = there if isinstance(there, str) else None
+        cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+        file = cached if isinstance(cached, str) else None
     try:
         config = json.loads(Path(file).read_text("utf-8")) if file else {}
     except (OSError, ValueError):  # which loading says by name

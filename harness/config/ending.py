@@ -66,22 +66,22 @@ def within_flops(
     Raises:
         ConfigError: the FLOPs of a step are not known before it, or are more than the cap.
     """
-    most = run.train.max_flops
-    if most is None or not run.method.trains or not run.train.steps:
+    max_flops = run.train.max_flops
+    if max_flops is None or not run.method.trains or not run.train.steps:
         return run
     if not flops_per_token or spent is None:
         raise ConfigError(
-            f"train.max_flops={most:g}: what a step of method={run.method.name} takes is not known "
-            "before it runs; set train.steps, or train.max_seconds"
+            f"train.max_flops={max_flops:g}: what a step of method={run.method.name} takes is not "
+            "known before it runs; set train.steps, or train.max_seconds"
         )
     step = flops_per_token * run.train.batch_tokens
-    if most - spent < step:
+    if max_flops - spent < step:
         before = f" after the {spent:.3g} of method.init={getattr(run.method, 'init', '')}"
         raise ConfigError(
-            f"train.max_flops={most:g} is less than one optimizer step, {step:.3g}"
+            f"train.max_flops={max_flops:g} is less than one optimizer step, {step:.3g}"
             f"{before if spent else ''}"
         )
-    steps = min(run.train.steps, int((most - spent) // step))
+    steps = min(run.train.steps, int((max_flops - spent) // step))
     return replace(run, train=replace(run.train, steps=steps))
 
 
@@ -90,5 +90,5 @@ def told(record: Mapping[str, Any]) -> str | None:
     why = (record.get("run") or {}).get("ended_by")
     if why in (None, "steps"):
         return None
-    at, asked = record["speed"]["steps"], record["config"]["train"]["steps"]
-    return f"train.{why} ended it after {at} of {asked} steps"
+    done, planned = record["speed"]["steps"], record["config"]["train"]["steps"]
+    return f"train.{why} ended it after {done} of {planned} steps"

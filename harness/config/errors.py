@@ -11,7 +11,7 @@ class ConfigError(ValueError):
     """Something impossible was asked for; the message says what, and what would be possible."""
 
 
-def nearest(bad: str, choices: Iterable[str], *, most: int = 24) -> str:
+def nearest(bad: str, choices: Iterable[str], *, limit: int = 24) -> str:
     """End of an error message: the closest choice to `bad`, or else the choices there are."""
     names = sorted(str(choice) for choice in choices)
     same = [name for name in names if name.lower() == str(bad).lower()]
@@ -19,7 +19,7 @@ def nearest(bad: str, choices: Iterable[str], *, most: int = 24) -> str:
         return f"did you mean '{close[0]}'?"
     if not names:
         return "there is none to choose from"
-    shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
+    shown = ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
     return f"choose one of: {shown}"
 
 

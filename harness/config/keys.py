@@ -145,8 +145,10 @@ def elsewhere(key: str, method: str = "") -> str:
     candidates = [other for other in candidates if other != key or other in leaves().get(last, {})]
     if not candidates:
         return ""
-    told = sorted((_with_owners(other, method) for other in candidates), key=lambda t: " (of " in t)
-    return f"did you mean {' or '.join(told)}?"
+    suggestions = sorted(
+        (_with_owners(other, method) for other in candidates), key=lambda t: " (of " in t
+    )
+    return f"did you mean {' or '.join(suggestions)}?"
 
 
 def _with_owners(key: str, method: str) -> str:

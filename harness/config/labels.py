@@ -156,5 +156,5 @@ def _described(group: str, option: str) -> dict[str, Any]:
 
 def _of_path(path: Any) -> str:
     if not isinstance(path, str):
-        return "+".join(_of_path(one) for one in path)
+        return "+".join(_of_path(entry) for entry in path)
     return Path(path).expanduser().name or path

@@ -40,8 +40,10 @@ def check(run: RunConfig) -> None:
     """
     check_context(run)
     described = _configuration(run.model)
-    there = matrices(described)
-    if not there or not isinstance(run.method, LoraMethod | AdaloraMethod | SvdMethod | PeftMethod):
+    shapes = matrices(described)
+    if not shapes or not isinstance(
+        run.method, LoraMethod | AdaloraMethod | SvdMethod | PeftMethod
+    ):
         return
     ends = ("wte", "wpe", "lm_head")  # of GPT-2 the modules that are no Conv1D
     why = "" if set(run.targets.modules) <= set(ends) else peft_fields.needs_linear(run.method)
@@ -51,14 +53,14 @@ def check(run: RunConfig) -> None:
         return  # PEFT's own choice
     sides: dict[str, int] = {}
     for name in run.targets.modules:
-        last = [kind for kind in there if kind == name or name.endswith(f".{kind}")]
-        if not last and not any(kind.endswith(f".{name}") for kind in there):
-            kinds = [kind for kind in there if ".c_attn." not in kind]
+        last = [kind for kind in shapes if kind == name or name.endswith(f".{kind}")]
+        if not last and not any(kind.endswith(f".{name}") for kind in shapes):
+            kinds = [kind for kind in shapes if ".c_attn." not in kind]
             raise ConfigError(
                 f"targets={run.targets.name}: '{name}' matches no matrix of {run.model.name}; "
                 f"{nearest(name, kinds)}"
             )
-        sides |= {kind: min(there[kind]) for kind in last}
+        sides |= {kind: min(shapes[kind]) for kind in last}
     if sides and not isinstance(run.method, PeftMethod):
         _check_rank(run.method, sides)
 

@@ -62,14 +62,14 @@ def held_out_part(cfg: DataConfig) -> Part:
         ConfigError: no part is called so.
     """
     all_parts = parts(cfg)
-    asked = cfg.held_out_part
-    if asked is None:
+    requested = cfg.held_out_part
+    if requested is None:
         return all_parts[0]
     for part in all_parts:
-        if part.name == asked:
+        if part.name == requested:
             return part
     names = [part.name for part in all_parts]
-    raise ConfigError(f"data.held_out_part={asked}: {nearest(asked, names)}")
+    raise ConfigError(f"data.held_out_part={requested}: {nearest(requested, names)}")
 
 
 def evaluated_text(cfg: DataConfig) -> DataConfig:

@@ -52,7 +52,7 @@ def check(method: MethodConfig) -> None:
         if name not in known:
             raise ConfigError(
                 f"method.fields.{name}: {classes()[kind]} has no such field; "
-                f"{nearest(name, known, most=60)}"
+                f"{nearest(name, known, limit=60)}"
             )
 
 

@@ -56,36 +56,36 @@ def automatic(
     """
     if not method.trains:
         return NOT_USED
-    asked = tuned_of(replace(method, label=None), targets, {}, "", optimizer)
+    requested = tuned_of(replace(method, label=None), targets, {}, "", optimizer)
     candidates = []
     for rates in all_files(name):
         family = [
             t
             for t in rates.tuned
-            if t.family == asked.family
-            and (t.scale is None) == (asked.scale is None)
-            and _same_optimizer(t, asked)
+            if t.family == requested.family
+            and (t.scale is None) == (requested.scale is None)
+            and _same_optimizer(t, requested)
         ]
         apart = _apart_in(setting, rates.setting)
         if family and not any(key.startswith("model.") for key in apart):
             other_text = any(key.startswith("data.") and key not in SAME_TEXT for key in apart)
-            lr, said = _of_family(family, asked)
-            between_ranks = said.startswith("interpolated") and " with " not in said
-            similar = said != "tuned" and not between_ranks
-            candidates.append((other_text, similar, len(apart), lr, said, rates.setting))
-    if not candidates and asked.optimizer:
+            lr, origin = _of_family(family, requested)
+            between_ranks = origin.startswith("interpolated") and " with " not in origin
+            similar = origin != "tuned" and not between_ranks
+            candidates.append((other_text, similar, len(apart), lr, origin, rates.setting))
+    if not candidates and requested.optimizer:
         return from_adamw(*automatic(name, method, targets, model, setting), optimizer)
     if not candidates:
         return default_rate(method, model)
-    other_text, similar, _, lr, said, tuned_for = min(candidates, key=lambda c: c[:3])
+    other_text, similar, _, lr, origin, tuned_for = min(candidates, key=lambda c: c[:3])
     if other_text or similar:
         on = f" on {tuned_for['data.name']}" if other_text else ""
-        return float(f"{BESIDE * lr:.3g}"), f"default: half of the rate {said}{on}"
-    return lr, _with_setting(said, setting, tuned_for)
+        return float(f"{BESIDE * lr:.3g}"), f"default: half of the rate {origin}{on}"
+    return lr, _with_setting(origin, setting, tuned_for)
 
 
-def _same_optimizer(one: Tuned, other: Tuned) -> bool:
-    return one.optimizer.get("name") == other.optimizer.get("name")
+def _same_optimizer(first: Tuned, second: Tuned) -> bool:
+    return first.optimizer.get("name") == second.optimizer.get("name")
 
 
 def all_files(first: str | None = None) -> list[Rates]:
@@ -95,15 +95,15 @@ def all_files(first: str | None = None) -> list[Rates]:
     return [read(name) for name in dict.fromkeys([*([first] if first else []), *names])]
 
 
-def _apart_in(one: Setting, other: Setting) -> list[str]:
-    keys = sorted((one.keys() | other.keys()) - {"seed"})
-    return [key for key in keys if one.get(key) != other.get(key)]
+def _apart_in(first: Setting, second: Setting) -> list[str]:
+    keys = sorted((first.keys() | second.keys()) - {"seed"})
+    return [key for key in keys if first.get(key) != second.get(key)]
 
 
-def _with_setting(said: str, setting: Setting, tuned_for: Setting) -> str:
+def _with_setting(origin: str, setting: Setting, tuned_for: Setting) -> str:
     apart = _apart_in(setting, tuned_for)
-    there = [f"{key}={tuned_for.get(key, 'the default')}" for key in apart]
-    return f"{said}, for {', '.join(there)}" if there else said
+    differences = [f"{key}={tuned_for.get(key, 'the default')}" for key in apart]
+    return f"{origin}, for {', '.join(differences)}" if differences else origin
 
 
 def resolve(
@@ -123,64 +123,70 @@ def resolve(
     if name is None:
         raise ConfigError("train.lr=tuned needs train.rates, a file of conf/rates")
     rates = read(name)
-    asked = tuned_of(method, targets, {}, "", optimizer)
-    family = [t for t in rates.tuned if t.family == asked.family and _same_optimizer(t, asked)]
+    requested = tuned_of(method, targets, {}, "", optimizer)
+    family = [
+        t for t in rates.tuned if t.family == requested.family and _same_optimizer(t, requested)
+    ]
     if not family:
-        there = ", ".join(dict.fromkeys(_with_optimizer(t) for t in rates.tuned))
+        known = ", ".join(dict.fromkeys(_with_optimizer(t) for t in rates.tuned))
         raise ConfigError(
-            f"train.lr=tuned: {rates.path.name} has no rate for {_with_optimizer(asked)}, but for "
-            f"{there}: give train.lr=…, or tune it (conf/experiment/tune.yaml)"
+            f"train.lr=tuned: {rates.path.name} has no rate for {_with_optimizer(requested)}, but "
+            f"for {known}: give train.lr=…, or tune it (conf/experiment/tune.yaml)"
         )
-    lr, said = _of_family(family, asked)
-    return lr, _with_setting(said, setting, rates.setting)
+    lr, origin = _of_family(family, requested)
+    return lr, _with_setting(origin, setting, rates.setting)
 
 
 def _with_optimizer(t: Tuned) -> str:
     return t.family + (f" with optimizer={t.optimizer['name']}" if t.optimizer else "")
 
 
-def _of_family(family: list[Tuned], asked: Tuned) -> tuple[float, str]:
+def _of_family(family: list[Tuned], requested: Tuned) -> tuple[float, str]:
     alike, borrowed = family, ""
-    same = [t for t in alike if t.fields == asked.fields]
+    same = [t for t in alike if t.fields == requested.fields]
     if not same:
         alike = [t for t in alike if t.fields == alike[0].fields]
         other = alike[0].fields
         apart = sorted(
-            k for k in other.keys() | asked.fields.keys() if other.get(k) != asked.fields.get(k)
+            k
+            for k in other.keys() | requested.fields.keys()
+            if other.get(k) != requested.fields.get(k)
         )
         borrowed += f" with another {', '.join(apart)}"
     else:
         alike = same
-    if not any(t.targets in (None, asked.targets) for t in alike):
+    if not any(t.targets in (None, requested.targets) for t in alike):
         borrowed += f" on targets={alike[0].targets}"
         alike = [t for t in alike if t.targets == alike[0].targets]
     else:
-        alike = [t for t in alike if t.targets in (None, asked.targets)]
-    if asked.scale is not None:
-        scales = sorted({t.scale for t in alike if t.scale}, key=lambda s: _apart(s, asked.scale))
+        alike = [t for t in alike if t.targets in (None, requested.targets)]
+    if requested.scale is not None:
+        scales = sorted(
+            {t.scale for t in alike if t.scale}, key=lambda s: _apart(s, requested.scale)
+        )
         alike = [t for t in alike if t.scale == scales[0]]
-        if not math.isclose(scales[0], asked.scale):
+        if not math.isclose(scales[0], requested.scale):
             borrowed += f" at alpha={scales[0]:g}r"
-    if exact := [t for t in alike if t.rank == asked.rank]:
+    if exact := [t for t in alike if t.rank == requested.rank]:
         where = edge(exact[0].grid)
         return exact[0].lr, f"tuned{borrowed}" + (f", at the {where} of its grid" if where else "")
-    k = _number(asked.rank)
+    k = _number(requested.rank)
     below = [t for t in alike if _number(t.rank) < k]
     above = [t for t in alike if _number(t.rank) > k]
-    one = max(below, key=lambda t: _number(t.rank), default=None)
-    other_end = min(above, key=lambda t: _number(t.rank), default=None)
-    if one and other_end and math.isfinite(_number(other_end.rank)):
-        low, high = _number(one.rank), _number(other_end.rank)
+    lower = max(below, key=lambda t: _number(t.rank), default=None)
+    upper = min(above, key=lambda t: _number(t.rank), default=None)
+    if lower and upper and math.isfinite(_number(upper.rank)):
+        low, high = _number(lower.rank), _number(upper.rank)
         share = math.log(k / low) / math.log(high / low)
-        lr = one.lr ** (1 - share) * other_end.lr**share
-        between = f"{one.rank_said} and {other_end.rank_said}"
+        lr = lower.lr ** (1 - share) * upper.lr**share
+        between = f"{lower.rank_said} and {upper.rank_said}"
         return float(f"{lr:.3g}"), f"interpolated between {between}{borrowed}"
-    near = one or other_end or alike[0]
+    near = lower or upper or alike[0]
     return near.lr, f"as tuned for {near.rank_said}{borrowed}"
 
 
-def _apart(one: float, other: float | None) -> float:
-    return abs(math.log(one / other)) if other else 0.0
+def _apart(first: float, second: float | None) -> float:
+    return abs(math.log(first / second)) if second else 0.0
 
 
 def _number(rank: str | None) -> float:

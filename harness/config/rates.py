@@ -141,14 +141,14 @@ def fitted(grid: Grid) -> float:
     The best itself where it is at an edge or a neighbour has no nll.
     """
     rates = sorted(grid)
-    at = rates.index(best(grid))
-    three = [(math.log(rate), _value(grid[rate])) for rate in rates[max(0, at - 1) : at + 2]]
+    index = rates.index(best(grid))
+    three = [(math.log(rate), _value(grid[rate])) for rate in rates[max(0, index - 1) : index + 2]]
     if len(three) < 3 or not all(math.isfinite(nll) for _, nll in three):
-        return rates[at]
+        return rates[index]
     (x0, y0), (x1, y1), (x2, y2) = three
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     curvature = (right - left) / (x2 - x0)
-    return math.exp((x0 + x1) / 2 - left / (2 * curvature)) if curvature > 0 else rates[at]
+    return math.exp((x0 + x1) / 2 - left / (2 * curvature)) if curvature > 0 else rates[index]
 
 
 # ------------------------------------------------------------------------------- what it is for
@@ -180,7 +180,7 @@ def tuned_of(
     method: MethodConfig,
     targets: str,
     grid: Grid,
-    made: str = "",
+    provenance: str = "",
     optimizer: OptimizerConfig = ADAMW,
 ) -> Tuned:
     """The entry for a method on `targets`, with an optimizer."""
@@ -203,7 +203,7 @@ def tuned_of(
     if optimizer.name != ADAMW.name:
         usual = schema.defaults(OPTIMIZERS[optimizer.name])
         found_with = {k: v for k, v in vars(optimizer).items() if v != usual.get(k)}
-    return Tuned(label(method), targeted, rank, scale, grid, variant, made, found_with)
+    return Tuned(label(method), targeted, rank, scale, grid, variant, provenance, found_with)
 
 
 # ------------------------------------------------------------------------------------ the file
@@ -246,8 +246,10 @@ def read(name: str) -> Rates:
         )  # fmt: skip
         setting = renamed.in_setting(loaded["setting"])
     except FileNotFoundError:
-        there = [file.stem for file in (CONF_DIR / "rates").glob("*.yaml")]
-        raise ConfigError(f"train.rates={name}: no file {path}; {nearest(name, there)}") from None
+        existing = [file.stem for file in (CONF_DIR / "rates").glob("*.yaml")]
+        raise ConfigError(
+            f"train.rates={name}: no file {path}; {nearest(name, existing)}"
+        ) from None
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"train.rates={name}: {path} is no file of rates ({error})") from error
     return Rates(path, setting, tuned)
@@ -266,8 +268,8 @@ def text(setting: Mapping[str, Any], tuned: Sequence[Tuned]) -> str:
     entries = []
     for t in tuned:
         stopped = {
-            rate: {step: round(nll, 5) for step, nll in sorted(at.items())}
-            for rate, at in sorted(t.stopped.items())
+            rate: {step: round(nll, 5) for step, nll in sorted(by_step.items())}
+            for rate, by_step in sorted(t.stopped.items())
         }
         grid = {
             rate: None if nll is None else round(nll, 5) for rate, nll in sorted(t.grid.items())

@@ -255,6 +255,6 @@ def defaults(schema: type) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """A dataclass as a dict, also in a list; anything else as it is."""
     if isinstance(value, list):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
     return dataclasses.asdict(value) if is_record else value

@@ -186,7 +186,7 @@ class Space:
     def size(self) -> float:
         """How many combinations of values there are; infinite with an interval without a step."""
         numbers = (d.values() for d in self.dimensions)
-        return math.prod(math.inf if there is None else len(there) for there in numbers)
+        return math.prod(math.inf if values is None else len(values) for values in numbers)
 
     def points(self, method_of: MethodOf) -> Iterator[dict[str, Value]]:
         """Every candidate of a grid once, by the names of its keys; the last key moves fastest.
@@ -196,13 +196,13 @@ class Space:
         """
         values: dict[str, list[Value]] = {}
         for dimension in self.dimensions:
-            there = dimension.values()
-            if there is None:
+            choices = dimension.values()
+            if choices is None:
                 raise ConfigError(
                     f"hydra.sweeper.sampler=grid: {dimension.name}={dimension.text()} has no "
                     "step; give it choices or a step, or another sampler"
                 )
-            values[dimension.name] = there
+            values[dimension.name] = choices
         seen: dict[tuple[tuple[str, Value], ...], None] = {}
         for combination in itertools.product(*values.values()):
             given = dict(zip(values, combination, strict=True))

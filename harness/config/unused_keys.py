@@ -58,10 +58,10 @@ def refuse_targets(overrides: Iterable[str], run: RunConfig) -> None:
 
     A key of `method` that it does not have is refused by the schema.
     """
-    asked = [text for text in overrides if key_of(text).partition(".")[0] == "targets"]
-    method, shown = run.method, " ".join(asked)
+    requested = [text for text in overrides if key_of(text).partition(".")[0] == "targets"]
+    method, shown = run.method, " ".join(requested)
     if (
-        asked
+        requested
         and isinstance(method, PeftMethod)
         and not peft_fields.takes_matrices(method.peft_type)
     ):
@@ -69,12 +69,12 @@ def refuse_targets(overrides: Iterable[str], run: RunConfig) -> None:
             f"{shown}: {method.peft_type} adapts no matrices of the model, and has no targets: it "
             f"{peft_fields.trains_instead(method)}; leave it out"
         )
-    if method.takes_targets or not asked:
+    if method.takes_targets or not requested:
         return
     if method.name == "full":
         raise ConfigError(
             f"{shown}: method=full trains every weight, and targets do not limit it: leave it out, "
-            f"or train some weights only, method.train_only=[{','.join(_roles(asked, run))}]"
+            f"or train some weights only, method.train_only=[{','.join(_roles(requested, run))}]"
         )
     raise ConfigError(
         f"{shown}: method={method.name} leaves every weight of the base as it is, and has no "
@@ -82,9 +82,9 @@ def refuse_targets(overrides: Iterable[str], run: RunConfig) -> None:
     )
 
 
-def _roles(asked: Iterable[str], run: RunConfig) -> list[str]:
+def _roles(requested: Iterable[str], run: RunConfig) -> list[str]:
     """What `method.train_only` would say in place of the targets that were asked for."""
-    for override in asked:
+    for override in requested:
         key, value = key_of(override), override.partition("=")[2].strip("'\"[] ")
         file = CONF_DIR / "targets" / f"{value}.yaml"
         if key == "targets" and file.is_file():
@@ -120,16 +120,16 @@ def left_out(
     ]
     used = {key_of(text) for job, _, not_its in checked for text in job if text not in not_its}
     kept: list[list[str]] = []
-    said: dict[str, dict[str, None]] = {}
+    omitted: dict[str, dict[str, None]] = {}
     for job, both, not_its in checked:
         going = [text for text in not_its if key_of(text) in used]
         kept.append([text for text in job if text not in going])
         for text in going:
             assert both is not None
-            said.setdefault(key_of(text), {})[_name(both, key_of(text))] = None
-    if not said:
+            omitted.setdefault(key_of(text), {})[_name(both, key_of(text))] = None
+    if not omitted:
         return kept, ""
-    keys = (f"{key} ({', '.join(names)})" for key, names in sorted(said.items()))
+    keys = (f"{key} ({', '.join(names)})" for key, names in sorted(omitted.items()))
     return kept, f"left out for methods that have no such key: {'; '.join(keys)}"
 
 

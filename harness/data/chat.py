@@ -71,18 +71,18 @@ class Piece:
     assistant: bool  # whether the assistant writes it
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, asked: str = "auto") -> Template:
-    """The tokenizer's own template, or the plain one where it has none or that is `asked` for.
+def template_of(tokenizer: PreTrainedTokenizerBase, requested: str = "auto") -> Template:
+    """The tokenizer's own template, or the plain one where it has none or that is `requested`.
 
     Raises:
         ConfigError: the tokenizer has several templates and none is its default.
     """
-    if asked == "plain" or not tokenizer.chat_template:
+    if requested == "plain" or not tokenizer.chat_template:
         return Template(PLAIN, False)
     try:
         text = tokenizer.get_chat_template()
     except ValueError as error:
-        raise ConfigError(f"data.chat_template={asked}: {error}; set it to plain") from error
+        raise ConfigError(f"data.chat_template={requested}: {error}; set it to plain") from error
     return Template((ONE_DATE if DATED in text else "") + text, True)
 
 
@@ -162,8 +162,8 @@ def _spans(
                 "generation is not what training sees: set data.chat_template=plain, or use a "
                 "template with {% generation %}"
             )
-        lead, there, rest = after[len(before) : end].partition(content)
-        if not there or lead.strip() or not rest:
+        lead, matched, rest = after[len(before) : end].partition(content)
+        if not matched or lead.strip() or not rest:
             raise ConfigError(
                 f"{where}: the chat template does not write a turn of the assistant as it is, with "
                 f"an end: {content[:40]!r} becomes {after[len(before) : end][:60]!r}; set "
@@ -193,14 +193,16 @@ def to_ids(
     that leaves these ids as they are, or else by itself.
     """
     texts = [
-        "".join(p.text for p in some[: i + 1]) for some in conversations for i in range(len(some))
+        "".join(p.text for p in conversation[: i + 1])
+        for conversation in conversations
+        for i in range(len(conversation))
     ]
     wholes = iter(encode(texts))
     encoded = []
-    for some in conversations:
+    for conversation in conversations:
         ids: list[int] = []
         marks: list[bool] = []
-        for piece in some:
+        for piece in conversation:
             whole = next(wholes)
             new = whole[len(ids) :] if whole[: len(ids)] == ids else encode([piece.text])[0]
             ids = [*ids, *new]

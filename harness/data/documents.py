@@ -42,8 +42,8 @@ class Corpus:
 
     def rule(self) -> dict[str, str]:
         """What a document is and how they were split, in words, for the log and result.json."""
-        cut = [name for name, (part, _) in self.places.items() if name != part]
-        split = split_rule(self.cfg, cut, list(self.source.parts))
+        cut_names = [name for name, (part, _) in self.places.items() if name != part]
+        split = split_rule(self.cfg, cut_names, list(self.source.parts))
         rule = {"documents": self.source.unit, "split": split}
         if blank := {part: n for part, n in self.source.blank.items() if n}:
             counts = ", ".join(f"{n} of {part}" for part, n in blank.items())
@@ -52,8 +52,8 @@ class Corpus:
 
     def index(self, split: str) -> Index:
         """Return the index of the documents of a split, in the order of the split."""
-        part, at = self.places[split]
-        return self.indexes[part].take(at)
+        part, positions = self.places[split]
+        return self.indexes[part].take(positions)
 
     def text(self, split: str, key: str) -> str:
         """Return the text of the document `key` of a split, as it was read."""
@@ -67,43 +67,47 @@ class Corpus:
         """
         import numpy as np
 
-        most = self.cfg.document_chars
+        max_chars = self.cfg.document_chars
         for part, documents in self.source.parts.items():
             index = self.indexes.get(part)
             names = [name for name in wanted if self.places[name][0] == part]
             if index is None or not names:
                 continue
-            of = np.full(len(index), -1, np.int8)  # which of names
+            name_index = np.full(len(index), -1, np.int8)  # which of names
             rank = np.empty(len(index), np.int64)
             for number, name in enumerate(names):
-                at = self.places[name][1]
-                of[at], rank[at] = number, np.arange(len(at))
+                positions = self.places[name][1]
+                name_index[positions], rank[positions] = number, np.arange(len(positions))
             changed = f"the text at {self.cfg.path or self.cfg.name} changed while it was read"
             count = 0  # documents come one at a time: no more of them is held here
             for i, (key, text) in enumerate(documents()):
                 count += 1
                 if i >= len(index):
                     break
-                if of[i] >= 0:
-                    document = key, text[:most]
+                if name_index[i] >= 0:
+                    document = key, text[:max_chars]
                     if not index.has(i, document):
                         raise ConfigError(changed)
-                    yield names[of[i]], int(rank[i]), document
+                    yield names[name_index[i]], int(rank[i]), document
             if count != len(index):
                 raise ConfigError(changed)
 
 
-def split_rule(cfg: DataConfig, cut: Sequence[str], there: Sequence[str]) -> str:
-    """How documents were split, in words: the splits that are `there`, and those that were cut."""
-    how = f"as the source has it: {', '.join(there)}"
-    if not cut:
+def split_rule(cfg: DataConfig, cut_names: Sequence[str], existing: Sequence[str]) -> str:
+    """How documents were split, in words: the `existing` splits, and those that were cut."""
+    how = f"as the source has it: {', '.join(existing)}"
+    if not cut_names:
         return how
     order = (
         "contiguous: the last documents are test, those before them validation"
         if cfg.split == "contiguous"
         else "hash: the first documents by the SHA-256 of their ids are test, the next validation"
     )
-    return order if len(cut) == 2 else f"{cut[0]} is cut from train, {order}; the others {how}"
+    return (
+        order
+        if len(cut_names) == 2
+        else f"{cut_names[0]} is cut from train, {order}; the others {how}"
+    )
 
 
 def corpus(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Corpus:
@@ -125,18 +129,18 @@ def corpus(cfg: DataConfig, splits: Sequence[str] = SPLITS) -> Corpus:
     places |= {part: (part, _all(index)) for part, index in indexes.items() if part != "train"}
     missing = [name for name in SPLITS if name not in source.parts]
     if missing:
-        cut = assign(train, cfg.validation_share, cfg.test_share, cfg.split)
+        assigned = assign(train, cfg.validation_share, cfg.test_share, cfg.split)
         import numpy as np
 
         left = np.ones(len(train), bool)
         for name in missing:
-            places[name] = ("train", cut[name])
-            left[cut[name]] = False
+            places[name] = ("train", assigned[name])
+            left[assigned[name]] = False
         places["train"] = ("train", np.flatnonzero(left))
     places["train"] = ("train", share_of(train, places["train"][1], cfg.train_share))
     for name in splits:
-        part, at = places[name]
-        if indexes[part].blank[at].all():
+        part, positions = places[name]
+        if indexes[part].blank[positions].all():
             raise ConfigError(f"data={cfg.name}: the {name} split has no text")
     return Corpus(cfg, source, indexes, {name: places[name] for name in splits})
 
@@ -194,7 +198,7 @@ def split(
 
     index = Index.of(documents, document_chars, exact=True)
     positions = assign(index, validation_share, test_share, how)
-    return {name: [documents[i] for i in at] for name, at in positions.items()}
+    return {name: [documents[i] for i in indices] for name, indices in positions.items()}
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {

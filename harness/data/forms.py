@@ -95,13 +95,13 @@ def found(record: Record, cfg: DataConfig, where: str) -> str:
     named = (cfg.prompt_field, cfg.completion_field)
     if named != (of_pair.prompt_field, of_pair.completion_field):
         return "pair"
-    there = _forms_of(record, cfg)
-    if len(there) == 1:
-        return there[0]
-    if there:
+    matching = _forms_of(record, cfg)
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
         raise ConfigError(
-            f"{where} has the fields of several forms, {' and '.join(there)}: say which is meant, "
-            f"data.record_form={there[0]}"
+            f"{where} has the fields of several forms, {' and '.join(matching)}: say which is "
+            f"meant, data.record_form={matching[0]}"
         )
     fields = ", ".join(map(str, record)) or "none"
     if cfg.text_field in record:
@@ -120,20 +120,20 @@ def found(record: Record, cfg: DataConfig, where: str) -> str:
 
 def of_text(record: Record) -> str | None:
     """The form of a record that has no text, for a message; None where it is not known."""
-    there = _forms_of(record, DataConfig(""))
-    return there[0] if there else None
+    matching = _forms_of(record, DataConfig(""))
+    return matching[0] if matching else None
 
 
 def _forms_of(record: Record, cfg: DataConfig) -> list[str]:
     """The forms whose fields are all in a record and not null."""
-    asked = cfg.completion_field
-    either = [asked] if isinstance(asked, str) else list(asked)
-    there = [
+    configured = cfg.completion_field
+    either = [configured] if isinstance(configured, str) else list(configured)
+    matching = [
         form for form, names in FIELDS.items() if all(record.get(n) is not None for n in names)
     ]
     if cfg.prompt_field in record and any(name in record for name in either):
-        there.insert(0, "pair")
-    return there
+        matching.insert(0, "pair")
+    return matching
 
 
 def _check_fields(record: Record, form: str, cfg: DataConfig, where: str) -> None:
@@ -173,8 +173,8 @@ def _reader(form: str, cfg: DataConfig) -> Callable[[Record, str], Row]:
 
 def _pair(record: Record, cfg: DataConfig, where: str) -> tuple[str, list[str]]:
     """Prompt and completions of a record; lists of strings are slots, and references."""
-    asked = cfg.completion_field
-    either = [asked] if isinstance(asked, str) else list(asked)
+    configured = cfg.completion_field
+    either = [configured] if isinstance(configured, str) else list(configured)
     for key, name in [("prompt", cfg.prompt_field), *(("completion", name) for name in either)]:
         if name not in record:
             others = [form for form in _forms_of(record, cfg) if form != "pair"]
@@ -245,10 +245,10 @@ def _messages(record: Record, where: str) -> Row:
 def _sharegpt(record: Record, where: str) -> Row:
     turns = _turns(record["conversations"], where, "conversations", "from", "value")
     system = record.get("system")
-    if system is not None and (said := records.checked(system, where, "system").strip()):
+    if system is not None and (text := records.checked(system, where, "system").strip()):
         if turns[0][0] == "system":
             raise ConfigError(f"{where}: system is said twice, as a field and as the first message")
-        turns.insert(0, ("system", said))
+        turns.insert(0, ("system", text))
     return _conversation(turns, where)
 
 
@@ -257,23 +257,29 @@ def _turns(value: Any, where: str, name: str, of_role: str, of_content: str) -> 
         raise ConfigError(f"{where}: {name}: expected a list of messages, found {str(value)[:60]}")
     turns: list[Turn] = []
     for number, message in enumerate(value, 1):
-        at = f"{where}, message {number}"
+        location = f"{where}, message {number}"
         if not isinstance(message, dict):
             raise ConfigError(
-                f"{at}: expected {of_role} and {of_content}, found {str(message)[:60]}"
+                f"{location}: expected {of_role} and {of_content}, found {str(message)[:60]}"
             )
         for key in (of_role, of_content):
             if key not in message:
                 fields = ", ".join(map(str, message)) or "none"
-                raise ConfigError(f"{at} has no field {key}; it has the fields {fields}")
+                raise ConfigError(f"{location} has no field {key}; it has the fields {fields}")
         if unread := [key for key in UNREAD_OF_A_MESSAGE if message.get(key) is not None]:
-            raise ConfigError(f"{at}: {unread[0]} is not read, and would be lost: leave it out")
+            raise ConfigError(
+                f"{location}: {unread[0]} is not read, and would be lost: leave it out"
+            )
         role = message[of_role]
         if not isinstance(role, str) or role not in ROLES:
-            raise ConfigError(f"{at}: the role {role!r} is not known; {nearest(str(role), ROLES)}")
-        content = records.checked(message[of_content], at, of_content).strip()
+            raise ConfigError(
+                f"{location}: the role {role!r} is not known; {nearest(str(role), ROLES)}"
+            )
+        content = records.checked(message[of_content], location, of_content).strip()
         if not content and ROLES[role] != "system":
-            raise ConfigError(f"{at}: the {role} says nothing; leave the record out of the file")
+            raise ConfigError(
+                f"{location}: the {role} says nothing; leave the record out of the file"
+            )
         if content:
             turns.append((ROLES[role], content))
     return turns

@@ -41,11 +41,13 @@ def _load_hub(cfg: DataConfig) -> Any:
         ) from error
 
 
-def _first(rows: Any, most: int | None) -> Any:
-    """The first `most` rows of a data set; a streamed one has no length."""
-    if most is None:
+def _first(rows: Any, limit: int | None) -> Any:
+    """The first `limit` rows of a data set; a streamed one has no length."""
+    if limit is None:
         return rows
-    return rows.select(range(min(most, len(rows)))) if hasattr(rows, "__len__") else rows.take(most)
+    return (
+        rows.select(range(min(limit, len(rows)))) if hasattr(rows, "__len__") else rows.take(limit)
+    )
 
 
 def _columns(rows: Any) -> list[str]:

@@ -48,10 +48,10 @@ def duplicates(texts: dict[str, Index]) -> dict[str, list[str]]:
     """
     copies: dict[str, list[str]] = {}
     every = np.concatenate([index.alike for index in texts.values()])
-    again = np.ones(len(every), bool)
-    again[np.unique(every, return_index=True)[1]] = False
+    repeated = np.ones(len(every), bool)
+    repeated[np.unique(every, return_index=True)[1]] = False
     ids = pa.chunked_array([part for index in texts.values() for part in index.ids.chunks])
-    copies["documents"] = ids.filter(pa.array(again)).to_pylist()
+    copies["documents"] = ids.filter(pa.array(repeated)).to_pylist()
     for name, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
         if name in texts and other in texts:
             label = f"{name}_in_{'training' if other == 'train' else other}"
@@ -88,17 +88,17 @@ def shared(
     `training` is one text in pieces, which are joined; it may be gone through several times.
     """
     overlapping: dict[str, list[str]] = {name: [] for name in held_out}
-    some: list[tuple[str, str, NDArray[Any]]] = []
+    batch: list[tuple[str, str, NDArray[Any]]] = []
     size = 0
 
     def look() -> None:
-        for name, key in _shared(some, training):
+        for name, key in _shared(batch, training):
             overlapping[name].append(key)
-        some.clear()
+        batch.clear()
 
     for name, documents in held_out.items():
         for key, ids in documents:
-            some.append((name, key, ids))
+            batch.append((name, key, ids))
             size += len(ids)
             if size >= AT_ONCE:  # or else memory would grow with the text
                 look()
@@ -118,11 +118,11 @@ def _shared(
         known[start : start + len(hashes)] = hashes
         start += len(hashes)
     known.sort()
-    there = _present(known, training)
+    present = _present(known, training)
     for name, key, ids in documents:
         if not len(hashes := _hashes(ids)):
             continue
-        hits = there[np.searchsorted(known, hashes)]
+        hits = present[np.searchsorted(known, hashes)]
         if hits.any() and _longest_run(hits) >= min(SPAN - SHINGLE + 1, len(hits)):
             yield name, key
 
@@ -146,22 +146,22 @@ def _present(known: UInts, training: Iterable[NDArray[Any]]) -> NDArray[np.bool_
 
     Of equal ones the first is marked, which `np.searchsorted` finds.
     """
-    there = np.zeros(len(known), bool)
+    present = np.zeros(len(known), bool)
     if not len(known):
-        return there
+        return present
     shift = np.uint64(64 - FILTER_BITS)
-    some = np.zeros(2**FILTER_BITS, bool)  # most of the training text is told apart by this alone
-    some[known >> shift] = True
+    prefilter = np.zeros(2**FILTER_BITS, bool)  # most of the training text is ruled out by this
+    prefilter[known >> shift] = True
     before = np.empty(0, np.int64)
     for piece in training:
         ids = np.concatenate([before, piece])
         before = ids[-(SHINGLE - 1) :]
         hashes = _hashes(ids)
-        hashes = hashes[some[hashes >> shift]]
-        at = np.searchsorted(known, hashes)
-        at[at == len(known)] = 0
-        there[at[known[at] == hashes]] = True
-    return there
+        hashes = hashes[prefilter[hashes >> shift]]
+        positions = np.searchsorted(known, hashes)
+        positions[positions == len(known)] = 0
+        present[positions[known[positions] == hashes]] = True
+    return present
 
 
 def _longest_run(hits: NDArray[np.bool_]) -> int:
@@ -240,9 +240,9 @@ def facts(
         "duplicates": {name: len(keys) for name, keys in same.items()},
         "near_duplicates": {name: len(keys) for name, keys in alike.items()},
     }
-    said: list[str] = []
+    messages: list[str] = []
     if cfg.source in PACKAGED:
-        return counts, said
+        return counts, messages
     kind = "prompts" if cfg.source == "pairs" else "documents"
     num = {name: len(index) for name, index in texts.items()}
     total = sum(num.values())
@@ -250,23 +250,23 @@ def facts(
         name, _, other = label.partition("_in_")
         if keys and other:
             first = text_of(name, keys[0])
-            said.append(
+            messages.append(
                 f"data={cfg.name}: {len(keys)} of {num[name]} {name} {kind} are in {other} too, "
                 f"word for word, as the source has them: the first is {first[:60]!r}"
             )
-    if (twice := len(same["documents"])) and not said:
-        said.append(
+    if (twice := len(same["documents"])) and not messages:
+        messages.append(
             f"data={cfg.name}: {twice} of {total} {kind} are duplicates of another; all copies of "
             "a text are in one split"
         )
     for name, keys in alike.items():
         if len(keys) > NEAR_SHARE * num[name]:
-            said.append(
+            messages.append(
                 f"data={cfg.name}: {len(keys)} of {num[name]} {name} {kind} are near-duplicates: "
                 f"they share {SPAN} tokens in a row or more with the training text, or are all in "
                 f"it; the first is {keys[0]}"
             )
-    return counts, said
+    return counts, messages
 
 
 def of_further(
@@ -285,11 +285,11 @@ def of_further(
     for blocks in training:
         for name, keys in near(blocks, further, trained_on.cache_dir).items():
             overlapping[name] = list(dict.fromkeys([*overlapping[name], *keys]))
-    said = [
+    messages = [
         f"evaluate.also.{name}: {len(keys)} of {len(further[name])} documents are in the training "
         f"text: they share {SPAN} tokens in a row or more with it, or are all in it; the first is "
         f"{keys[0]}"
         for name, keys in overlapping.items()
         if keys and cfgs[name].source not in PACKAGED
     ]
-    return {name: len(keys) for name, keys in overlapping.items()}, said
+    return {name: len(keys) for name, keys in overlapping.items()}, messages

@@ -41,7 +41,7 @@ def write(
         ConfigError: the training text is shorter than a block.
     """
     kind = narrowest(tokenizer)
-    made: dict[str, _Blocks | _Documents] = {}
+    tables: dict[str, _Blocks | _Documents] = {}
     bar = tqdm(
         total=sum(int(corpus.index(name).num_bytes.sum()) for name in folders),
         desc=f"tokenise {cfg.name}",
@@ -56,19 +56,21 @@ def write(
             if name == "train":
                 end = tokenizer.eos_token_id
                 assert isinstance(end, int)
-                made[name] = _Blocks(Writer(folder), encode, kind, cfg.context_length, begins, end)
+                tables[name] = _Blocks(
+                    Writer(folder), encode, kind, cfg.context_length, begins, end
+                )
             else:
-                made[name] = _Documents(Writer(folder), encode, kind)
+                tables[name] = _Documents(Writer(folder), encode, kind)
         with bar:
             for name, rank, document in corpus.walk(list(folders)):
-                made[name].add(rank, document)
+                tables[name].add(rank, document)
                 bar.update(len(document[1].encode()))
-            for table in made.values():
+            for table in tables.values():
                 table.flush()
-        for table in made.values():
+        for table in tables.values():
             table.finish()
     except BaseException:
-        for table in made.values():
+        for table in tables.values():
             table.writer.discard()
         raise
 
@@ -145,9 +147,9 @@ class _Blocks(_Batches):
 
     def write(self, documents: list[Document], ids: list[list[int]]) -> None:
         if self.begins:
-            self._extend([[*self.begins, *some, self.end] for some in ids])
+            self._extend([[*self.begins, *document_ids, self.end] for document_ids in ids])
         else:
-            self._extend([[self.end, *some] for some in ids])
+            self._extend([[self.end, *document_ids] for document_ids in ids])
 
     def finish(self) -> None:
         if not self.begins:

@@ -62,14 +62,14 @@ def task(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> Task:
         ConfigError: a split would be empty, or a record cannot be read (`harness.data.forms`).
     """
     rows, form = _hub_rows(cfg) if cfg.id else _file_rows(cfg)
-    by_split = {name: _grouped(name, some, cfg) for name, some in rows.items()}
-    cut = [name for name in documents.SPLITS if name not in by_split]
-    for missing in cut:
+    by_split = {name: _grouped(name, split_rows, cfg) for name, split_rows in rows.items()}
+    cut_names = [name for name in documents.SPLITS if name not in by_split]
+    for missing in cut_names:
         # By prompts: all completions of one stay together. The test's share is of what validation
         # leaves.
         ids = [(pair.id, pair.opening) for pair in by_split["train"]]
-        held = documents.split(ids, cfg.validation_share, cfg.test_share, how=cfg.split)[missing]
-        names = {name for name, _ in held}
+        chosen = documents.split(ids, cfg.validation_share, cfg.test_share, how=cfg.split)[missing]
+        names = {name for name, _ in chosen}
         by_split[missing] = [pair for pair in by_split["train"] if pair.id in names]
         by_split["train"] = [pair for pair in by_split["train"] if pair.id not in names]
     kept = documents.share_of([pair.id for pair in by_split["train"]], cfg.train_share)
@@ -79,13 +79,13 @@ def task(cfg: DataConfig, splits: Sequence[str] = documents.SPLITS) -> Task:
             raise ConfigError(f"data={cfg.name}: the {name} split has no pair")
     rule = {
         "documents": forms.WORDS[form],
-        "split": documents.split_rule(cfg, cut, list(rows)),
+        "split": documents.split_rule(cfg, cut_names, list(rows)),
         "record_form": form,
     }
-    if left_out := sum(row.left_out for some in rows.values() for row in some):
+    if left_out := sum(row.left_out for split_rows in rows.values() for row in split_rows):
         rule["left_out"] = f"{left_out} turns after the assistant's last one"
-    if again := sum(row.separated_again for some in rows.values() for row in some):
-        rule["separator_again"] = f"{again} completions have {cfg.separator!r} in them"
+    if repeated := sum(row.separated_again for split_rows in rows.values() for row in split_rows):
+        rule["separator_again"] = f"{repeated} completions have {cfg.separator!r} in them"
     return Task({name: by_split[name] for name in splits}, rule)
 
 
@@ -125,9 +125,9 @@ def _file_rows(cfg: DataConfig) -> tuple[dict[str, list[Row]], str]:
     for split in sorted(by_split, key=lambda name: name != "train"):  # whose form counts
         rows[split] = []
         for file in by_split[split]:
-            some = _rows(file, cfg, form)
-            form = form or (some[0].form if some and some[0].form != "lines" else None)
-            rows[split] += some
+            new_rows = _rows(file, cfg, form)
+            form = form or (new_rows[0].form if new_rows and new_rows[0].form != "lines" else None)
+            rows[split] += new_rows
     return {split: rows[split] for split in by_split}, form or "lines"
 
 
@@ -182,14 +182,14 @@ def _rows(file: Path, cfg: DataConfig, form: str | None) -> list[Row]:
         if not line.strip():
             continue
         where = f"{file}, line {number}"
-        prompt, there, completion = line.partition(cfg.separator)
-        if not there:
+        prompt, separator, completion = line.partition(cfg.separator)
+        if not separator:
             raise ConfigError(
                 f"{where}: no {cfg.separator!r} between prompt and completion in {line[:60]!r}; "
                 "set data.separator"
             )
-        again = cfg.separator in completion
-        rows.append(_filled(Row(prompt, [completion], separated_again=again), where))
+        repeated = cfg.separator in completion
+        rows.append(_filled(Row(prompt, [completion], separated_again=repeated), where))
     return rows
 
 
@@ -207,7 +207,9 @@ def _hub_rows(cfg: DataConfig) -> tuple[dict[str, list[Row]], str]:
     for name, (source, rows) in hub.hub_splits(cfg).items():
         fetched = hub.fetched(cfg, source, rows)
         coming = ((f"{cfg.id}, {source} record {n}", row) for n, row in enumerate(fetched, 1))
-        some = list(forms.rows(coming, cfg, form))
-        form = form or (some[0][1].form if some else None)
-        by_split[name] = [row if row.form == "pair" else _filled(row, where) for where, row in some]
+        split_rows = list(forms.rows(coming, cfg, form))
+        form = form or (split_rows[0][1].form if split_rows else None)
+        by_split[name] = [
+            row if row.form == "pair" else _filled(row, where) for where, row in split_rows
+        ]
     return by_split, form or "pair"

@@ -55,11 +55,11 @@ def _bare(passage: str) -> str:
 
 def _end(text: str, start: int, chars: int) -> int:
     """Where the passage ends that begins at `start`."""
-    least, most = start + chars, start + 4 * chars
-    if blank := _BLANK.search(text, least, most):
+    low, high = start + chars, start + 4 * chars
+    if blank := _BLANK.search(text, low, high):
         return blank.end()
-    if len(text) <= most:  # the rest
+    if len(text) <= high:  # the rest
         return len(text)
-    if (line := text.rfind("\n", least, most)) > 0 or (line := text.rfind(" ", least, most)) > 0:
+    if (line := text.rfind("\n", low, high)) > 0 or (line := text.rfind(" ", low, high)) > 0:
         return line + 1
-    return most
+    return high

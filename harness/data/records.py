@@ -263,11 +263,11 @@ def _batches(file: Path, stream: BinaryIO, columns: Sequence[str] | None) -> Ite
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def wanted(there: list[str]) -> list[str]:
-        if twice := [name for name, count in Counter(there).items() if count > 1]:
+    def wanted(existing: list[str]) -> list[str]:
+        if twice := [name for name, count in Counter(existing).items() if count > 1]:
             raise ConfigError(f"{file}: two columns are called {twice[0]!r}")
         # Without a column that is asked for, its records say what there is instead.
-        return [name for name in there if columns is None or name in columns] or there
+        return [name for name in existing if columns is None or name in columns] or existing
 
     if kind(file) == ".parquet":
         with pq.ParquetFile(stream) as source:

@@ -115,13 +115,17 @@ def sequences(
         begins = begins or (end,)
     examples: list[Example] = []
     for first in range(0, len(pairs), BATCH):  # lists of ids take many times their bytes
-        some = pairs[first : first + BATCH]
-        plain = iter(_of_pairs([one for one in some if not one.turns], tokenizer, cfg, begins, end))
-        chats = iter(_of_chats([one for one in some if one.turns], tokenizer, cfg, begins))
-        examples += [next(chats if one.turns else plain) for one in some for _ in one.completions]
-    longest = max(examples, key=lambda one: one.length)
+        batch = pairs[first : first + BATCH]
+        plain = iter(
+            _of_pairs([pair for pair in batch if not pair.turns], tokenizer, cfg, begins, end)
+        )
+        chats = iter(_of_chats([pair for pair in batch if pair.turns], tokenizer, cfg, begins))
+        examples += [
+            next(chats if pair.turns else plain) for pair in batch for _ in pair.completions
+        ]
+    longest = max(examples, key=lambda example: example.length)
     if longest.length > cfg.context_length and cfg.too_long == "refuse":
-        more = sum(one.length > cfg.context_length for one in examples)
+        more = sum(example.length > cfg.context_length for example in examples)
         raise ConfigError(
             f"{longest.pair} with its completion is {longest.length} tokens, longer than "
             f"data.context_length={cfg.context_length}, as {more} of {len(examples)} are: set "
@@ -170,9 +174,11 @@ def _of_chats(
         for turns, (pair, _) in zip(conversations, todo, strict=True)
     ]
     if cfg.loss_on != "all":  # nothing is predicted after the assistant's last turn
-        pieces = [some[:-1] for some in pieces]
+        pieces = [parts[:-1] for parts in pieces]
     if cfg.loss_on == "completion":
-        pieces = [[*(replace(p, assistant=False) for p in some[:-1]), some[-1]] for some in pieces]
+        pieces = [
+            [*(replace(p, assistant=False) for p in parts[:-1]), parts[-1]] for parts in pieces
+        ]
     encoded = chat.to_ids(pieces, lambda texts: _encode(texts, tokenizer))
     examples = []
     for (pair, text), turns, (ids, marks) in zip(todo, conversations, encoded, strict=True):
@@ -237,30 +243,36 @@ def fitted(examples: list[Example], cfg: DataConfig) -> tuple[list[Example], dic
         ConfigError: nothing is left.
     """
     size = cfg.context_length
-    longer = [one for one in examples if one.length > size]
+    longer = [example for example in examples if example.length > size]
     if not longer:
         return examples, {}
     kept: list[Example] = []
     left_out = 0
-    for one in examples:
+    for example in examples:
         starts = [0]
-        if one.length > size:
-            starts = {"cut": [0], "drop": [], "window": [*range(0, one.length, size)]}[cfg.too_long]
+        if example.length > size:
+            starts = {"cut": [0], "drop": [], "window": [*range(0, example.length, size)]}[
+                cfg.too_long
+            ]
         parts = [
-            replace(one, tokens=one.tokens[i : i + size + 1], counts=one.counts[i : i + size])
+            replace(
+                example,
+                tokens=example.tokens[i : i + size + 1],
+                counts=example.counts[i : i + size],
+            )
             for i in starts
         ]
         parts = [part for part in parts if part.counts.any()]
         left_out += not parts
         kept += parts
-    tokens = sum(one.num_predicted for one in examples)
+    tokens = sum(example.num_predicted for example in examples)
     counts = {
         "choice": cfg.too_long,
         "sequences": len(examples),
         "longer": len(longer),
         "left_out": left_out,
         "tokens": tokens,
-        "tokens_left_out": tokens - sum(one.num_predicted for one in kept),
+        "tokens_left_out": tokens - sum(example.num_predicted for example in kept),
     }
     if not kept:
         raise ConfigError(
@@ -297,15 +309,15 @@ def blocks(
     )
     bins: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (positions left, bin), ascending
-    for one in (kept[i] for i in order):
-        at = bisect_left(room, (one.length, -1)) if packing == "packed" else len(room)
-        if at == len(room):
-            bins.append([one])
-            left, index = context - one.length, len(bins) - 1
+    for example in (kept[i] for i in order):
+        slot = bisect_left(room, (example.length, -1)) if packing == "packed" else len(room)
+        if slot == len(room):
+            bins.append([example])
+            left, index = context - example.length, len(bins) - 1
         else:
-            left, index = room.pop(at)
-            bins[index].append(one)
-            left -= one.length
+            left, index = room.pop(slot)
+            bins[index].append(example)
+            left -= example.length
         if left >= 2 and packing == "packed":
             insort(room, (left, index))
     width = context if packing == "packed" else None
@@ -317,15 +329,15 @@ def _table(bins: Sequence[Sequence[Example]], width: int | None, end: int) -> pa
     columns: dict[str, list[NDArray[np.int32]]] = {"inputs": [], "targets": [], "positions": []}
     predicted = []
     for members in bins:
-        pad = 0 if width is None else width - sum(one.length for one in members)
+        pad = 0 if width is None else width - sum(example.length for example in members)
         rows = {
-            "inputs": [*(one.tokens[:-1] for one in members), np.full(pad, end)],
-            "targets": [*(one.targets for one in members), np.full(pad, IGNORE)],
-            "positions": [*(np.arange(one.length) for one in members), np.arange(pad)],
+            "inputs": [*(example.tokens[:-1] for example in members), np.full(pad, end)],
+            "targets": [*(example.targets for example in members), np.full(pad, IGNORE)],
+            "positions": [*(np.arange(example.length) for example in members), np.arange(pad)],
         }
         for name, parts in rows.items():
             columns[name].append(np.concatenate(parts).astype(np.int32))
-        predicted.append(sum(one.num_predicted for one in members))
+        predicted.append(sum(example.num_predicted for example in members))
     kind = pa.list_(pa.int32())
     table = {name: pa.array(values, type=kind) for name, values in columns.items()}
     return pa.table(table | {"num_predicted": predicted})
@@ -344,15 +356,15 @@ def evaluated(
     """
     examples = sequences(pairs, tokenizer, cfg, begins)
     columns = {
-        "id": [one.pair for one in examples],
-        "first": [int(one.tokens[0]) for one in examples],
-        "tokens": pa.array([one.tokens[1:] for one in examples], type=pa.list_(pa.int32())),
-        "skipped": [one.num_prompt - 1 for one in examples],
-        "num_words": [sum(len(text.split()) for text in one.scored) for one in examples],
-        "num_bytes": [sum(len(text.encode()) for text in one.scored) for one in examples],
+        "id": [example.pair for example in examples],
+        "first": [int(example.tokens[0]) for example in examples],
+        "tokens": pa.array([example.tokens[1:] for example in examples], type=pa.list_(pa.int32())),
+        "skipped": [example.num_prompt - 1 for example in examples],
+        "num_words": [sum(len(text.split()) for text in example.scored) for example in examples],
+        "num_bytes": [sum(len(text.encode()) for text in example.scored) for example in examples],
     }
-    if any(one.num_predicted < one.length - one.num_prompt + 1 for one in examples):
-        marks = pa.array([one.counts for one in examples], type=pa.list_(pa.bool_()))
+    if any(example.num_predicted < example.length - example.num_prompt + 1 for example in examples):
+        marks = pa.array([example.counts for example in examples], type=pa.list_(pa.bool_()))
         columns["scored"] = marks
     return pa.table(columns)
 

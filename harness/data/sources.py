@@ -67,8 +67,8 @@ def text_files(cfg: DataConfig) -> Source:
     are those of a saved data set.
     """
     by_split = own_files(cfg)
-    whole = {name: _is_whole(some, cfg) for name, some in by_split.items()}
-    units = {_unit(some, cfg, whole[name]): name for name, some in by_split.items()}
+    whole = {name: _is_whole(paths, cfg) for name, paths in by_split.items()}
+    units = {_unit(paths, cfg, whole[name]): name for name, paths in by_split.items()}
     blank: dict[str, int] = {}
     unit = "; ".join(units) if len(units) == 1 else "; ".join(f"{v}: {k}" for k, v in units.items())
 
@@ -87,13 +87,13 @@ def text_files(cfg: DataConfig) -> Source:
     return Source({name: partial(documents, name) for name in by_split}, unit, blank)
 
 
-def _is_whole(some: list[Path], cfg: DataConfig) -> bool:
-    only_text = all(files.kind(file) in files.TEXTS for file in some)
-    return bool(cfg.document_separator) or not only_text or len(some) >= LEAST_FILES
+def _is_whole(paths: list[Path], cfg: DataConfig) -> bool:
+    only_text = all(files.kind(file) in files.TEXTS for file in paths)
+    return bool(cfg.document_separator) or not only_text or len(paths) >= LEAST_FILES
 
 
-def _unit(some: list[Path], cfg: DataConfig, whole: bool) -> str:
-    kinds = {files.kind(file) in files.TEXTS for file in some}
+def _unit(paths: list[Path], cfg: DataConfig, whole: bool) -> str:
+    kinds = {files.kind(file) in files.TEXTS for file in paths}
     if not whole:
         return (
             "passage of a text file: paragraphs, which blank lines divide, grouped to at least "
@@ -115,13 +115,13 @@ def own_files(cfg: DataConfig, kinds: Sequence[str] = files.KINDS) -> dict[str, 
         tables = {}
     by_split: dict[str, list[Path]] = {}
     for name in SPLITS if tables else ():
-        asked = cfg.split_names.get(name, name)
-        if asked in tables:
-            by_split[name] = tables[asked]
+        split_name = cfg.split_names.get(name, name)
+        if split_name in tables:
+            by_split[name] = tables[split_name]
         elif name in cfg.split_names or name == "train":
             raise ConfigError(
-                f"data.split_names.{name}={asked}: {cfg.path} has no such split; "
-                f"{nearest(asked, tables)}"
+                f"data.split_names.{name}={split_name}: {cfg.path} has no such split; "
+                f"{nearest(split_name, tables)}"
             )
     if not tables:
         by_split["train"] = find_files(cfg.path, encoding=cfg.encoding, kinds=kinds)
@@ -129,8 +129,8 @@ def own_files(cfg: DataConfig, kinds: Sequence[str] = files.KINDS) -> dict[str, 
         if path:
             by_split[name] = find_files(path, encoding=cfg.encoding, kinds=kinds)
     seen: dict[str, str] = {}
-    for name, some in by_split.items():
-        for file in some:
+    for name, paths in by_split.items():
+        for file in paths:
             other = seen.setdefault(os.path.realpath(file), name)
             if other != name:
                 raise ConfigError(

@@ -81,11 +81,16 @@ class Index:
         known = place(key), _digest(text.encode())  # numpy leaves out NULs at the end
         return (self.places[i], self.texts[i]) == tuple(part.rstrip(b"\0") for part in known)
 
-    def take(self, at: Positions) -> Index:
+    def take(self, positions: Positions) -> Index:
         """Return the index of the documents at these positions, in their order."""
-        ids = self.ids.take(pa.array(at))
-        columns = (self.places[at], self.texts[at], self.alike[at], self.blank[at])
-        return Index(*columns, self.num_bytes[at], ids)
+        ids = self.ids.take(pa.array(positions))
+        columns = (
+            self.places[positions],
+            self.texts[positions],
+            self.alike[positions],
+            self.blank[positions],
+        )
+        return Index(*columns, self.num_bytes[positions], ids)
 
     def digest(self) -> bytes:
         """What tells these documents, their ids and their order from others."""
@@ -134,8 +139,8 @@ def assign(
     taken = np.zeros(len(index), bool)
     for name, share in (("test", test_share), ("validation", validation_share)):
         chosen, ranked = _first(ranked, sizes, max(1, round(share * len(index))))
-        at = [members[ends[g] - sizes[g] : ends[g]] for g in chosen]
-        positions[name] = np.concatenate([np.empty(0, np.int64), *at])
+        parts = [members[ends[g] - sizes[g] : ends[g]] for g in chosen]
+        positions[name] = np.concatenate([np.empty(0, np.int64), *parts])
         if how == "contiguous":
             positions[name].sort()
         taken[positions[name]] = True

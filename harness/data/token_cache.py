@@ -80,13 +80,13 @@ def find(cfg: DataConfig, content: str, key: str) -> Manifest | None:
     return None
 
 
-def keep(cfg: DataConfig, content: str, key: str, made: Manifest) -> None:
+def keep(cfg: DataConfig, content: str, key: str, manifest: Manifest) -> None:
     """Write the manifest of `key`; a cache that is for reading only keeps none."""
     if not content.startswith(KNOWN_BY_CONTENT):
         return
     with suppress(OSError):
         _file(cfg, key).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_file(cfg, key), json.dumps(asdict(made)))
+        write_atomically(_file(cfg, key), json.dumps(asdict(manifest)))
 
 
 def _file(cfg: DataConfig, key: str) -> Path:
@@ -110,9 +110,9 @@ def alone(cfg: DataConfig, key: str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = f"another run prepares data={cfg.name}: waiting for it"
-            log.info(said)
-            print(said, file=sys.stderr)
+            message = f"another run prepares data={cfg.name}: waiting for it"
+            log.info(message)
+            print(message, file=sys.stderr)
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError:  # a disk without locks: then each prepares it, to the same result
             pass
@@ -144,14 +144,14 @@ def tables_of(
     with alone(cfg, key):
         if cached := _found(cfg, content, key):  # another run has made it meanwhile
             return *cached, False
-        ready, made, fresh = _made(cfg, tokenizer, vocabulary, wanted, begins)
+        ready, manifest, fresh = _made(cfg, tokenizer, vocabulary, wanted, begins)
         if _content(cfg) != content:
             raise ConfigError(
                 f"the text at {cfg.path or cfg.id or cfg.name} changed while it was read: the same "
                 "command again reads it as it is now"
             )
-        keep(cfg, content, key, made)
-    return ready, made, fresh
+        keep(cfg, content, key, manifest)
+    return ready, manifest, fresh
 
 
 def _content(cfg: DataConfig) -> str:
@@ -164,14 +164,14 @@ def _content(cfg: DataConfig) -> str:
 
 def _found(cfg: DataConfig, content: str, key: str) -> tuple[dict[str, Dataset], Manifest] | None:
     """Tables that were made before, without a look at the text."""
-    if (made := find(cfg, content, key)) is None:
+    if (manifest := find(cfg, content, key)) is None:
         return None
-    there = {}
-    for name, folder in made.tables.items():
+    loaded = {}
+    for name, folder in manifest.tables.items():
         if (table := tables.load(Path(cfg.cache_dir) / "tokens" / folder)) is None:
             return None
-        there[name] = table.with_format("numpy")
-    return there, made
+        loaded[name] = table.with_format("numpy")
+    return loaded, manifest
 
 
 def _made(
@@ -188,36 +188,36 @@ def _made(
     if cfg.source == "pairs":
         task = pairs.task(cfg, wanted)
         splits = task.splits
-        chats = any(pair.turns for some in splits.values() for pair in some)
+        chats = any(pair.turns for split_pairs in splits.values() for pair in split_pairs)
         template = chat.template_of(tokenizer, cfg.chat_template) if chats else None
         rule = facts["rule"] = task.rule | {"loss_on": _loss_on(cfg, chats)}
         if template is not None:
             rule["chat_template"] = template.described()
             vocabulary += template.text
         log.info("records of data=%s: %s", cfg.name, rule)
-        counts = {name: len(some) for name, some in splits.items()}
-        texts = {name: Index.of((one.id, one.prompt) for one in splits[name]) for name in wanted}
+        counts = {name: len(split_pairs) for name, split_pairs in splits.items()}
+        texts = {name: Index.of((pair.id, pair.prompt) for pair in splits[name]) for name in wanted}
         folders = {
             name: cache / _key(_known(splits[name]), vocabulary, _kind(cfg, name, begins))
             for name in wanted
         }
 
         def text_of(split: str, key: str) -> str:
-            return next(one.prompt for one in splits[split] if one.id == key)
+            return next(pair.prompt for pair in splits[split] if pair.id == key)
 
     else:
         corpus = documents.corpus(cfg, wanted)
         rule = facts["rule"] = corpus.rule()
-        said = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rule.items())
-        log.info("data=%s: %s", cfg.name, said)
+        rule_text = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in rule.items())
+        log.info("data=%s: %s", cfg.name, rule_text)
         texts = {name: corpus.index(name) for name in wanted}
         counts = {name: len(index) for name, index in texts.items()}
         text_of = corpus.text
         folders = {
             name: cache / _key(texts[name], vocabulary, _kind(cfg, name, begins)) for name in wanted
         }
-    made = {name: tables.load(folder) for name, folder in folders.items()}
-    missing = [name for name, table in made.items() if table is None]
+    loaded = {name: tables.load(folder) for name, folder in folders.items()}
+    missing = [name for name, table in loaded.items() if table is None]
     if missing and cfg.source == "pairs":
         for name in missing:
             _write_pairs(cfg, splits[name], folders[name], name, tokenizer, begins)
@@ -226,11 +226,11 @@ def _made(
             cfg,
             corpus,
             {name: folders[name] for name in missing},
-            lambda some: encode(some, tokenizer),
+            lambda batch: encode(batch, tokenizer),
             tokenizer,
             begins,
         )
-    ready = {name: made[name] or _there(folders[name]) for name in wanted}
+    ready = {name: loaded[name] or _there(folders[name]) for name in wanted}
     if longer := {name: n for name, f in folders.items() if (n := tables.facts_of(f))}:
         facts["too_long"] = longer
     ready = {name: table.with_format("numpy") for name, table in ready.items()}
@@ -259,10 +259,13 @@ def _loss_on(cfg: DataConfig, chats: bool) -> str:
     return f"{which} with the end of each"
 
 
-def _known(some: list[pairs.Pair]) -> Index:
+def _known(split_pairs: list[pairs.Pair]) -> Index:
     return Index.of(
-        (one.id, json.dumps([one.prompt, one.completions, *([one.turns] if one.turns else [])]))
-        for one in some
+        (
+            pair.id,
+            json.dumps([pair.prompt, pair.completions, *([pair.turns] if pair.turns else [])]),
+        )
+        for pair in split_pairs
     )
 
 
@@ -281,7 +284,7 @@ def _kind(cfg: DataConfig, split: str, begins: tuple[int, ...]) -> str:
 
 def _write_pairs(
     cfg: DataConfig,
-    some: list[pairs.Pair],
+    split_pairs: list[pairs.Pair],
     folder: Path,
     split: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -289,9 +292,9 @@ def _write_pairs(
 ) -> None:
     coming: Iterable[pa.Table]
     if split == "train":
-        coming, facts = sequences.blocks(some, tokenizer, cfg, begins)
+        coming, facts = sequences.blocks(split_pairs, tokenizer, cfg, begins)
     else:
-        table = sequences.evaluated(some, tokenizer, cfg, begins)
+        table = sequences.evaluated(split_pairs, tokenizer, cfg, begins)
         coming, facts = [table], sequences.longer_than_a_window(table, cfg.context_length)
     writer = tables.Writer(folder)
     try:

@@ -147,26 +147,26 @@ def prepare(
     if cfg.parts:
         return _mixed(cfg, tokenizer, test=test, begins=begins, most=most)
     wanted = documents.SPLITS if test else ("train", "validation")
-    held_out, made, fresh = token_cache.tables_of(cfg, tokenizer, wanted, begins)
+    held_out, manifest, fresh = token_cache.tables_of(cfg, tokenizer, wanted, begins)
     blocks = held_out.pop("train")
-    unread, said = left_out(cfg)
+    unread, messages = left_out(cfg)
     parts: dict[str, Dataset] = {}
     evaluated: dict[str, Any] = {}
     for name, table in held_out.items():
         parts[name], chosen = subset.of(table, most.get(name))
         evaluated |= {name: chosen} if chosen else {}
         if name == "validation" and not chosen and num_tokens(table) > LONG_TOKENS:
-            said = [*said, _long(cfg, num_tokens(table))]
+            messages = [*messages, _long(cfg, num_tokens(table))]
     if evaluated:
         unread = unread | {"evaluated": evaluated}
     return Data(
         blocks,
         parts,
-        made.num_documents,
+        manifest.num_documents,
         fresh,
         token_cache.fingerprint(tokenizer)[:12],
-        made.facts | unread,
-        [*said, *made.warnings],
+        manifest.facts | unread,
+        [*messages, *manifest.warnings],
     )
 
 
@@ -182,15 +182,17 @@ def _mixed(
 
     A part without a share is not read, unless its documents are held out.
     """
-    held = mix.held_out_part(cfg)
-    main = prepare(held.text, tokenizer, test=test, begins=begins, most=most)
-    tables: list[tuple[Fraction, Dataset]] = [(held.share, main.blocks)]
-    facts: dict[str, Any] = {held.name: {"share": float(held.share), "num_blocks": main.num_blocks}}
-    said, fresh = list(main.warnings), main.tokenized
+    main_part = mix.held_out_part(cfg)
+    main = prepare(main_part.text, tokenizer, test=test, begins=begins, most=most)
+    tables: list[tuple[Fraction, Dataset]] = [(main_part.share, main.blocks)]
+    facts: dict[str, Any] = {
+        main_part.name: {"share": float(main_part.share), "num_blocks": main.num_blocks}
+    }
+    messages, fresh = list(main.warnings), main.tokenized
     for part in mix.parts(cfg):
-        if part.name == held.name or not part.share:
+        if part.name == main_part.name or not part.share:
             continue
-        part_tables, made, now = token_cache.tables_of(part.text, tokenizer, ("train",), begins)
+        part_tables, manifest, now = token_cache.tables_of(part.text, tokenizer, ("train",), begins)
         blocks = part_tables["train"]
         tables.append((part.share, blocks))
         fresh = fresh or now
@@ -198,20 +200,20 @@ def _mixed(
         facts[part.name] = {
             "share": float(part.share),
             "num_blocks": len(blocks),
-            "num_documents": made.num_documents["train"],
+            "num_documents": manifest.num_documents["train"],
             "has_held_out": {name: len(keys) for name, keys in alike.items()},
         }
-        said += [
-            f"data.parts.{part.name}: {len(keys)} {name} documents of {held.name} share tokens in "
-            f"a row with it, or are all in it; the first is {keys[0]}"
+        messages += [
+            f"data.parts.{part.name}: {len(keys)} {name} documents of {main_part.name} share "
+            f"tokens in a row with it, or are all in it; the first is {keys[0]}"
             for name, keys in alike.items()
             if keys
         ]
-        said += [*left_out(part.text)[1], *made.warnings]
+        messages += [*left_out(part.text)[1], *manifest.warnings]
     blocks = concatenate_datasets([table for _, table in tables]).with_format("numpy")
     known = main.facts | {"parts": facts}
     return replace(
-        main, blocks=blocks, parts=tuple(tables), facts=known, warnings=said, tokenized=fresh
+        main, blocks=blocks, parts=tuple(tables), facts=known, warnings=messages, tokenized=fresh
     )
 
 
@@ -231,9 +233,9 @@ def left_out(cfg: DataConfig) -> tuple[dict[str, Any], list[str]]:
     if not left:
         return {}, []
     names = ", ".join(str(file) for file in left[:5]) + ", …" * (len(left) > 5)
-    said = f"data.path={cfg.path}: {len(left)} file(s) are left out: {names}"
+    message = f"data.path={cfg.path}: {len(left)} file(s) are left out: {names}"
     first = [str(file) for file in left[:100]]
-    return {"left_out": {"files": len(left), "first": first}}, [said]
+    return {"left_out": {"files": len(left), "first": first}}, [message]
 
 
 def _long(cfg: DataConfig, count: int) -> str:
@@ -286,12 +288,14 @@ def held_out_sizes(
             if tokenizer is None:
                 return unknown
             rows = pairs.read(cfg, splits).values()
-            made = [Dataset(sequences.evaluated(some, tokenizer, cfg)) for some in rows]
+            tables = [
+                Dataset(sequences.evaluated(split_pairs, tokenizer, cfg)) for split_pairs in rows
+            ]
             return [
                 _sizes(
                     table["id"], subset.num_predicted(table), document_sizes(table), most.get(name)
                 )
-                for name, table in zip(splits, made, strict=True)
+                for name, table in zip(splits, tables, strict=True)
             ]
         texts = documents.read(cfg, splits)
     except (ConfigError, OSError):
@@ -302,19 +306,19 @@ def held_out_sizes(
     for name, docs in texts.items():
         counts: list[int] = []
         for start in range(0, len(docs), packing.BATCH_DOCUMENTS):
-            some = [text for _, text in docs[start : start + packing.BATCH_DOCUMENTS]]
-            counts += [len(ids) for ids in token_cache.encode(some, tokenizer)]
+            batch = [text for _, text in docs[start : start + packing.BATCH_DOCUMENTS]]
+            counts += [len(ids) for ids in token_cache.encode(batch, tokenizer)]
         sizes.append(_sizes([key for key, _ in docs], np.array(counts), counts, most.get(name)))
     return sizes
 
 
 def _sizes(
-    ids: Sequence[str], predicted: NDArray[np.int64], sizes: list[int], most: int | None
+    ids: Sequence[str], predicted: NDArray[np.int64], sizes: list[int], limit: int | None
 ) -> list[int]:
-    """The sizes of the documents that are within `most` predicted tokens."""
-    if most is None or predicted.sum() <= most:
+    """The sizes of the documents that are within `limit` predicted tokens."""
+    if limit is None or predicted.sum() <= limit:
         return sizes
-    return [sizes[i] for i in subset.within(ids, predicted, most)]
+    return [sizes[i] for i in subset.within(ids, predicted, limit)]
 
 
 def document_sizes(dataset: Dataset) -> list[int]:

@@ -173,7 +173,7 @@ def takes_matrices(method: PeftMethod, config_class: type) -> bool:
     hint = get_type_hints(config_class).get("target_modules")
     if hint is None or "target_modules" in method.fields:
         return False
-    lists = any(get_origin(one) is list for one in get_args(hint))
+    lists = any(get_origin(option) is list for option in get_args(hint))
     return lists and method.peft_type.upper() not in peft_fields.OTHER_MODULES
 
 
@@ -187,8 +187,8 @@ def _check_ranks(fields: dict[str, Any], matched: targets.Targets) -> None:
 
 def targets_of(model: PreTrainedModel, run: RunConfig, fields: dict[str, Any]) -> targets.Targets:
     """The matrices that `targets` names; all layers must have them, unless a field says which."""
-    some = {"layers_to_transform", "exclude_modules", "target_parameters"} & fields.keys()
-    return targets.resolve(model, run.targets, all_layers=not some)
+    limits = {"layers_to_transform", "exclude_modules", "target_parameters"} & fields.keys()
+    return targets.resolve(model, run.targets, all_layers=not limits)
 
 
 ADAPTERS = {

@@ -57,8 +57,8 @@ def check_names(
         elif name == "layer_replication":
             _check_ranges(model, value, key)
         elif name == "target_parameters":
-            there = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-            _each_matches(value, there, _by_suffix, key, "parameter")
+            parameter_names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+            _each_matches(value, parameter_names, _by_suffix, key, "parameter")
         elif "modules" in name and isinstance(value, str | list | set | tuple):
             _check_modules(config, model, value, name, key)
         elif isinstance(value, list | dict) and re.search(r"token_ind|_tokens$|token_ids$", name):
@@ -128,17 +128,17 @@ def _by_regex(text: str, name: str) -> bool:
 
 
 def _each_matches(
-    value: Any, there: list[str], rule: Callable[[str, str], bool], key: str, noun: str
+    value: Any, names: list[str], rule: Callable[[str, str], bool], key: str, noun: str
 ) -> None:
     """Every name (or the one regular expression) matches one of the names that are there."""
     for text in [value] if isinstance(value, str) else sorted(value):
         try:
-            matched = any((_by_regex if isinstance(value, str) else rule)(text, n) for n in there)
+            matched = any((_by_regex if isinstance(value, str) else rule)(text, n) for n in names)
         except re.error as error:
             raise ConfigError(f"{key}: '{text}' is no regular expression: {error}") from error
         if not matched:
             raise ConfigError(
-                f"{key}: '{text}' matches no {noun}; {nearest(text, _choices(text, there))}"
+                f"{key}: '{text}' matches no {noun}; {nearest(text, _choices(text, names))}"
             )
 
 
@@ -197,36 +197,40 @@ def _check_patterns(
 
 def _numbered(config: peft.PeftConfig, model: nn.Module) -> list[int]:
     """Indices of layers that have a module to adapt, as PEFT reads them off the names."""
-    some: Any = copy.copy(config)
-    some.layers_to_transform = None
-    names = adapted_names(some, model)
+    probe: Any = copy.copy(config)
+    probe.layers_to_transform = None
+    names = adapted_names(probe, model)
     numbers = {int(n) for name in names for n in re.findall(r"(?<=\.)\d+(?=\.)", name)}
     rule, adapted = _rule(config), []
     for number in sorted(numbers):
-        some.layers_to_transform = [number]
+        probe.layers_to_transform = [number]
         if any(
-            hit and not isinstance(hit, ExcludedModule) for hit in (rule(some, n) for n in names)
+            hit and not isinstance(hit, ExcludedModule) for hit in (rule(probe, n) for n in names)
         ):
             adapted.append(number)
     return adapted
 
 
 def _check_layers(config: peft.PeftConfig, model: nn.Module, value: Any, key: str) -> None:
-    there = _numbered(config, model)
+    layers = _numbered(config, model)
     if copies := getattr(config, "layer_replication", None):
-        there = list(range(sum(end - start for start, end in copies)))
+        layers = list(range(sum(end - start for start, end in copies)))
     for index in [value] if isinstance(value, int) else value:
-        if index not in there:
-            span = f"0 to {there[-1]}" if there == list(range(len(there))) and there else str(there)
+        if index not in layers:
+            span = (
+                f"0 to {layers[-1]}"
+                if layers == list(range(len(layers))) and layers
+                else str(layers)
+            )
             raise ConfigError(f"{key}: there is no layer {index} to adapt; expected {span}")
 
 
 def _check_layers_pattern(config: peft.PeftConfig, model: nn.Module, value: Any, key: str) -> None:
     lists = {m[1] for n, _ in model.named_modules() if (m := re.search(r"([^.]+)\.\d+\.", n))}
     for text in [value] if isinstance(value, str) else value:
-        one: Any = copy.copy(config)
-        one.layers_pattern = [text]
-        if not _numbered(one, model):
+        probe: Any = copy.copy(config)
+        probe.layers_pattern = [text]
+        if not _numbered(probe, model):
             raise ConfigError(f"{key}: '{text}' matches no list of layers; {nearest(text, lists)}")
 
 
@@ -242,8 +246,8 @@ def _check_ranges(model: Any, value: Any, key: str) -> None:
 
 def _check_tokens(model: Any, value: Any, key: str) -> None:
     if isinstance(value, dict):
-        there = [n for n, _ in model.named_modules(remove_duplicate=False) if n]
-        _each_matches(list(value), there, _by_ending, key, "module of this model")
+        module_names = [n for n, _ in model.named_modules(remove_duplicate=False) if n]
+        _each_matches(list(value), module_names, _by_ending, key, "module of this model")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = [i for part in value.values() for i in part] if isinstance(value, dict) else value
     for index in ids:

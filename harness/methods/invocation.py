@@ -61,7 +61,7 @@ def check(model: nn.Module, data: DataConfig, text: Data, further: dict[str, Dat
                 "the prompt"
             )
     messages = (_further(f"evaluate.also.{name}", rows, tokens) for name, rows in further.items())
-    return [said for said in messages if said]
+    return [message for message in messages if message]
 
 
 def _further(key: str, rows: Dataset, tokens: list[int]) -> str | None:
@@ -72,7 +72,9 @@ def _further(key: str, rows: Dataset, tokens: list[int]) -> str | None:
         parts = [(row["tokens"][:0], row["tokens"]) for row in rows]
     in_prompt = [_count(prompt, tokens) for prompt, _ in parts]
     in_all = [_count(np.concatenate(part), tokens) for part in parts]
-    wrong = sum(n > min(there, 1) for n, there in zip(in_all, in_prompt, strict=True))
+    wrong = sum(
+        n > min(num_in_prompt, 1) for n, num_in_prompt in zip(in_all, in_prompt, strict=True)
+    )
     if wrong:
         raise ConfigError(
             f"{key}: {wrong} of {len(parts)} rows hold aLoRA's invocation tokens {list(tokens)} "

@@ -57,25 +57,25 @@ def join(config: peft.LoraConfig, tensors: Tensors) -> tuple[peft.LoraConfig, Te
 
     Shapes: per layer, A (r, d) and B (d, r) of each part become A (n r, d) and B (3 d, n r).
     """
-    pattern = re.compile(r"(?P<at>.*\.c_attn)\.(?P<part>[qkv])\.lora_(?P<factor>[AB])\.weight")
+    pattern = re.compile(r"(?P<prefix>.*\.c_attn)\.(?P<part>[qkv])\.lora_(?P<factor>[AB])\.weight")
     joined: Tensors = {}
     parts: dict[str, dict[str, Tensors]] = {}
     for name, tensor in tensors.items():
         if match := pattern.fullmatch(name):
-            parts.setdefault(match["at"], {}).setdefault(match["part"], {})[match["factor"]] = (
+            parts.setdefault(match["prefix"], {}).setdefault(match["part"], {})[match["factor"]] = (
                 tensor
             )
         else:
             joined[name] = tensor
-    for at, factors in parts.items():
+    for prefix, factors in parts.items():
         letters = [letter for letter in "qkv" if letter in factors]
         width, rank = factors[letters[0]]["B"].shape
         b = factors[letters[0]]["B"].new_zeros(3 * width, len(letters) * rank)
         for column, letter in enumerate(letters):
             row = "qkv".index(letter) * width
             b[row : row + width, column * rank : (column + 1) * rank] = factors[letter]["B"]
-        joined[f"{at}.lora_A.weight"] = torch.cat([factors[letter]["A"] for letter in letters])
-        joined[f"{at}.lora_B.weight"] = b
+        joined[f"{prefix}.lora_A.weight"] = torch.cat([factors[letter]["A"] for letter in letters])
+        joined[f"{prefix}.lora_B.weight"] = b
     (number,) = {len(factors) for factors in parts.values()}
     config = copy.deepcopy(config)
     kept = set(config.target_modules or ()) - set(UNFUSED_TARGETS.values())

@@ -51,12 +51,12 @@ def configured(config_class: type, named: dict[str, Any], given: dict[str, Any])
         if name not in known:
             raise ConfigError(
                 f"{where}.{name}: {config_class.__name__} has no such field; "
-                f"{nearest(name, known, most=60)}"
+                f"{nearest(name, known, limit=60)}"
             )
     refusals.check_given(config_class, given, where)
-    made = typed(config_class, given, where)
+    built = typed(config_class, given, where)
     try:
-        config = config_class(task_type="CAUSAL_LM", **copy.deepcopy(named), **made)
+        config = config_class(task_type="CAUSAL_LM", **copy.deepcopy(named), **built)
     except UNFIT as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
     refusals.check_built(config)

@@ -227,8 +227,8 @@ def _no_effect(config: Any, name: str) -> str | None:
     if not other:
         return None
     value = getattr(config, other)
-    held = str(getattr(value, "value", value))
-    if (held == wanted) if wanted is not None else value:
+    current = str(getattr(value, "value", value))
+    if (current == wanted) if wanted is not None else value:
         return None
     return f"it acts with {f'{other}={wanted}' if wanted else other} alone"
 
@@ -289,12 +289,12 @@ def check_run(adapted: PeftModel, run: RunConfig) -> None:
                 "launch.accelerate=ddp"
             )
     for module in adapted.modules():
-        made = getattr(module, "boft_R", {})  # PEFT's own, by adapter
-        if ADAPTER in made and len(made[ADAPTER]) != config.boft_n_butterfly_factor:
+        factors = getattr(module, "boft_R", {})  # PEFT's own, by adapter
+        if ADAPTER in factors and len(factors[ADAPTER]) != config.boft_n_butterfly_factor:
             raise ConfigError(
                 f"method.fields.boft_n_butterfly_factor={config.boft_n_butterfly_factor}: PEFT "
-                f"makes {len(made[ADAPTER])} of it here, for its CUDA extension is not built; set "
-                f"it to {len(made[ADAPTER])}"
+                f"makes {len(factors[ADAPTER])} of it here, for its CUDA extension is not built; "
+                f"set it to {len(factors[ADAPTER])}"
             )
     if getattr(config, "monteclora_config", None) is not None and run.train.checkpointing:
         raise ConfigError(
@@ -346,7 +346,7 @@ def check_biases(config: Any, adapted: PeftModel, given: dict[str, Any], where: 
     """
     base: Any = adapted.get_base_model()
     layers = [m.get_base_layer() for m in base.modules() if isinstance(m, BaseTunerLayer)]
-    there = any(getattr(layer, "bias", None) is not None for layer in layers)
+    has_bias = any(getattr(layer, "bias", None) is not None for layer in layers)
     keys = {name: f"{where}.{name}" for name in given if (kind(config), name) in ON_BIASES}
     keys["bias"] = f"{where}.bias" if "bias" in given else "method.bias"
     for name, key in keys.items():
@@ -354,11 +354,11 @@ def check_biases(config: Any, adapted: PeftModel, given: dict[str, Any], where: 
         everywhere = name == "bias" and value == "all"
         if everywhere and any(n.endswith("bias") for n, _ in base.named_parameters()):
             continue
-        if value != default and not there:
-            of = "nothing in the model" if everywhere else "none of the adapted layers"
+        if value != default and not has_bias:
+            subject = "nothing in the model" if everywhere else "none of the adapted layers"
             raise ConfigError(
-                f"{key}={value}: {kind(config)} does nothing with it here: {of} has a bias; leave "
-                "it out"
+                f"{key}={value}: {kind(config)} does nothing with it here: {subject} has a bias; "
+                "leave it out"
             )
 
 
@@ -378,12 +378,12 @@ def check_patterns_used(
             layer: nn.Module = base.get_submodule(module)
             if not isinstance(layer, BaseTunerLayer):
                 continue
-            for attribute, held in vars(layer).items():
+            for attribute, by_adapter in vars(layer).items():
                 meant = attribute in names.get(stem, ()) or attribute.endswith(stem)
-                if not meant or not isinstance(held, dict) or ADAPTER not in held:
+                if not meant or not isinstance(by_adapter, dict) or ADAPTER not in by_adapter:
                     continue
-                if held[ADAPTER] != value:
+                if by_adapter[ADAPTER] != value:
                     raise ConfigError(
-                        f"{where}.{name}: PEFT gives {module} {held[ADAPTER]} instead of {value}: "
-                        "write its key as the end of the module's name"
+                        f"{where}.{name}: PEFT gives {module} {by_adapter[ADAPTER]} instead of "
+                        f"{value}: write its key as the end of the module's name"
                     )

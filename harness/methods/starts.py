@@ -185,10 +185,10 @@ def ranks(model: nn.Module) -> dict[str, int]:
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA" or not config.rank_pattern:
         return {}
     prefix = "base_model.model."
-    held = ((name, getattr(module, "r", None)) for name, module in model.named_modules())
+    module_ranks = ((name, getattr(module, "r", None)) for name, module in model.named_modules())
     return {
         name.removeprefix(prefix): r[model.active_adapter]
-        for name, r in held
+        for name, r in module_ranks
         if isinstance(r, dict) and model.active_adapter in r
     }
 
@@ -228,13 +228,13 @@ def _eva(config: LoraConfig, model: nn.Module, reader: _Reader) -> dict[str, tor
     from peft.tuners.lora.eva import get_eva_state_dict
 
     eva: Any = config.eva_config
-    most = max([config.r, *(config.rank_pattern or {}).values()])
-    wanted = round(most * eva.rho)
+    max_rank = max([config.r, *(config.rank_pattern or {}).values()])
+    wanted = round(max_rank * eva.rho)
     fewest = min(int(batch.targets.ne(IGNORE).sum()) for batch in reader.text.batches)
     if fewest < wanted:
         raise ConfigError(
-            f"method.init=eva: a micro-batch has {fewest} predicted tokens, and rank {most} times "
-            f"rho={eva.rho:g} asks for {wanted} or more: raise train.micro_batch, or lower "
+            f"method.init=eva: a micro-batch has {fewest} predicted tokens, and rank {max_rank} "
+            f"times rho={eva.rho:g} asks for {wanted} or more: raise train.micro_batch, or lower "
             "method.r or method.fields.eva_config.rho"
         )
     # The mask of places is that of `labels`; what pads has none.
@@ -259,11 +259,16 @@ def _corda(config: LoraConfig, model: nn.Module, reader: _Reader) -> dict[str, t
     def run() -> None:
         for batch in reader.text.batches:
             for row in range(len(batch.inputs)):
-                one = slice(row, row + 1)
+                row_slice = slice(row, row + 1)
                 length = int(batch.targets[row].ne(IGNORE).nonzero().max()) + 1  # without padding
-                positions = None if batch.positions is None else batch.positions[one, :length]
+                positions = None if batch.positions is None else batch.positions[row_slice, :length]
                 reader.logits(
-                    model, Batch(batch.inputs[one, :length], batch.targets[one, :length], positions)
+                    model,
+                    Batch(
+                        batch.inputs[row_slice, :length],
+                        batch.targets[row_slice, :length],
+                        positions,
+                    ),
                 )
 
     was_training = model.training

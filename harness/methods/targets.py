@@ -39,9 +39,9 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
     Raises:
         ConfigError: a suffix matches nothing, not every layer, or several matrices of one layer.
     """
-    there = matrices(model)
-    layers = {match[1] for name in there if (match := re.search(r"\.(\d+)\.", name))}
-    kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in there})
+    all_matrices = matrices(model)
+    layers = {match[1] for name in all_matrices if (match := re.search(r"\.(\d+)\.", name))}
+    kinds = sorted({re.sub(r"^.*\.\d+\.", "", name) for name in all_matrices})
     architecture = getattr(getattr(model, "config", None), "model_type", "")
     named = matrix_roles.modules_of(targets, architecture)
     if named is None:
@@ -58,7 +58,7 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
         suffixes += UNFUSED_TARGETS.values() if split else [suffix]
     shapes: dict[str, tuple[int, int]] = {}
     for suffix in dict.fromkeys(suffixes):
-        matches = [name for name in there if name == suffix or name.endswith(f".{suffix}")]
+        matches = [name for name in all_matrices if name == suffix or name.endswith(f".{suffix}")]
         if not matches:
             hint = " (q, k and v apart need model.unfuse_qkv=true)" if "c_attn." in suffix else ""
             hint += " (try targets=lstm)" if architecture == "lstm" else ""
@@ -85,6 +85,6 @@ def resolve(model: nn.Module, targets: TargetsConfig, *, all_layers: bool = True
                 f"targets={targets.name}: '{suffix}' is in {len(in_layers)} of {len(layers)} "
                 f"layers (not in {missing}); there are: {', '.join(kinds)}"
             )
-        shapes |= {name: there[name] for name in matches}
+        shapes |= {name: all_matrices[name] for name in matches}
     conv1d = any(isinstance(model.get_submodule(name), Conv1D) for name in shapes)
     return Targets(list(dict.fromkeys(suffixes)), shapes, conv1d)

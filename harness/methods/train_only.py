@@ -38,9 +38,11 @@ def select(model: PreTrainedModel, entries: list[str]) -> dict[str, nn.Parameter
     Raises:
         ConfigError: an entry that matches nothing, with the nearest name.
     """
-    there = names(model)
+    parameter_names = names(model)
     wanted = {id(parameter) for entry in entries for parameter in _matches(model, entry)}
-    return {keys[0]: parameter for parameter, keys in there.items() if id(parameter) in wanted}
+    return {
+        keys[0]: parameter for parameter, keys in parameter_names.items() if id(parameter) in wanted
+    }
 
 
 def names(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -110,4 +112,4 @@ def _hint(model: nn.Module, entry: str) -> str:
         ends |= {".".join(pieces[i:j]) for j in (len(pieces) - 1, len(pieces)) for i in range(j)}
     if difflib.get_close_matches(entry, ends | set(words), n=1, cutoff=0.6):
         return nearest(entry, ends | set(words))
-    return f"{nearest(entry, words, most=len(words))}, or name parameters or modules of the model"
+    return f"{nearest(entry, words, limit=len(words))}, or name parameters or modules of the model"

@@ -38,11 +38,11 @@ def typed(config_class: type, fields: dict[str, Any], where: str) -> dict[str, A
     """
     hints = typing.get_type_hints(config_class)
     defaults = {f.name: f.default for f in dataclasses.fields(config_class)}
-    made: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     for name, value in copy.deepcopy(fields).items():
         hint, key = hints[name], f"{where}.{name}"
         if value is None and defaults[name] is None:
-            made[name] = None
+            converted[name] = None
             continue
         if name == "modules_to_save" and isinstance(value, str):
             raise ConfigError(f"{key}={value!r}: expected a list of names, [{value}]")
@@ -53,14 +53,16 @@ def typed(config_class: type, fields: dict[str, Any], where: str) -> dict[str, A
         _check_range(value, defaults[name], key)
         if name.endswith("_pattern") and isinstance(value, dict):
             _check_pattern_values(value, name, hints, key)
-        made[name] = _built(value, hint, key)
-    return made
+        converted[name] = _built(value, hint, key)
+    return converted
 
 
 def _options(hint: Any) -> list[str]:
     """The values of a field that has an enumeration, written out as a text or not; else none."""
     every = (hint, *typing.get_args(hint))
-    kinds = [one for one in every if isinstance(one, type) and issubclass(one, enum.Enum)]
+    kinds = [
+        option for option in every if isinstance(option, type) and issubclass(option, enum.Enum)
+    ]
     return [str(member.value) for kind in kinds for member in kind]
 
 
@@ -110,7 +112,7 @@ def _fits(value: Any, hint: Any, name: str) -> bool:
     if hint is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one, name) for one in arguments)
+        return any(_fits(value, argument, name) for argument in arguments)
     if origin is Literal:
         # Where an option is described rather than written out, any text may be one.
         described = any("[" in str(option) for option in arguments)
@@ -131,7 +133,7 @@ def _fits(value: Any, hint: Any, name: str) -> bool:
             return False
         if origin is tuple and Ellipsis not in arguments:
             return len(value) == len(arguments) and all(
-                _fits(v, one, name) for v, one in zip(value, arguments, strict=True)
+                _fits(v, argument, name) for v, argument in zip(value, arguments, strict=True)
             )
         return all(_fits(v, arguments[0], name) for v in value) if arguments else True
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -145,7 +147,7 @@ def _named(hint: Any) -> str:
     """The type in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_named(one) for one in arguments)
+        return " or ".join(_named(argument) for argument in arguments)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if hint in (None, type(None)):
@@ -153,7 +155,7 @@ def _named(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return f"fields of {getattr(hint, '__name__', hint)}"
     if arguments and origin in (list, set, tuple):
-        return f"a {origin.__name__} of {', '.join(_named(one) for one in arguments)}"
+        return f"a {origin.__name__} of {', '.join(_named(argument) for argument in arguments)}"
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
     return words.get(hint, getattr(hint, "__name__", str(hint)))
 
@@ -161,13 +163,13 @@ def _named(hint: Any) -> str:
 def _built(value: Any, hint: Any, key: str) -> Any:
     """A sub-configuration (KasaConfig, …) from its fields; anything else as it is."""
     options = typing.get_args(hint) or (hint,)
-    inner: Any = next((one for one in options if dataclasses.is_dataclass(one)), None)
+    inner: Any = next((option for option in options if dataclasses.is_dataclass(option)), None)
     if inner is None or not isinstance(value, dict):
         return value
     known = [f.name for f in dataclasses.fields(inner)]
     for name in value:
         if name not in known:
-            raise ConfigError(f"{key}.{name}: {nearest(name, known, most=60)}")
+            raise ConfigError(f"{key}.{name}: {nearest(name, known, limit=60)}")
     try:
         return inner(**typed(inner, value, key))
     except (ValueError, TypeError) as error:

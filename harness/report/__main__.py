@@ -55,9 +55,9 @@ def main(arguments: list[str]) -> int:
         print(requested.listing())
         return 0
     requested.check(wanted)
-    asked = set(OPTIONS) & set(arguments)
+    flags = set(OPTIONS) & set(arguments)
     folders = [Path(a) for a in arguments if a not in OPTIONS]
-    alone = {"--index", "--as-peft-results"} & asked and (len(asked) > 1 or bool(wanted))
+    alone = {"--index", "--as-peft-results"} & flags and (len(flags) > 1 or bool(wanted))
     if len(folders) != 1 or str(folders[0]).startswith("-") or alone:
         options = " ".join(f"[{option}]" for option in OPTIONS if option != "--index")
         options += " [--columns NAME,NAME]"
@@ -68,25 +68,25 @@ def main(arguments: list[str]) -> int:
         return 2
     folder = folders[0]
     if not folder.is_dir():
-        there = [p.name for p in folder.parent.glob("[!.]*") if p.is_dir()]
-        print(f"error: no folder {folder}; {nearest(folder.name, there)}", file=sys.stderr)
+        siblings = [p.name for p in folder.parent.glob("[!.]*") if p.is_dir()]
+        print(f"error: no folder {folder}; {nearest(folder.name, siblings)}", file=sys.stderr)
         return 2
-    if "--index" in asked:
+    if "--index" in flags:
         print(f"page: {index.write(folder)}")
         return 0
-    if "--as-peft-results" in asked:
+    if "--as-peft-results" in flags:
         for path in peft_export.write(folder):
             print(f"saved: {path}")
         return 0
-    run_dirs = setting.last_sweep(folder) if "--last" in asked else None
+    run_dirs = setting.last_sweep(folder) if "--last" in flags else None
     if run_dirs == []:
         print(f"error: no sweep into {folder} is recorded; without --last all is", file=sys.stderr)
         return 2
-    if "--watch" in asked:
+    if "--watch" in flags:
         watch(folder, run_dirs, wanted)
     findings = evidence.find(folder, run_dirs, wanted)
-    if "--page" not in asked:
-        summary.tell(findings, full=True, wide="--wide" in asked)
+    if "--page" not in flags:
+        summary.tell(findings, full=True, wide="--wide" in flags)
     if findings.rows:
         print(f"page: {files.write(findings)}, with figures and tables for papers beside it")
     return 2 if findings.refused else 0
@@ -98,18 +98,20 @@ def peft(arguments: list[str]) -> int:
     parser.add_argument("--peft-results", type=Path, metavar="FOLDER", help="with their *.json")
     parser.add_argument("--items", metavar="N", help="size of their test set")
     parser.add_argument("--wide", action="store_true", help="every column")
-    asked = parser.parse_args(arguments)
-    if asked.items is not None and not (asked.items.isdecimal() and int(asked.items)):
-        raise ConfigError(f"--items {asked.items}: expected a positive whole number")
-    comparison = peft_results.read(asked.peft_results, int(asked.items) if asked.items else None)
+    options = parser.parse_args(arguments)
+    if options.items is not None and not (options.items.isdecimal() and int(options.items)):
+        raise ConfigError(f"--items {options.items}: expected a positive whole number")
+    comparison = peft_results.read(
+        options.peft_results, int(options.items) if options.items else None
+    )
     table = peft_page.sheet(comparison)
     print(peft_results.answer(comparison))
-    left = sheet.show(table, wide=asked.wide)
+    left = sheet.show(table, wide=options.wide)
     for note in table.notes:
         print(note)
     if left:
         print(f"not shown: {', '.join(left)} (--wide shows them)")
-    page = peft_page.write(comparison, asked.peft_results)
+    page = peft_page.write(comparison, options.peft_results)
     print(f"page: {page}, with results.csv above it")
     return 0
 
@@ -140,7 +142,7 @@ def _columns(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def watch(folder: Path, run_dirs: Sequence[Path] | None = None, wanted: Sequence[str] = ()) -> None:
     """Write the page again whenever a run has come further, until no run is under way."""
-    before, said = None, False
+    before, announced = None, False
     while True:
         began = time.monotonic()
         names = (run_record.FILE_NAME, run_record.METRICS_NAME)
@@ -148,9 +150,9 @@ def watch(folder: Path, run_dirs: Sequence[Path] | None = None, wanted: Sequence
         state = {path: path.stat().st_mtime_ns for path in paths if path.exists()}
         if state != before:
             path = files.write_page(evidence.find(folder, run_dirs, wanted), refresh=PERIOD_SECONDS)
-            if not said:
+            if not announced:
                 print(f"watching: {path} (Ctrl-C ends it)", flush=True)
-            before, said = state, True
+            before, announced = state, True
         if not any(lock.is_claimed(run_dir) for run_dir in {path.parent for path in state}):
             return
         time.sleep(max(PERIOD_SECONDS, 4 * (time.monotonic() - began)))  # the runs need the cores

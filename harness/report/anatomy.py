@@ -95,6 +95,6 @@ def figure(summary: pd.DataFrame) -> Figure | None:
     )  # fmt: skip
     parts = []
     for name in names[:4]:
-        most = table.loc[name].idxmax()
-        parts.append(f"{name}: most in {most} ({table.loc[name, most]:.2f})")
+        largest = table.loc[name].idxmax()
+        parts.append(f"{name}: most in {largest} ({table.loc[name, largest]:.2f})")
     return Figure(axes, series, alt="; ".join(parts) + ".")

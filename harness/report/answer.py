@@ -27,8 +27,8 @@ def question(experiment: str, rows: Sequence[Row] = ()) -> str | None:
     match = re.search(r"# Question:(.*?)# Command:", header, re.DOTALL)
     if match is None:
         return _asked_by(rows)
-    asked = " ".join(match[1].replace("#", " ").split())
-    return asked[:1].upper() + asked[1:]
+    sentence = " ".join(match[1].replace("#", " ").split())
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _asked_by(rows: Sequence[Row]) -> str | None:
@@ -60,22 +60,24 @@ def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
     why = test.intervals[best].missing
     between = f"no interval: {why}" if why else f"{numbers.short(low)} to {numbers.short(high)}"
     if len(test.intervals) == 1:
-        said = f"{best} reaches a test perplexity of {numbers.perplexity(value)} ({between})"
+        statement = f"{best} reaches a test perplexity of {numbers.perplexity(value)} ({between})"
     else:
-        said = f"{best} reaches the lowest test perplexity, {numbers.perplexity(value)} ({between})"
+        statement = (
+            f"{best} reaches the lowest test perplexity, {numbers.perplexity(value)} ({between})"
+        )
     if not test.comparisons:
-        return said + "."
+        return statement + "."
     compared = [ev.reversed_(c, best) for c in test.comparisons if best in (c.a, c.b)]
     ties = [c.b for c in compared if c.better is None]
     single = bool(test.alone)  # then no difference is one between seeds
     if ties:
         more = " and more" if len(ties) > NAMED else ""
-        said += f", and cannot be told from {', '.join(ties[:NAMED])}{more}"
+        statement += f", and cannot be told from {', '.join(ties[:NAMED])}{more}"
     else:
-        said += (
+        statement += (
             ", lower than every other's" if single else ", significantly lower than every other's"
         )
-    sentences = [f"{said}.", _of_seeds(test), _savings(rows, test)]
+    sentences = [f"{statement}.", _of_seeds(test), _savings(rows, test)]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -102,15 +104,15 @@ def _savings(rows: Sequence[Row], test: Evidence) -> str | None:
         return None
     small = few[0]
     share = small.values["parameters.trainable_percent"]
-    said = [
+    savings = [
         f"{small.name} ({numbers.percent(share)} % of the parameters) trains "
         f"{_times(count[best.name] / count[small.name])} fewer parameters than {best.name}"
     ]
     if memory := _memory(small, best):
-        said.append(memory)
+        savings.append(memory)
     ratio = test.intervals[small.name].perplexity[0] / test.intervals[best.name].perplexity[0]
-    said.append(f"ends at {numbers.perplexity(ratio)} times its perplexity")
-    return f"{', '.join(said[:-1])} and {said[-1]}."
+    savings.append(f"ends at {numbers.perplexity(ratio)} times its perplexity")
+    return f"{', '.join(savings[:-1])} and {savings[-1]}."
 
 
 def _times(ratio: float) -> str:
@@ -119,10 +121,10 @@ def _times(ratio: float) -> str:
 
 def _memory(small: Row, best: Row) -> str | None:
     """How much less memory it needs, where both were measured alone."""
-    one, other = (row.values["memory.peak_bytes"] for row in (small, best))
-    if not one or not other or small.values[SHARED] or best.values[SHARED]:
+    small_peak, best_peak = (row.values["memory.peak_bytes"] for row in (small, best))
+    if not small_peak or not best_peak or small.values[SHARED] or best.values[SHARED]:
         return None
-    change = 100 * (one / other - 1)
+    change = 100 * (small_peak / best_peak - 1)
     if abs(change) < 0.5:
         return "needs as much memory"
     return f"needs {abs(change):.0f} % {'less' if change < 0 else 'more'} memory"

@@ -66,10 +66,10 @@ def good_enough(
 def within_budgets(
     rows: Sequence[Row],
     test: Evidence,
-    most: int | None = None,
+    limit: int | None = None,
     titles: Sequence[str] = ev.BUDGETS,
 ) -> list[Choice]:
-    """The best row for every round budget that buys another one; `most` of a kind.
+    """The best row for every round budget that buys another one; `limit` of a kind.
 
     Budgets that buy the best of all are left out.
     """
@@ -86,8 +86,8 @@ def within_budgets(
             if best == test.ordered[0]:
                 break
             own.append(Choice(spent.told(title, budget, "≤"), best, ties=tuple(ties)))
-        if most is not None and len(own) > most:
-            own = own[:: -(-len(own) // most)]
+        if limit is not None and len(own) > limit:
+            own = own[:: -(-len(own) // limit)]
         choices += own
     return choices
 
@@ -107,7 +107,7 @@ def ties_best(name: str, test: Evidence) -> bool:
 def sheet(
     rows: Sequence[Row],
     test: Evidence,
-    most: int | None = None,
+    limit: int | None = None,
     further: Sequence[str] = (),
 ) -> Sheet | None:
     """ "Which should I take?" as a table; None where there is nothing to choose from."""
@@ -131,7 +131,7 @@ def sheet(
         Column("ties", "not significantly worse", text=True, keep=70),
     ]
     lines = []
-    for choice in [*good_enough(rows, test, titles), *within_budgets(rows, test, most, titles)]:
+    for choice in [*good_enough(rows, test, titles), *within_budgets(rows, test, limit, titles)]:
         interval = test.intervals[choice.take]
         times = views.perplexity(interval.log_perplexity - lowest)
         every = set(choice.least) == {title for title in titles if costs[title]}

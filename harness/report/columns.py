@@ -108,10 +108,10 @@ def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) 
             add(key, number, [_cell(row, key, number.form) for row in rows])
     seeds = [row.values["seeds"] for row in rows]
     add("seeds", Number("seeds", str, 50), [Cell(str(n), n) for n in seeds])
-    there = {column.key for column in columns}
+    keys = {column.key for column in columns}
     beside = [further.cells(row) for row in rows]
     for place, column in enumerate(further.heads()):
-        if column.key in there:  # a column of every table, which is to stay
+        if column.key in keys:  # a column of every table, which is to stay
             where = next(i for i, c in enumerate(columns) if c.key == column.key)
             columns[where] = replace(columns[where], keep=0)
             continue
@@ -123,25 +123,25 @@ def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) 
 def notes(rows: Sequence[Row], shown: Collection[str]) -> list[str]:
     """What the columns that are `shown`, by their headings, and the table's signs say."""
     legend = [f"{heading}: {what}" for heading, what in LEGEND.items() if heading in shown]
-    said = [f"{'; '.join(legend)}."] if legend else []
-    if told := remarks.of_labels(rows):
-        said.append(told)
+    sentences = [f"{'; '.join(legend)}."] if legend else []
+    if label_note := remarks.of_labels(rows):
+        sentences.append(label_note)
     if any(row.values[key] is not None for row in rows for key in OF_COMPLETIONS):
-        said.append(
+        sentences.append(
             f"{', '.join(OF_COMPLETIONS.values())}: of the test set's prompts, completed by that "
             "model (harness/evaluation/text_metrics.py)."
         )
     records = [record for row in rows for record in row.records]
     missing = [run_record.get(record, "quality.generation.skipped") or {} for record in records]
     for name, why in {name: why for skipped in missing for name, why in skipped.items()}.items():
-        said.append(f"without {name}: {why}")
+        sentences.append(f"without {name}: {why}")
     if any(not is_own_rate(row.values[LR_FROM]) for row in rows):
-        said.append(TILDE)
+        sentences.append(TILDE)
     if any(row.values[SHARED] for row in rows):
-        said.append(STAR)
+        sentences.append(STAR)
     if any(row.took_no_step for row in rows):
-        said.append(NO_STEP)
-    return said + remarks.remarks(rows)
+        sentences.append(NO_STEP)
+    return sentences + remarks.remarks(rows)
 
 
 def is_own_rate(lr_from: str | None) -> bool:

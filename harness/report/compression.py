@@ -82,14 +82,15 @@ def _compressed(rows: Sequence[Row]) -> Figure | None:
         text = _text_of(tables[0])
         points = perplexities(tables, seeds, ["rank", "beside", "text"])
         whole = points["rank"].astype(str).str.isdigit() & (points["text"] == text)
-        for beside, of in points[whole].groupby("beside", sort=False):
-            of = of.assign(k=of["rank"].astype(int)).sort_values("k")
+        for beside, group in points[whole].groupby("beside", sort=False):
+            group = group.assign(k=group["rank"].astype(int)).sort_values("k")
             what = "" if beside == "with" else ", matrices alone"
             series.append(
                 Series(
                     f"dW of {row.name}{what}, cut to rank k", color_of(row.values["method.label"]),
-                    of["k"].tolist(), of["perplexity"].tolist(), of["low"].tolist(),
-                    of["high"].tolist(), [row.name] * len(of), line=True, dash=beside != "with",
+                    group["k"].tolist(), group["perplexity"].tolist(), group["low"].tolist(),
+                    group["high"].tolist(), [row.name] * len(group), line=True,
+                    dash=beside != "with",
                 )
             )  # fmt: skip
     if not series:
@@ -134,13 +135,13 @@ def _interpolated(rows: Sequence[Row]) -> list[Figure]:
         new = _text_of(tables[0])
         points = perplexities(tables, seeds, ["text", "scale"])
         learned = points[points["text"] == new].set_index("scale")["perplexity"]
-        for text, of in points[~points["text"].isin(["validation", "test"])].groupby("text"):
-            of = of.set_index("scale").loc[learned.index]
+        for text, group in points[~points["text"].isin(["validation", "test"])].groupby("text"):
+            group = group.set_index("scale").loc[learned.index]
             scales = [f"{scale:g}" for scale in learned.index]
             by_text.setdefault(str(text), []).append(
                 Series(
                     row.name, color_of(row.values["method.label"]), learned.tolist(),
-                    of["perplexity"].tolist(), of["low"].tolist(), of["high"].tolist(),
+                    group["perplexity"].tolist(), group["low"].tolist(), group["high"].tolist(),
                     [f"{row.name}, lambda {scale}" for scale in scales], line=True,
                 )
             )  # fmt: skip

@@ -41,16 +41,16 @@ def cost_figure(rows: Sequence[Row], test: Evidence, title: str) -> Figure | Non
     def cost(row: Row) -> float:
         return costs[row.name] / unit
 
-    told = settings_of(trained)  # a line joins what was trained alike
-    series = lines_of(trained, lambda r: family(r) + told(r), cost, test, axes is PARAMETERS)
+    describe = settings_of(trained)  # a line joins what was trained alike
+    series = lines_of(trained, lambda r: family(r) + describe(r), cost, test, axes is PARAMETERS)
     series = [replace(s, line=s.line and not _is_crowded(s)) for s in series]
     alt = f"{len(trained)} configurations. " if len(trained) > 1 else ""
     # A front claims that costs can be compared: not those of a shared machine, nor the seconds of
     # single runs.
     if len(trained) > 1 and {row.name for row in trained} <= set(ev.sure_costs(trained, title)):
-        own, said = _front(trained, cost, ev.fronts(rows, test, [title]).get(title, {}), test)
+        own, front_text = _front(trained, cost, ev.fronts(rows, test, [title]).get(title, {}), test)
         series += own
-        alt += said
+        alt += front_text
     best = min(trained, key=lambda row: test.intervals[row.name].log_perplexity)
     alt += (
         f"{'Lowest: ' * (len(trained) > 1)}{best.name}, "
@@ -87,20 +87,20 @@ def _front(
     def value(row: Row) -> float:
         return drawn(test.intervals[row.name].log_perplexity)
 
-    def of(name: str, rows: Sequence[Row], **more: Any) -> Series:
+    def front_series(name: str, rows: Sequence[Row], **more: Any) -> Series:
         x, y = [cost(row) for row in rows], [value(row) for row in rows]
         return Series(name, GREY, x, y, rows=[row.name for row in rows], **more)
 
     series = []
     ordered = sorted(trained, key=lambda row: (cost(row), value(row)))
     if able := [row for row in ordered if dominated.get(row.name) == ()]:
-        series.append(of("may be the best for its cost", able, halo=True))
+        series.append(front_series("may be the best for its cost", able, halo=True))
     front: list[Row] = []
     for row in ordered:
         if not front or value(row) < value(front[-1]):
             front.append(row)
     if len(front) > 1:
-        series.append(of("lowest measured for its cost", front, line=True, dash=True))
+        series.append(front_series("lowest measured for its cost", front, line=True, dash=True))
     named = ", ".join(row.name for row in front[:WORDS])
     more = f" and {len(front) - WORDS} more" if len(front) > WORDS else ""
     return series, (

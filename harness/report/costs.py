@@ -77,8 +77,8 @@ def of(title: str) -> Cost:
     """The cost of a title: one of COSTS, or latency by its name, as seconds times the base's."""
     if (path := latency_path(title)) is not None:
         kind, model, size = title.split("_")
-        said = f"{DOING[kind]}, {model}, batch {size}"
-        return Cost(title, said, path, "× base", form=numbers.perplexity, measured=True)
+        short_name = f"{DOING[kind]}, {model}, batch {size}"
+        return Cost(title, short_name, path, "× base", form=numbers.perplexity, measured=True)
     return COSTS[title]
 
 
@@ -181,13 +181,13 @@ def time_scope(rows: Iterable[Row], title: str = TIME) -> str | None:
     why = f"one run, or a shared machine, does not tell how {vary}"
     if not known:
         return f"{named} is not compared: {why}."
-    said = f"{named}: a row counts as " + (
+    text = f"{named}: a row counts as " + (
         "faster than another only where its seconds are fewer by more than runs vary"
         if seconds
         else "better than another only where it is lower by more than runs vary"
     )
-    said += " (Welch's t-test of their logarithms, 5 %)"
-    return f"{said}; without {shorten(left)}: {why}." if left else f"{said}."
+    text += " (Welch's t-test of their logarithms, 5 %)"
+    return f"{text}; without {shorten(left)}: {why}." if left else f"{text}."
 
 
 def amount(title: str, value: float) -> str:

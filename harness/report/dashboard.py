@@ -85,13 +85,17 @@ def workspace(project: str, entity: str, name: str, labels: Iterable[str] = COLO
     import wandb_workspaces.expr as expr
     import wandb_workspaces.workspaces as ws
 
-    made = panels()
+    all_panels = panels()
     sections = [
         ws.Section(
-            name="Perplexity", panels=[p for p in made if _about(p) == "perplexity"], is_open=True
+            name="Perplexity",
+            panels=[p for p in all_panels if _about(p) == "perplexity"],
+            is_open=True,
         ),
         ws.Section(
-            name="Memory and speed", panels=[p for p in made if _about(p) == "cost"], is_open=True
+            name="Memory and speed",
+            panels=[p for p in all_panels if _about(p) == "cost"],
+            is_open=True,
         ),
     ]
     runs = ws.RunsetSettings(
@@ -112,7 +116,7 @@ def report(project: str, entity: str, name: str, labels: Iterable[str] = COLORS)
     import wandb_workspaces.reports.v2 as wr
 
     titles = {axes.title: axes.group for axes in TRACKED if _by_another(axes)}
-    made = panels()
+    all_panels = panels()
     colors: dict[Any, Any] = {
         wr.RunsetGroup("by method", (wr.RunsetGroupKey(wr.Config(METHOD), label),)): color_of(label)
         for label in labels
@@ -120,11 +124,11 @@ def report(project: str, entity: str, name: str, labels: Iterable[str] = COLORS)
     grids = [
         wr.PanelGrid(
             runsets=[_runset("by method", f"config.{METHOD}")],
-            panels=[panel for panel in made if panel.title not in titles],
+            panels=[panel for panel in all_panels if panel.title not in titles],
             custom_run_colors=colors,
         )
     ]
-    for panel in made:
+    for panel in all_panels:
         if group := titles.get(panel.title):
             by = group.removeprefix("config.method.")
             grids.append(wr.PanelGrid(runsets=[_runset(f"by {by}", group)], panels=[panel]))
@@ -142,11 +146,11 @@ def _runset(name: str, group: str) -> Any:
 
 def specification(project: str, entity: str, name: str) -> dict[str, Any]:
     """Return the workspace and the report as plain values, as --dry-run prints them."""
-    made = {
+    views = {
         "workspace": workspace(project, entity, name),
         "report": report(project, entity, name),
     }
-    return {key: json.loads(value._to_model().model_dump_json()) for key, value in made.items()}
+    return {key: json.loads(value._to_model().model_dump_json()) for key, value in views.items()}
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, str], bool]:
@@ -175,14 +179,14 @@ def save(values: dict[str, str]) -> list[str]:
     api, path = wandb.Api(), f"{values['entity']}/{values['project']}"
     used = {(run.config.get("method") or {}).get("label") for run in api.runs(path)}
     labels = sorted({*COLORS, *filter(None, used)})
-    made = report(**values, labels=labels)
+    new_report = report(**values, labels=labels)
     for known in api.reports(path):
         if known.display_name == values["name"]:
-            made.id = known.id
-    made.save()
+            new_report.id = known.id
+    new_report.save()
     space = workspace(**values, labels=labels)
     space._internal_name = f"nw-{values['name']}-v"  # the same name is the same view
-    return [str(made.url), str(space.save().url)]
+    return [str(new_report.url), str(space.save().url)]
 
 
 @command

@@ -56,10 +56,14 @@ class Evidence:
     @property
     def sample(self) -> str:
         """Return what intervals are over, in words: "48 documents and 3 seeds"."""
-        fewest, most = self.num_seeds
-        seeds = f" and {fewest} to {most} seeds" if fewest < most else f" and {most} seeds"
+        min_seeds, max_seeds = self.num_seeds
+        seeds = (
+            f" and {min_seeds} to {max_seeds} seeds"
+            if min_seeds < max_seeds
+            else f" and {max_seeds} seeds"
+        )
         documents = next(iter(self.intervals.values())).num_documents
-        return f"{documents} documents" + (seeds if most > 1 else "")
+        return f"{documents} documents" + (seeds if max_seeds > 1 else "")
 
     @property
     def alone(self) -> list[str]:
@@ -73,66 +77,66 @@ class Evidence:
 
     def neighbours(self) -> list[stats.Comparison]:
         """Return the difference of every configuration to the next best one."""
-        made = {frozenset((c.a, c.b)): c for c in self.comparisons}
+        by_pair = {frozenset((c.a, c.b)): c for c in self.comparisons}
         ordered = self.ordered
         pairs = zip(ordered[1:], ordered, strict=False)
-        return [reversed_(made[frozenset((worse, better))], worse) for worse, better in pairs]
+        return [reversed_(by_pair[frozenset((worse, better))], worse) for worse, better in pairs]
 
 
 def scope(test: Evidence) -> list[str]:
     """What the intervals and tests cover, and what they do not, in sentences."""
-    fewest, most = test.num_seeds
-    said = [
+    min_seeds, max_seeds = test.num_seeds
+    sentences = [
         f"95 %: interval of test perplexity over {test.sample}; untrained models: over documents "
         "only."
     ]
     parts = test.evaluations[0].settings.get("part") or {}
-    said += [
+    sentences += [
         f"{name} is read in part (evaluate.*_tokens): {part['documents']:,} of "
         f"{part['of_documents']:,} documents, {part['tokens']:,} of {part['of_tokens']:,} tokens, "
         "the same for every run."
         for name, part in parts.items()
     ]
     if without := [f"{i.name} ({i.missing})" for i in test.intervals.values() if i.missing]:
-        said.append(f"No interval: {shorten(without)}.")
+        sentences.append(f"No interval: {shorten(without)}.")
     first = next(iter(test.intervals.values()))
     if first.num_effective < first.num_documents / 2:
-        said.append(
+        sentences.append(
             f"The {first.num_documents} documents differ in length, and count as "
             f"{first.num_effective:.3g} of equal length (Kish's effective number): intervals are "
             "for text with such documents."
         )
-    if most > 1:
-        said.append(
+    if max_seeds > 1:
+        sentences.append(
             "Intervals hold for seeds whose training does not diverge. Where none of "
-            f"{most} did, up to {numbers.share(ranking.may_diverge(most))} of other seeds still "
-            "may. Where a few seeds end far above the rest, and seeds matter more than documents, "
-            "a 95 % interval holds the true value in 87 to 93 % of cases."
+            f"{max_seeds} did, up to {numbers.share(ranking.may_diverge(max_seeds))} of other "
+            "seeds still may. Where a few seeds end far above the rest, and seeds matter more than "
+            "documents, a 95 % interval holds the true value in 87 to 93 % of cases."
         )
     if test.alone:
-        whose = "" if most == 1 else f" of {shorten(test.alone)}"
-        said.append(
+        whose = "" if max_seeds == 1 else f" of {shorten(test.alone)}"
+        sentences.append(
             f"ONE SEED{whose}: intervals and places are over documents alone. With another seed "
             "every row that trains may move: one seed does not tell close rows apart."
         )
-    if fewest < most:
-        said.append(
+    if min_seeds < max_seeds:
+        sentences.append(
             "Not all rows have the same seeds: two are compared over the seeds that both have."
         )
     if len(test.intervals) == 1:
-        return said
+        return sentences
     if test.ranks:
-        said.append(
+        sentences.append(
             "place: those that a row may have, by paired tests of all "
             f"{len(test.comparisons)} pairs at 5 % (corrected by Holm)."
         )
     else:
-        said.append(
+        sentences.append(
             f"more than {EVERY_PAIR} rows: each is compared with the best, the next and the base."
         )
-    if fewest > 1 and (few := ranking.few_seeds(fewest, len(test.comparisons))):
-        said.append(f"{few}.")
-    return said
+    if min_seeds > 1 and (few := ranking.few_seeds(min_seeds, len(test.comparisons))):
+        sentences.append(f"{few}.")
+    return sentences
 
 
 def reversed_(c: stats.Comparison, first: str) -> stats.Comparison:
@@ -164,16 +168,16 @@ def find(
     """
     chosen = None if run_dirs is None else frozenset(run_dirs)
     everything = table_rows(folder)
-    asked = everything if chosen is None else table_rows(folder, chosen)
+    selected = everything if chosen is None else table_rows(folder, chosen)
     by_text: dict[str, Evidence] = {}
     refused = []
-    for text in ["test", *also(asked)]:
+    for text in ["test", *also(selected)]:
         try:
-            if (evidence := gather(asked, text)) is not None:
+            if (evidence := gather(selected, text)) is not None:
                 by_text[text] = evidence
         except ConfigError as error:
             refused.append(f"on {text}: {error}")
-    return Findings(folder, everything, asked, by_text, refused, chosen, tuple(requested))
+    return Findings(folder, everything, selected, by_text, refused, chosen, tuple(requested))
 
 
 def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
@@ -195,8 +199,10 @@ def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
     ordered = [i.name for i in sorted(intervals, key=lambda i: i.log_perplexity)]
     pairs = [*itertools.pairwise(ordered), *((ordered[0], o) for o in ordered[2:])]
     base = [row.name for row in rows if row.values["method.name"] == "none" and row.name in by_name]
-    there = {frozenset(pair) for pair in pairs}
-    pairs += [(b, o) for b in base for o in ordered if o != b and frozenset((b, o)) not in there]
+    known_pairs = {frozenset(pair) for pair in pairs}
+    pairs += [
+        (b, o) for b in base for o in ordered if o != b and frozenset((b, o)) not in known_pairs
+    ]
     return Evidence(text, evaluations, by_name, ranking.compare_all(evaluations, pairs), {})
 
 
@@ -280,9 +286,9 @@ def _of_run(run_dir: Path, record: Record, text: str, when: str) -> stats.Evalua
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ConfigError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
     nll = table["nll_nats"].to_numpy(np.float64)
-    told, summed = (_quality(record, text, when) or {}).get("nll_nats"), nll.sum()
-    if told is not None and not np.isclose(summed, told, rtol=1e-9):
-        raise ConfigError(f"{path} sums to {summed} nats, and result.json says {told}")
+    recorded, summed = (_quality(record, text, when) or {}).get("nll_nats"), nll.sum()
+    if recorded is not None and not np.isclose(summed, recorded, rtol=1e-9):
+        raise ConfigError(f"{path} sums to {summed} nats, and result.json says {recorded}")
     settings = dict(record.get("evaluation") or {})
     # Of runs from before it could be asked for it is the end-of-text token.
     settings["prefix"] = run_record.get(settings, "prefix.name") or "eos"

@@ -25,7 +25,7 @@ def figures(
 ) -> list[Figure]:
     """Return all figures in which the rows have something to show, with the costs `further`."""
     test = evidence.get("test")
-    made: list[Figure | None] = []
+    plots: list[Figure | None] = []
     if test is not None:
         of_settings = list(
             swept.figures(
@@ -40,19 +40,19 @@ def figures(
             if (figure := cost_figure(rows, test, title))
             and (title in further or not of_settings or _costs_differ(figure))
         ]
-        made += [
+        plots += [
             *of_costs,
             rank_figure(rows, test),
             alpha_figure(rows, test),
             *heat_maps(rows, test),
             *of_settings,
         ]
-    made += [memory_figure(rows), speed_figure(rows), *learning_curves(rows)]
+    plots += [memory_figure(rows), speed_figure(rows), *learning_curves(rows)]
     if test is not None:
-        made += [
+        plots += [
             forgetting_figure(rows, test, on) for text, on in evidence.items() if text != "test"
         ]
-    return [figure for figure in made if figure is not None]
+    return [figure for figure in plots if figure is not None]
 
 
 def _costs_differ(figure: Figure) -> bool:

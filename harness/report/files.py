@@ -34,13 +34,13 @@ def write(findings: Findings) -> Path:
     further, made_by = requested.find(findings), command(findings)
     table = columns.sheet(findings.rows, findings.found.get("test"), further)
     line = setting.find(findings.folder, findings.rows).line
-    said = "\n".join(
+    notes = "\n".join(
         f"{note}  " for note in [*columns.notes(findings.rows, table.headings), *further.notes()]
     )
     for name, text in (
         (
             "table.md",
-            f"# {findings.folder.name}\n\n{line}\n\n{sheet.markdown(table)}\n{said}\n\n"
+            f"# {findings.folder.name}\n\n{line}\n\n{sheet.markdown(table)}\n{notes}\n\n"
             f"    {made_by}\n",
         ),
         ("table.tex", f"% {made_by}\n% {line}\n{_paper(findings, table)}"),
@@ -63,8 +63,13 @@ UNITS = {
 def _paper(findings: Findings, table: sheet.Sheet) -> str:
     """The table for a paper: its main columns, and bold what is not told apart from the best."""
     test = findings.found.get("test")
-    asked = [column.key for column in requested.find(findings).columns]
-    kept = [*OF_A_PAPER, *columns.telling_of(findings.rows), *headings(findings.rows), *asked]
+    requested_keys = [column.key for column in requested.find(findings).columns]
+    kept = [
+        *OF_A_PAPER,
+        *columns.telling_of(findings.rows),
+        *headings(findings.rows),
+        *requested_keys,
+    ]
     own = table.only(kept)
     shown = [replace(c, heading=UNITS.get(c.key, c.heading)) for c in own.columns]
     best = [

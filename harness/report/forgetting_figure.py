@@ -46,9 +46,9 @@ def forgetting_figure(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figu
                 [c.high for c in changes], [row.name for row in ordered],
             )
         )  # fmt: skip
-    most = max(trained, key=lambda row: moved[row.name].difference)
-    nats = numbers.nats(moved[most.name].difference)
-    alt = f"Most is forgotten by {most.name}: {nats} nats per token."
+    worst = max(trained, key=lambda row: moved[row.name].difference)
+    nats = numbers.nats(moved[worst.name].difference)
+    alt = f"Most is forgotten by {worst.name}: {nats} nats per token."
     axes = Axes(
         f"forgetting-{on.text}", f"Learned and forgotten ({on.text})",
         "learned: nats per token of the test set", "forgotten: nats per token",

@@ -86,10 +86,10 @@ def _once(runs: list[tuple[Path, Record]]) -> Group:
 def _difference(record: Record, kept: Record) -> str:
     """Whether two runs that should be the same are, in words."""
     for text in ("test", "validation"):
-        one, other = (run_record.get(r, f"quality.{text}.nll_nats") for r in (record, kept))
-        if None in (one, other) or one == other:
+        own_nll, kept_nll = (run_record.get(r, f"quality.{text}.nll_nats") for r in (record, kept))
+        if None in (own_nll, kept_nll) or own_nll == kept_nll:
             continue
-        if math.isclose(one, other, rel_tol=1e-6):
+        if math.isclose(own_nll, kept_nll, rel_tol=1e-6):
             return "their numbers are the same to rounding"
         ours, theirs = (run_record.get(r, f"quality.{text}.perplexity") for r in (record, kept))
         return f"their numbers differ: {text} perplexity {_told(ours)} here, {_told(theirs)} there"
@@ -113,9 +113,9 @@ def _told_apart(groups: list[Group]) -> list[Group]:
         contents = [_contents(groups[i].records[0]) for i in members]
         keys = list(dict.fromkeys(key for content in contents for key in content))
         varying = [key for key in keys if len({content.get(key) for content in contents}) > 1]
-        told = [key for key in varying if key != "configuration"] or varying
+        shown_keys = [key for key in varying if key != "configuration"] or varying
         for i, content in zip(members, contents, strict=True):
-            own = {key: content[key] for key in told if key in content}
+            own = {key: content[key] for key in shown_keys if key in content}
             distinct[i] = replace(groups[i], content=own)
     return distinct
 

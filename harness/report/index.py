@@ -77,7 +77,7 @@ def text(root: Path) -> str:
         experiments.append(experiment)
         lines += own
     data = {
-        "experiments": [vars(one) for one in experiments],
+        "experiments": [vars(entry) for entry in experiments],
         "rows": lines,
         "numbers": [heading for heading, _ in NUMBERS.values()],
     }

@@ -35,9 +35,9 @@ def find(findings: Findings) -> list[Missing]:
     names = ("config.yaml", run_record.FILE_NAME)
     run_dirs = {path.parent for name in names for path in folder.glob(f"*/{name}")}
     runs = [
-        one
+        run
         for run_dir in sorted(run_dirs)
-        if not planned.get(run_dir.name) and (one := _begun(run_dir)) is not None
+        if not planned.get(run_dir.name) and (run := _begun(run_dir)) is not None
     ]
     repeated = [
         Missing(run_dir.name, "repeated", reason, log=(run_dir / "log.txt").exists())
@@ -49,8 +49,8 @@ def find(findings: Findings) -> list[Missing]:
         *_not_compared(findings),
         *_not_begun(run_dirs, planned, folder),
     ]
-    asked = findings.run_dirs
-    return [one for one in runs if asked is None or folder / one.name in asked]
+    selected = findings.run_dirs
+    return [run for run in runs if selected is None or folder / run.name in selected]
 
 
 def _begun(run_dir: Path) -> Missing | None:
@@ -65,10 +65,10 @@ def _begun(run_dir: Path) -> Missing | None:
         return None
     if status == "running":
         step, steps = _step(run_dir), run_record.get(record, "config.train.steps")
-        at = f"at step {step}" + (f" of {steps}" if steps else "")
+        progress = f"at step {step}" + (f" of {steps}" if steps else "")
         if lock.is_claimed(run_dir):
-            return Missing(name, "running", at, log=log)  # which the page shows by itself
-        return Missing(name, "interrupted", f"its process went {at}", _goes_on(run_dir), log)
+            return Missing(name, "running", progress, log=log)  # which the page shows by itself
+        return Missing(name, "interrupted", f"its process went {progress}", _goes_on(run_dir), log)
     if status == "interrupted":
         return Missing(name, status, f"at step {_step(run_dir)}", _goes_on(run_dir), log)
     if status == "paused":
@@ -76,9 +76,9 @@ def _begun(run_dir: Path) -> Missing | None:
         reason = f"after step {run_record.get(record, 'run.paused_at')} of {steps}"
         return Missing(name, status, reason, "a search goes on with it, or leaves it", log)
     failure = record.get("failure") or {}
-    said = (failure.get("message") or "").splitlines()
+    lines = (failure.get("message") or "").splitlines()
     kind = failure.get("class")
-    reason = ": ".join(filter(None, (kind, said[0] if said else "")))
+    reason = ": ".join(filter(None, (kind, lines[0] if lines else "")))
     left = "a sweep leaves it as it is until retry=1"
     return Missing(name, status, reason, AGAIN if kind in run_record.RETRYABLE else left, log)
 

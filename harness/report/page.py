@@ -59,9 +59,9 @@ def text(
     hero = _hero(drawn)
     stopped = parts.stopped(folder)  # candidates, of which the search's own section tells
     left_out = [
-        one for one in missing.find(findings) if one.status != "running" and one.name not in stopped
+        run for run in missing.find(findings) if run.status != "running" and run.name not in stopped
     ]
-    fates = Counter(one.status for one in left_out)
+    fates = Counter(run.status for run in left_out)
     return render(
         drawn,
         command,
@@ -183,5 +183,5 @@ def _notes(
         notes += ev.scope(test)
         measured = [title for title in (ev.TIME, *further) if costs.of(title).measured]
         if test.ranks:
-            notes += [said for title in measured if (said := ev.time_scope(rows, title))]
+            notes += [note for title in measured if (note := ev.time_scope(rows, title))]
     return notes

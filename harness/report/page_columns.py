@@ -92,13 +92,15 @@ def filters_of(rows: Sequence[Row]) -> list[Filter]:
     shown = columns.sheet(rows, None)
     keys = ["method.label", "method.targets", "method.rank", *headings(rows)]
     for place, column in enumerate(shown.columns):
-        of = {row.name: line[place].shown for row, line in zip(rows, shown.lines, strict=True)}
+        by_row = {row.name: line[place].shown for row, line in zip(rows, shown.lines, strict=True)}
         by = {line[place].shown: line[place].value for line in shown.lines}
         if column.key not in keys or not 1 < len(by) <= MOST_CHOICES:
             continue
         heading = "rank" if column.key == "method.rank" else column.heading
         ordered = sorted(by, key=lambda text: _order(by[text], text))
-        filters.append(Filter(re.sub(r"[^a-z0-9]+", "-", heading.lower()), heading, ordered, of))
+        filters.append(
+            Filter(re.sub(r"[^a-z0-9]+", "-", heading.lower()), heading, ordered, by_row)
+        )
     return filters
 
 

@@ -39,7 +39,7 @@ def row_of(row: Row, test: Evidence | None, filters: Sequence[Filter]) -> dict[s
     return {
         "name": row.name,
         "also": row.values["also"],
-        "filters": {one.name: one.of[row.name] for one in filters},
+        "filters": {column_filter.name: column_filter.of[row.name] for column_filter in filters},
         "tie": _ties_best(row, test),
         "runs": [{"name": d.name, "href": f"../{d.name}/"} for d in row.run_dirs],
     }
@@ -87,21 +87,21 @@ def _told(
 ) -> list[str]:
     """What hovering over a row's point says beside the point: the table's own numbers."""
     shown = {column.key: cell.shown for column, cell in zip(table.columns, line, strict=True)}
-    said = []
+    lines = []
     if interval is not None:
         low, high = map(numbers.short, interval.perplexity[1:])
         between = "" if interval.missing else f" (95 % {low} to {high})"
-        said.append(f"test {numbers.perplexity(interval.perplexity[0])}{between}")
+        lines.append(f"test {numbers.perplexity(interval.perplexity[0])}{between}")
     if row.trained and row.values[LR]:
-        said.append(f"lr {numbers.rate(row.values[LR])} ({row.values[LR_FROM] or 'set'})")
+        lines.append(f"lr {numbers.rate(row.values[LR])} ({row.values[LR_FROM] or 'set'})")
     for key, words in (
         ("memory.peak_bytes", "peak {} MiB"),
         ("speed.tokens_per_second", "{} tokens/s"),
         ("parameters.trainable", "{} parameters train"),
     ):
         if shown[key] not in ("-", "0"):
-            said.append(words.format(shown[key]))
-    return said
+            lines.append(words.format(shown[key]))
+    return lines
 
 
 def pairs_of(rows: Sequence[Row], test: Evidence | None) -> list[list[Any]]:

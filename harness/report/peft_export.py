@@ -56,8 +56,8 @@ def result(run_dir: Path, record: Record) -> dict[str, Any]:
     also = dict(get("quality.also") or {})
     forgetting = None
     if also:
-        (text, one), *_ = also.items()
-        forgetting = _nats(one.get("after")) - _nats(one.get("before"))
+        (text, scores), *_ = also.items()
+        forgetting = _nats(scores.get("after")) - _nats(scores.get("before"))
         also = {"forgetting of": text}
     last = {
         "step": get("speed.steps"),
@@ -111,8 +111,8 @@ def result(run_dir: Path, record: Record) -> dict[str, Any]:
     }
 
 
-def _nats(of: dict[str, Any] | None) -> float:
-    return float(of["nll_nats"]) / of["num_tokens"] if of else float("nan")
+def _nats(scores: dict[str, Any] | None) -> float:
+    return float(scores["nll_nats"]) / scores["num_tokens"] if scores else float("nan")
 
 
 def _per_step(record: Record) -> int:

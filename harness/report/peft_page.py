@@ -52,7 +52,7 @@ def sheet(comparison: Comparison) -> Sheet:
         Column(FILE, "file MiB", keep=35, why="of what was saved"),
         Column(SECONDS, "seconds", keep=50, why="of training"),
     ]
-    lines = [_line(one, share) for one in comparison.ranked]
+    lines = [_line(row, share) for row in comparison.ranked]
     kept = [
         column.key
         for place, column in enumerate(columns)
@@ -61,8 +61,8 @@ def sheet(comparison: Comparison) -> Sheet:
     return Sheet("Results", columns, lines, notes(comparison)).only(kept)
 
 
-def _line(one: Ranked, share: bool) -> list[Cell]:
-    result, interval = one.result, one.interval
+def _line(row: Ranked, share: bool) -> list[Cell]:
+    result, interval = row.result, row.interval
     none = Cell("-")
     percent = 100 * result.trainable / result.total if result.trainable and result.total else None
     ends = "" if interval is None else "-".join(f"{100 * end:.1f}" for end in interval)
@@ -74,7 +74,7 @@ def _line(one: Ranked, share: bool) -> list[Cell]:
         none if percent is None else Cell(numbers.percent(percent, 3), percent),
         Cell(numbers.share(result.value) if share else f"{result.value:.4f}", result.value),
         none if interval is None else Cell(ends, interval[0]),
-        none if not one.places else Cell(one.places, int(one.places.partition("-")[0])),
+        none if not row.places else Cell(row.places, int(row.places.partition("-")[0])),
         none if result.forgetting is None
         else Cell(f"{result.forgetting:+.3f}", result.forgetting),
         Cell(numbers.mib(result.memory_bytes), result.memory_bytes / MIB),
@@ -89,14 +89,14 @@ def figures(comparison: Comparison) -> list[Figure]:
     drawn = []
     for cost, (key, title, name, unit) in FIGURES.items():
         by_type: dict[str, list[tuple[float, Ranked]]] = {}
-        for one in comparison.ranked:
+        for row in comparison.ranked:
             value = {
-                PARAMETERS: one.result.trainable,
-                PEAK: one.result.memory_bytes,
-                FORGETTING: one.result.forgetting,
+                PARAMETERS: row.result.trainable,
+                PEAK: row.result.memory_bytes,
+                FORGETTING: row.result.forgetting,
             }[cost]
             if value is not None:
-                by_type.setdefault(one.result.peft_type, []).append((value / unit, one))
+                by_type.setdefault(row.result.peft_type, []).append((value / unit, row))
         if len(by_type) < 2:
             continue
         series = [_series(peft_type, points) for peft_type, points in by_type.items()]
@@ -104,7 +104,7 @@ def figures(comparison: Comparison) -> list[Figure]:
             key, f"{metric.capitalize()} and {title}", name, metric, log_x=cost == PARAMETERS,
             x_form=".3f" if cost == FORGETTING else ",.0f", y_form=".3f",
         )  # fmt: skip
-        points = [(x, one) for of in by_type.values() for x, one in of]
+        points = [(x, row) for group in by_type.values() for x, row in group]
         least = min(points, key=lambda point: point[0])
         ties = [point for point in points if point[1].ties_best]
         alt = f"{len(points)} rows. Lowest in {title}: {least[1].result.name}"
@@ -117,15 +117,15 @@ def figures(comparison: Comparison) -> list[Figure]:
 
 def _series(peft_type: str, points: list[tuple[float, Ranked]]) -> Series:
     """Rows of one PEFT type at their costs."""
-    intervals = [one.interval for _, one in points if one.interval is not None]
+    intervals = [row.interval for _, row in points if row.interval is not None]
     return Series(
         peft_type,
         color_of(peft_type),
         [x for x, _ in points],
-        [one.result.value for _, one in points],
+        [row.result.value for _, row in points],
         low=[low for low, _ in intervals] or None,
         high=[high for _, high in intervals] or None,
-        rows=[one.result.name for _, one in points],
+        rows=[row.result.name for _, row in points],
     )
 
 
@@ -141,10 +141,14 @@ def write(comparison: Comparison, folder: Path) -> Path:
     table, drawn = sheet(comparison), figures(comparison)
     for figure in drawn:
         draw.draw(figure, report / "figures", command)
-    one = comparison.ranked[0].result
-    facts = [one.model, one.task, f"{len(comparison.ranked)} results of PEFT's method_comparison"]
+    first = comparison.ranked[0].result
+    facts = [
+        first.model,
+        first.task,
+        f"{len(comparison.ranked)} results of PEFT's method_comparison",
+    ]
     setting = Setting(facts, [command])
-    caption = f"{one.metric.capitalize()} of {one.model}."
+    caption = f"{first.metric.capitalize()} of {first.model}."
     for path, text in (
         (out / "results.csv", _csv(table)),
         (report / "table.md", f"# {own.name}\n\n{setting.line}\n\n{markdown(table)}"),
@@ -177,21 +181,21 @@ def _page(
     figure_of = partial(page.figure_of, shown=plots)
     rows = [
         {
-            "name": one.result.name, "also": one.result.peft_type, "filters": {},
-            "tie": one.ties_best,
-            "runs": [{"name": one.result.path.name,
-                      "href": os.path.relpath(one.result.path.resolve(), report.resolve())}],
+            "name": row.result.name, "also": row.result.peft_type, "filters": {},
+            "tie": row.ties_best,
+            "runs": [{"name": row.result.path.name,
+                      "href": os.path.relpath(row.result.path.resolve(), report.resolve())}],
         }
-        for one in comparison.ranked
+        for row in comparison.ranked
     ]  # fmt: skip
     values: list[dict[str, Any]] = [
         {
-            "name": one.result.name, "trained": True, "tie": one.ties_best, "perplexity": None,
+            "name": row.result.name, "trained": True, "tie": row.ties_best, "perplexity": None,
             "values": {c.key: cell.value for c, cell in zip(table.columns, line, strict=True)},
             "shown": {c.key: cell.shown for c, cell in zip(table.columns, line, strict=True)},
-            "costs": {}, "spent": [], "told": [], "color": color_of(one.result.peft_type),
+            "costs": {}, "spent": [], "told": [], "color": color_of(row.result.peft_type),
         }
-        for one, line in zip(comparison.ranked, table.lines, strict=True)
+        for row, line in zip(comparison.ranked, table.lines, strict=True)
     ]  # fmt: skip
     measures = page_columns.measures_of(table)
     lower = {key: key not in (VALUE,) for key in measures}

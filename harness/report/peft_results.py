@@ -82,8 +82,8 @@ def read(folder: Path, items: int | None = None) -> Comparison:
             or tasks, or accuracies that are no shares of `items`.
     """
     if not folder.is_dir():
-        there = [p.name for p in folder.parent.glob("[!.]*") if p.is_dir()]
-        raise ConfigError(f"no folder {folder}; {nearest(folder.name, there)}")
+        siblings = [p.name for p in folder.parent.glob("[!.]*") if p.is_dir()]
+        raise ConfigError(f"no folder {folder}; {nearest(folder.name, siblings)}")
     results: list[Result] = []
     skipped: list[str] = []
     for path in sorted(folder.glob("*.json")):
@@ -96,13 +96,13 @@ def read(folder: Path, items: int | None = None) -> Comparison:
         why = f" ({'; '.join(skipped)})" if skipped else ": it has no *.json"
         raise ConfigError(f"no result of PEFT's method_comparison in {folder}{why}")
     for what in ("model", "task", "metric"):
-        if len(values := sorted({getattr(one, what) for one in results})) > 1:
+        if len(values := sorted({getattr(run, what) for run in results})) > 1:
             raise ConfigError(f"results of several {what}s do not compare: {', '.join(values)}")
     newest: dict[str, Result] = {}
-    for one in sorted(results, key=lambda one: one.created):
-        if (old := newest.get(one.name)) is not None:
-            skipped.append(f"{old.path.name}: {one.path.name} is a newer run of {one.name}")
-        newest[one.name] = one
+    for run in sorted(results, key=lambda run: run.created):
+        if (old := newest.get(run.name)) is not None:
+            skipped.append(f"{old.path.name}: {run.path.name} is a newer run of {run.name}")
+        newest[run.name] = run
     return _compared(list(newest.values()), items, skipped)
 
 
@@ -113,8 +113,8 @@ def _read(path: Path) -> Result | str:
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or (gone := [key for key in NEEDED if key not in record]):
-        said = f"it has no {gone[0]}" if isinstance(record, dict) else "it is no object"
-        raise ConfigError(f"{path} is no result of PEFT's method_comparison: {said}")
+        reason = f"it has no {gone[0]}" if isinstance(record, dict) else "it is no object"
+        raise ConfigError(f"{path} is no result of PEFT's method_comparison: {reason}")
     run, train, meta = (record[key] for key in NEEDED)
     if train.get("status") != "success":
         return f"its status is {train.get('status')!r}, not 'success'"
@@ -159,34 +159,34 @@ def _task(datasets: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def _compared(results: list[Result], items: int | None, skipped: list[str]) -> Comparison:
-    ordered = sorted(results, key=lambda one: -one.value)
+    ordered = sorted(results, key=lambda result: -result.value)
     if ordered[0].metric != ACCURACY:
         if items is not None:
             raise ConfigError(f"--items: {ordered[0].metric} is no share of items")
-        return Comparison([Ranked(one, None, "", False) for one in ordered], None, skipped)
+        return Comparison([Ranked(result, None, "", False) for result in ordered], None, skipped)
     known = [size for name, size in ITEMS.items() if name in ordered[0].task.split(" and ")]
     count = items or (known[0] if known else None)
     if count is None:
         raise ConfigError(
             f"the size of the test set of {ordered[0].task} is not in the files: give --items N"
         )
-    right = [one.value * count for one in ordered]
-    for one, number in zip(ordered, right, strict=True):
-        if not 0 <= one.value <= 1 or abs(number - round(number)) > 1e-6 * count:
+    right = [result.value * count for result in ordered]
+    for result, number in zip(ordered, right, strict=True):
+        if not 0 <= result.value <= 1 or abs(number - round(number)) > 1e-6 * count:
             raise ConfigError(
-                f"{one.path.name}: accuracy {one.value!r} is no share of {count:,} items; "
+                f"{result.path.name}: accuracy {result.value!r} is no share of {count:,} items; "
                 "give the size of the test set by --items"
             )
     pairs = list(itertools.combinations(range(len(ordered)), 2))  # the first is never worse
-    values = [one.value for one in ordered]
+    values = [result.value for result in ordered]
     adjusted = holm([two_proportions(values[a], values[b], count) for a, b in pairs])
     wins = {pair for pair, p in zip(pairs, adjusted, strict=True) if p < ALPHA}
     ranked = []
-    for place, one in enumerate(ordered):
+    for place, result in enumerate(ordered):
         best = 1 + sum(loser == place for _, loser in wins)
         worst = len(ordered) - sum(winner == place for winner, _ in wins)
         places = f"{best}-{worst}" if best < worst else f"{best}"
-        ranked.append(Ranked(one, wilson(one.value, count), places, (0, place) not in wins))
+        ranked.append(Ranked(result, wilson(result.value, count), places, (0, place) not in wins))
     return Comparison(ranked, count, skipped)
 
 
@@ -203,38 +203,39 @@ def two_proportions(a: float, b: float, items: int) -> float:
 def answer(comparison: Comparison) -> str:
     """The best row, and how many of the others cannot be told from it, in plain words."""
     best = comparison.ranked[0]
-    one = best.result
+    result = best.result
     if best.interval is None:
         return (
-            f"{one.name} has the highest {one.metric}, {one.value:.4g}. It is no share of "
+            f"{result.name} has the highest {result.metric}, {result.value:.4g}. It is no share of "
             "items, so that its files tell nothing of its uncertainty: no row can be told apart."
         )
     low, high = best.interval
     ties = sum(row.ties_best for row in comparison.ranked) - 1
     others = len(comparison.ranked) - 1
     return (
-        f"{one.name} has the highest accuracy, {100 * one.value:.1f} % (95 % {100 * low:.1f} to "
-        f"{100 * high:.1f}); {ties} of the {others} other rows cannot be told from it."
+        f"{result.name} has the highest accuracy, {100 * result.value:.1f} % (95 % {100 * low:.1f} "
+        f"to {100 * high:.1f}); {ties} of the {others} other rows cannot be told from it."
     )
 
 
 def notes(comparison: Comparison) -> list[str]:
     """What these numbers can say and what they cannot, a sentence or two each."""
-    seeds = sorted({one.result.seed for one in comparison.ranked}, key=str)
-    said = []
+    seeds = sorted({row.result.seed for row in comparison.ranked}, key=str)
+    sentences = []
     if comparison.items is not None:
-        said.append(
+        sentences.append(
             f"Intervals are Wilson's over {comparison.items:,} test items. Rank: the places that "
             "two-proportion tests of all pairs leave open at 5 %, adjusted by Holm."
         )
-        said.append(
+        sentences.append(
             "All rows answer the same items, but the files do not say which ones each gets right. "
             "The tests take the answers as independent, which tells too few rows apart where rows "
             "get the same items right; a paired test needs the answers."
         )
-    of = f"seed {seeds[0]}" if len(seeds) == 1 else "one seed each"
-    said.append(
-        f"Every row is one run ({of}) at the learning rate of its author: no number here says what "
-        "another seed would have given, so that none says that a method is better than another."
+    seed_text = f"seed {seeds[0]}" if len(seeds) == 1 else "one seed each"
+    sentences.append(
+        f"Every row is one run ({seed_text}) at the learning rate of its author: no number here "
+        "says what another seed would have given, so that none says that a method is better than "
+        "another."
     )
-    return said + [f"Left out: {one}." for one in comparison.skipped]
+    return sentences + [f"Left out: {reason}." for reason in comparison.skipped]

@@ -32,8 +32,8 @@ def rank_figure(rows: Sequence[Row], test: Evidence) -> Figure | None:
     def rank(row: Row) -> float:
         return float(row.values["method.rank"])
 
-    told = settings_of(ranked)
-    lines = lines_of(ranked, lambda r: family(r) + scale(r) + told(r), rank, test)
+    describe = settings_of(ranked)
+    lines = lines_of(ranked, lambda r: family(r) + scale(r) + describe(r), rank, test)
     series = [s for s in lines if s.line]
     if not series:
         return None
@@ -48,9 +48,9 @@ def alpha_figure(rows: Sequence[Row], test: Evidence) -> Figure | None:
         return float(row.values["method.alpha"]) / float(row.values["method.rank"])
 
     def key(row: Row) -> str:
-        return f"{family(row)} r={row.values['method.rank']}" + told(row)
+        return f"{family(row)} r={row.values['method.rank']}" + describe(row)
 
-    told = settings_of(scaled)
+    describe = settings_of(scaled)
     series = [s for s in lines_of(scaled, key, scale, test) if s.line]
     if not series:
         return None
@@ -58,13 +58,13 @@ def alpha_figure(rows: Sequence[Row], test: Evidence) -> Figure | None:
 
 
 def _falls(series: Sequence[Series], what: str) -> str:
-    said = [
+    ends = [
         f"{s.name}: {numbers.perplexity(s.y[0])} at {what} {s.x[0]:g}, "
         f"{numbers.perplexity(s.y[-1])} at {s.x[-1]:g}"
         for s in sorted(series, key=lambda s: s.y[-1])[:WORDS]
     ]
     more = f"; and {len(series) - WORDS} lines above" if len(series) > WORDS else ""
-    return f"{'; '.join(said)}{more}."
+    return f"{'; '.join(ends)}{more}."
 
 
 def heat_maps(rows: Sequence[Row], test: Evidence) -> list[Figure]:
@@ -90,8 +90,8 @@ def heat_maps(rows: Sequence[Row], test: Evidence) -> list[Figure]:
             continue
 
         def value(c: str, rank: float, cells: dict[Any, list[Row]] = cells) -> float:
-            there = cells.get((c, rank), [])
-            return min((test.intervals[r.name].perplexity[0] for r in there), default=math.nan)
+            members = cells.get((c, rank), [])
+            return min((test.intervals[r.name].perplexity[0] for r in members), default=math.nan)
 
         series = [
             Series(f"{rank:g}", color_of("lora"), columns, [value(c, rank) for c in columns])

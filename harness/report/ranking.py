@@ -100,13 +100,13 @@ def may_diverge(num_seeds: int) -> float:
     return float(1 - ALPHA ** (1 / num_seeds))
 
 
-def is_less(one: Sequence[float], other: Sequence[float]) -> bool:
+def is_less(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether positive measurements are less by more than their spread.
 
     Welch's t-test of the logarithms at 5 %, two or more measurements each; without any spread,
     whether they are no more.
     """
-    a, b = (np.log(np.asarray(values, dtype=np.float64)) for values in (one, other))
+    a, b = (np.log(np.asarray(values, dtype=np.float64)) for values in (first, second))
     parts = [values.var(ddof=1) / len(values) for values in (a, b)]
     shorter, variance = float(b.mean() - a.mean()), sum(parts)
     if variance == 0:
@@ -138,11 +138,11 @@ def pareto(
 
 def _wins(names: Sequence[str], comparisons: Sequence[Comparison]) -> set[tuple[str, str]]:
     """(better, worse) of every pair of names of which one is significantly better."""
-    made = {frozenset((c.a, c.b)): c.better for c in comparisons}
+    winners = {frozenset((c.a, c.b)): c.better for c in comparisons}
     wins = set()
     for x, y in itertools.combinations(names, 2):
-        if (pair := frozenset((x, y))) not in made:
+        if (pair := frozenset((x, y))) not in winners:
             raise ConfigError(f"{x} and {y} were not compared; ranks and fronts need every pair")
-        if (better := made[pair]) is not None:
+        if (better := winners[pair]) is not None:
             wins.add((better, y if better == x else x))
     return wins

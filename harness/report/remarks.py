@@ -17,17 +17,17 @@ def remarks(shown: Sequence[Row]) -> list[str]:
     Training that ended before its steps, a saved model that is not the one that was evaluated, what
     failed after the test set was read, weights drawn at random, a model that may see what follows.
     """
-    said = []
+    sentences = []
     for row in shown:
         of_run: dict[str, list[int]] = {}
         for record in row.records:
             for remark in _remarks_of(record):
                 of_run.setdefault(remark, []).append(record["config"]["seed"])
         for remark, seeds in of_run.items():
-            some = len(seeds) < len(row.records)
-            whose = f" (seed {', '.join(map(str, sorted(seeds)))})" if some else ""
-            said.append(f"{row.name}{whose}: {remark}.")
-    return said
+            some_seeds = len(seeds) < len(row.records)
+            whose = f" (seed {', '.join(map(str, sorted(seeds)))})" if some_seeds else ""
+            sentences.append(f"{row.name}{whose}: {remark}.")
+    return sentences
 
 
 def _remarks_of(record: Record) -> Iterator[str]:
@@ -70,9 +70,13 @@ def of_labels(shown: Sequence[Row]) -> str:
     ]
     if not scores:
         return ""
-    half = max(one["accuracy_high"] - one["accuracy_low"] for one in scores) / 2
-    fewest, most = (f(one["num_examples"] for one in scores) for f in (min, max))
-    count = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    half = max(score["accuracy_high"] - score["accuracy_low"] for score in scores) / 2
+    min_examples, max_examples = (f(score["num_examples"] for score in scores) for f in (min, max))
+    count = (
+        f"{min_examples:,}"
+        if min_examples == max_examples
+        else f"{min_examples:,} to {max_examples:,}"
+    )
     return (
         f"accuracy: of {count} test examples, by the likelihood of the labels; "
         f"± {numbers.share(half)} at most (95 % over examples, seeds not counted). "

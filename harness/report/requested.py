@@ -171,8 +171,8 @@ class Found:
 
     def notes(self) -> list[str]:
         """What each column says, in one sentence together."""
-        told = "; ".join(f"{c.heading}: {_sentence(c)}" for c in self.columns)
-        return [f"{told}."] if told else []
+        text = "; ".join(f"{c.heading}: {_sentence(c)}" for c in self.columns)
+        return [f"{text}."] if text else []
 
     def csv(self) -> dict[str, Mapping[str, Any]]:
         """Columns of results.csv: the values themselves, by key."""
@@ -228,8 +228,8 @@ def _expanded(name: str, findings: Findings) -> list[Requested]:
         names = [f"{kind}_{model}_{size}" for kind in costs.DOING for size in sizes
                  for model in ("attached", "merged")]  # fmt: skip
         columns = [column for name in names if (column := _named(name)) is not None]
-        there = [column for column in columns if _values(column.key, findings)[0]]
-        return there or columns[:1]
+        measured = [column for column in columns if _values(column.key, findings)[0]]
+        return measured or columns[:1]
     if name == "energy":
         return [COLUMNS["train_joules"], COLUMNS["evaluate_joules"]]
     if name == "anatomy":
@@ -246,9 +246,9 @@ def _expanded(name: str, findings: Findings) -> list[Requested]:
             Requested(f"{FORGOTTEN}{text}", f"forgotten, {text}", "nats", what, numbers.nats)
             for text in texts
         ]
-    one = _named(name)
-    assert isinstance(one, Requested)
-    return [one]
+    single = _named(name)
+    assert isinstance(single, Requested)
+    return [single]
 
 
 def _values(

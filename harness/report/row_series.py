@@ -66,12 +66,12 @@ def settings_of(rows: Sequence[Row]) -> Callable[[Row], str]:
     names = headings(rows)
 
     def text(row: Row) -> str:
-        told = (
+        parts = (
             f" {name}={setting_text(value)}"
             for key, name in names.items()
             if (value := row.settings.get(key)) is not None or not key.startswith("method.fields.")
         )
-        return "".join(told)
+        return "".join(parts)
 
     return text
 

@@ -31,9 +31,9 @@ def memory_figure(rows: Sequence[Row]) -> Figure | None:
         mib = [value / 2**20 if value else math.nan for value in predicted]
         series.append(Series("predicted peak", "#000000", names, mib, hollow=True))
     totals = {row.name: float(row.values["memory.peak_bytes"]) for row in shown}
-    least, most = min(totals, key=totals.__getitem__), max(totals, key=totals.__getitem__)
-    said = [f"{numbers.mib(totals[name])} MiB ({name})" for name in (least, most)]
-    alt = f"From {said[0]} to {said[1]}."
+    lowest, highest = min(totals, key=totals.__getitem__), max(totals, key=totals.__getitem__)
+    extremes = [f"{numbers.mib(totals[name])} MiB ({name})" for name in (lowest, highest)]
+    alt = f"From {extremes[0]} to {extremes[1]}."
     return Figure(MEMORY, series, alt=alt)
 
 
@@ -86,7 +86,7 @@ def learning_curves(rows: Sequence[Row]) -> list[Figure]:
             names = [row.name] * len(x)
             series.append(Series(row.name, color, x, ends[0], low, high, names, True, True))
         last = sorted((s.y[-1], s.name) for s in series if s.y[-1] == s.y[-1])
-        said = [f"{numbers.perplexity(value)} ({name})" for value, name in last[:1] + last[-1:]]
-        alt = f"At the end from {' to '.join(said)}." if said else "All have diverged."
+        extremes = [f"{numbers.perplexity(value)} ({name})" for value, name in last[:1] + last[-1:]]
+        alt = f"At the end from {' to '.join(extremes)}." if extremes else "All have diverged."
         figures.append(Figure(axes, series, alt=alt))
     return figures

@@ -52,10 +52,10 @@ def _completions(run_dir: Path) -> dict[str, dict[str, Any]]:
     completions: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):
         for line in (run_dir / FILE_NAME).read_text("utf-8").splitlines():
-            one = json.loads(line)
-            completions[str(one["id"])] = {
-                "prompt": str(one["prompt"]), "completion": str(one["completion"]),
-                "references": one.get("references"),
+            record = json.loads(line)
+            completions[str(record["id"])] = {
+                "prompt": str(record["prompt"]), "completion": str(record["completion"]),
+                "references": record.get("references"),
             }  # fmt: skip
     return completions
 

@@ -64,17 +64,17 @@ def find(folder: Path) -> Search | None:
     except (OSError, ValueError):
         return None
     names = [str(name) for name in trials.columns]
-    at = [name for name in names if name.startswith("nll_at_")]
-    at.sort(key=lambda name: int(name.removeprefix("nll_at_")))
-    rungs = [int(name.removeprefix("nll_at_")) for name in at]
+    nll_columns = [name for name in names if name.startswith("nll_at_")]
+    nll_columns.sort(key=lambda name: int(name.removeprefix("nll_at_")))
+    rungs = [int(name.removeprefix("nll_at_")) for name in nll_columns]
     if trials.empty or not rungs or "run" not in names:
         return None
-    trials["last"] = trials[at].ffill(axis=1).iloc[:, -1]
+    trials["last"] = trials[nll_columns].ffill(axis=1).iloc[:, -1]
     trials["reached"] = [
         max((r for r, nll in zip(rungs, row, strict=True) if nll == nll), default=0)
-        for row in trials[at].to_numpy(float)
+        for row in trials[nll_columns].to_numpy(float)
     ]
-    named = [name for name in names if name not in (*OWN, *at)]
+    named = [name for name in names if name not in (*OWN, *nll_columns)]
     objectives = [name for name in named if name.startswith(OBJECTIVES)]
     try:
         importance = pd.read_csv(folder / FOLDER / IMPORTANCE)
@@ -86,9 +86,9 @@ def find(folder: Path) -> Search | None:
 
 def figures(search: Search) -> list[Figure]:
     """History, a slice for every key, all keys together, importance, and the Pareto front."""
-    made = [_history(search), *_slices(search), _parallel(search), _importance(search)]
-    made += [_front(search, objective) for objective in search.objectives]
-    return [figure for figure in made if figure is not None]
+    plots = [_history(search), *_slices(search), _parallel(search), _importance(search)]
+    plots += [_front(search, objective) for objective in search.objectives]
+    return [figure for figure in plots if figure is not None]
 
 
 def _groups(search: Search) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -147,17 +147,17 @@ def _history(search: Search) -> Figure | None:
                 Series("lowest so far", FINISHED, places, so_far.tolist(), line=True, dash=True,
                        rows=_names(search, done))
             )  # fmt: skip
-        said = (
+        note = (
             f"Lowest: candidate {best['candidate']}, {numbers.nats(best['last'])} nats per token."
         )
     else:
-        said = "Each space by its colour."
+        note = "Each space by its colour."
     axes = Axes(
         "search-history", "The candidates, as they were proposed", "candidate",
         f"{NLL}, last seen", y_form=".4f",
     )  # fmt: skip
     count = len(search.trials)
-    return Figure(axes, series, alt=f"{count} candidates, each at the last step it came to. {said}")
+    return Figure(axes, series, alt=f"{count} candidates, each at the last step it came to. {note}")
 
 
 def _slices(search: Search) -> Iterator[Figure]:
@@ -226,10 +226,10 @@ def _parallel(search: Search) -> Figure | None:
     axes = Axes(
         "search-parallel", "All keys of every candidate", "lowest to highest value", "", "parallel",
     )  # fmt: skip
-    said = "A line for every candidate, through its value of each key."
+    note = "A line for every candidate, through its value of each key."
     if best is not None:
-        said += " The best: " + " ".join(f"{k}={value_text(best[k])}" for k in keys) + "."
-    return Figure(axes, series, alt=said)
+        note += " The best: " + " ".join(f"{k}={value_text(best[k])}" for k in keys) + "."
+    return Figure(axes, series, alt=note)
 
 
 def _importance(search: Search) -> Figure | None:
@@ -265,13 +265,13 @@ def _front(search: Search, objective: str) -> Figure | None:
     ordered = done.sort_values([objective, "last"])
     front = ordered[ordered["last"] < ordered["last"].cummin().shift(fill_value=math.inf)]
 
-    def of(name: str, own: pd.DataFrame, color: str, **more: Any) -> Series:
+    def series_of(name: str, own: pd.DataFrame, color: str, **more: Any) -> Series:
         x = [float(v) / unit for v in own[objective]]
         return Series(name, color, x, own["last"].tolist(), rows=_names(search, own), **more)
 
-    series = [of("finished candidates", done, FINISHED)]
+    series = [series_of("finished candidates", done, FINISHED)]
     if len(front) > 1:
-        series.append(of("best for its cost", front, "#808080", line=True, dash=True))
+        series.append(series_of("best for its cost", front, "#808080", line=True, dash=True))
     name = objective + (", MiB" if unit > 1 else "")
     axes = Axes(
         f"search-front-{objective.replace('.', '-')}", f"Validation and {objective}", name, NLL,

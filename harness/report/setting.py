@@ -40,7 +40,7 @@ class Setting:
 def find(folder: Path, rows: Sequence[Row]) -> Setting:
     """The setting of rows of a folder; without rows it is what was typed."""
     if not rows:
-        typed = [str(one["command"]) for one in reversed(run_record.sweep_commands(folder))]
+        typed = [str(entry["command"]) for entry in reversed(run_record.sweep_commands(folder))]
         return Setting([], typed[:FEW], max(0, len(typed) - FEW))
     records = [record for row in rows for record in row.records]
     trained = [record for row in rows if row.trained or row.took_no_step for record in row.records]
@@ -90,8 +90,8 @@ def _length(trained: Sequence[Record]) -> str:
     )
     if not steps:
         return ""
-    said = f"{_numbers(steps)} {'step' if steps == [1] else 'steps'}"
-    return said + (f" x {_numbers(tokens)} tokens" if tokens else "")
+    text = f"{_numbers(steps)} {'step' if steps == [1] else 'steps'}"
+    return text + (f" x {_numbers(tokens)} tokens" if tokens else "")
 
 
 def _contexts(records: Sequence[Record]) -> str:
@@ -169,6 +169,6 @@ def _of_hydra(folder: Path) -> str | None:
         own, task = list(given["hydra"]), list(given["task"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
-    asked = [text for text in own if text != "hydra.mode=MULTIRUN"]
-    flag = ["-m"] if len(asked) < len(own) else []
-    return shlex.join(["python", "-m", "harness", *flag, *task, *asked])  # as it was called then
+    typed = [text for text in own if text != "hydra.mode=MULTIRUN"]
+    flag = ["-m"] if len(typed) < len(own) else []
+    return shlex.join(["python", "-m", "harness", *flag, *task, *typed])  # as it was called then

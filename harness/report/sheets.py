@@ -23,15 +23,15 @@ def further(
 ) -> list[Sheet]:
     """Return every further table that the rows have something for, with the costs of `titles`."""
     test = evidence.get("test")
-    made: list[Sheet | None] = []
+    tables: list[Sheet | None] = []
     if test is not None and test.comparisons:
-        made.append(neighbours(test))
+        tables.append(neighbours(test))
         if test.ranks:
-            made.append(matched(rows, test, titles))
-    made.append(learning(rows))
-    made += [forgetting(rows, on) for text, on in evidence.items() if text != "test"]
-    made.append(samples.sheet(rows))
-    return [sheet for sheet in made if sheet is not None]
+            tables.append(matched(rows, test, titles))
+    tables.append(learning(rows))
+    tables += [forgetting(rows, on) for text, on in evidence.items() if text != "test"]
+    tables.append(samples.sheet(rows))
+    return [sheet for sheet in tables if sheet is not None]
 
 
 def _text(value: str) -> Cell:
@@ -146,8 +146,10 @@ def learning(rows: Sequence[Row]) -> Sheet | None:
         line = [_text(c.name)]
         for axis, values in zip(views.AXES, (tokens, seconds, flops), strict=True):
             for value in values:
-                at = c.at(axis, value)
-                line.append(Cell("-") if at is None else Cell(_perplexity(*at), at[0]))
+                estimate = c.at(axis, value)
+                line.append(
+                    Cell("-") if estimate is None else Cell(_perplexity(*estimate), estimate[0])
+                )
         line += [_steps(c.brackets(math.log(level))) for level in levels]
         lines.append(line)
     equal = (

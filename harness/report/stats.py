@@ -204,17 +204,19 @@ def _check_one(e: Evaluation) -> None:
     moved = e.deterministic & (np.abs(e.nll - e.nll[0]) > SAME * np.abs(e.nll[0]))
     for r, n in np.argwhere(~whole | moved):
         what = "a deterministic method moved:" if whole[r, n] else "not possible:"
-        said = f"nll {e.nll[r, n]} under seed {e.seeds[r]} ({e.nll[0, n]} under seed {e.seeds[0]})"
+        nll_text = (
+            f"nll {e.nll[r, n]} under seed {e.seeds[r]} ({e.nll[0, n]} under seed {e.seeds[0]})"
+        )
         where = f"document {e.documents[n]} of {e.tokens[n]} tokens"
-        raise ConfigError(f"{e.name}: {what} {where} has {said}")
+        raise ConfigError(f"{e.name}: {what} {where} has {nll_text}")
 
 
 def _check_same(a: Evaluation, b: Evaluation) -> None:
     where = f"{a.name} and {b.name} were not evaluated alike:"
     for key in sorted(a.settings.keys() | b.settings.keys()):
-        one, other = (e.settings.get(key, "not given") for e in (a, b))
-        if one != other:
-            raise ConfigError(f"{where} {key} is {one} and {other}")
+        value_a, value_b = (e.settings.get(key, "not given") for e in (a, b))
+        if value_a != value_b:
+            raise ConfigError(f"{where} {key} is {value_a} and {value_b}")
     if a.documents != b.documents:
         apart = sorted(set(a.documents) ^ set(b.documents))
         raise ConfigError(f"{where} documents differ, by {apart[:3] if apart else 'their order'}")
@@ -223,15 +225,15 @@ def _check_same(a: Evaluation, b: Evaluation) -> None:
         raise ConfigError(f"{where} document {a.documents[n]} has {counts}")
 
 
-def _told_diverged(seeds: Sequence[int], of: int) -> str:
+def _told_diverged(seeds: Sequence[int], count: int) -> str:
     which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    return f"{which} of {of} diverged"
+    return f"{which} of {count} diverged"
 
 
 def _alone(*evaluations: Evaluation) -> list[str]:
     alone = [e.name for e in evaluations if len(e.by_seed[1]) == 1]
-    said = f"one seed of {' and '.join(alone)}: how much seeds vary is not in the interval"
-    return [said] if alone else []
+    warning = f"one seed of {' and '.join(alone)}: how much seeds vary is not in the interval"
+    return [warning] if alone else []
 
 
 def _apart(*evaluations: Evaluation) -> list[str]:
@@ -283,8 +285,8 @@ def _half_width(variance: Floats, components: Components, alpha: float) -> Float
     least = 1 / (seeds_df + documents_df)
     df = 1 / np.maximum(share**2 / seeds_df + rest**2 / documents_df, least)
     both = (-special.stdtrit(df, alpha / 2) + share * seeds_t + rest * documents_t) / 2
-    one = np.maximum(np.sqrt(share) * seeds_t, np.sqrt(rest) * documents_t)
-    return np.sqrt(total) * np.maximum(both, one)
+    single = np.maximum(np.sqrt(share) * seeds_t, np.sqrt(rest) * documents_t)
+    return np.sqrt(total) * np.maximum(both, single)
 
 
 def _p_value(difference: float, components: Components) -> float:
@@ -333,27 +335,29 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
     log-perplexity is none: p is 1. Raises as `check` does.
     """
     check((a, b))
-    (one, seeds, tokens), (other, other_seeds, _) = a.by_seed, b.by_seed
+    (nll_a, seeds, tokens), (nll_b, other_seeds, _) = a.by_seed, b.by_seed
     if common := set(seeds) & set(other_seeds):
-        one = one[[i for i, seed in enumerate(seeds) if seed in common]]
-        other = other[[i for i, seed in enumerate(other_seeds) if seed in common]]
+        nll_a = nll_a[[i for i, seed in enumerate(seeds) if seed in common]]
+        nll_b = nll_b[[i for i, seed in enumerate(other_seeds) if seed in common]]
     paired = bool(common) or not seeds or not other_seeds
-    difference, components = _components([one - other] if paired else [one, -other], tokens)
+    difference, components = _components([nll_a - nll_b] if paired else [nll_a, -nll_b], tokens)
     # Nothing closer than this can be told apart, whatever documents and seeds say.
-    rounding = ROUNDING * max(float(x.sum() / len(x)) for x in (one, other)) / float(tokens.sum())
+    rounding = ROUNDING * max(float(x.sum() / len(x)) for x in (nll_a, nll_b)) / float(tokens.sum())
     is_same = abs(difference) <= rounding
     half = max(components.half_width(), rounding)
     p = 1.0 if is_same else _p_value(difference, components)
     numbers = (difference, difference - half, difference + half, p, p)
-    said = _alone(a, b)
-    if len(common) == 1 and not said:
-        said = [f"one seed that both {a.name} and {b.name} have: no variance over seeds"]
-    elif said and not paired and len(one) != len(other):
-        said = [f"one seed of {(a if len(one) == 1 else b).name}, taken to vary as the other's"]
-    said += _apart(a, b)
+    warnings = _alone(a, b)
+    if len(common) == 1 and not warnings:
+        warnings = [f"one seed that both {a.name} and {b.name} have: no variance over seeds"]
+    elif warnings and not paired and len(nll_a) != len(nll_b):
+        warnings = [
+            f"one seed of {(a if len(nll_a) == 1 else b).name}, taken to vary as the other's"
+        ]
+    warnings += _apart(a, b)
     if is_same and difference:
-        said.append(f"the same to rounding ({ROUNDING:g} of their nats)")
-    warning = "; ".join(said) or None
+        warnings.append(f"the same to rounding ({ROUNDING:g} of their nats)")
+    warning = "; ".join(warnings) or None
     carried = (components, paired, components.varies_over, warning, rounding)
     return Comparison(a.name, b.name, *numbers, *carried)
 

@@ -65,10 +65,10 @@ def tell(
         _print_first(findings, further, wide=wide)
         left = _print_table(findings, further, wide=wide)
         if full:
-            for one in sheets.further(rows, by_text, titles):
-                print(f"\n{one.title}")
-                left |= bool(sheet.show(one, wide=wide))
-                _print_notes(one.notes)
+            for extra_table in sheets.further(rows, by_text, titles):
+                print(f"\n{extra_table.title}")
+                left |= bool(sheet.show(extra_table, wide=wide))
+                _print_notes(extra_table.notes)
         if left:
             print(f"every column: {command(findings, '--wide')}")
     else:
@@ -96,15 +96,15 @@ def _print_first(findings: Findings, further: Found, *, wide: bool) -> None:
     """The title, what was run, the answer in words, and which configuration to take."""
     rows, test = findings.rows, findings.found.get("test")
     title = findings.folder.name
-    asked = answer.question(title, rows)
-    print(f"\n{title}: {asked}" if asked else f"\n{title}")
+    question = answer.question(title, rows)
+    print(f"\n{title}: {question}" if question else f"\n{title}")
     found_setting = setting.find(findings.folder, rows)
     print(found_setting.line)
     if found_setting.scope:
         _print_notes([found_setting.scope])
-    if said := answer.answer(rows, test):
+    if conclusion := answer.answer(rows, test):
         print()
-        _print_notes([said])
+        _print_notes([conclusion])
     if test is None:
         return
     choice_table = choices.sheet(rows, test, choices.FEW_BUDGETS, further.titles)
@@ -160,7 +160,7 @@ def _print_claims(rows: Sequence[Row], test: Evidence, further: Sequence[str]) -
         print("Best for their cost (than others something that costs no more is better):")
         print("\n".join(lines))
         measured = [title for title in titles if costs.of(title).measured]
-        _print_notes(said for title in measured if (said := ev.time_scope(rows, title)))
+        _print_notes(text for title in measured if (text := ev.time_scope(rows, title)))
 
 
 def _named(title: str) -> str:

@@ -58,7 +58,7 @@ def _figure(
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in everything)
     places = {setting_text(v): i for i, v in enumerate(sorted(everything, key=_order))}
     labels = _labels(joined, key)
-    series, said = [], []
+    series, sentences = [], []
     for members, label in zip(joined, labels, strict=True):
         ordered = sorted(members, key=lambda row: _order(_value(row, key)))
         x = [_value(row, key) for row in ordered]
@@ -68,18 +68,18 @@ def _figure(
         series.append(points(label, color, ordered, x, line=numeric))
         best = min(ordered, key=lambda row: intervals[row.name].log_perplexity)
         value = intervals[best.name].perplexity[0]
-        said.append(
+        sentences.append(
             f"{label}: lowest {numbers.perplexity(value)} at {setting_text(_value(best, key))}"
         )
     if not numeric:  # categories in one order, whichever line has them first
         series.sort(key=lambda s: min(places[v] for v in s.x))
     log_x = numeric and min(everything) > 0 and max(everything) >= WIDE * min(everything)
-    more = f"; and {len(said) - WORDS} more" if len(said) > WORDS else ""
+    more = f"; and {len(sentences) - WORDS} more" if len(sentences) > WORDS else ""
     axes = Axes(
         f"swept-{key.replace('.', '-')}", f"Perplexity and {name}", name, TEST,
         log_x=log_x, log_y=True,
     )  # fmt: skip
-    return Figure(axes, series, alt=f"{'; '.join(said[:WORDS])}{more}.")
+    return Figure(axes, series, alt=f"{'; '.join(sentences[:WORDS])}{more}.")
 
 
 def _labels(joined: list[list[Row]], key: str) -> list[str]:

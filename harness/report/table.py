@@ -245,13 +245,13 @@ def _named(table: list[Row]) -> list[Row]:
         own = ["" if text == "-" else f"{heading}={text}" for text in texts]
         (fields if key.startswith("method.fields.") else parts).append(own)
     parts = fields + parts
-    for told in parts:
+    for part_texts in parts:
         alike: dict[str, set[str]] = {}
-        for name, part in zip(names, told, strict=True):
+        for name, part in zip(names, part_texts, strict=True):
             alike.setdefault(name, set()).add(part)
         names = [
             f"{name} {part}".rstrip() if len(alike[name]) > 1 else name
-            for name, part in zip(names, told, strict=True)
+            for name, part in zip(names, part_texts, strict=True)
         ]
     count = Counter(names)
     return [

@@ -65,9 +65,9 @@ class Curve:
             elif (p := under[0]) == 0:
                 brackets.append(Bracket(0.0, float(self.steps[0]), float(self.steps[0]), end))
             else:
-                before, at = float(self.steps[p - 1]), float(self.steps[p])
+                before, after = float(self.steps[p - 1]), float(self.steps[p])
                 share = float((values[p - 1] - nll) / (values[p - 1] - values[p]))
-                brackets.append(Bracket(before, before + share * (at - before), at, end))
+                brackets.append(Bracket(before, before + share * (after - before), after, end))
         return brackets
 
 

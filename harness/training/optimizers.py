@@ -261,7 +261,7 @@ def _nearest_end(match: str, trains: Sequence[str]) -> str:
     for name in trains:
         pieces = re.sub(r"\.\d+(?=\.)", ".*", name).split(".")
         ends |= {".".join(pieces[i:j]) for j in range(1, len(pieces) + 1) for i in range(j)}
-    return f"of what trains {nearest(match, ends, most=12)}"
+    return f"of what trains {nearest(match, ends, limit=12)}"
 
 
 def described(optimizer: torch.optim.Optimizer) -> Groups:
