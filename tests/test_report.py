@@ -108,25 +108,23 @@ def test_differences_are_those_of_the_runs_and_their_tests_those_of_scipy(tmp_pa
         ({"evaluation": {"tokenizer": "other"}}, "tokenizer is abc and other"),
     ],
 )
-@pytest.mark.parametrize("r", [8, 16])  # another configuration; the same one under another seed
-def test_runs_that_were_not_evaluated_alike_are_refused(tmp_path, capsys, change, said, r):
+def test_seeds_of_one_row_that_were_not_evaluated_alike_are_refused(tmp_path, capsys, change, said):
     put(tmp_path, "one", r=8)
-    put(tmp_path, "two", r=r, seed=1, **change)
+    put(tmp_path, "two", r=8, seed=1, **change)
     assert main([str(tmp_path)]) == 2
-    shown = capsys.readouterr().out
-    assert "no intervals, places or comparisons on test:" in shown and said in shown
+    shown = one_line(capsys)
+    assert "No intervals, places or comparisons on test:" in shown and said in shown
     assert "95 %:" not in shown and not (tmp_path / "comparisons.csv").exists()
-    first = shown[: shown.index("%: the parameters that train")]
-    assert len(cells(first, "lora")) == (1 if r == 8 else 2)  # what was measured is still shown
+    assert shown.count("lora all 8") == 1  # what was measured is still shown
 
 
-def test_other_documents_or_a_missing_or_changed_file_are_refused(tmp_path, capsys):
+def test_other_documents_or_a_missing_or_changed_file_are_told_of(tmp_path, capsys):
     put(tmp_path, "one", r=8)
     two = put(tmp_path, "two", r=16) / "documents-test.parquet"
     frame = pd.read_parquet(two)
     frame.assign(id=[f"x{i}" for i in range(DOCUMENTS)]).to_parquet(two)
-    assert main([str(tmp_path)]) == 2
-    assert "documents differ" in capsys.readouterr().out
+    assert main([str(tmp_path)]) == 0
+    assert "(other documents, such as doc0)" in one_line(capsys)
     frame.assign(nll_nats=frame.nll_nats * 0.9).to_parquet(two)
     assert main([str(tmp_path)]) == 2
     assert re.search(r"two/documents-test.parquet sums to .* result.json says", one_line(capsys))
@@ -296,7 +294,10 @@ def test_what_intervals_are_for_is_said(tmp_path, capsys, monkeypatch):
         put(tmp_path, f"a{seed}", seed=seed)
     main([str(tmp_path)])
     shown = one(capsys.readouterr().out)
-    assert "Where none of 3 did, up to 63.2 % of other seeds still may" in " ".join(shown.split())
+    assert (
+        "If none of 3 seeds diverged, as many as 63.2 % of all seeds may still do so."
+        in " ".join(shown.split())
+    )
     assert "documents count as" not in shown
     monkeypatch.setattr(synthetic_runs, "TOKENS", np.array([5000] + [50] * (DOCUMENTS - 1)))
     put(tmp_path / "long", "a")
@@ -418,8 +419,9 @@ def test_the_csvs_hold_all_rows_and_never_what_is_no_longer_true(tmp_path, capsy
     assert len(list(csv.DictReader((tmp_path / "comparisons.csv").open()))) == 3
     put(tmp_path, "four", r=8, evaluation={"context_length": 64})
     summary.show(tmp_path, [tmp_path / "four"])
-    assert not (tmp_path / "comparisons.csv").exists()
-    assert "perplexity_low" not in (tmp_path / "results.csv").read_text()
+    assert len(list(csv.DictReader((tmp_path / "comparisons.csv").open()))) == 3
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [bool(row["quality.test.perplexity_low"]) for row in rows] == [True] * 3 + [False]
 
 
 def test_a_further_text_that_cannot_be_compared_leaves_the_test_set_alone(tmp_path, capsys):
@@ -427,9 +429,9 @@ def test_a_further_text_that_cannot_be_compared_leaves_the_test_set_alone(tmp_pa
         put(tmp_path, name, r=ord(name), also=(2.0, 2.1))
     frame = pd.read_parquet(tmp_path / "b" / "documents-more.parquet")
     frame.assign(id=frame.id + "x").to_parquet(tmp_path / "b" / "documents-more.parquet")
-    assert main([str(tmp_path)]) == 2
-    shown = capsys.readouterr().out
-    assert "no intervals, places or comparisons on more:" in shown and "documents differ" in shown
+    assert main([str(tmp_path)]) == 0
+    shown = one_line(capsys)
+    assert "1 of 2 rows is not compared on more" in shown and "other documents" in shown
     assert "95 %" in shown and "not told apart" in shown
 
 
@@ -631,7 +633,7 @@ def test_a_rate_that_was_not_found_for_the_row_is_marked(tmp_path, capsys, lr_fr
     run_record.write(run_dir, record)
     summary.show(tmp_path)
     shown = capsys.readouterr().out
-    assert ("~0.01" in cells(shown, "lora")[0]) == ("~: a learning rate that" in shown) == marked
+    assert ("~0.01" in cells(shown, "lora")[0]) == ("~: this learning rate" in shown) == marked
 
 
 def test_the_readme_recomputes_a_number_of_the_table(tmp_path, capsys, monkeypatch):
@@ -719,4 +721,4 @@ def test_a_mixture_is_compared_with_the_text_whose_documents_it_is_evaluated_on(
     findings = evidence.find(tmp_path)
     assert len(findings.rows) == 2
     assert bool(findings.found.get("test") and findings.found["test"].comparisons) == compared
-    assert bool(findings.refused) != compared
+    assert bool(findings.found["test"].apart) != compared

@@ -265,9 +265,12 @@ def bad(index, value, field="nll"):
     [
         (lambda e: replace(e, settings=SETTINGS | {"stride": 128}), "stride is 256 and 128"),
         (lambda e: replace(e, settings={"context_length": 256}), "stride is 256 and not given"),
-        (lambda e: replace(e, documents=("x", *e.documents[1:])), r"differ, by \['doc0', 'x'\]"),
-        (lambda e: replace(e, documents=e.documents[::-1]), "by their order"),
-        (bad(2, 1, "tokens"), r"document doc2 has \d+ and 1 tokens"),
+        (
+            lambda e: replace(e, documents=("x", *e.documents[1:])),
+            "document doc0 is there and missing",
+        ),
+        (lambda e: replace(e, documents=e.documents[::-1]), "the first document is doc0 and doc4"),
+        (bad(2, 1, "tokens"), r"tokens of document doc2 is \d+ and 1"),
         (bad((1, 2), np.nan), "c1: .*document doc2 of .* has nll nan under seed 1"),
         (bad((2, 0), np.inf), "c1: .*document doc0 of .* has nll inf under seed 2"),
         (bad(2, 0, "tokens"), "c1: not possible: document doc2 of 0 tokens"),

@@ -62,9 +62,9 @@ def answer(rows: Sequence[Row], test: Evidence | None) -> str | None:
     if len(test.intervals) == 1:
         statement = f"{best} reaches a test perplexity of {numbers.perplexity(value)} ({between})"
     else:
-        statement = (
-            f"{best} reaches the lowest test perplexity, {numbers.perplexity(value)} ({between})"
-        )
+        alike = f"Of the {len(test.intervals)} rows that were evaluated alike, " * bool(test.apart)
+        value_text = numbers.perplexity(value)
+        statement = f"{alike}{best} reaches the lowest test perplexity, {value_text} ({between})"
     if not test.comparisons:
         return statement + "."
     compared = [ev.reversed_(c, best) for c in test.comparisons if best in (c.a, c.b)]

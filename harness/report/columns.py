@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from harness.report import remarks, stats
+from harness.report import comparable, remarks, stats
 from harness.report.evidence import Evidence
 from harness.report.requested import NOTHING, Found
 from harness.report.sheet import Cell, Column, Sheet
@@ -47,11 +47,11 @@ LEGEND = {  # heading -> what the column has, of those whose heading does not sa
     "where nothing trains)",
     "step 0": "validation perplexity per token before training",
     "val": "validation perplexity per token at the checkpoint that it chose",
-    "test": "test perplexity per token at that checkpoint",
+    "test": "test perplexity per token, from the checkpoint that validation chose",
 }
 TILDE = (
-    "~: a learning rate that was not tuned for this row, but is the method's default or was tuned "
-    "for something similar; method.lr_from in results.csv says which."
+    "~: this learning rate was not tuned for this row. It is the method's default, or it was tuned "
+    "for a similar row."
 )
 STAR = "*: measured while other runs used the machine too, so do not compare it."
 NO_STEP = (
@@ -71,9 +71,10 @@ def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) 
         filled.append(cells)
 
     telling = telling_of(rows)
+    apart = {} if test is None else test.apart
     for key, number in COLUMNS.items():
         kept = Number(number.heading, number.form, 0, number.why) if key in telling else number
-        cells = [_cell(row, key, number.form) for row in rows]
+        cells = [_cell(row, key, number.form, apart) for row in rows]
         add(key, kept, cells, text=key in ("method.label", "method.targets", RANK))
         if key == RANK:
             for setting, heading in headings(rows).items():
@@ -94,18 +95,18 @@ def sheet(rows: Sequence[Row], test: Evidence | None, further: Found = NOTHING) 
             number = Number(
                 label, numbers.count if key.endswith("tokens") else "{:.3g}".format, 85, why
             )
-            add(key, number, [_cell(row, key, number.form) for row in rows])
+            add(key, number, [_cell(row, key, number.form, apart) for row in rows])
     for key, label in OF_LABELS.items():
         if any(row.values[key] is not None for row in rows):
             number = Number(
                 label, numbers.share, 24, "of the test set's labels, by their likelihood"
             )
-            add(key, number, [_cell(row, key, numbers.share) for row in rows])
+            add(key, number, [_cell(row, key, numbers.share, apart) for row in rows])
     for place, (key, label) in enumerate(OF_COMPLETIONS.items()):
         if any(row.values[key] is not None for row in rows):
             why = "of the test set's prompts, completed by that model"
             number = Number(label, "{:.2f}".format, 96 + place if place else 25, why)
-            add(key, number, [_cell(row, key, number.form) for row in rows])
+            add(key, number, [_cell(row, key, number.form, apart) for row in rows])
     seeds = [row.values["seeds"] for row in rows]
     add("seeds", Number("seeds", str, 50), [Cell(str(n), n) for n in seeds])
     keys = {column.key for column in columns}
@@ -187,13 +188,15 @@ def text_of(value: Any, form: Callable[[Any], str]) -> str:
     return "-" if value is None else form(value)
 
 
-def _cell(row: Row, key: str, form: Callable[[Any], str]) -> Cell:
+def _cell(row: Row, key: str, form: Callable[[Any], str], apart: Mapping[str, str]) -> Cell:
     value = row.values[key]
     if row.took_no_step and key in OF_TRAINING:
         return Cell("-", None, NO_STEP)
     if value is None:
         return Cell("-")
     shown = text_of(value, form)
+    if row.name in apart and key.startswith("quality."):
+        return Cell(f"{shown}{comparable.SIGN}", value, f"not compared: {apart[row.name]}")
     if key in MEASURED and row.values[SHARED]:
         return Cell(f"{shown}*", value, STAR)
     if key == LR:

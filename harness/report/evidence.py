@@ -1,8 +1,8 @@
 """What a table's rows can claim: intervals, paired tests, ranks and fronts, from nats per document.
 
 Every number here comes from the runs' `documents-*.parquet`; `harness.report.stats` and
-`harness.report.ranking` have the statistics. Runs whose evaluation differs (documents, context,
-stride, prefix, tokenizer) are refused.
+`harness.report.ranking` have the statistics. Rows whose evaluation differs (text, documents,
+context, stride, prefix, tokenizer) have no part in them (`harness.report.comparable`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 
 from harness.config.errors import ConfigError
-from harness.report import ranking, stats
+from harness.report import comparable, ranking, stats
 from harness.report.costs import BUDGETS as BUDGETS
 from harness.report.costs import FLOPS as FLOPS
 from harness.report.costs import FRONTS, costs, run_values, shorten, sure_costs
@@ -34,6 +34,7 @@ from harness.report.table import rows as table_rows
 from harness.results import numbers, run_record
 from harness.results.record_types import Record
 
+FEW_DOCUMENTS = 10  # of a test set: fewer hardly show any difference
 EVERY_PAIR = 100  # configurations up to which all pairs are compared; else best, next and base
 
 
@@ -46,6 +47,10 @@ class Evidence:
     intervals: dict[str, stats.Interval]  # by row's name
     comparisons: list[stats.Comparison]  # Holm-adjusted over just these
     ranks: dict[str, str]  # none where not every pair was compared
+    apart: dict[str, str] = field(default_factory=dict)  # rows evaluated otherwise -> in what
+    faults: dict[str, str] = field(
+        default_factory=dict
+    )  # rows whose evaluation is not whole -> why
 
     @property
     def num_seeds(self) -> tuple[int, int]:
@@ -106,12 +111,15 @@ def scope(test: Evidence) -> list[str]:
             f"{first.num_effective:.3g} of equal length (Kish's effective number): intervals are "
             "for text with such documents."
         )
+    if first.num_documents < FEW_DOCUMENTS:
+        sentences.append(few_documents(first.num_documents))
     if max_seeds > 1:
+        share = numbers.share(ranking.may_diverge(max_seeds))
         sentences.append(
-            "Intervals hold for seeds whose training does not diverge. Where none of "
-            f"{max_seeds} did, up to {numbers.share(ranking.may_diverge(max_seeds))} of other "
-            "seeds still may. Where a few seeds end far above the rest, and seeds matter more than "
-            "documents, a 95 % interval holds the true value in 87 to 93 % of cases."
+            "Intervals are about training that does not diverge. If none of "
+            f"{max_seeds} seeds diverged, as many as {share} of all seeds may still do so. Where a "
+            "few seeds end far above the others, an interval is too narrow: it then holds the "
+            "true value in 87 to 93 % of cases, not in 95 %."
         )
     if test.alone:
         whose = "" if max_seeds == 1 else f" of {shorten(test.alone)}"
@@ -139,6 +147,11 @@ def scope(test: Evidence) -> list[str]:
     return sentences
 
 
+def few_documents(count: int) -> str:
+    """What to say of a test set with so few documents."""
+    return f"The test set has {count} documents: so few hardly show any difference between rows."
+
+
 def reversed_(c: stats.Comparison, first: str) -> stats.Comparison:
     """Return the comparison with its sides changed, as that of `first` less the other."""
     if c.a == first:
@@ -154,7 +167,7 @@ class Findings:
     everything: list[Row]  # every configuration with a finished run
     rows: list[Row]  # of the runs asked for, and of no other
     found: dict[str, Evidence]  # statistics of `rows` by text: "test", and those of evaluate.also
-    refused: list[str]  # why there are no statistics on a text
+    refused: list[str]  # sentences: why a text, or a row, has no statistics
     run_dirs: frozenset[Path] | None = None  # the runs asked for; None: all of the folder
     requested: tuple[str, ...] = ()  # names of further columns (`harness.report.requested`)
 
@@ -175,27 +188,58 @@ def find(
         try:
             if (evidence := gather(selected, text)) is not None:
                 by_text[text] = evidence
+                refused += [
+                    f"No interval, place or comparison of {name} on {text}: {fault}."
+                    for name, fault in evidence.faults.items()
+                ]
         except ConfigError as error:
-            refused.append(f"on {text}: {error}")
+            refused.append(f"No intervals, places or comparisons on {text}: {error}.")
     return Findings(folder, everything, selected, by_text, refused, chosen, tuple(requested))
 
 
+def _listed(faults: dict[str, str]) -> str:
+    """What is wrong with the evaluations of rows; what all of them have is said once."""
+    if len(set(faults.values())) == 1:
+        return next(iter(faults.values()))
+    return "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+
+
+def not_compared(findings: Findings) -> list[str]:
+    """Sentences on what is not compared: texts, rows with a fault, rows evaluated otherwise."""
+    last = run_record.read_sweep(findings.folder)
+    is_part = findings.run_dirs is None and any(
+        run_dir.name not in last for row in findings.rows for run_dir in row.run_dirs
+    )
+    alone = f"harness report --last {findings.folder}" if last and is_part else ""
+    return findings.refused + [
+        comparable.note(evidence.apart, len(evidence.evaluations), text, alone)
+        for text, evidence in findings.found.items()
+        if evidence.apart
+    ]
+
+
 def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
-    """The statistics of the rows that were evaluated on `text`; None where none was.
+    """The statistics of the rows that were evaluated on `text` alike; None where none was.
 
     Raises:
-        ConfigError: runs that were not evaluated alike, naming the difference; a file is missing.
+        ConfigError: no row's evaluation can be read and is whole.
     """
-    evaluations = [evaluation(row, text) for row in rows if _quality(row.records[0], text)]
-    if not evaluations:
-        return None
+    evaluated = [row for row in rows if _quality(row.records[0], text)]
+    alike = comparable.find(evaluated, lambda row: evaluation(row, text))
+    if not alike.evaluations and alike.faults:
+        raise ConfigError(_listed(alike.faults))
+    return _of(rows, text, alike) if alike.evaluations else None
+
+
+def _of(rows: Sequence[Row], text: str, alike: comparable.Alike) -> Evidence:
+    """Intervals and comparisons of the evaluations that can be compared."""
+    evaluations, others = alike.evaluations, (alike.apart, alike.faults)
     intervals = stats.intervals(evaluations)
     by_name = {interval.name: interval for interval in intervals}
     if len(intervals) <= EVERY_PAIR:
         comparisons = ranking.compare_all(evaluations)
-        return Evidence(
-            text, evaluations, by_name, comparisons, ranking.ranks(intervals, comparisons)
-        )
+        places = ranking.ranks(intervals, comparisons)
+        return Evidence(text, evaluations, by_name, comparisons, places, *others)
     ordered = [i.name for i in sorted(intervals, key=lambda i: i.log_perplexity)]
     pairs = [*itertools.pairwise(ordered), *((ordered[0], o) for o in ordered[2:])]
     base = [row.name for row in rows if row.values["method.name"] == "none" and row.name in by_name]
@@ -203,13 +247,24 @@ def gather(rows: Sequence[Row], text: str = "test") -> Evidence | None:
     pairs += [
         (b, o) for b in base for o in ordered if o != b and frozenset((b, o)) not in known_pairs
     ]
-    return Evidence(text, evaluations, by_name, ranking.compare_all(evaluations, pairs), {})
+    comparisons = ranking.compare_all(evaluations, pairs)
+    return Evidence(text, evaluations, by_name, comparisons, {}, *others)
 
 
 def also(rows: Iterable[Row]) -> list[str]:
     """Return the names of the further texts that any of the rows was evaluated on."""
     named = (run_record.get(row.records[0], "quality.also") or {} for row in rows)
     return list(dict.fromkeys(name for names in named for name in names))
+
+
+def evaluated_alike(rows: Sequence[Row], test: Evidence | None) -> list[Row]:
+    """Return the rows without those that were evaluated in another way."""
+    return [row for row in rows if test is None or row.name not in test.apart]
+
+
+def base_rows(rows: Iterable[Row], on: Evidence) -> list[Row]:
+    """Return the rows of the base model that are compared on a text."""
+    return [row for row in rows if row.values["method.name"] == "none" and row.name in on.intervals]
 
 
 def before(rows: Sequence[Row], on: Evidence) -> dict[str, stats.Interval]:
@@ -225,10 +280,10 @@ def forgetting(rows: Sequence[Row], on: Evidence) -> tuple[dict[str, stats.Compa
     The base is the row of method `none`, Holm-adjusted with all pairs. Without such a row it is the
     base as the row's own runs measured it, adjusted over the rows that moved. (Older runs measured
     their own model before its first step, which a truncation or a prompt has changed already.)
-    Raises as `gather` does.
+    Raises ConfigError where a file of the base's evaluation is missing.
     """
-    base = [row.name for row in rows if row.values["method.name"] == "none"]
-    if len(base) == 1 and base[0] in on.intervals:
+    base = [row.name for row in base_rows(rows, on)]
+    if len(base) == 1:
         pairs = [c for c in on.comparisons if base[0] in (c.a, c.b)]
         named = [c.b if c.a == base[0] else c.a for c in pairs]
         differences = {name: reversed_(c, name) for name, c in zip(named, pairs, strict=True)}

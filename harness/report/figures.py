@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from harness.report import swept
 from harness.report.axes import COST_AXES
 from harness.report.cost_figure import cost_figure
-from harness.report.evidence import Evidence
+from harness.report.evidence import Evidence, evaluated_alike
 from harness.report.figure import Figure
 from harness.report.forgetting_figure import forgetting_figure
 from harness.report.rank_figures import alpha_figure, heat_maps, rank_figure
@@ -47,7 +47,11 @@ def figures(
             *heat_maps(rows, test),
             *of_settings,
         ]
-    plots += [memory_figure(rows), speed_figure(rows), *learning_curves(rows)]
+    plots += [
+        memory_figure(rows),
+        speed_figure(rows),
+        *learning_curves(evaluated_alike(rows, test)),
+    ]
     if test is not None:
         plots += [
             forgetting_figure(rows, test, on) for text, on in evidence.items() if text != "test"

@@ -9,7 +9,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from harness.report import choices, columns, draw, page, parts, requested, setting, sheet
+from harness.report import (
+    choices,
+    columns,
+    comparable,
+    draw,
+    evidence,
+    page,
+    parts,
+    requested,
+    setting,
+    sheet,
+)
 from harness.report.evidence import Findings
 from harness.report.figure import Figure
 from harness.report.figures import figures
@@ -35,7 +46,12 @@ def write(findings: Findings) -> Path:
     table = columns.sheet(findings.rows, findings.found.get("test"), further)
     line = setting.find(findings.folder, findings.rows).line
     notes = "\n".join(
-        f"{note}  " for note in [*columns.notes(findings.rows, table.headings), *further.notes()]
+        f"{note}  "
+        for note in [
+            *columns.notes(findings.rows, table.headings),
+            *further.notes(),
+            *evidence.not_compared(findings),
+        ]
     )
     for name, text in (
         (
@@ -82,6 +98,8 @@ def _paper(findings: Findings, table: sheet.Sheet) -> str:
     if test is not None and len(test.intervals) > 1:
         ties = ", and rows that are not significantly higher" if test.num_seeds[0] != 2 else ""
         caption += f" Bold: the lowest{ties}."
+    if test is not None and test.apart:
+        caption += f" {comparable.SIGN}: evaluated in another way, and not compared."
     return sheet.latex(replace(own, columns=shown), caption, findings.folder.name, best)
 
 

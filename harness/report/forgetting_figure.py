@@ -16,8 +16,8 @@ from harness.results import numbers
 
 def forgetting_figure(rows: Sequence[Row], test: Evidence, on: Evidence) -> Figure | None:
     """What is learned against what is forgotten, nats per token since the base model."""
-    base = [row.name for row in rows if row.values["method.name"] == "none"]
-    if len(base) != 1 or base[0] not in on.intervals or base[0] not in test.intervals:
+    base = [row.name for row in ev.base_rows(rows, on)]
+    if len(base) != 1 or base[0] not in test.intervals:
         return None
     moved, _ = ev.forgetting(rows, on)
     learned = {

@@ -93,9 +93,9 @@ def _goes_on(run_dir: Path) -> str:
 
 def _not_compared(findings: Findings) -> Iterator[Missing]:
     """Finished runs without a number that the others have."""
-    if (test := findings.found.get("test")) is not None:
+    if "test" in findings.found:
         for row in findings.rows:
-            if row.name not in test.intervals:
+            if run_record.get(row.records[0], "quality.test") is None:
                 for run_dir in row.run_dirs:
                     reason = "it was not evaluated on the test set"
                     yield Missing(run_dir.name, "not compared", reason, log=True)

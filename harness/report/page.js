@@ -205,7 +205,7 @@ function pick(row) {
 function compared(one, other) {
   const place = name => data.rows.findIndex(row => row.name === name), a = place(one), b = place(other);
   const found = pairs.get(`${a},${b}`), turned = pairs.get(`${b},${a}`);
-  if (!found && !turned) return `${one} and ${other}: there is no paired test of them (one has no test perplexity, or no seed in common)`;
+  if (!found && !turned) return `${one} and ${other}: there is no paired test of them (${data.rows[a].apart || data.rows[b].apart ? "they were not evaluated alike" : "one has no test perplexity, or no seed in common"})`;
   let [difference, low, high, p, adjusted] = found || turned;
   if (!found) [difference, low, high] = [-difference, high === null ? null : -high, low === null ? null : -low];
   const ratio = value => Math.exp(value).toLocaleString("en", { maximumSignificantDigits: 4 });
@@ -260,7 +260,7 @@ const plot = document.getElementById("explore"), across = document.getElementByI
 function explore() {
   if (!plot || typeof Plotly === "undefined" || !plot.dataset.open) return;
   const hidden = hiddenNames(), x = across.value, y = upwards.value;
-  const points = data.rows.filter(row => !hidden.has(row.name) && Number.isFinite(row.values[x]) && Number.isFinite(row.values[y]));
+  const points = data.rows.filter(row => !row.apart && !hidden.has(row.name) && Number.isFinite(row.values[x]) && Number.isFinite(row.values[y]));
   const scale = key => key.endsWith("bytes") ? 2 ** 20 : 1, family = row => [row.values["method.label"], row.values["method.targets"]].filter(Boolean).join(" ");
   const title = select => markup(select.selectedOptions[0].textContent);
   // A method has its colour of the other figures; what shares one is told apart by its mark.

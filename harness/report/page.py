@@ -70,7 +70,7 @@ def text(
         setting=setting.find(folder, rows),
         answer=answer.answer(rows, test),
         choices=choices.sheet(rows, test, further=further.titles) if test is not None else None,
-        notes=_notes(findings.rows, test, findings.refused, further.titles),
+        notes=_notes(findings, test, further.titles),
         tolerances=choices.TOLERANCES,
         costs=costs_of(rows, titles),
         table=table,
@@ -175,13 +175,11 @@ def _short(value: Any) -> Any:
     return value
 
 
-def _notes(
-    rows: Sequence[Row], test: Evidence | None, refused: Sequence[str], further: Sequence[str]
-) -> list[str]:
-    notes = [f"No intervals, places or comparisons {reason}." for reason in refused]
+def _notes(findings: ev.Findings, test: Evidence | None, further: Sequence[str]) -> list[str]:
+    notes = ev.not_compared(findings)
     if test is not None:
         notes += ev.scope(test)
         measured = [title for title in (ev.TIME, *further) if costs.of(title).measured]
         if test.ranks:
-            notes += [note for title in measured if (note := ev.time_scope(rows, title))]
+            notes += [note for title in measured if (note := ev.time_scope(findings.rows, title))]
     return notes

@@ -65,6 +65,7 @@ def values_of(
             {
                 "name": row.name,
                 "trained": row.trained,
+                "apart": test is not None and row.name in test.apart,
                 "tie": _ties_best(row, test),
                 "values": {c.key: v.value for c, v in zip(table.columns, line, strict=True)},
                 "perplexity": None if interval is None else interval.perplexity,

@@ -28,7 +28,7 @@ def further(
         tables.append(neighbours(test))
         if test.ranks:
             tables.append(matched(rows, test, titles))
-    tables.append(learning(rows))
+    tables.append(learning(ev.evaluated_alike(rows, test)))
     tables += [forgetting(rows, on) for text, on in evidence.items() if text != "test"]
     tables.append(samples.sheet(rows))
     return [sheet for sheet in tables if sheet is not None]

@@ -61,6 +61,7 @@ ALPHA = 0.05  # of every test; intervals are at 1 - ALPHA
 SAME = 1e-4  # share of a document's nats that hardware and thread counts may move
 ROUNDING = 1e-6  # share of a log-perplexity that single precision may move
 FEW_DOCUMENTS = 1.25  # effective documents (Kish) under which one is nearly the whole text
+PRESENT = ("missing", "there")  # a document, in one of two evaluations
 APART, APART_NATS = 10, 0.1  # how far a seed that diverged lies above the others
 
 
@@ -211,18 +212,26 @@ def _check_one(e: Evaluation) -> None:
         raise ConfigError(f"{e.name}: {what} {where} has {nll_text}")
 
 
-def _check_same(a: Evaluation, b: Evaluation) -> None:
-    where = f"{a.name} and {b.name} were not evaluated alike:"
+def difference(a: Evaluation, b: Evaluation) -> tuple[str, Any, Any] | None:
+    """Return the first term that two evaluations differ in, and its values; None where alike."""
     for key in sorted(a.settings.keys() | b.settings.keys()):
         value_a, value_b = (e.settings.get(key, "not given") for e in (a, b))
         if value_a != value_b:
-            raise ConfigError(f"{where} {key} is {value_a} and {value_b}")
+            return key, value_a, value_b
     if a.documents != b.documents:
-        apart = sorted(set(a.documents) ^ set(b.documents))
-        raise ConfigError(f"{where} documents differ, by {apart[:3] if apart else 'their order'}")
+        if not (apart := sorted(set(a.documents) ^ set(b.documents))):
+            return "the first document", a.documents[0], b.documents[0]
+        return f"document {apart[0]}", *(PRESENT[apart[0] in e.documents] for e in (a, b))
     for n in np.flatnonzero(a.tokens != b.tokens):
-        counts = f"{a.tokens[n]} and {b.tokens[n]} tokens"
-        raise ConfigError(f"{where} document {a.documents[n]} has {counts}")
+        return f"tokens of document {a.documents[n]}", a.tokens[n], b.tokens[n]
+    return None
+
+
+def _check_same(a: Evaluation, b: Evaluation) -> None:
+    if differing := difference(a, b):
+        what, value_a, value_b = differing
+        where = f"{a.name} and {b.name} were not evaluated alike:"
+        raise ConfigError(f"{where} {what} is {value_a} and {value_b}")
 
 
 def _told_diverged(seeds: Sequence[int], count: int) -> str:

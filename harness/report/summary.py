@@ -120,13 +120,11 @@ def _print_table(findings: Findings, further: Found, *, wide: bool) -> bool:
     results = columns.sheet(rows, test, further)
     left = sheet.show(results, wide=wide)
     shown = [heading for heading in results.headings if heading not in left]
-    _print_notes([*columns.notes(rows, shown), *further.notes()])
+    _print_notes([*columns.notes(rows, shown), *further.notes(), *ev.not_compared(findings)])
     if left:
         print(f"not shown: {', '.join(left)}")
     if test is not None:
         _print_claims(rows, test, further.titles)
-    for refusal in findings.refused:
-        print(f"no intervals, places or comparisons {refusal}")
     return bool(left)
 
 
@@ -157,7 +155,7 @@ def _print_claims(rows: Sequence[Row], test: Evidence, further: Sequence[str]) -
         if any(ev.costs(rows, title).values()):  # or nothing costs anything
             lines.append(f"  {_named(title)}: {', '.join(on)}")
     if lines:
-        print("Best for their cost (than others something that costs no more is better):")
+        print("Best for their cost (no row that costs as much or less is significantly better):")
         print("\n".join(lines))
         measured = [title for title in titles if costs.of(title).measured]
         _print_notes(text for title in measured if (text := ev.time_scope(rows, title)))

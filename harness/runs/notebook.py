@@ -216,7 +216,7 @@ def report(folder: Path, run_dirs: list[Path] | None = None) -> Report:
     left = [f"{run.status}: {run.name} ({run})" for run in missing.find(results)]
     if not results.rows and not left:
         raise ConfigError(f"{folder}: no run; outputs/<experiment_name> has an experiment")
-    notes = [f"no intervals, places or comparisons {reason}" for reason in results.refused] + left
+    notes = [*evidence.not_compared(results), *left]
     test = results.found.get("test")
     if test is not None:
         notes = [*evidence.scope(test), *notes]
