@@ -71,8 +71,8 @@ def _in_words(differing: tuple[str, Any, Any] | None) -> str:
     return f"{'text' if what == 'data' else what} {own} in place of {compared}"
 
 
-def note(apart: Mapping[str, str], count: int, on: str, alone: str = "") -> str:
-    """What to say of rows that are not compared with the `count` rows that are.
+def note(apart: Mapping[str, str], compared: int, on: str, alone: str = "") -> str:
+    """What to say of rows that are not compared with the `compared` rows that are.
 
     `on` is the text, and `alone` the command that makes the report of the last sweep by itself.
     """
@@ -81,11 +81,12 @@ def note(apart: Mapping[str, str], count: int, on: str, alone: str = "") -> str:
         names = [name for name, own in apart.items() if own == reason]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         reasons.append(f"{', '.join(names[:NAMED])}{more} ({reason})")
-    rows = "row is" if len(apart) == 1 else "rows are"
+    count = len(apart) + compared
+    rows = f"{len(apart)} of {count} rows {'is' if len(apart) == 1 else 'are'}"
     was = "it was" if len(apart) == 1 else "they were"
     last = f"; {alone} shows the last sweep by itself" if alone else ""
     return (
-        f"{SIGN}: {len(apart)} of {len(apart) + count} {rows} not compared on {on}, because {was} "
+        f"{SIGN}: {rows} not compared on {on}, because {was} "
         f"evaluated in another way: {'; '.join(reasons)}. Give runs that belong together a folder "
         f"of their own (experiment_name=NAME){last}."
     )

@@ -221,7 +221,8 @@ def difference(a: Evaluation, b: Evaluation) -> tuple[str, Any, Any] | None:
     if a.documents != b.documents:
         if not (apart := sorted(set(a.documents) ^ set(b.documents))):
             return "the first document", a.documents[0], b.documents[0]
-        return f"document {apart[0]}", *(PRESENT[apart[0] in e.documents] for e in (a, b))
+        in_a, in_b = (PRESENT[apart[0] in e.documents] for e in (a, b))
+        return f"document {apart[0]}", in_a, in_b
     for n in np.flatnonzero(a.tokens != b.tokens):
         return f"tokens of document {a.documents[n]}", a.tokens[n], b.tokens[n]
     return None
