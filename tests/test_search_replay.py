@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from harness.config.paths import REPOSITORY
 
@@ -126,3 +127,32 @@ def test_the_page_quotes_the_replays_after_the_search_was_mended():
     tpe = first["tpe", "1600"]
     assert f"in {round(100 * float(tpe['found_best']))} % instead of 56 %" in page
     assert f"regret {float(tpe['regret']):.3f} instead" in page
+
+
+def test_the_page_quotes_what_halving_found_of_the_rates_of_tune():
+    folder = REPOSITORY / "experiments" / "search"
+    page = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    by_halving = OmegaConf.load(folder / "search-rates.yaml").tuned
+    by_grid = OmegaConf.load(REPOSITORY / "conf" / "rates" / "gpt2_mini_kjv.yaml").tuned
+
+    def configuration(entry):
+        return tuple(str(entry[key]) for key in ("family", "targets", "rank", "scale", "variant"))
+
+    full_grid = {configuration(entry): entry for entry in by_grid}
+    losses = []
+    for entry in by_halving:
+        grid = full_grid[configuration(entry)]
+        nll = {float(rate): value for rate, value in grid.validation_nll.items()}
+        own = {float(rate): value for rate, value in entry.validation_nll.items()}[entry.lr]
+        assert own == pytest.approx(nll[entry.lr], abs=2e-5)
+        assert entry.lr in (grid.lr, grid.lr / 2), "within one step of the grid, and never above"
+        if entry.lr != grid.lr:
+            lost = nll[entry.lr] - nll[grid.lr]
+            losses.append(lost)
+            assert f"| {entry.lr:g} | {grid.lr:g} | {lost:.3f} |" in page
+    same = len(by_halving) - len(losses)
+    assert f"{same} of {len(by_halving)} are the same, and {len(losses)} are one step lower" in page
+    with (folder / "search.csv").open(newline="", encoding="utf-8") as stream:
+        candidates = list(csv.DictReader(stream))
+    steps, every = sum(int(line["steps"]) for line in candidates), 80 * len(candidates)
+    assert f"{steps:,} optimizer steps, {steps / every:.2f} of the {every:,} that" in page
